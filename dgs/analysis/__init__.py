@@ -1,0 +1,1 @@
+"""From scores and logs to metrics, tables and figures."""

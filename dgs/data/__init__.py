@@ -1,0 +1,1 @@
+"""Images to training views: decoding, patch selection, captions, manifest, seeded views."""

@@ -1,0 +1,20 @@
+"""The one exception that is meant for the user's eyes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake the user can mend: the message says what was expected, what was found and what to do.
+
+    Shells (command line, stage runner, notebooks) print the message alone; any other exception is a bug and keeps
+    its traceback.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` when a known name is close to `name`, else an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,1 @@
+"""CLIP with adapters, the surgery, the registry of methods, training, checkpoints, inference."""
