@@ -13,6 +13,10 @@ class UserError(Exception):
     its traceback.
     """
 
+    def _render_traceback_(self) -> list[str]:
+        # IPython asks an exception for this: a notebook cell then ends in the sentence, without a traceback.
+        return [f"{type(self).__name__}: {self}"]
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` when a known name is close to `name`, else an empty string."""

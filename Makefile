@@ -1,0 +1,69 @@
+# make repro          environment + the whole pipeline (PROFILE=paper: another profile)
+# make test           environment + what a contributor runs; make test-slow: the rest
+# make verify         reproduce the committed results elsewhere and compare
+# make lab            JupyterLab
+# make lock           renew requirements.lock from pyproject.toml
+
+SHELL := /bin/bash
+PROFILE ?=
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+UV_VERSION := 0.13.9
+
+# An active conda environment named dgs (environment.yml) is used as it is; otherwise .venv is made.
+ifeq ($(CONDA_DEFAULT_ENV),dgs)
+BIN := $(CONDA_PREFIX)/bin
+READY :=
+else
+BIN := $(CURDIR)/.venv/bin
+READY := .venv/.ready
+endif
+export PATH := $(BIN):$(PATH)
+# The CUDA build of torch reserves a workspace on first use; a fixed one makes matrix products repeatable.
+export CUBLAS_WORKSPACE_CONFIG := :4096:8
+
+NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gradient_angles))
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120
+
+.PHONY: environment repro test test-slow verify lint lab lock
+environment: $(READY)
+
+# torch comes first and by pip: it honours the machine's pip settings, and keeps a CPU build that is already there.
+.venv/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "dgs: expected Python 3.11 as python3.11 or python3, found $$($(PYTHON) --version). Set PYTHON=/path/to/python3.11."; exit 1; }
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet uv==$(UV_VERSION)
+	.venv/bin/python -m pip install --quiet $$(grep -oE '^torch(vision)?==[^ ;]+' requirements.lock)
+	.venv/bin/uv pip install --quiet --python .venv/bin/python -r requirements.lock
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -e .
+	touch $@
+
+repro: $(READY)
+	dvc repro $(if $(PROFILE),$$(dgs profile $(PROFILE)))
+
+test: $(READY) lint
+	DGS_PROFILE=tiny DGS_OUT=$$(mktemp -d) pytest $(NBVAL) -m "not slow" --cov --cov-report=term:skip-covered $(NOTEBOOKS) tests
+
+test-slow: $(READY)
+	pytest -m slow tests
+
+verify: $(READY)
+	python tests/verify.py
+
+lint: $(READY)
+	ruff check .
+	ruff format --check .
+	mypy
+
+lab: $(READY)
+	jupyter lab notebooks
+
+lock:
+	uv pip compile -q --universal --python-version 3.11 --extra dev --extra captions --annotation-style line --no-header \
+	  $$(for name in triton cuda-bindings cuda-pathfinder cuda-toolkit \
+	      $$(uv pip compile -q --universal --python-version 3.11 --no-annotate --no-header pyproject.toml \
+	         | sed -nE 's/^(nvidia-[a-z0-9-]+)==.*/\1/p'); do echo --no-emit-package $$name; done) \
+	  pyproject.toml -o requirements.raw
+	{ sed -n '/^#/p;/^[^#]/q' requirements.lock; \
+	  sed -E "/python_full_version >= '3\.12'/d; s/ ; python_full_version < '3\.12'//; s/ +#/  #/" requirements.raw; } > requirements.new
+	rm requirements.raw && mv requirements.new requirements.lock

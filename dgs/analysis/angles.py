@@ -1,0 +1,48 @@
+"""The gradient-angle table: what training logged, in the contract's columns, and its summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dgs.errors import UserError
+
+COLUMNS = ["rho", "method", "seed", "step", "layer", "pair", "mean", "p05", "p95"]
+
+
+def collect(folders: dict[str, Path], seeds: Sequence[int], pairs: Sequence[str], rho: float | None) -> pd.DataFrame:
+    """The angles that training logged, for methods that train the tower.
+
+    Args:
+        folders: {method: build/<profile>/train/<method>}.
+        seeds, pairs: which to keep.
+
+    Returns:
+        columns rho, method, seed, step, layer, pair, mean, p05, p95 (degrees over the samples of a step's batch).
+
+    Raises:
+        UserError: no angles were logged at all (only methods on the frozen tower were trained).
+    """
+    tables = []
+    for folder in folders.values():
+        table = pd.read_parquet(folder / "angles.parquet")
+        tables.append(table[table["seed"].isin(seeds) & table["pair"].isin(pairs)])
+    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+    if table.empty:
+        raise UserError(
+            f"Expected gradient angles of methods that train the tower, found none for "
+            f"{', '.join(folders) or 'no method'}. "
+            f"Train lora or dgs first."
+        )
+    table["rho"] = np.nan if rho is None else rho
+    return table[COLUMNS].round(6)
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean angle in degrees, a method and pair: over the steps of a seed, then mean and s.d. over seeds."""
+    per_seed = table.groupby(["method", "pair", "seed"])["mean"].mean().reset_index()
+    grouped = per_seed.groupby(["method", "pair"])["mean"].agg(["mean", "std"]).reset_index()
+    return grouped.rename(columns={"mean": "degrees", "std": "sd_over_seeds"}).round(3)

@@ -1,0 +1,165 @@
+"""Scores of every checkpoint on every image, and what each forgot; everything later is computed from these tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from dgs.analysis.forgetting import cosine_drift, linear_cka, retrieval_at_1, zero_shot_accuracy
+from dgs.data.prepared import Prepared
+from dgs.data.views import Views
+from dgs.errors import UserError
+from dgs.model.backbone import Backbone, Clip
+from dgs.model.checkpoint import load_checkpoint
+from dgs.model.methods import get_method
+from dgs.model.train import extract_features
+from dgs.params import Params
+from dgs.workspace import Workspace
+
+Features = NDArray[np.float32]
+
+
+def checkpoints(workspace: Workspace, methods: Sequence[str], seeds: Sequence[int]) -> dict[tuple[str, int], Path]:
+    """Checkpoint folders by (method, seed), in the order asked for; a method that was not trained is left out.
+
+    In the pipeline all are there; by hand one may look at what has been trained so far.
+
+    Raises:
+        UserError: none of the methods is trained, or a trained one lacks a seed.
+    """
+    found: dict[tuple[str, int], Path] = {}
+    for method in methods:
+        get_method(method)
+        try:
+            folder = workspace.find("train", method, made_by=f"train@{method}")
+        except UserError:
+            continue
+        for seed in seeds:
+            path = folder / f"seed-{seed}"
+            if not path.exists():
+                trained = sorted(p.name.removeprefix("seed-") for p in folder.glob("seed-*"))
+                raise UserError(
+                    f"Expected a checkpoint of {method} with seed {seed}, found seeds {', '.join(trained)}. "
+                    f"Train it, or set seeds to those."
+                )
+            found[method, seed] = path
+    if not found:
+        raise UserError(
+            f"Expected checkpoints of {', '.join(methods)}, found none. Run dvc repro, or notebooks/train.ipynb."
+        )
+    return found
+
+
+def image_features(
+    backbone: Backbone, rows: pd.DataFrame, prepared: Prepared, params: Params, device: torch.device, label: str
+) -> Features:
+    """Features of the evaluation views of `rows`: (N, D)."""
+    with torch.no_grad():
+        views = Views(rows, prepared.source, params, patches=prepared.patches)
+        size, workers = params.compute.batch_size, params.compute.workers
+        return extract_features(backbone, views, size, workers, device, label).cpu().numpy()
+
+
+def score_rows(rows: pd.DataFrame, logits: NDArray[np.float32], method: str, seed: int, rho: float) -> pd.DataFrame:
+    """The scores table of one checkpoint: one row an image."""
+    scores = rows[["id", "split", "generator", "label"]].copy()
+    scores["condition"], scores["applied_to"] = "native", "both"
+    scores["logit"], scores["method"], scores["seed"], scores["rho"] = logits, method, seed, rho
+    return scores
+
+
+def forgetting_measures(
+    before: Features, after: Features, rows: pd.DataFrame, prepared: Prepared, params: Params
+) -> dict[str, tuple[float, float]]:
+    """What the tuned tower still knows, against the frozen one: {measure: (before, after)}.
+
+    zero_shot:<attribute> and retrieval_at_1 (caption among `retrieval_pool`) against the frozen text tower, on real
+    test images; cka_to_frozen and cosine_drift on all test images. Measures the data cannot give are left out.
+
+    Args:
+        before, after: (N, D) features of the test rows `rows`, frozen and tuned.
+    """
+    measures: dict[str, tuple[float, float]] = {}
+    real = (rows["label"] == 0).to_numpy()
+    for attribute, (values, prompt) in prepared.prompts.items():
+        truth = rows.loc[real, attribute].map({value: i for i, value in enumerate(values)}).to_numpy()
+        measures[f"zero_shot:{attribute}"] = (
+            zero_shot_accuracy(before[real], prompt, truth),
+            zero_shot_accuracy(after[real], prompt, truth),
+        )
+    captioned = real & (rows["caption_source"] == "file").to_numpy()
+    pool = params.evaluate.retrieval_pool
+    if captioned.sum() >= pool:
+        texts = prepared.caption_embeddings[rows.index[captioned]]
+        captions = rows.loc[captioned, "caption"].tolist()
+        measures["retrieval_at_1"] = (
+            retrieval_at_1(before[captioned], texts, pool, captions=captions),
+            retrieval_at_1(after[captioned], texts, pool, captions=captions),
+        )
+    measures["cka_to_frozen"] = (1.0, linear_cka(before, after))
+    measures["cosine_drift"] = (0.0, cosine_drift(before, after))
+    return measures
+
+
+def tsne_rows(rows: pd.DataFrame, per_cell: int) -> pd.DataFrame:
+    """Test rows for the t-SNE figure: two seen and two unseen generators, `per_cell` fakes each, and as many reals."""
+    fakes = rows[rows["label"] == 1]
+    chosen = [
+        name for seen in (True, False) for name in sorted(fakes.loc[fakes["seen"] == seen, "generator"].unique())[:2]
+    ]
+    pick = fakes[fakes["generator"].isin(chosen)].groupby("generator").head(per_cell)
+    reals = rows[rows["label"] == 0]
+    own = reals[reals["generator"].isin(chosen)].groupby("generator").head(per_cell)
+    shared = reals.head(per_cell * len(chosen)) if own.empty else own
+    return pd.concat([shared, pick])
+
+
+def evaluate(
+    found: dict[tuple[str, int], Path], clip: Clip, prepared: Prepared, params: Params, device: torch.device
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, tuple[Features, pd.DataFrame]]]:
+    """Every checkpoint on the validation and test images.
+
+    Returns:
+        scores (one row an image and checkpoint), forgetting (rho, method, seed, measure, before, after), and for the
+        t-SNE {"frozen", method...: (features, rows)} of the first seed.
+    """
+    clip.model.to(device)
+    rows = prepared.manifest[prepared.manifest["split"] != "train"]
+    test = (rows["split"] == "test").to_numpy()
+    rho = prepared.info["rho"] if prepared.info["rho"] is not None else np.nan
+    frozen = image_features(Backbone(clip).to(device).eval(), rows, prepared, params, device, "frozen features")
+    shown = tsne_rows(rows[test], params.evaluate.tsne_images)
+    at = pd.Series(range(len(rows)), index=rows.index)[shown.index].to_numpy()
+    panels = {"frozen": (frozen[at], shown)}
+    scores: list[pd.DataFrame] = []
+    forgetting: list[dict[str, Any]] = []
+    for (method, seed), folder in found.items():
+        backbone, heads, info = load_checkpoint(folder, clip)
+        if info["data_hash"] != prepared.info["data_hash"]:
+            raise UserError(
+                f"The checkpoint {folder} was trained on other data ({info['data_hash'][:12]}) than what is prepared "
+                f"({prepared.info['data_hash'][:12]}). Train it again: dvc repro train@{method}."
+            )
+        try:
+            features = frozen
+            if info["adapter"]:
+                label = f"{method}, seed {seed}"
+                features = image_features(backbone.to(device), rows, prepared, params, device, label)
+            logits = heads["image"](torch.from_numpy(features)).squeeze(1).numpy()
+        finally:
+            clip.model.visual = backbone.without_adapters()
+        scores.append(score_rows(rows, logits, method, seed, rho))
+        measures = forgetting_measures(frozen[test], features[test], rows[test], prepared, params)
+        forgetting += [
+            {"rho": rho, "method": method, "seed": seed, "measure": name, "before": before, "after": after}
+            for name, (before, after) in measures.items()
+        ]
+        if method not in panels and info["adapter"]:
+            panels[method] = (features[at], shown)
+    return pd.concat(scores, ignore_index=True), pd.DataFrame(forgetting), panels

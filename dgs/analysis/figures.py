@@ -1,0 +1,703 @@
+"""Figures of a run: each takes tables and returns a matplotlib Figure; no inference, no files, no pyplot state.
+
+Titles state what the data show and are computed from them. A method has one colour and one marker everywhere. Sizes
+suit a README column: at half width (some 430 px) the smallest text is still about 9 px high. In a notebook,
+`%matplotlib inline` once makes a returned figure show.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import textwrap
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from IPython.display import Image
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from sklearn.manifold import TSNE
+from sklearn.neighbors import NearestNeighbors
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from dgs.analysis.intervals import Interval, paired_difference, seed_interval
+from dgs.analysis.metrics import generators_in_order, headline, in_order, one_rho, per_seed_values
+from dgs.errors import UserError
+
+WIDTH = 6.0  # inches; at 150 dpi 900 px, shown at half of it or less
+DPI = 150
+CHANCE = 50.0  # per cent balanced accuracy
+KEEPS = 90.0  # per cent of the frozen model's accuracy that counts as kept in a title
+NEIGHBOURS = 10  # of a point in a t-SNE panel
+
+# Okabe & Ito's colours and three more of similar spacing; told apart under red-green blindness, and by marker besides.
+METHOD_COLOURS: dict[str, str] = {
+    "probe": "#7f7f7f",
+    "lora": "#e69f00",
+    "dgs": "#0072b2",
+    "suppression_only": "#56b4e9",
+    "alignment_only": "#cc79a7",
+    "distillation": "#009e73",
+    "product_of_experts": "#d55e00",
+    "leace": "#8c6d31",
+    "dgs_plus": "#332288",
+}
+METHOD_MARKERS: dict[str, str] = dict(zip(METHOD_COLOURS, "sDoP^vX<>", strict=True))
+_SPARE_COLOURS = ("#882255", "#117733", "#999933", "#44aa99", "#aa4466", "#000000")
+_REAL_COLOUR = "#9a9a9a"
+_GENERATOR_COLOURS = (
+    "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288", "#882255", "#999933", "#000000",
+)  # fmt: skip
+_GENERATOR_MARKERS = "^vD<>PXs"
+
+_RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # shipped with matplotlib: the same glyphs on every machine
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.7,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "legend.fontsize": 11,
+    "legend.frameon": False,
+    "legend.handlelength": 1.3,
+    "legend.columnspacing": 1.2,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.titlesize": 12.5,
+    "figure.titleweight": "bold",
+    "figure.facecolor": "white",
+    "figure.dpi": DPI,
+    "svg.hashsalt": "dgs",
+}
+
+
+def style() -> AbstractContextManager[None]:
+    """The look of all figures as a context: `with style(): ...` for a plot of one's own; settings end with it."""
+    return mpl.rc_context(_RC)
+
+
+def colour(method: str) -> str:
+    """The method's colour as "#rrggbb"; an unlisted name always gets the same spare colour."""
+    return METHOD_COLOURS.get(method, _SPARE_COLOURS[zlib.crc32(method.encode()) % len(_SPARE_COLOURS)])
+
+
+def marker(method: str) -> str:
+    """The method's marker (matplotlib code); an unlisted name gets a pentagon."""
+    return METHOD_MARKERS.get(method, "p")
+
+
+def save(fig: Figure, path: str | Path) -> Path:
+    """Writes `fig` as PNG at 150 dpi, with bytes that repeat (no software or date entry); parent folders are made.
+
+    Returns the path. The figure is dropped from pyplot where it was made there.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with style():
+        fig.savefig(target, format="png", dpi=DPI, metadata={"Software": None})
+    plt.close(fig)  # no-op for the figures of this module, which pyplot does not know
+    return target
+
+
+def picture(fig: Figure) -> Image:
+    """`fig` as `save` would write it, to end a notebook cell with; nothing is written."""
+    buffer = io.BytesIO()
+    with style():
+        fig.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return Image(data=buffer.getvalue())
+
+
+def detection_bars(detection: pd.DataFrame) -> Figure:
+    """Balanced accuracy (%) of each method on each generator, seen and unseen apart, from the `headline` rows.
+
+    Bars start at chance and end at the mean over seeds; whiskers are 95 % intervals over seeds, dots single seeds.
+    Raises UserError as `headline` does.
+    """
+    rows = headline(detection)
+    methods = in_order(rows["method"])
+    groups = [
+        (title, part)
+        for title, part in (("Seen in training", rows[rows["seen"]]), ("Unseen", rows[~rows["seen"]]))
+        if not part.empty
+    ]
+    counts = [part["generator"].nunique() for _, part in groups]
+    row_height = max(0.42, 0.13 * len(methods) + 0.12)
+    with style():
+        fig = Figure(figsize=(WIDTH, 1.75 + 0.35 * len(groups) + row_height * sum(counts)), layout="constrained")
+        axes = fig.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=counts)[:, 0]
+        for ax, (title, part) in zip(axes, groups, strict=True):
+            generators = in_order(part["generator"])
+            _horizontal_bars(
+                ax,
+                {
+                    (generator, method): 100.0
+                    * part.loc[(part["generator"] == generator) & (part["method"] == method), "balanced_acc"].to_numpy()
+                    for generator in generators
+                    for method in methods
+                },
+                generators,
+                methods,
+                start=CHANCE,
+            )
+            ax.set_title(title)
+            ax.axvline(CHANCE, color="#333333", linewidth=1.0, linestyle="--", zorder=3)
+        values = 100.0 * rows["balanced_acc"]
+        axes[0].set_xlim(max(0.0, min(CHANCE, float(values.min())) - 3.0), min(101.0, float(values.max()) + 4.0))
+        axes[-1].set_xlabel("Balanced accuracy (%); dashed line: chance")
+        _method_legend(fig, methods, bars=True)
+        _headline(fig, _detection_takeaway(rows))
+    return fig
+
+
+def detection_heatmap(detection: pd.DataFrame) -> Figure:
+    """Balanced accuracy (%) as methods x generators: mean over seeds, and half the 95 % interval where there is one.
+
+    From the `headline` rows; a line parts seen from unseen generators. Raises UserError as `headline` does.
+    """
+    rows = headline(detection)
+    methods, generators = in_order(rows["method"]), generators_in_order(rows)
+    means = pd.DataFrame(np.nan, index=methods, columns=generators)
+    notes = pd.DataFrame("", index=methods, columns=generators, dtype=object)
+    for (method, generator), cell in rows.groupby(["method", "generator"], sort=False):
+        interval = seed_interval(100.0 * cell["balanced_acc"].to_numpy())
+        means.loc[method, generator] = interval.mean
+        spread = f"\n±{interval.high - interval.mean:.1f}" if interval.known else ""
+        notes.loc[method, generator] = f"{interval.mean:.1f}{spread}"
+    n_seen = rows.loc[rows["seen"], "generator"].nunique()
+    weakest = 100.0 * rows.groupby(["method", "seed"], sort=False)["balanced_acc"].min()
+    with style(), mpl.rc_context({"axes.grid": False}):
+        width = max(WIDTH, 1.5 + 0.5 * len(generators))
+        fig = Figure(figsize=(width, 2.6 + 0.5 * len(methods)), layout="constrained")
+        ax = fig.subplots()
+        sns.heatmap(
+            means,
+            ax=ax,
+            annot=notes,
+            fmt="",
+            annot_kws={"fontsize": 10, "linespacing": 1.05},
+            cmap="YlGnBu",
+            vmin=min(CHANCE, float(np.floor(means.min().min()))),
+            vmax=100.0,
+            linewidths=1.0,
+            linecolor="white",
+            cbar=False,  # the cells name their values
+        )
+        ax.set_yticks(np.arange(len(methods)) + 0.5, [_name(method) for method in methods], rotation=0)
+        ax.set_xticks(np.arange(len(generators)) + 0.5, generators, rotation=40, ha="right", rotation_mode="anchor")
+        spreads = notes.stack().str.contains("±").any()
+        ax.set_xlabel("Balanced accuracy (%)" + ("; ± half the 95 % interval" if spreads else ""))
+        ax.tick_params(length=0)
+        if 0 < n_seen < len(generators):
+            ax.axvline(n_seen, color="black", linewidth=2.5)
+        for title, left, right in (("seen", 0, n_seen), ("unseen", n_seen, len(generators))):
+            if right > left:
+                ax.text((left + right) / 2, -0.08, title, ha="center", va="bottom", fontsize=11)
+        _headline(fig, _comparison("On its weakest generator", weakest, "balanced accuracy"))
+    return fig
+
+
+def forgetting_plane(detection: pd.DataFrame, forgetting: pd.DataFrame) -> Figure:
+    """Detection against memory: balanced accuracy (%) on unseen generators over the share of zero-shot accuracy kept.
+
+    One marker a method (mean over seeds) with 95 % intervals both ways, and a faint dot a seed. Without unseen
+    generators the seen ones are used, and the axis says so. Methods without zero_shot:* measures are named in the
+    axis label. Raises UserError where no method has any.
+    """
+    values = per_seed_values(detection, forgetting)
+    metric = "balanced_acc_unseen" if (values["metric"] == "balanced_acc_unseen").any() else "balanced_acc_seen"
+    where = "unseen" if metric.endswith("unseen") else "seen"
+    table = 100.0 * values.pivot(index=["method", "seed"], columns="metric", values="value")
+    if "zero_shot_kept" not in table:
+        raise UserError("The forgetting table has no zero_shot:* measures: there is no share kept to draw.")
+    table = table[[metric, "zero_shot_kept"]].dropna()
+    measured = [method for method in in_order(values["method"]) if method in table.index.get_level_values("method")]
+    absent = [_name(method) for method in in_order(values["method"]) if method not in measured]
+    with style():
+        fig = Figure(figsize=(WIDTH, 4.9 + 0.25 * (len(measured) // 3)), layout="constrained")
+        ax = fig.subplots()
+        kept_means, detected_means = {}, {}
+        for method in measured:
+            part = table.loc[method]
+            kept, detected = part["zero_shot_kept"].to_numpy(), part[metric].to_numpy()
+            x, y = seed_interval(kept), seed_interval(detected)
+            kept_means[method], detected_means[method] = x.mean, y.mean
+            ax.scatter(kept, detected, s=14, color=colour(method), alpha=0.45, linewidths=0, zorder=2)
+            ax.errorbar(
+                x.mean,
+                y.mean,
+                xerr=_half(x),
+                yerr=_half(y),
+                fmt=marker(method),
+                markersize=9,
+                color=colour(method),
+                markeredgecolor="white",
+                capsize=3,
+                zorder=4,
+            )
+        ax.axvline(100.0, color="#333333", linewidth=1.0, linestyle=":", zorder=1)
+        ax.margins(0.08)
+        low, high = ax.get_ylim()
+        room = max(0.0, 5.0 - (high - low)) / 2.0  # points: closer up, noise would look like a gap
+        ax.set_ylim(low - room, high + room)
+        note = f"\nnot measured: {', '.join(absent)}" if absent else ""
+        ax.set_xlabel(f"Zero-shot accuracy kept (% of the frozen model's){note}")
+        ax.set_ylabel(f"Balanced accuracy,\n{where} generators (%)")
+        _method_legend(fig, measured, bars=False)
+        _headline(fig, _plane_takeaway(kept_means, detected_means, where))
+    return fig
+
+
+def forgetting_bars(forgetting: pd.DataFrame) -> Figure:
+    """What each method still knows: every measure before (black tick) and after fine-tuning (bar), in per cent.
+
+    Bars are means over seeds, whiskers 95 % intervals, dots single seeds. Measures whose `before` is 0 everywhere
+    (drifts) have nothing to keep and are left out. Raises UserError where no measure is left, or for mixed rho.
+    """
+    one_rho(forgetting, "forgetting table")
+    known = forgetting.groupby("measure", sort=False)["before"].transform(lambda before: (before != 0).any())
+    rows = forgetting[known.astype(bool)]
+    if rows.empty:
+        raise UserError("The forgetting table has no measure to draw: `before` is 0 or there are no rows.")
+    methods, measures = in_order(rows["method"]), in_order(rows["measure"])
+    row_height = max(0.42, 0.13 * len(methods) + 0.12)
+    with style():
+        fig = Figure(figsize=(WIDTH, 2.1 + row_height * len(measures)), layout="constrained")
+        ax = fig.subplots()
+        cells = {
+            (measure, method): 100.0
+            * rows.loc[(rows["measure"] == measure) & (rows["method"] == method), "after"].to_numpy()
+            for measure in measures
+            for method in methods
+        }
+        _horizontal_bars(ax, cells, measures, methods, start=0.0)
+        for i, measure in enumerate(measures):
+            before = 100.0 * rows.loc[rows["measure"] == measure, "before"].mean()
+            ax.plot([before, before], [i - 0.45, i + 0.45], color="black", linewidth=2.2, zorder=5)
+        ax.set_yticks(range(len(measures)), [_measure_name(measure) for measure in measures])
+        ax.set_xlim(0.0, max(101.0, float(100.0 * rows["before"].max()) + 1.0))
+        ax.set_xlabel("After fine-tuning (%); black: before")
+        _method_legend(fig, methods, bars=True)
+        _headline(fig, _forgetting_takeaway(rows))
+    return fig
+
+
+def tsne(features_by_method: Mapping[str, tuple[np.ndarray, pd.DataFrame]], seed: int) -> pd.DataFrame:
+    """Points of a t-SNE map a method (van der Maaten & Hinton 2008; scikit-learn, PCA start).
+
+    `features_by_method`: method -> (features, rows), (N, D) floats and a table of the same N images with the columns
+    generator and label (0 real, 1 fake). Returns columns method, generator, label, x, y (float64, arbitrary units).
+    One thread and one seed: the same points each time. Raises ValueError for fewer than 5 images or lengths that
+    differ.
+    """
+    parts = []
+    for method, (features, rows) in features_by_method.items():
+        data = np.asarray(features, dtype=np.float64)
+        if data.ndim != 2 or len(data) != len(rows):
+            raise ValueError(f"expected (N, D) features of {len(rows)} rows, found {data.shape}")
+        if len(data) < 5:
+            raise ValueError(f"expected at least 5 images, found {len(data)}")
+        with threadpool_limits(limits=1):  # sums over threads depend on their number
+            perplexity = min(30.0, (len(data) - 1) / 3.0)
+            map_of = TSNE(n_components=2, init="pca", perplexity=perplexity, random_state=seed)
+            place = map_of.fit_transform(data).astype(np.float64)
+        points = rows[["generator", "label"]].reset_index(drop=True)
+        parts.append(points.assign(method=method, x=place[:, 0], y=place[:, 1]))
+    return pd.concat(parts, ignore_index=True)[["method", "generator", "label", "x", "y"]]
+
+
+def tsne_panels(points: pd.DataFrame) -> Figure:
+    """t-SNE maps side by side, a panel a method (the paper's figure 1): reals grey, each generator a colour and marker.
+
+    `points`: columns method, generator, label (0 real, 1 fake), x, y, as `tsne` returns them. A panel's number is the
+    share of the 10 nearest neighbours in the map that are of a point's own class, averaged over reals and over fakes:
+    50 % = mixed, 100 % = apart.
+    """
+    methods = in_order(points["method"])
+    generators = in_order(points.loc[points["label"] == 1, "generator"])
+    apart = {method: _neighbour_agreement(points[points["method"] == method]) for method in methods}
+    columns = min(3, len(methods))
+    lines = -(-len(methods) // columns)
+    with style(), mpl.rc_context({"axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}):
+        legend_lines = -(-(len(generators) + 1) // 3)
+        fig = Figure(
+            figsize=(WIDTH, 0.95 + (2.2 if columns == 3 else 2.8) * lines + 0.24 * legend_lines), layout="constrained"
+        )
+        axes = fig.subplots(lines, columns, squeeze=False).ravel()
+        for ax in axes[len(methods) :]:
+            ax.set_axis_off()
+        for ax, method in zip(axes, methods, strict=False):
+            part = points[points["method"] == method]
+            real = part[part["label"] == 0]
+            ax.scatter(real["x"], real["y"], s=9, c=_REAL_COLOUR, marker="o", alpha=0.55, linewidths=0)
+            for i, generator in enumerate(generators):
+                fake = part[(part["label"] == 1) & (part["generator"] == generator)]
+                ax.scatter(fake["x"], fake["y"], s=13, alpha=0.75, linewidths=0, **_generator_look(i))
+            ax.set_title(f"{_name(method)}: {apart[method]:.0f} %", loc="center")
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.set_box_aspect(1.0)
+        handles = [Line2D([], [], linestyle="", marker="o", color=_REAL_COLOUR, label="real")]
+        for i, generator in enumerate(generators):
+            look = _generator_look(i)
+            handles.append(Line2D([], [], linestyle="", marker=look["marker"], color=look["color"], label=generator))
+        fig.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=min(3, len(handles)),
+            title="t-SNE axes have no unit",
+            title_fontsize=10,
+        )
+        best = max(apart, key=lambda method: apart[method])
+        others = ", ".join(f"{_name(m)} {apart[m]:.0f} %" for m in methods if m != best)
+        rest = f" ({others})" if others else ""
+        _headline(
+            fig,
+            f"Neighbours of the same class: most in {_name(best)}, {apart[best]:.0f} %{rest}"
+            if rest
+            else f"{_name(best)}: {apart[best]:.0f} % of neighbours are of the same class",
+        )
+    return fig
+
+
+def training_curves(training: pd.DataFrame, points: int = 60) -> Figure:
+    """Training loss and validation balanced accuracy (%) over optimiser steps, mean over seeds with 95 % intervals.
+
+    `training`: columns method, seed, step, loss, val_balanced_acc (NaN but at epoch ends). Long logs are averaged to
+    at most `points` bins of steps; the axis says how wide one is. The second panel is left out where nothing was
+    validated.
+    """
+    methods = in_order(training["method"])
+    validated = training.dropna(subset=["val_balanced_acc"])
+    losses = training.dropna(subset=["loss"])
+    width = max(1, int(np.ceil((losses["step"].max() - losses["step"].min() + 1) / points)))
+    losses = losses.assign(step=(losses["step"] // width) * width + (width - 1) / 2)
+    panels = 1 if validated.empty else 2
+    with style():
+        fig = Figure(figsize=(WIDTH, 1.4 + 2.1 * panels + 0.25 * (len(methods) // 3)), layout="constrained")
+        axes = fig.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+        for method in methods:
+            _mean_line(axes[0], losses[losses["method"] == method], "loss", 1.0, method)
+            if panels == 2:
+                _mean_line(
+                    axes[1], validated[validated["method"] == method], "val_balanced_acc", 100.0, method, dots=True
+                )
+        axes[0].set_ylabel("Training loss")
+        bins = f", means over {width} steps" if width > 1 else ""
+        axes[-1].set_xlabel("Optimiser steps")
+        axes[0].set_title(f"Total loss{bins}")
+        _method_legend(fig, methods, bars=False, lines=True)
+        if panels == 2:
+            axes[1].set_ylabel("Balanced\naccuracy (%)")
+            axes[1].set_title("Validation, at epoch ends")
+            final = validated.sort_values("step", kind="stable").groupby(["method", "seed"], sort=False).last()
+            _headline(
+                fig,
+                _comparison(
+                    "At the end of training", 100.0 * final["val_balanced_acc"], "validation balanced accuracy"
+                ),
+            )
+        else:
+            last = losses.sort_values("step", kind="stable").groupby(["method", "seed"], sort=False)["loss"].last()
+            means = last.groupby("method").mean()
+            low, high = str(means.idxmin()), str(means.idxmax())
+            span = f"{means.min():.3f} ({_name(low)})" + (
+                "" if low == high else f" to {means.max():.3f} ({_name(high)})"
+            )
+            _headline(fig, f"Training loss ends at {span}")
+    return fig
+
+
+def angles_over_training(angles: pd.DataFrame) -> Figure:
+    """Angle between two gradients (degrees) over optimiser steps, a panel a pair: mean line, 5-95 % band of samples.
+
+    `angles`: columns rho, method, seed, step, layer, pair, mean, p05, p95 (degrees); seeds and layers are averaged,
+    the band's ends too. 90 degrees = the gradients do not touch each other, more = they oppose. Raises UserError for
+    mixed rho.
+    """
+    one_rho(angles, "table of gradient angles")
+    pairs, methods = in_order(angles["pair"]), in_order(angles["method"])
+    columns = min(2, len(pairs))
+    lines = -(-len(pairs) // columns)
+    band = min(0.18, 0.36 / len(methods))  # many bands on top of each other would hide the lines' colours
+    late = angles[angles["step"] >= angles["step"].max() * 0.75].groupby(["pair", "method"], sort=False)["mean"].mean()
+    with style():
+        fig = Figure(figsize=(WIDTH, 1.5 + 2.4 * lines + 0.25 * (len(methods) // 3)), layout="constrained")
+        axes = fig.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+        for ax in axes.ravel()[len(pairs) :]:
+            ax.set_axis_off()
+        for ax, pair in zip(axes.ravel(), pairs, strict=False):
+            for method in methods:
+                part = angles[(angles["pair"] == pair) & (angles["method"] == method)]
+                line = part.groupby("step")[["mean", "p05", "p95"]].mean()
+                ax.plot(line.index, line["mean"], color=colour(method), linewidth=2.0, zorder=3)
+                ax.fill_between(line.index, line["p05"], line["p95"], color=colour(method), alpha=band, linewidth=0)
+            ax.axhline(90.0, color="#333333", linewidth=1.0, linestyle="--", zorder=2)
+            ax.set_title(_pair_name(pair), fontsize=11)
+            ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        for column in range(columns):
+            lowest = axes[(len(pairs) - 1 - column) // columns, column]
+            lowest.tick_params(labelbottom=True)  # shared axes hide it above an empty place
+            lowest.set_xlabel("Optimiser steps")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("Angle (degrees)")
+        _method_legend(fig, methods, bars=False, lines=True, title="dashed: orthogonal; band: 5th to 95th percentile")
+        far_pair, far_method = (late - 90.0).abs().idxmax()
+        if (late - 90.0).abs().max() < 1.0:
+            _headline(fig, "Late in training, the gradients are orthogonal to within 1° on average")
+        else:
+            angle = f"{late[far_pair, far_method]:.0f}° on average"
+            _headline(
+                fig,
+                f"Late in training, {_pair_name(far_pair)} is farthest from orthogonal in {_name(far_method)}: {angle}",
+            )
+    return fig
+
+
+def patches_figure(image: np.ndarray, canvas: np.ndarray) -> Figure:
+    """Patch selection before and after: the image with its patch grid, and the 7 x 7 canvas a model sees.
+
+    `image`: (H, W, 3) uint8; `canvas`: (7 * size, 7 * size, 3) uint8, as `dgs.data.patches.select_patches` returns it.
+    Raises ValueError for a canvas that is not 7 x 7 patches.
+    """
+    if canvas.ndim != 3 or canvas.shape[0] != canvas.shape[1] or canvas.shape[0] % 7 or canvas.shape[0] == 0:
+        raise ValueError(f"expected a canvas of shape (7 * size, 7 * size, 3), found {canvas.shape}")
+    size = canvas.shape[0] // 7
+    down, across = image.shape[0] // size, image.shape[1] // size
+    with style(), mpl.rc_context({"axes.grid": False}):
+        fig = Figure(figsize=(WIDTH, 4.0), layout="constrained")
+        left, right = fig.subplots(1, 2)
+        for ax, pixels, title, rows, columns in (
+            (left, image, "Before", down, across),
+            (right, canvas, "After", 7, 7),
+        ):
+            ax.imshow(pixels, interpolation="nearest")
+            for k in range(rows + 1):
+                ax.plot([-0.5, columns * size - 0.5], [k * size - 0.5] * 2, color="white", linewidth=0.6)
+            for k in range(columns + 1):
+                ax.plot([k * size - 0.5] * 2, [-0.5, rows * size - 0.5], color="white", linewidth=0.6)
+            ax.set_title(title)
+            ax.set_xlabel(f"{pixels.shape[1]} × {pixels.shape[0]} px")
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.set_xlim(-0.5, pixels.shape[1] - 0.5)
+            ax.set_ylim(pixels.shape[0] - 0.5, -0.5)
+        patches = f"patches of {size} × {size} px"
+        if down * across >= 49:
+            _headline(fig, f"Patch selection shows the model 49 of {down * across} {patches}, in a new order")
+        else:
+            _headline(fig, f"Patch selection fills 49 cells from only {down * across} {patches}")
+    return fig
+
+
+def contact_sheet(images: Mapping[str, Sequence[np.ndarray]]) -> Figure:
+    """A row of examples a kind of image, named at its left: `images` = {name: (H, W, 3) uint8 arrays}."""
+    columns = max(len(row) for row in images.values())
+    with style(), mpl.rc_context({"axes.grid": False}):
+        fig = Figure(figsize=(WIDTH, 0.5 + 0.68 * len(images)), layout="constrained")
+        axes = fig.subplots(len(images), columns, squeeze=False)
+        for line, (name, row) in zip(axes, images.items(), strict=True):
+            for ax in line:
+                ax.axis("off")
+            for ax, pixels in zip(line, row, strict=False):
+                ax.imshow(pixels, interpolation="nearest")
+            line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=10)
+        _headline(fig, "Test images: real above, each generator's fakes below")
+    return fig
+
+
+def _horizontal_bars(
+    ax: Axes, cells: Mapping[tuple[str, str], np.ndarray], rows: Sequence[str], methods: Sequence[str], start: float
+) -> None:
+    """Grouped bars from `start` to the mean of each cell's seeds, first row on top, with whiskers and seed dots."""
+    height = 0.84 / len(methods)
+    for i, row in enumerate(rows):
+        for j, method in enumerate(methods):
+            values = cells[row, method]
+            if len(values) == 0:
+                continue
+            y = i + (j - (len(methods) - 1) / 2) * height
+            interval = seed_interval(values)
+            ax.barh(y, interval.mean - start, left=start, height=height * 0.92, color=colour(method), zorder=2)
+            if interval.known:
+                ax.errorbar(interval.mean, y, xerr=_half(interval), color="#222222", linewidth=1.3, capsize=2, zorder=4)
+            ax.scatter(
+                values, np.full(len(values), y), s=7, color="white", edgecolors="#222222", linewidths=0.5, zorder=5
+            )
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="y", visible=False)
+
+
+def _mean_line(ax: Axes, part: pd.DataFrame, column: str, scale: float, method: str, dots: bool = False) -> None:
+    """Mean over seeds at each step with a 95 % band; a step that one seed alone reached gets no band."""
+    if part.empty:
+        return
+    by_seed = part.groupby(["step", "seed"])[column].mean() * scale
+    line = pd.DataFrame(
+        {step: seed_interval(values.to_numpy())._asdict() for step, values in by_seed.groupby("step")}
+    ).T.sort_index()
+    ax.plot(
+        line.index,
+        line["mean"],
+        color=colour(method),
+        linewidth=2.0,
+        marker=marker(method) if dots else None,
+        markersize=6,
+        zorder=3,
+    )
+    ax.fill_between(line.index, line["low"], line["high"], color=colour(method), alpha=0.18, linewidth=0)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def _method_legend(
+    fig: Figure, methods: Sequence[str], bars: bool, lines: bool = False, title: str | None = None
+) -> None:
+    handles: list[Patch | Line2D] = []
+    for method in methods:
+        if bars:
+            handles.append(Patch(color=colour(method), label=_name(method)))
+        elif lines:
+            handles.append(Line2D([], [], color=colour(method), linewidth=3, label=_name(method)))
+        else:
+            handles.append(
+                Line2D(
+                    [], [], linestyle="", marker=marker(method), markersize=8, color=colour(method), label=_name(method)
+                )
+            )
+    if title is None:
+        title = "dots: seeds; whiskers: 95 % interval" if not lines else "mean over seeds; band: 95 % interval"
+    fig.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(3, len(handles)),
+        title=title,
+        title_fontsize=10,
+    )
+
+
+def _headline(fig: Figure, text: str) -> None:
+    per_line = int(fig.get_figwidth() * 9.0)  # characters of the bold title font that fit into an inch
+    unbroken = re.sub(r" (%|points|px|×)", "\u00a0\\1", text).replace("× ", "×\u00a0")  # no unit on a line of its own
+    fig.suptitle("\n".join(textwrap.wrap(unbroken, per_line)), x=0.01, ha="left")
+
+
+def _detection_takeaway(rows: pd.DataFrame) -> str:
+    unseen = rows[~rows["seen"]]
+    part, where = (unseen, "On unseen generators") if not unseen.empty else (rows, "On seen generators")
+    return _comparison(
+        where, 100.0 * part.groupby(["method", "seed"], sort=False)["balanced_acc"].mean(), "balanced accuracy"
+    )
+
+
+def _comparison(where: str, values: pd.Series, what: str) -> str:
+    """One sentence on the best method and the next, from per-seed values in per cent (index: method, seed)."""
+    means = values.groupby("method", sort=False).mean().sort_values(ascending=False, kind="stable")
+    best = str(means.index[0])
+    if len(means) == 1:
+        interval = seed_interval(values.to_numpy())
+        ends = f" [{interval.low:.1f},\u00a0{interval.high:.1f}]" if interval.known else " (one seed)"
+        return f"{where}, {_name(best)} reaches {interval.mean:.1f} % {what}{ends}"
+    second = str(means.index[1])
+    both = pd.concat([values[best], values[second]], axis=1, keys=["a", "b"]).dropna()
+    if both.empty:
+        return f"{where}, {_name(best)} {means.iloc[0]:.1f} % and {_name(second)} {means.iloc[1]:.1f} % share no seed"
+    gap = paired_difference(both["a"].to_numpy(), both["b"].to_numpy())
+    if not gap.known:
+        return (
+            f"{where}, {_name(best)} is {gap.mean:.1f} points above {_name(second)} in {what} (one seed: no interval)"
+        )
+    ends = f"[{_signed(gap.low)},\u00a0{_signed(gap.high)}]"
+    if gap.spans_zero:
+        pair = f"{_name(best)} over {_name(second)} {_signed(gap.mean)} points {ends}"
+        return f"{where}, no difference shown between the top two: {pair}"
+    return f"{where}, {_name(best)} leads {_name(second)} by {gap.mean:.1f} points {ends} of {what}"
+
+
+def _plane_takeaway(kept: Mapping[str, float], detected: Mapping[str, float], where: str) -> str:
+    if len(kept) == 1:
+        only = next(iter(kept))
+        return f"{_name(only)} keeps {kept[only]:.0f} % of zero-shot and reaches {detected[only]:.1f} % on {where}"
+    keepers = [method for method in kept if kept[method] >= KEEPS]
+    if not keepers:
+        closest = max(kept, key=lambda method: kept[method])
+        return f"No method keeps {KEEPS:.0f} % of zero-shot; {_name(closest)} comes closest: {kept[closest]:.0f} %"
+    best = max(keepers, key=lambda method: detected[method])
+    overall = max(detected, key=lambda method: detected[method])
+    if len(keepers) == 1:
+        first = f"Only {_name(best)} keeps {KEEPS:.0f} % of zero-shot ({where}: {detected[best]:.1f} %)"
+    else:
+        rate = f"{detected[best]:.1f} %"
+        first = (
+            f"Of methods that keep {KEEPS:.0f} % of zero-shot, {_name(best)} has the highest mean on {where}: {rate}"
+        )
+    if overall in keepers:
+        return first
+    return f"{first}; {_name(overall)} reaches {detected[overall]:.1f} % but keeps {kept[overall]:.0f} %"
+
+
+def _forgetting_takeaway(rows: pd.DataFrame) -> str:
+    zero_shot = rows[rows["measure"].astype(str).str.startswith("zero_shot:")]
+    part, what = (zero_shot, "zero-shot accuracy") if not zero_shot.empty else (rows, "what was measured")
+    ratio = 100.0 * (part["after"] / part["before"]).where(part["before"] != 0)
+    kept = ratio.groupby(part["method"], sort=False).mean().sort_values(kind="stable")
+    worst, best = str(kept.index[0]), str(kept.index[-1])
+    if len(kept) == 1:
+        return f"{_name(best)} keeps {kept.iloc[0]:.0f} % of {what}"
+    if kept.iloc[-1] - kept.iloc[0] < 1.0:
+        return f"All methods keep about {kept.mean():.0f} % of {what}"
+    return f"Of {what}, {_name(worst)} keeps {kept.iloc[0]:.0f} % and {_name(best)} {kept.iloc[-1]:.0f} %"
+
+
+def _neighbour_agreement(part: pd.DataFrame) -> float:
+    label = part["label"].to_numpy()
+    count = min(NEIGHBOURS, len(part) - 1)
+    place = part[["x", "y"]].to_numpy(dtype=np.float64)
+    nearest = NearestNeighbors(n_neighbors=count).fit(place).kneighbors(return_distance=False)
+    same = (label[nearest] == label[:, None]).mean(axis=1)
+    return float(100.0 * np.mean([same[label == value].mean() for value in np.unique(label)]))
+
+
+def _generator_look(i: int) -> dict[str, str]:
+    return {
+        "color": _GENERATOR_COLOURS[i % len(_GENERATOR_COLOURS)],
+        "marker": _GENERATOR_MARKERS[i % len(_GENERATOR_MARKERS)],
+    }
+
+
+def _half(interval: Interval) -> float:
+    return interval.high - interval.mean if interval.known else 0.0
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def _name(method: str) -> str:
+    return method.replace("_", " ")
+
+
+def _measure_name(measure: str) -> str:
+    return measure.replace("zero_shot:", "zero-shot\n").replace("cka_", "CKA ").replace("_", " ")
+
+
+def _pair_name(pair: str) -> str:
+    return pair.replace("_", " ")

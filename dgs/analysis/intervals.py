@@ -1,0 +1,66 @@
+"""How sure a mean over seeds is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+
+class Interval(NamedTuple):
+    """A mean and the ends of its confidence interval, in the unit of the values; `nan` ends where there is none."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def known(self) -> bool:
+        """False for a single seed: there is a mean, but nothing to say how far it would move."""
+        return not math.isnan(self.low)
+
+    @property
+    def spans_zero(self) -> bool:
+        """True where zero cannot be ruled out; an unknown interval rules out nothing."""
+        return not self.known or self.low <= 0.0 <= self.high
+
+
+def seed_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
+    """Mean over seeds with its two-sided Student t interval (Student 1908): mean +- t(n-1) * sd / sqrt(n).
+
+    `values`: (n,) floats, one a seed, any unit. One seed gives `low = high = nan` (write it as null in JSON). Ends are
+    not clipped to the range of a rate: with few seeds they may lie outside [0, 1], which says how little is known.
+    The interval covers the seeds alone, not the draw of test images or of generators.
+
+    Raises ValueError for no values, for values that are not finite, and for a level outside (0, 1).
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.ndim != 1 or sample.size == 0:
+        raise ValueError(f"expected one value a seed in a 1-D array, found shape {sample.shape}")
+    if not np.isfinite(sample).all():
+        raise ValueError(f"expected finite values, found {sample.tolist()}")
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"expected a level between 0 and 1, found {level}")
+    mean = float(sample.mean())
+    if sample.size == 1:
+        return Interval(mean, math.nan, math.nan)
+    # By hand rather than stats.t.interval, which gives nan for seeds that agree to the digit.
+    half = float(stats.t.ppf((1.0 + level) / 2.0, sample.size - 1) * sample.std(ddof=1) / math.sqrt(sample.size))
+    return Interval(mean, mean - half, mean + half)
+
+
+def paired_difference(
+    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, level: float = 0.95
+) -> Interval:
+    """Mean of `a - b` over seeds with the paired Student t interval: what the seeds share cancels out.
+
+    `a`, `b`: (n,) floats of the same seeds in the same order. Raises ValueError for unequal lengths, and as
+    `seed_interval` does.
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"expected the same seeds in both, found shapes {first.shape} and {second.shape}")
+    return seed_interval(first - second, level)

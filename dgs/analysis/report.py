@@ -1,0 +1,342 @@
+"""REPORT.md of a run: what was run, what came out, how sure it is, and how to read it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import pandas as pd
+
+from dgs.analysis.intervals import Interval, paired_difference, seed_interval
+from dgs.analysis.metrics import CELL_METRICS, cells_table, generators_in_order, headline, in_order
+
+BASELINE = "lora"
+METRIC_NAMES = {
+    "balanced_acc_seen": "balanced acc., seen",
+    "balanced_acc_unseen": "balanced acc., unseen",
+    "worst_generator_balanced_acc": "worst generator",
+    "ap_seen": "AP, seen",
+    "ap_unseen": "AP, unseen",
+    "zero_shot_kept": "zero-shot kept",
+    "retrieval_kept": "retrieval kept",
+    "mAcc": "mAcc (paper)",
+}
+HEADLINE = ("balanced_acc_seen", "balanced_acc_unseen", "ap_seen", "ap_unseen", "zero_shot_kept")
+DIFFERENCES = (
+    "balanced_acc_seen",
+    "balanced_acc_unseen",
+    "worst_generator_balanced_acc",
+    "ap_seen",
+    "ap_unseen",
+    "zero_shot_kept",
+    "retrieval_kept",
+)
+CELL_NAMES = {
+    "acc": "Accuracy (Acc)",
+    "balanced_acc": "Balanced accuracy",
+    "r_acc": "Accuracy on reals (R.Acc)",
+    "f_acc": "Accuracy on fakes (F.Acc)",
+    "ap": "Average precision (AP)",
+}
+CAPTIONS = {
+    "detection_bars": "Balanced accuracy by generator",
+    "detection_heatmap": "Balanced accuracy, methods by generators",
+    "forgetting_plane": "Detection against zero-shot accuracy kept",
+    "forgetting_bars": "What each method still knows",
+    "tsne_panels": "t-SNE of image features",
+    "training_curves": "Training loss and validation accuracy",
+    "angles_over_training": "Angles between gradients over training",
+    "patches_figure": "Patch selection",
+}
+
+
+def write_report(
+    path: str | Path,
+    summary: Mapping[str, Any],
+    detection: pd.DataFrame,
+    forgetting: pd.DataFrame | None,
+    params: Mapping[str, Any],
+    figures: Sequence[str | PurePath] = (),
+) -> Path:
+    """Writes REPORT.md: settings, headline numbers with intervals, differences to lora, tables, figures, a guide.
+
+    `summary`: as `metrics.summary` returns it; `detection`, `forgetting`: the tables it was made from; `params`: the
+    settings to print, nested or flat; `figures`: image paths relative to the report's folder, shown in that order.
+    The same input gives the same bytes: no time, no machine. Returns the path; parent folders are made. Raises
+    UserError as `metrics.headline` does, ValueError for an absolute figure path.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = "\n\n".join(
+        part
+        for part in (
+            _what_was_run(summary, detection, params),
+            _headline_section(summary),
+            _difference_section(summary),
+            _operating_points(detection),
+            _generator_section(detection),
+            _robustness_section(detection),
+            _forgetting_section(forgetting),
+            _figure_section(figures),
+            _how_to_read(summary),
+        )
+        if part
+    )
+    target.write_text(text + "\n", encoding="utf-8", newline="\n")
+    return target
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right; a pipe inside a cell is escaped."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _what_was_run(summary: Mapping[str, Any], detection: pd.DataFrame, params: Mapping[str, Any]) -> str:
+    rows = headline(detection)
+    seeds = sorted(rows["seed"].unique())
+    generators = generators_in_order(rows)
+    seen = in_order(rows.loc[rows["seen"], "generator"])
+    facts = [
+        ("profile", f"`{summary['profile']}`"),
+        ("data hash", f"`{summary['data_hash']}`"),
+        ("methods", ", ".join(f"`{method}`" for method in in_order(rows["method"]))),
+        ("seeds", ", ".join(str(seed) for seed in seeds)),
+        ("generators seen in training", ", ".join(seen) or "none"),
+        ("unseen generators", ", ".join(name for name in generators if name not in seen) or "none"),
+        ("test images a generator", _test_images(rows)),
+    ]
+    rho = rows["rho"].dropna().unique()
+    if len(rho):
+        facts.append(("rho, the semantic shortcut in training (0.5 = none)", f"{rho[0]:g}"))
+    parts = ["# Report", "## What was run", markdown_table(("", ""), facts).replace("---:", "---")]
+    settings = [(f"`{key}`", f"`{value}`") for key, value in _flat(params)]
+    if settings:
+        parts += ["Settings:", markdown_table(("setting", "value"), settings).replace("---:", "---")]
+    return "\n\n".join(parts)
+
+
+def _test_images(rows: pd.DataFrame) -> str:
+    def span(column: str) -> str:
+        low, high = int(rows[column].min()), int(rows[column].max())
+        return str(low) if low == high else f"{low} to {high}"
+
+    return f"{span('n_real')} real, {span('n_fake')} fake"
+
+
+def _headline_section(summary: Mapping[str, Any]) -> str:
+    methods = summary["methods"]
+    metrics = [metric for metric in HEADLINE if any(metric in numbers for numbers in methods.values())]
+    rows = [
+        [f"`{name}`", *(_entry(numbers[metric]) if metric in numbers else "–" for metric in metrics)]
+        for name, numbers in methods.items()
+    ]
+    table = markdown_table(["method", *(METRIC_NAMES[metric] for metric in metrics)], rows)
+    note = "Per cent: mean over seeds [95 % interval]; plain means over generators, unperturbed images, threshold 0.5."
+    macc = [f"`{name}` {100 * numbers['mAcc']['mean']:.1f}" for name, numbers in methods.items() if "mAcc" in numbers]
+    paper = (
+        f"The paper's mean accuracy (mAcc: one Real column and one F.Acc column a generator, so for the most part fake "
+        f"recall): {', '.join(macc)}."
+    )
+    return "\n\n".join(["## Headline", note, table, paper])
+
+
+def _difference_section(summary: Mapping[str, Any]) -> str:
+    methods = summary["methods"]
+    if BASELINE not in methods or len(methods) < 2:
+        return ""
+    rows = []
+    for name, numbers in methods.items():
+        for metric in DIFFERENCES:
+            if name == BASELINE or metric not in numbers or metric not in methods[BASELINE]:
+                continue
+            mine, theirs = numbers[metric]["per_seed"], methods[BASELINE][metric]["per_seed"]
+            seeds = [seed for seed in mine if seed in theirs]
+            if not seeds:
+                continue
+            gap = paired_difference([100 * mine[seed] for seed in seeds], [100 * theirs[seed] for seed in seeds])
+            rows.append([f"`{name}`", METRIC_NAMES[metric], _gap(gap), str(len(seeds)), _verdict(gap)])
+    note = (
+        f"Percentage points above `{BASELINE}`, seed by seed: mean [95 % interval]. An interval that spans zero reads "
+        f'"no difference shown", which is not "no difference".'
+    )
+    header = ("method", "measure", f"minus `{BASELINE}`", "seeds", "reading")
+    return "\n\n".join([f"## Differences to {BASELINE}", note, markdown_table(header, rows)])
+
+
+def _operating_points(detection: pd.DataFrame) -> str:
+    """Threshold 0.5 against the validation threshold, and the rates that no threshold enters."""
+    rows = headline(detection)
+    unseen = bool((~rows["seen"]).any())
+    native = detection[(detection["condition"] == "native") & (detection["applied_to"] == "both")]
+    native = native[native["seen"] != unseen]
+    rule = native["threshold_rule"].astype(str)
+    columns = [("balanced acc. at 0.5", "balanced_acc", "0.5")]
+    if (rule == "val").any():
+        columns.append(("at the validation threshold", "balanced_acc", "val"))
+    columns += [
+        ("fakes caught at 1 % false alarms", "tpr_at_1fpr", "0.5"),
+        ("at 5 %", "tpr_at_5fpr", "0.5"),
+        ("AUROC", "auroc", "0.5"),
+        ("calibration error", "ece", "0.5"),
+    ]
+    table = []
+    for method in in_order(rows["method"]):
+        line = [f"`{method}`"]
+        for _, metric, which in columns:
+            cell = native[(native["method"] == method) & (rule == which)]
+            line.append(_plus_minus(cell.groupby("seed")[metric].mean()))
+        table.append(line)
+    where = "unseen" if unseen else "seen"
+    note = (
+        f"Means over {where} generators, per cent ± half the 95 % interval. The validation threshold is chosen on "
+        f"validation images alone."
+    )
+    return "\n\n".join(["## Operating points", note, markdown_table(["method", *(c[0] for c in columns)], table)])
+
+
+def _generator_section(detection: pd.DataFrame) -> str:
+    rows = headline(detection)
+    methods = in_order(rows["method"])
+    cells = {
+        (cell["metric"], cell["generator"], cell["method"]): Interval(cell["mean"], cell["low"], cell["high"])
+        for cell in cells_table(detection).to_dict("records")
+    }
+    parts = ["## By generator", "Per cent, mean over seeds ± half the 95 % interval; the means are plain means."]
+    for metric in CELL_METRICS:
+        table = []
+        for generator in generators_in_order(rows):
+            seen = bool(rows.loc[rows["generator"] == generator, "seen"].iloc[0])
+            line = [generator, "seen" if seen else "unseen"]
+            for method in methods:
+                cell = cells.get((metric, generator, method))
+                line.append("–" if cell is None else _interval_pm(cell))
+            table.append(line)
+        for part in (rows[rows["seen"]], rows[~rows["seen"]]):
+            if part["generator"].nunique() > 1:
+                by_seed = part.groupby(["method", "seed"], sort=False)[metric].mean()
+                means = [_plus_minus(by_seed[method]) if method in by_seed else "–" for method in methods]
+                table.append(["**mean**", "seen" if part["seen"].iloc[0] else "unseen", *means])
+        header = ["generator", "in training", *(f"`{method}`" for method in methods)]
+        parts += [f"### {CELL_NAMES[metric]}", markdown_table(header, table)]
+    return "\n\n".join(parts)
+
+
+def _robustness_section(detection: pd.DataFrame) -> str:
+    """Balanced accuracy under every condition, where the table has others than the unperturbed one."""
+    rows = detection[detection["threshold_rule"].astype(str) == "0.5"]
+    unseen = bool((~rows["seen"]).any())
+    rows = rows[rows["seen"] != unseen]
+    conditions = list(dict.fromkeys(zip(rows["condition"], rows["applied_to"], strict=True)))
+    if len(conditions) < 2:
+        return ""
+    methods = in_order(rows["method"])
+    table = []
+    for condition, applied_to in conditions:
+        part = rows[(rows["condition"] == condition) & (rows["applied_to"] == applied_to)]
+        means = [_plus_minus(part[part["method"] == m].groupby("seed")["balanced_acc"].mean()) for m in methods]
+        table.append([condition, applied_to, *means])
+    note = (
+        f"Balanced accuracy at 0.5 over {'unseen' if unseen else 'seen'} generators after a change to the images, "
+        f"per cent ± half the 95 % interval."
+    )
+    header = ["condition", "applied to", *(f"`{method}`" for method in methods)]
+    return "\n\n".join(["## Robustness", note, markdown_table(header, table)])
+
+
+def _forgetting_section(forgetting: pd.DataFrame | None) -> str:
+    if forgetting is None or forgetting.empty:
+        return ""
+    methods, measures = in_order(forgetting["method"]), in_order(forgetting["measure"])
+    table = []
+    for measure in measures:
+        of_measure = forgetting[forgetting["measure"] == measure]
+        line = [measure, f"{100 * of_measure['before'].mean():.1f}"]
+        line += [_plus_minus(of_measure.loc[of_measure["method"] == method, "after"]) for method in methods]
+        table.append(line)
+    note = (
+        "The image tower before and after fine-tuning, times 100: mean over seeds ± half the 95 % interval. Higher is "
+        "better, except for drifts (before = 0)."
+    )
+    header = ["measure", "before", *(f"`{method}`" for method in methods)]
+    return "\n\n".join(["## Forgetting", note, markdown_table(header, table)])
+
+
+def _figure_section(figures: Sequence[str | PurePath]) -> str:
+    if not figures:
+        return ""
+    parts = ["## Figures"]
+    for figure in figures:
+        link = PurePath(figure)
+        if link.is_absolute() or os.fspath(figure).startswith("/"):
+            raise ValueError(f"expected figure paths relative to the report, found {figure}")
+        caption = CAPTIONS.get(link.stem, link.stem.replace("_", " ").capitalize())
+        parts += [f"![{caption}]({link.as_posix().replace(' ', '%20')})"]
+    return "\n\n".join(parts)
+
+
+def _how_to_read(summary: Mapping[str, Any]) -> str:
+    counts = [len(entry["per_seed"]) for numbers in summary["methods"].values() for entry in numbers.values()]
+    lines = [
+        "**Balanced accuracy** is the mean of the accuracies on reals and on fakes: 50 % is chance, whatever the mix.",
+        "**Seen** generators made training images; **unseen** ones did not, and say how a detector generalises.",
+        "**Intervals** are 95 % Student t intervals over seeds: they cover training again with other seeds, not other "
+        "test images, generators or data. With few seeds they are wide, and may reach beyond 0 or 100 %.",
+        "**Differences** are paired by seed, so an interval of a difference can exclude zero where two methods' own "
+        'intervals overlap. Where it spans zero the reading is "no difference shown": the run can tell neither which '
+        "is better nor that they are equal.",
+        "Each interval stands alone: of 20 comparisons without any true difference, one is expected to exclude zero.",
+        "**Kept** is after / before, not corrected for chance: a model that guesses does not reach 0 %.",
+    ]
+    if min(counts, default=0) == 1:
+        lines.append("A number without an interval comes from one seed: nothing here says how far it would move.")
+    return "\n\n".join(["## How to read this", "\n".join(f"- {line}" for line in lines)])
+
+
+def _entry(entry: Mapping[str, Any]) -> str:
+    if entry["low"] is None:
+        return f"{100 * entry['mean']:.1f}"
+    return f"{100 * entry['mean']:.1f} [{_minus(100 * entry['low'])}, {_minus(100 * entry['high'])}]"
+
+
+def _plus_minus(values: pd.Series) -> str:
+    """Mean of fractions as per cent, with half its interval where there are several seeds."""
+    if values.empty:
+        return "–"
+    return _interval_pm(seed_interval(values.to_numpy()))
+
+
+def _interval_pm(interval: Interval) -> str:
+    spread = f" ±{100 * (interval.high - interval.mean):.1f}" if interval.known else ""
+    return f"{100 * interval.mean:.1f}{spread}"
+
+
+def _gap(gap: Interval) -> str:
+    if not gap.known:
+        return _minus(gap.mean, sign=True)
+    return f"{_minus(gap.mean, sign=True)} [{_minus(gap.low, sign=True)}, {_minus(gap.high, sign=True)}]"
+
+
+def _verdict(gap: Interval) -> str:
+    if not gap.known:
+        return "one seed: no interval"
+    if gap.spans_zero:
+        return "no difference shown"
+    return "higher" if gap.mean > 0 else "lower"
+
+
+def _minus(value: float, sign: bool = False) -> str:
+    rounded = round(value, 1) + 0.0  # turns -0.0 into 0.0
+    return f"{rounded:{'+' if sign else ''}.1f}".replace("-", "−")
+
+
+def _flat(params: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", value))
+    return pairs

@@ -1,0 +1,139 @@
+"""dgs on the command line: thin shells over the package."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dgs.errors import UserError
+
+app = typer.Typer(
+    help="Distillation-guided gradient surgery for AI-generated image detection.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+minibench = typer.Typer(help="The embedded benchmark.", no_args_is_help=True)
+app.add_typer(minibench, name="minibench")
+
+
+class Weights(StrEnum):
+    """Where the benchmark's networks come from."""
+
+    shipped = "shipped"
+    train = "train"
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _for_users(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A user's mistake becomes one sentence on stderr and exit code 2."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            _say(f"dgs: {error}")
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+@app.command()
+@_for_users
+def stage(
+    name: Annotated[str, typer.Argument(help="prepare, train, evaluate or gradient_angles")],
+    method: Annotated[str | None, typer.Option(help="for train: which method")] = None,
+    params: Annotated[Path | None, typer.Option(help="a complete parameter file; default params.yaml")] = None,
+) -> None:
+    """Run one pipeline stage: its notebook through papermill (what dvc.yaml calls)."""
+    from dgs.pipeline import run_stage
+
+    label = name if method is None else f"{name}-{method}"
+    run_stage(name, label, {"method": method} if method else {}, params)
+
+
+@app.command()
+@_for_users
+def profile(name: Annotated[str, typer.Argument(help="mini, or a file profiles/NAME.yaml")]) -> None:
+    """Write a profile's own pipeline (profiles/NAME/dvc.yaml) and print its path."""
+    from dgs.pipeline import write_profile_pipeline
+    from dgs.workspace import find_root
+
+    print(write_profile_pipeline(name).relative_to(find_root()))
+
+
+@app.command()
+@_for_users
+def verify(
+    committed: Annotated[Path, typer.Argument(help="results folder to compare against")],
+    reproduced: Annotated[Path, typer.Argument(help="results folder just made")],
+    tolerance: Annotated[float, typer.Option(help="in rates, as a fraction")] = 0.01,
+) -> None:
+    """Compare two results folders: counts exactly, rates within the tolerance; exit 1 if something moved."""
+    from dgs.analysis.verify import compare_results
+
+    moved = compare_results(committed, reproduced, tolerance)
+    for line in moved:
+        _say(f"moved: {line}")
+    _say(f"{reproduced}: {'differs from' if moved else 'reproduces'} {committed} (rates within {tolerance:.3f}).")
+    if moved:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_for_users
+def score(
+    paths: Annotated[list[Path], typer.Argument(help="image files or folders")],
+    checkpoint: Annotated[Path | None, typer.Option(help="checkpoint folder; default: the newest trained here")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
+) -> None:
+    """Score images: path, probability that it is generated, verdict. Exit 1 if some could not be read."""
+    from dgs.model.detector import score_files
+
+    failed = 0
+    for row in score_files(paths, checkpoint, warn=_say):
+        failed += "error" in row
+        if as_json:
+            print(json.dumps(row, ensure_ascii=False))
+        elif "error" in row:
+            print(f"{row['path']}\t-\t{row['error']}")
+        else:
+            print(f"{row['path']}\t{row['probability']:.4f}\t{row['verdict']}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@minibench.command()
+@_for_users
+def build(
+    out: Annotated[Path, typer.Option(help="folder to make")],
+    seed: Annotated[int, typer.Option(help="of the scenes; another seed is a disjoint benchmark")],
+    rho: Annotated[float | None, typer.Option(help="keep only this training set; default all")] = None,
+    clip: Annotated[
+        Weights, typer.Option(help="shipped: reuse weights; train: pre-train CLIP and generators anew")
+    ] = Weights.shipped,
+) -> None:
+    """Make the embedded benchmark from seeds."""
+    from dgs.minibench.build import build as build_minibench
+
+    build_minibench(out, seed, rho=rho, clip=clip.value)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

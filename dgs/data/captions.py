@@ -1,0 +1,99 @@
+"""One caption an image: from a user's file, else a template made of folder names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from dgs.errors import UserError, did_you_mean
+
+
+def read_captions(path: Path) -> dict[str, str]:
+    """A caption file as {key: caption}; a key is an image's path relative to the data root, or its sha256.
+
+    The file is JSON lines: {"path": "train/x/0_real/a.jpg", "caption": "a red car"} or {"sha256": ..., "caption": ...}.
+
+    Raises:
+        UserError: no such file, a line that is not such an object, or a key given twice with different captions.
+    """
+    if not path.exists():
+        raise UserError(
+            f"Expected a caption file at {path}, found none. Set data.captions to a JSON-lines file, or to null."
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"Expected {path.name} in UTF-8, found another encoding ({error.reason}). Save it as UTF-8."
+        ) from None
+    captions: dict[str, str] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path.name}, line {number}: not JSON ({error.msg}). Expected one object a line."
+            ) from None
+        if not isinstance(entry, dict):
+            raise UserError(f"{path.name}, line {number}: expected an object, found {type(entry).__name__}.")
+        unknown = sorted(set(entry) - {"path", "sha256", "caption"})
+        if unknown:
+            hint = did_you_mean(unknown[0], ["path", "sha256", "caption"])
+            raise UserError(
+                f"{path.name}, line {number}: unknown key '{unknown[0]}'.{hint} Expected caption and path or sha256."
+            )
+        key = entry.get("path") or entry.get("sha256")
+        caption = entry.get("caption")
+        if not isinstance(key, str) or not isinstance(caption, str) or not caption.strip():
+            raise UserError(
+                f"{path.name}, line {number}: expected a 'caption' and a 'path' or 'sha256', found {sorted(entry)}."
+            )
+        key = key.replace("\\", "/")
+        if captions.setdefault(key, caption.strip()) != caption.strip():
+            raise UserError(f"{path.name}, line {number}: a second, different caption for '{key}'. Keep one of them.")
+    return captions
+
+
+def template_caption(generator: str) -> str:
+    """The fallback where an image has no caption: "a photo of <folder name>", label words left out.
+
+    It must not say real or fake, or the text side would be told the answer.
+    """
+    words = re.sub(r"[^a-zA-Z ]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", generator)).split()
+    words = [w.lower() for w in words if w.lower() not in {"real", "fake", "train", "val", "test", "gan", "generated"}]
+    return f"a photo of {' '.join(words)}" if words else "a photo"
+
+
+def assign_captions(
+    images: Mapping[str, tuple[str, str]], captions: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Captions for images, and how many came from where.
+
+    Args:
+        images: {path relative to the root: (sha256, fallback template)}.
+        captions: {path or sha256: caption}, as `read_captions` gives it.
+
+    Returns:
+        ({path: caption}, {"file": n, "template": n}).
+
+    Raises:
+        UserError: a key of the caption file that names no image (most often another root or a renamed folder).
+    """
+    hashes = {sha for sha, _ in images.values()}
+    strangers = [key for key in captions if key not in images and key not in hashes]
+    if strangers:
+        raise UserError(
+            f"{len(strangers)} of {len(captions)} captions name no image, first '{strangers[0]}'."
+            f"{did_you_mean(strangers[0], list(images)[:5000])} Expected paths relative to data.root, or sha256."
+        )
+    chosen: dict[str, str] = {}
+    counts = {"file": 0, "template": 0}
+    for path, (sha, template) in images.items():
+        caption = captions.get(path) or captions.get(sha)
+        counts["file" if caption else "template"] += 1
+        chosen[path] = caption or template
+    return chosen, counts

@@ -1,0 +1,275 @@
+"""The manifest: one row an image, with its split, generator, label, content hash and caption."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from dgs.data.captions import assign_captions, read_captions, template_caption
+from dgs.data.images import UnreadableImage, decode, is_image_name, read
+from dgs.errors import UserError, did_you_mean
+from dgs.params import DataParams
+
+SPLITS = ("train", "val", "test")
+LABELS = {"0_real": 0, "1_fake": 1}
+SEMANTICS = ("shape", "colour", "background")  # the minibench's attributes that zero-shot is measured on
+COLUMNS = ("id", "split", "generator", "label", "seen", "file", "row", "sha256", "caption", "caption_source")
+
+
+class ImageSource:
+    """Encoded images by manifest entry: a plain file (row -1), or a row of a packed parquet file."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._packs: dict[str, Any] = {}
+
+    def read(self, file: str, row: int) -> bytes:
+        """The bytes of one image file.
+
+        Raises:
+            UnreadableImage: the file is gone or unreadable.
+        """
+        if row < 0:
+            return read(self.root / file)
+        if file not in self._packs:
+            self._packs[file] = pq.read_table(self.root / file, columns=["image"]).column("image").combine_chunks()
+        return bytes(self._packs[file][row].as_py())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "_packs": {}}  # loader processes reopen packs rather than copy them
+
+
+def _require_root(root: Path, asked: str) -> None:
+    if not root.is_dir():
+        raise UserError(f"Expected a folder of images at data.root = {asked}, found none. Create it or mend the path.")
+
+
+def _minibench(root: Path, rho: float | None) -> pd.DataFrame:
+    frames = []
+    for split in SPLITS:
+        path = root / f"images-{split}.parquet"
+        if not path.exists():
+            raise UserError(
+                f"Expected the embedded benchmark's {path.name} in {root}, found none. Run dvc repro data.dvc."
+            )
+        table = pq.read_table(path)
+        images = table.column("image")
+        frame = table.drop_columns(["image"]).to_pandas()
+        frame["row"] = range(len(frame))
+        frame["file"] = path.name
+        frame["sha256"] = [hashlib.sha256(image.as_py()).hexdigest() for image in images]
+        if split != "test":
+            column = f"rho_{rho:.2f}" if rho is not None else "rho_none"
+            if column not in frame:
+                choices = sorted(name.removeprefix("rho_") for name in frame if name.startswith("rho_"))
+                raise UserError(f"Expected data.rho to be one of {', '.join(choices)}, found {rho}.")
+            frame = frame[frame[column]]
+        frames.append(frame)
+    manifest = pd.concat(frames, ignore_index=True)
+    manifest["caption_source"] = "file"
+    return manifest
+
+
+def _only_labels(folders: list[Path]) -> None:
+    wrong = [p for p in folders if p.name not in LABELS]
+    if wrong:
+        raise UserError(
+            f"Unknown label folder {wrong[0]}.{did_you_mean(wrong[0].name, LABELS)} Expected only 0_real and 1_fake."
+        )
+
+
+def _label_folders(generator: Path) -> Iterator[tuple[Path, str]]:
+    """(folder holding 0_real and 1_fake, words for a caption) under one generator, directly or a class level down."""
+    children = sorted(p for p in generator.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if any(p.name in LABELS for p in children):
+        _only_labels(children)
+        yield generator, generator.name
+        return
+    for child in children:
+        grandchildren = sorted(p for p in child.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if not any(p.name in LABELS for p in grandchildren):
+            name = grandchildren[0] if grandchildren else child
+            hint = did_you_mean(name.name, LABELS)
+            raise UserError(f"Expected label folders 0_real and 1_fake in {generator}, found {name}.{hint} Rename it.")
+        _only_labels(grandchildren)
+        yield child, child.name
+    if not children:
+        raise UserError(f"Expected label folders 0_real and 1_fake in {generator}, found none.")
+
+
+def _folder_rows(root: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    splits = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    for split in splits:
+        if split.name not in SPLITS:
+            raise UserError(
+                f"Unknown split folder {split}.{did_you_mean(split.name, SPLITS)} Expected train, test and perhaps val "
+                f"in data.root, each holding <generator>/0_real and <generator>/1_fake."
+            )
+        for generator in sorted(p for p in split.iterdir() if p.is_dir() and not p.name.startswith(".")):
+            found = dict.fromkeys(LABELS, 0)
+            for holder, words in _label_folders(generator):
+                for name, label in LABELS.items():
+                    folder = holder / name
+                    files = (
+                        sorted(p for p in folder.rglob("*") if p.is_file() and is_image_name(p))
+                        if folder.is_dir()
+                        else []
+                    )
+                    found[name] += len(files)
+                    rows += [
+                        {
+                            "split": split.name,
+                            "generator": generator.name,
+                            "label": label,
+                            "file": path.relative_to(root).as_posix(),
+                            "words": words,
+                        }
+                        for path in files
+                    ]
+            for name, count in found.items():
+                if count == 0:
+                    other = "1_fake" if name == "0_real" else "0_real"
+                    raise UserError(
+                        f"Expected images in {generator / name}, found none ({found[other]} in {other}). "
+                        f"Add some, or remove {generator}."
+                    )
+    for needed in ("train", "test"):
+        if not any(row["split"] == needed for row in rows):
+            raise UserError(f"Expected images under {root / needed}/<generator>/{{0_real,1_fake}}, found none.")
+    return rows
+
+
+def _cut_val(manifest: pd.DataFrame, fraction: float) -> pd.DataFrame:
+    """Train rows whose content hash falls into the first `fraction` become val: copies of an image stay together."""
+    position = manifest["sha256"].map(lambda sha: int(sha[:13], 16) / 16**13)
+    manifest.loc[(manifest["split"] == "train") & (position < fraction), "split"] = "val"
+    for split in ("train", "val"):
+        counts = manifest[manifest["split"] == split].groupby("label").size()
+        if len(counts) < 2:
+            raise UserError(
+                f"Cutting val from train (data.val_fraction = {fraction}) left {split} without a "
+                f"{'fake' if 1 not in counts else 'real'} image. Give a val folder, more images, or another fraction."
+            )
+    return manifest
+
+
+def _folders(root: Path, params: DataParams, captions_file: Path | None) -> pd.DataFrame:
+    rows = _folder_rows(root)
+    unreadable: list[str] = []
+    for row in tqdm(rows, desc="reading images", unit="image"):
+        data = read(root / row["file"])
+        row["sha256"] = hashlib.sha256(data).hexdigest()
+        try:
+            decode(data, row["file"])
+        except UnreadableImage as error:
+            unreadable.append(str(error))
+    if unreadable:
+        raise UserError(f"{len(unreadable)} of {len(rows)} images cannot be read, first: {unreadable[0]}")
+    manifest = pd.DataFrame(rows)
+    given = read_captions(captions_file) if captions_file else {}
+    images = {row["file"]: (row["sha256"], template_caption(row["words"])) for row in rows}
+    chosen, _ = assign_captions(images, given)
+    manifest["caption"] = manifest["file"].map(chosen)
+    manifest["caption_source"] = [
+        "file" if file in given or sha in given else "template"
+        for file, sha in zip(manifest["file"], manifest["sha256"], strict=True)
+    ]
+    manifest["id"] = manifest["file"]
+    manifest["row"] = -1
+    if not (manifest["split"] == "val").any():
+        manifest = _cut_val(manifest, params.val_fraction)
+    return manifest.drop(columns="words")
+
+
+def build_manifest(root: Path, params: DataParams, captions_file: Path | None = None) -> pd.DataFrame:
+    """Every image of a data set, checked, one row each.
+
+    Args:
+        root: folder of the layout: "minibench" (packed parquet files) or "folders"
+            (`<split>/<generator>/{0_real,1_fake}`, or one class folder more in between).
+        params: rho chooses the minibench's training set; val_fraction and limit as documented there.
+        captions_file: JSON lines, for "folders".
+
+    Returns:
+        columns id, split, generator, label (0 real, 1 fake), seen (the generator is in train), file, row, sha256,
+        caption, caption_source ("file" or "template"), and for the minibench shape, colour, background; sorted by
+        split and id.
+
+    Raises:
+        UserError: one sentence for the first thing that is wrong.
+    """
+    _require_root(root, params.root)
+    if params.layout == "minibench":
+        if captions_file:
+            raise UserError("data.captions is for data.layout: folders; the minibench brings its own captions.")
+        manifest = _minibench(root, params.rho)
+    else:
+        if params.rho is not None:
+            raise UserError(f"data.rho = {params.rho} is for data.layout: minibench. Set data.rho: null for folders.")
+        manifest = _folders(root, params, captions_file)
+    trained_on = set(manifest.loc[(manifest["split"] == "train") & (manifest["label"] == 1), "generator"])
+    manifest["seen"] = manifest["generator"].isin(trained_on)
+    if params.limit is not None:
+        by_hash = manifest.sort_values(["sha256", "id"])
+        manifest = by_hash.groupby(["split", "generator", "label"], sort=False).head(params.limit)
+    extra = [name for name in SEMANTICS if name in manifest]
+    manifest = manifest[[*COLUMNS, *extra]].sort_values(["split", "id"], ignore_index=True)
+    return manifest.astype({"label": "int64", "row": "int64"})
+
+
+def data_hash(manifest: pd.DataFrame) -> str:
+    """sha256 over what a result depends on: each image's split, generator, label, content and caption.
+
+    File names and packing do not enter, so a moved or repacked data set keeps its hash.
+    """
+    digest = hashlib.sha256()
+    fields = ["split", "generator", "label", "sha256", "caption"]
+    for line in sorted("\t".join(map(str, row)) for row in manifest[fields].itertuples(index=False)):
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def duplicates_across_splits(manifest: pd.DataFrame) -> int:
+    """Number of distinct images (by content) that occur in more than one split."""
+    return int((manifest.groupby("sha256")["split"].nunique() > 1).sum())
+
+
+def counts(manifest: pd.DataFrame) -> pd.DataFrame:
+    """Images a split and generator: columns split, generator, seen, real, fake."""
+    table = manifest.pivot_table(
+        index=["split", "generator", "seen"], columns="label", values="id", aggfunc="count", fill_value=0
+    )
+    table = table.reindex(columns=[0, 1], fill_value=0).rename(columns={0: "real", 1: "fake"})
+    table.columns.name = None
+    return table.reset_index()
+
+
+def open_image(source: ImageSource, file: str, row: int) -> NDArray[np.uint8]:
+    """The decoded image of a manifest entry: (H, W, 3) uint8."""
+    return decode(source.read(file, row), file)
+
+
+def examples(manifest: pd.DataFrame, source: ImageSource, per_row: int = 6) -> dict[str, list[NDArray[np.uint8]]]:
+    """A few images of each kind for a contact sheet: {"<generator>, real or fake, seen or unseen": images}."""
+    pictures: dict[str, list[NDArray[np.uint8]]] = {}
+    test = manifest[manifest["split"] == "test"].sort_values(
+        ["label", "seen", "generator"], ascending=[True, False, True]
+    )
+    for (label, _, generator), rows in test.groupby(["label", "seen", "generator"], sort=False):
+        kind = "real" if label == 0 else "fake"
+        note = "" if label == 0 else (", seen" if rows["seen"].iloc[0] else ", unseen")
+        name = kind if generator == "real" else f"{generator} ({kind}{note})"
+        pictures[name] = [
+            open_image(source, file, row)
+            for file, row in zip(rows["file"][:per_row], rows["row"][:per_row], strict=True)
+        ]
+    return pictures

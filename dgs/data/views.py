@@ -1,0 +1,102 @@
+"""Views: what a model sees of an image, a pure function of (image hash, seed, epoch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dgs.data.images import decode, fit
+from dgs.data.manifest import ImageSource
+from dgs.data.patches import stitch
+from dgs.params import Params
+
+EVALUATION = -1  # the epoch of the view used at test time: no flip, one fixed patch order
+
+
+def view_rng(sha256: str, seed: int, epoch: int) -> np.random.Generator:
+    """The random numbers of one view."""
+    return np.random.default_rng(np.random.SeedSequence([int(sha256[:16], 16), seed, epoch + 1]))
+
+
+def make_view(
+    image: NDArray[np.uint8],
+    sha256: str,
+    params: Params,
+    seed: int,
+    epoch: int,
+    patches: NDArray[np.int32] | None = None,
+) -> NDArray[np.uint8]:
+    """One view: patch selection or fit, then (training only) a horizontal flip with probability 1/2.
+
+    Args:
+        image: (H, W, 3) uint8.
+        sha256: of the image file; with `seed` and `epoch` it fixes the view.
+        epoch: EVALUATION for test time, where the view does not depend on `seed`.
+        patches: indices from `patches.select_indices`; required where params.patches.enabled.
+
+    Returns:
+        (S, S, 3) uint8, S = params.image_size.
+    """
+    rng = view_rng(sha256, 0 if epoch == EVALUATION else seed, epoch)
+    if params.patches.enabled:
+        if patches is None:
+            raise ValueError("patch selection is on but no patch indices were given")
+        order = int(rng.integers(2**63))
+        view = stitch(image, patches, params.patches.size, params.patches.count, order)
+    else:
+        view = fit(image, params.image_size, params.data.fit)
+    if epoch != EVALUATION and rng.random() < 0.5:
+        view = np.ascontiguousarray(view[:, ::-1])
+    return view
+
+
+class Views(Dataset[tuple[Tensor, int]]):
+    """The views of a manifest's rows in one epoch: item i is ((3, S, S) uint8, i)."""
+
+    def __init__(
+        self,
+        rows: pd.DataFrame,
+        source: ImageSource,
+        params: Params,
+        seed: int = 0,
+        epoch: int = EVALUATION,
+        patches: Mapping[str, NDArray[np.int32]] | None = None,
+    ) -> None:
+        self.files = rows["file"].tolist()
+        self.rows = rows["row"].tolist()
+        self.hashes = rows["sha256"].tolist()
+        self.source, self.params, self.seed, self.epoch, self.patches = source, params, seed, epoch, patches
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        sha = self.hashes[index]
+        image = decode(self.source.read(self.files[index], self.rows[index]), self.files[index])
+        patches = self.patches[sha] if self.patches is not None else None
+        view = make_view(image, sha, self.params, self.seed, self.epoch, patches)
+        return torch.from_numpy(view).permute(2, 0, 1), index
+
+
+def batch_order(size: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch visits the training images: the same for every method."""
+    return [int(i) for i in np.random.default_rng([seed, epoch, 7]).permutation(size)]
+
+
+def batches(views: Views, batch_size: int, workers: int = 0, order: list[int] | None = None) -> DataLoader[Any]:
+    """Batches of views, in `order` or as they stand; the last one may be smaller."""
+    return DataLoader(
+        views,
+        batch_size=batch_size,
+        sampler=order,
+        num_workers=workers,
+        persistent_workers=False,
+        prefetch_factor=4 if workers else None,
+    )

@@ -1,0 +1,255 @@
+"""One CLIP in memory: open_clip, attention split into q/k/v/out, peft LoRA; the teacher is it with adapters off."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from numpy.typing import NDArray
+from open_clip.model import resize_pos_embed
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dgs.errors import UserError, did_you_mean
+from dgs.minibench import stem
+from dgs.params import LoraParams, ModelParams
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # the release's constants
+RANDOM = "random"  # model.pretrained: seeded random weights, for tests of geometry
+
+
+class SplitAttention(nn.Module):
+    """nn.MultiheadAttention with q, k, v and out as four linears, so that LoRA can sit on q, k and v alone.
+
+    Same function as the module it replaces (self-attention, batch first, no dropout): peft's own layer for
+    MultiheadAttention cannot adapt q, k and v separately.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        width = attention.embed_dim
+        if attention.in_proj_weight is None or not attention.batch_first:
+            raise ValueError("expected batch-first self-attention with one in_proj_weight")
+        self.heads = attention.num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+        for linear, weight, bias in zip((self.q_proj, self.k_proj, self.v_proj), weights, biases, strict=True):
+            linear.load_state_dict({"weight": weight, "bias": bias})
+        self.out_proj.load_state_dict(attention.out_proj.state_dict())
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """(B, L, D) queries, keys and values to ((B, L, D), None), as nn.MultiheadAttention without weights."""
+        q, k, v = (
+            module(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for module, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def split_attention(visual: nn.Module) -> None:
+    """Replace the attention of every block of an open_clip vision transformer by `SplitAttention`, in place."""
+    blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
+    if blocks is None:
+        raise UserError(
+            "Expected a CLIP whose image side is open_clip's VisionTransformer (such as ViT-L-14-quickgelu), "
+            f"found {type(visual).__name__}. Choose another model.clip."
+        )
+    for block in blocks:
+        block.attn = SplitAttention(block.attn)
+
+
+@dataclass
+class Clip:
+    """A loaded CLIP.
+
+    model: open_clip's, frozen, in eval mode, image attention split.
+    tokenizer: texts -> (N, context) int64.
+    mean, std: normalisation constants for RGB in 0..1.
+    name, weights_hash: what a checkpoint records to find and check it again.
+    """
+
+    model: Any
+    tokenizer: Any
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    name: str
+    weights_hash: str
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _tensors_hash(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _from_folder(folder: Path, image_size: int) -> tuple[Any, dict[str, Any]]:
+    config_file, weights = folder / "open_clip_config.json", folder / "open_clip_model.safetensors"
+    for path in (config_file, weights):
+        if not path.exists():
+            raise UserError(f"Expected {path.name} in model.clip = {folder}, found none.")
+    config = json.loads(config_file.read_text())
+    with _quiet():  # open_clip warns of the random weights that are replaced below
+        model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False, force_image_size=image_size)
+    stem.attach(model, config)
+    state = load_file(weights)
+    resize_pos_embed(state, model)
+    model.load_state_dict(state)
+    return model, config.get("preprocess_cfg", {})
+
+
+def _from_name(params: ModelParams, image_size: int, seed: int) -> tuple[Any, dict[str, Any]]:
+    names = open_clip.list_models()
+    if params.clip not in names:
+        raise UserError(
+            f"Expected model.clip to be a folder or an open_clip name, found '{params.clip}'."
+            f"{did_you_mean(params.clip, names)}"
+        )
+    if params.pretrained is None:
+        raise UserError(f"Expected model.pretrained for '{params.clip}': an open_clip tag such as openai, or a file.")
+    if params.pretrained == "openai" and "quickgelu" not in params.clip:
+        raise UserError(
+            f"OpenAI's weights were trained with QuickGELU; '{params.clip}' loads them silently with another "
+            f"activation and wrong features. Set model.clip: {params.clip}-quickgelu."
+        )
+    if params.pretrained == RANDOM:
+        torch.manual_seed(seed)
+        model: Any = open_clip.create_model(params.clip, pretrained=None, force_image_size=image_size)
+    else:
+        try:
+            model = open_clip.create_model(params.clip, pretrained=params.pretrained, force_image_size=image_size)
+        except Exception as error:  # offline hubs and wrong tags fail in many ways
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"Cannot load the weights '{params.pretrained}' of {params.clip} ({type(error).__name__}: {reason}). "
+                f"With network: python -c \"import open_clip; open_clip.create_model('{params.clip}', "
+                f"pretrained='{params.pretrained}')\"; without: set model.pretrained to a weights file."
+            ) from None
+    return model, dict(open_clip.get_model_preprocess_cfg(model))
+
+
+def load_clip(params: ModelParams, root: Path, image_size: int, seed: int = 0) -> Clip:
+    """A frozen CLIP by open_clip name or from a folder, for images of `image_size` px (positions interpolated).
+
+    Args:
+        params: clip, pretrained and normalize are used.
+        root: folder that a relative model.clip is looked up in.
+        seed: of the weights where pretrained is "random".
+
+    Raises:
+        UserError: unknown name, missing weights, the wrong activation for OpenAI's weights, another architecture.
+    """
+    folder = (root / params.clip).resolve()
+    if folder.is_dir():
+        model, preprocess = _from_folder(folder, image_size)
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    else:
+        model, preprocess = _from_name(params, image_size, seed)
+        tokenizer = open_clip.get_tokenizer(params.clip)
+    weights_hash = _tensors_hash({k: v for k, v in model.state_dict().items() if "positional_embedding" not in k})
+    split_attention(model.visual)
+    model.eval()
+    model.requires_grad_(False)
+    mean, std = IMAGENET if params.normalize == "imagenet" else (preprocess["mean"], preprocess["std"])
+    return Clip(model, tokenizer, tuple(mean), tuple(std), params.clip, weights_hash)
+
+
+@torch.no_grad()
+def encode_texts(clip: Clip, texts: Sequence[str], batch_size: int = 256) -> NDArray[np.float32]:
+    """Unnormalised caption embeddings t of the frozen text tower: N texts to (N, D) float32."""
+    device = next(clip.model.parameters()).device
+    parts = [
+        clip.model.encode_text(clip.tokenizer(list(texts[i : i + batch_size])).to(device)).float().cpu().numpy()
+        for i in range(0, len(texts), batch_size)
+    ]
+    return np.concatenate(parts).astype(np.float32)
+
+
+@torch.no_grad()
+def encode_prompts(clip: Clip, prompts: dict[str, list[str]]) -> tuple[list[str], NDArray[np.float32]]:
+    """Zero-shot class vectors: the unit-length mean of each value's unit-length prompt embeddings, (C, D)."""
+    rows = []
+    for texts in prompts.values():
+        vectors = encode_texts(clip, texts)
+        mean = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).mean(axis=0)
+        rows.append(mean / np.linalg.norm(mean))
+    return list(prompts), np.stack(rows).astype(np.float32)
+
+
+class Backbone(nn.Module):
+    """The image side: normalisation, the vision tower, and LoRA on q, k, v of every block where asked.
+
+    Features are projected and *unnormalised*, as the method needs them.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, clip: Clip, lora: LoraParams | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(clip.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(clip.std).view(1, 3, 1, 1))
+        self.visual: Any = clip.model.visual
+        if lora is not None:
+            torch.manual_seed(seed)  # peft draws A (kaiming uniform) from the global generator; B is zero
+            config = LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft annotates int, computes with any number
+                lora_dropout=lora.dropout,
+                use_rslora=lora.rslora,
+                target_modules=["q_proj", "k_proj", "v_proj"],
+            )
+            self.visual = get_peft_model(self.visual, config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 to features (B, D)."""
+        return self.visual((images.to(self.mean.dtype) / 255 - self.mean) / self.std)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within this block the model is the teacher: adapters off, no dropout, no gradient."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                if isinstance(self.visual, PeftModel):
+                    with self.visual.disable_adapter():
+                        yield
+                else:
+                    yield
+        finally:
+            self.train(training)
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The LoRA matrices; everything else stays frozen."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def without_adapters(self) -> Any:
+        """Take the adapters off again and return the bare tower: the next run starts from the same CLIP."""
+        if isinstance(self.visual, PeftModel):
+            self.visual = self.visual.unload()
+        return self.visual

@@ -1,0 +1,30 @@
+"""Where it computes, and what makes it repeat."""
+
+from __future__ import annotations
+
+import torch
+
+from dgs.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is the first GPU if there is one, else the CPU; any other name is torch's.
+
+    Raises:
+        UserError: a device that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Cannot use compute.device = '{name}' here ({reason}). Use auto or cpu.") from None
+    return device
+
+
+def set_determinism(threads: int) -> None:
+    """Fix what makes one machine's results differ from run to run: thread count and algorithms."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)

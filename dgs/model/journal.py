@@ -1,0 +1,62 @@
+"""What training writes down: losses, and the angles between gradients that the gradient_angles stage reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+LOSS_COLUMNS = [
+    "method",
+    "seed",
+    "epoch",
+    "step",
+    "loss",
+    "loss_task",
+    "loss_text",
+    "loss_alignment",
+    "val_balanced_acc",
+]
+ANGLE_COLUMNS = ["method", "seed", "step", "layer", "pair", "mean", "p05", "p95", "n"]
+
+
+def angles(a: Tensor, b: Tensor) -> Tensor:
+    """Angles between the rows of two (B, D) tensors, in degrees (B,); NaN where a row is zero."""
+    a, b = a.double(), b.double()
+    norms = a.norm(dim=1) * b.norm(dim=1)
+    cosine = torch.where(norms > 0, (a * b).sum(dim=1) / norms, torch.nan)
+    return torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))
+
+
+class Journal:
+    """Collects rows in memory; `losses` and `angles` give them as tables."""
+
+    def __init__(self, method: str, seed: int) -> None:
+        self.method, self.seed = method, seed
+        self._losses: list[dict[str, Any]] = []
+        self._angles: list[dict[str, Any]] = []
+
+    def loss(self, epoch: int, step: int, **values: float) -> None:
+        """Note the losses of one step, or a validation result."""
+        self._losses.append({"method": self.method, "seed": self.seed, "epoch": epoch, "step": step, **values})
+
+    def angle(self, step: int, layer: str, pair: str, degrees: Tensor) -> None:
+        """Note a batch's angles (B,) in degrees: their mean, 5th and 95th percentile; rows with NaN do not count."""
+        known = degrees[~torch.isnan(degrees)].cpu().numpy()
+        if known.size:
+            p05, p95 = np.percentile(known, [5, 95])
+            entry = {"method": self.method, "seed": self.seed, "step": step, "layer": layer, "pair": pair}
+            self._angles.append({**entry, "mean": known.mean(), "p05": p05, "p95": p95, "n": known.size})
+
+    @property
+    def losses(self) -> pd.DataFrame:
+        """One row a record; absent values are NaN."""
+        return pd.DataFrame(self._losses).reindex(columns=LOSS_COLUMNS)
+
+    @property
+    def angle_table(self) -> pd.DataFrame:
+        """One row a step and pair."""
+        return pd.DataFrame(self._angles, columns=ANGLE_COLUMNS)

@@ -1,0 +1,91 @@
+"""All seeds of one method, side by side in processes of their own: small models leave no work for a second thread."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from dgs.data.prepared import load_prepared
+from dgs.model.backbone import load_clip
+from dgs.model.checkpoint import save_checkpoint
+from dgs.model.device import choose_device
+from dgs.model.journal import Journal
+from dgs.model.methods import get_method
+from dgs.model.train import Trained, total_steps, train
+from dgs.params import Params
+
+_steps: Any = None  # in a worker: the counter it shares with the parent
+
+
+def _share(counter: Any) -> None:
+    global _steps  # noqa: PLW0603  # a process pool hands shared memory over at start only
+    _steps = counter
+    os.environ["TQDM_DISABLE"] = "1"  # one bar for all seeds, in the parent
+
+
+def _count() -> None:
+    if _steps is not None:
+        with _steps.get_lock():
+            _steps.value += 1
+
+
+def train_seed(
+    method: str, seed: int, params: Params, root: Path, prepared_folder: Path, data_root: Path, folder: Path
+) -> Journal:
+    """Train one method with one seed and save its checkpoint as `folder`/seed-<seed>."""
+    clip = load_clip(params.model, root, params.image_size)
+    prepared = load_prepared(prepared_folder, data_root)
+    journals: list[Journal] = []
+
+    def done(trained: Trained) -> None:
+        target = folder / f"seed-{seed}"
+        data_hash = prepared.info["data_hash"]
+        save_checkpoint(
+            target, trained.backbone, trained.heads, clip, params, method, seed, trained.thresholds, data_hash
+        )
+        journals.append(trained.journal)
+
+    train(get_method(method), clip, prepared, params, seed, choose_device(params.compute.device), done, _count)
+    return journals[0]
+
+
+def train_seeds(
+    method: str, params: Params, root: Path, prepared_folder: Path, data_root: Path, folder: Path
+) -> list[Journal]:
+    """Train one method with every seed of `params`, `compute.jobs` at a time; the results do not depend on how many.
+
+    Args:
+        root: repository, for a relative model.clip.
+        prepared_folder: what the prepare stage made.
+        data_root: what its manifest's files are relative to.
+        folder: gets one checkpoint folder a seed.
+
+    Returns:
+        the journals, in the order of the seeds.
+    """
+    size = len(load_prepared(prepared_folder, data_root).split("train"))
+    steps = len(params.seeds) * total_steps(get_method(method), size, params)
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    rest = (params, root, prepared_folder, data_root, folder)
+    jobs = min(params.compute.jobs, len(params.seeds))
+    with (
+        ProcessPoolExecutor(jobs, context, initializer=_share, initargs=(counter,)) as pool,
+        tqdm(total=steps, desc=f"{method}, {len(params.seeds)} seeds", unit="step") as progress,
+    ):
+        futures: list[Future[Journal]] = [pool.submit(train_seed, method, seed, *rest) for seed in params.seeds]
+        try:
+            while wait(futures, timeout=0.5).not_done:
+                progress.update(counter.value - progress.n)
+                if any(future.done() and future.exception() for future in futures):
+                    break
+            progress.update(counter.value - progress.n)
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -1,0 +1,304 @@
+"""Stage 1 (a linear probe on the frozen tower, whose head becomes the teacher's) and stage 2 (adapters, surgery)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from dgs.analysis.metrics import best_threshold, detection_row
+from dgs.data.prepared import Prepared
+from dgs.data.views import Views, batch_order, batches
+from dgs.errors import UserError
+from dgs.model.backbone import Backbone, Clip
+from dgs.model.device import set_determinism
+from dgs.model.journal import Journal, angles
+from dgs.model.methods import Batch, Method
+from dgs.model.surgery import residual_directions, split_signs
+from dgs.params import Params
+
+
+@dataclass
+class Trained:
+    """A finished run: the tower (adapters on, if any), its heads, and the journal."""
+
+    backbone: Backbone
+    heads: dict[str, nn.Linear]  # "image", and "text" and "teacher" where the method has them
+    journal: Journal
+    thresholds: dict[str, float]  # on the logit, by rule
+
+
+def new_head(width: int, seed: int, device: torch.device) -> nn.Linear:
+    """A linear head (D -> 1) with torch's default initialisation, from `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Linear(width, 1).to(device)
+
+
+def _nothing() -> None:
+    pass
+
+
+def total_steps(method: Method, images: int, params: Params) -> int:
+    """Optimiser steps of a run: of stage 2, or of stage 1 where the tower stays frozen."""
+    epochs = params.train.stage2.epochs if method.adapters else params.train.stage1.epochs
+    return epochs * -(-images // params.train.batch_size)
+
+
+def _labels(rows: pd.DataFrame, device: torch.device) -> Tensor:
+    return torch.tensor(rows["label"].to_numpy(dtype=np.float32), device=device)
+
+
+def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Adam:
+    return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999))
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: Backbone, views: Views, batch_size: int, workers: int, device: torch.device, label: str
+) -> Tensor:
+    """Features of views in the tower as it stands: (N, D) float32 on `device`."""
+    parts = [
+        backbone(images.to(device)).float()
+        for images, _ in tqdm(batches(views, batch_size, workers), desc=label, unit="batch", leave=False)
+    ]
+    return torch.cat(parts)
+
+
+def frozen_features(backbone: Backbone, prepared: Prepared, params: Params, seed: int, device: torch.device) -> Tensor:
+    """The frozen tower's features of every training view, once: (views, N, D)."""
+    rows = prepared.split("train")
+    with backbone.frozen():
+        return torch.stack(
+            [
+                extract_features(
+                    backbone,
+                    Views(rows, prepared.source, params, seed, view, prepared.patches),
+                    params.compute.batch_size,
+                    params.compute.workers,
+                    device,
+                    f"frozen features, seed {seed}, view {view + 1}/{params.train.views}",
+                )
+                for view in range(params.train.views)
+            ]
+        )
+
+
+def _diverged(loss: str, step: int, rows: pd.DataFrame, order: list[int]) -> UserError:
+    files = ", ".join(rows["id"].iloc[order[:3]])
+    return UserError(
+        f"{loss} at step {step} (batch begins with {files}). Lower train.stage2.lr, or look at those images."
+    )
+
+
+def stage1(
+    features: Tensor,
+    labels: Tensor,
+    params: Params,
+    seed: int,
+    journal: Journal | None = None,
+    on_step: Callable[[], None] = _nothing,
+) -> nn.Linear:
+    """Stage 1: BCE and Adam on cached frozen features.
+
+    Args:
+        features: (views, N, D), view e mod views is used in epoch e.
+        labels: (N,) float, 0 real, 1 fake.
+        journal: where the losses go, if anywhere.
+
+    Returns:
+        the head, D -> 1.
+    """
+    head = new_head(features.shape[2], seed, features.device)
+    optimizer = _adam(list(head.parameters()), params.train.stage1.lr)
+    size, step = params.train.batch_size, 0
+    for epoch in range(params.train.stage1.epochs):
+        view = features[epoch % len(features)]
+        order = torch.tensor(batch_order(len(labels), seed, epoch), device=features.device)
+        for index in order.split(size):
+            loss = F.binary_cross_entropy_with_logits(head(view[index]).squeeze(1), labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if journal is not None and step % params.train.log_every == 0:
+                journal.loss(epoch, step, loss=loss.item(), loss_task=loss.item())
+            step += 1
+            on_step()
+    return head.requires_grad_(False)
+
+
+def validation_logits(
+    backbone: Backbone, head: nn.Linear, prepared: Prepared, params: Params, device: torch.device
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Labels and logits of the validation split."""
+    rows = prepared.split("val")
+    views = Views(rows, prepared.source, params, patches=prepared.patches)
+    training = backbone.training
+    backbone.eval()
+    size, workers = params.compute.batch_size, params.compute.workers
+    features = extract_features(backbone, views, size, workers, device, "validation")
+    backbone.train(training)
+    with torch.no_grad():
+        return rows["label"].to_numpy(), head(features).squeeze(1).cpu().numpy()
+
+
+def surgery_step(
+    method: Method,
+    features: Tensor,
+    heads: dict[str, nn.Linear],
+    captions: Tensor,
+    teacher_residual: Tensor,
+    labels: Tensor,
+    params: Params,
+) -> tuple[Tensor, dict[str, float], dict[str, Tensor]]:
+    """One step of stage 2 at the features: gradients of the heads are accumulated, the tower's is returned.
+
+    Args:
+        features: (B, D), with the tower's graph behind them.
+        heads: "image", "text", "teacher", linear.
+        captions: (B, D), frozen caption embeddings t.
+        teacher_residual: (B,), sigmoid(zT) - y, cached.
+        labels: (B,) float.
+
+    Returns:
+        (gradient to send into `features` (B, D), losses by name, gradients by name for the journal).
+
+    Raises:
+        FloatingPointError: a loss is NaN or infinite.
+    """
+    count = len(labels)
+    per = 1.0 if params.train.surgery.scale == "per_sample" else 1.0 / count
+    leaf = features.detach().requires_grad_()
+    task_loss = F.binary_cross_entropy_with_logits(heads["image"](leaf).squeeze(1), labels)
+    text_logits = heads["text"](captions).squeeze(1)
+    text_loss = F.binary_cross_entropy_with_logits(text_logits, labels)
+    for name, loss in (("task", task_loss), ("text", text_loss)):
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"The {name} loss became {loss.item()}")
+    (task_loss + text_loss).backward()
+    assert leaf.grad is not None
+    task = leaf.grad.clone()
+
+    text_residual = text_logits.detach().sigmoid() - labels
+    batch = Batch(
+        features=leaf,
+        teacher_grad=per * residual_directions(teacher_residual, heads["teacher"].weight.detach()[0]),
+        text_grad=per * residual_directions(text_residual, heads["text"].weight.detach()[0]),
+    )
+    prior_loss = method.prior(batch, params.train.surgery)
+    prior = torch.autograd.grad(prior_loss, leaf)[0] if prior_loss.requires_grad else torch.zeros_like(task)
+    applied = method.gradient(task, prior, batch, params.train.surgery)
+    losses = {"loss_task": task_loss.item(), "loss_text": text_loss.item(), "loss_alignment": prior_loss.item()}
+    harmful, _ = split_signs(batch.text_grad)
+    _, beneficial = split_signs(batch.teacher_grad)
+    return applied, losses, {"task": task, "applied": applied, "harmful": harmful, "beneficial": beneficial}
+
+
+def stage2(
+    method: Method,
+    backbone: Backbone,
+    prepared: Prepared,
+    params: Params,
+    seed: int,
+    teacher: nn.Linear,
+    frozen: Tensor,
+    device: torch.device,
+    on_step: Callable[[], None] = _nothing,
+) -> Trained:
+    """Stage 2: Adam on the adapters, the image head and the text head; the gradient into the features is operated on.
+
+    Every method sees the same views in the same order, the same initial adapters and heads, and the same dropout
+    masks, so that methods are compared in pairs. The text head learns beside every method, also those that do not
+    use it, so that angles can be compared; it does not touch them.
+
+    Args:
+        backbone: with adapters.
+        teacher: the stage-1 head.
+        frozen: (views, N, D) features of the frozen tower; only their residuals are used.
+    """
+    rows = prepared.split("train")
+    labels = _labels(rows, device)
+    captions = torch.tensor(prepared.caption_embeddings[rows.index], device=device)
+    residuals = torch.sigmoid(teacher(frozen).squeeze(2)) - labels
+    width = frozen.shape[2]
+    heads = {
+        "image": new_head(width, 1_000 + seed, device),
+        "text": new_head(width, 2_000 + seed, device),
+        "teacher": teacher,
+    }
+    learned = [*backbone.adapter_parameters(), *heads["image"].parameters(), *heads["text"].parameters()]
+    optimizer = _adam(learned, params.train.stage2.lr)
+    journal = Journal(method.name, seed)
+    torch.manual_seed(seed)  # dropout masks
+    backbone.train()
+    epochs, step = params.train.stage2.epochs, 0
+    with tqdm(
+        total=total_steps(method, len(rows), params), desc=f"{method.name}, seed {seed}", unit="step"
+    ) as progress:
+        for epoch in range(epochs):
+            view = epoch % params.train.views
+            order = batch_order(len(rows), seed, epoch)
+            views = Views(rows, prepared.source, params, seed, view, prepared.patches)
+            for images, chosen in batches(views, params.train.batch_size, params.compute.workers, order):
+                index = chosen.to(device)
+                features = backbone(images.to(device))
+                optimizer.zero_grad()
+                try:
+                    applied, losses, gradients = surgery_step(
+                        method, features, heads, captions[index], residuals[view][index], labels[index], params
+                    )
+                except FloatingPointError as error:
+                    raise _diverged(str(error), step, rows, index.tolist()) from None
+                features.backward(applied)
+                optimizer.step()
+                if step % params.train.log_every == 0:
+                    journal.loss(epoch, step, loss=sum(losses.values()), **losses)
+                    for other in ("harmful", "beneficial", "applied"):
+                        journal.angle(step, "features", f"task-{other}", angles(gradients["task"], gradients[other]))
+                step += 1
+                progress.update()
+                on_step()
+            truth, logits = validation_logits(backbone, heads["image"], prepared, params, device)
+            journal.loss(epoch, step, val_balanced_acc=detection_row(truth, logits)["balanced_acc"])
+    backbone.eval()
+    return Trained(backbone, heads, journal, {"0.5": 0.0, "val": best_threshold(truth, logits)})
+
+
+def train(
+    method: Method,
+    clip: Clip,
+    prepared: Prepared,
+    params: Params,
+    seed: int,
+    device: torch.device,
+    done: Callable[[Trained], None],
+    on_step: Callable[[], None] = _nothing,
+) -> None:
+    """Both stages of one method and seed; `done` gets the result, then the adapters come off `clip` again."""
+    set_determinism(params.compute.threads)
+    clip.model.to(device)
+    backbone = Backbone(clip, params.model.lora if method.adapters else None, seed).to(device)
+    try:
+        backbone.eval()
+        frozen = frozen_features(backbone, prepared, params, seed, device)
+        labels = _labels(prepared.split("train"), device)
+        journal = Journal(method.name, seed)
+        head = stage1(frozen, labels, params, seed, journal, _nothing if method.adapters else on_step)
+        if method.adapters:
+            done(stage2(method, backbone, prepared, params, seed, head, frozen, device, on_step))
+        else:
+            steps = total_steps(method, len(labels), params)
+            truth, logits = validation_logits(backbone, head, prepared, params, device)
+            score = detection_row(truth, logits)["balanced_acc"]
+            journal.loss(params.train.stage1.epochs - 1, steps, val_balanced_acc=score)
+            done(Trained(backbone, {"image": head}, journal, {"0.5": 0.0, "val": best_threshold(truth, logits)}))
+    finally:
+        clip.model.visual = backbone.without_adapters()

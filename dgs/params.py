@@ -1,0 +1,320 @@
+"""Typed, validated view of params.yaml (+ a profile's overlay); unknown keys are errors."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from dgs.errors import UserError, did_you_mean
+from dgs.workspace import find_root
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("input should be a number")
+    return value
+
+
+Number = BeforeValidator(_no_bool)  # lax types would take true for 1
+Rate = Annotated[float, Field(ge=0, le=1), Number]
+Count = Annotated[int, Field(ge=1), Number]
+Positive = Annotated[float, Field(gt=0), Number]
+Seed = Annotated[int, Field(ge=0), Number]
+
+
+class _Group(BaseModel):
+    # Frozen: a run's parameters never change under it. Lax types on purpose: papermill hands over "true" and "3"
+    # as strings, and YAML reads 1e-3 as one; anything that does not parse as the declared type is still an error.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataParams(_Group):
+    """Where images come from."""
+
+    layout: Literal["minibench", "folders"] = "minibench"
+    root: str = "data"  # folder of the layout, relative to the repository or absolute
+    rho: float | None = 0.9  # minibench only: P(fake | caption group) in training
+    captions: str | None = None  # folders only: JSON-lines file {"path" or "sha256", "caption"}
+    val_fraction: Rate = 0.1  # folders without a val split: this share of train, cut by content hash
+    limit: Count | None = None  # at most this many images a split, generator and label (for tests and trials)
+    fit: Literal["crop", "resize"] = "crop"  # how an image of another size becomes model.image_size, patches off
+
+
+class PatchParams(_Group):
+    """Patch selection: the release's preprocessing."""
+
+    enabled: bool = False
+    size: Annotated[int, Field(ge=2), Number] = 8  # px
+    count: Count = 49  # a square number; the canvas is sqrt(count) * size px wide
+
+
+class LoraParams(_Group):
+    """Adapters on q, k, v of every vision block."""
+
+    rank: Count = 6
+    alpha: Positive = 6.0
+    dropout: Annotated[float, Field(ge=0, lt=1), Number] = 0.8
+    rslora: bool = True  # scaling alpha / sqrt(rank), as the release
+
+
+class ModelParams(_Group):
+    """The CLIP that is adapted."""
+
+    clip: str = "data/clip"  # an open_clip name, or a folder with open_clip_config.json and weights
+    pretrained: str | None = None  # open_clip tag or weights file; none for a folder
+    image_size: Count = 64  # px; patches.enabled sets it to the canvas
+    normalize: Literal["clip", "imagenet"] = "clip"  # imagenet: the release's constants
+    lora: LoraParams = LoraParams()
+
+
+class ComputeParams(_Group):
+    """What it runs on; of these only `threads` can change a result, by rounding."""
+
+    device: str = "auto"
+    jobs: Count = 2  # seeds trained side by side
+    threads: Count = 1  # CPU threads a job: fixed, since sums in another order round differently
+    workers: Annotated[int, Field(ge=0), Number] = 0  # loader processes
+    batch_size: Count = 256  # images at a time where nothing is trained
+
+
+class Stage1Params(_Group):
+    """The probe, whose head becomes the teacher's."""
+
+    epochs: Count = 3
+    lr: Positive = 1e-4
+
+
+class Stage2Params(_Group):
+    """Adapters and heads."""
+
+    epochs: Count = 1
+    lr: Positive = 1e-4
+
+
+class SurgeryParams(_Group):
+    """Distillation-guided gradient surgery."""
+
+    lam: Annotated[float, Field(ge=0), Number] = 0.2  # weight of prior alignment
+    eps: Annotated[float, Field(ge=0), Number] = 1e-6  # added to the norm of the harmful direction
+    order: Literal["release", "paper"] = "release"  # release: suppression acts on task + alignment
+    scale: Literal["release", "per_sample"] = "release"  # release: directions carry 1/B
+
+
+class TrainParams(_Group):
+    """Both stages of training."""
+
+    batch_size: Count = 32
+    views: Count = 1  # distinct seeded views an image is seen in; epoch e uses view e mod views
+    stage1: Stage1Params = Stage1Params()
+    stage2: Stage2Params = Stage2Params()
+    surgery: SurgeryParams = SurgeryParams()
+    log_every: Count = 10  # steps between two records of loss and gradient angles
+
+
+class EvaluateParams(_Group):
+    """Metrics and figures."""
+
+    confidence: Annotated[float, Field(gt=0.5, lt=1), Number] = 0.95
+    retrieval_pool: Annotated[int, Field(ge=2), Number] = 200  # captions a retrieval query chooses among
+    tsne_images: Count = 100  # images a generator and label in the t-SNE figure
+
+
+class GradientAnglesParams(_Group):
+    """The gradient-angle analysis."""
+
+    pairs: list[Literal["task-harmful", "task-beneficial", "task-applied"]] = [
+        "task-harmful",
+        "task-beneficial",
+        "task-applied",
+    ]
+
+
+class Params(_Group):
+    """Every number a run depends on."""
+
+    profile: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = "mini"
+    methods: Annotated[list[str], Field(min_length=1)] = ["probe", "lora", "dgs"]
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2, 3, 4]
+    data: DataParams = DataParams()
+    patches: PatchParams = PatchParams()
+    model: ModelParams = ModelParams()
+    train: TrainParams = TrainParams()
+    compute: ComputeParams = ComputeParams()
+    evaluate: EvaluateParams = EvaluateParams()
+    gradient_angles: GradientAnglesParams = GradientAnglesParams()
+
+    @property
+    def image_size(self) -> int:
+        """Side in px of what the model sees."""
+        if not self.patches.enabled:
+            return self.model.image_size
+        return round(self.patches.count**0.5) * self.patches.size
+
+
+# The flat names a notebook's `parameters` cell may set, and what they stand for in params.yaml.
+NOTEBOOK_PARAMETERS: dict[str, dict[str, str]] = {
+    "prepare": {
+        "root": "data.root",
+        "layout": "data.layout",
+        "rho": "data.rho",
+        "captions": "data.captions",
+        "val_fraction": "data.val_fraction",
+        "limit": "data.limit",
+        "clip": "model.clip",
+        "pretrained": "model.pretrained",
+        "patches": "patches.enabled",
+        "patch_size": "patches.size",
+    },
+    "train": {
+        "method": "",
+        "seeds": "seeds",
+        "epochs": "train.stage2.epochs",
+        "lr": "train.stage2.lr",
+        "stage1_epochs": "train.stage1.epochs",
+        "stage1_lr": "train.stage1.lr",
+        "batch_size": "train.batch_size",
+        "rank": "model.lora.rank",
+        "alpha": "model.lora.alpha",
+        "dropout": "model.lora.dropout",
+        "lam": "train.surgery.lam",
+        "eps": "train.surgery.eps",
+        "order": "train.surgery.order",
+        "scale": "train.surgery.scale",
+        "device": "compute.device",
+        "log_every": "train.log_every",
+    },
+    "evaluate": {
+        "methods": "methods",
+        "seeds": "seeds",
+        "batch_size": "compute.batch_size",
+        "confidence": "evaluate.confidence",
+        "retrieval_pool": "evaluate.retrieval_pool",
+        "tsne_images": "evaluate.tsne_images",
+        "device": "compute.device",
+    },
+    "gradient_angles": {"methods": "methods", "seeds": "seeds", "pairs": "gradient_angles.pairs"},
+}
+
+
+def _merge(base: dict[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overlay.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"Expected a parameter file at {path}, found none.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Mend that line.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"Expected {path} to hold groups of parameters (key: value), found {type(content).__name__}.")
+    return content
+
+
+def merged_params(profile: str | None = None, root: Path | None = None) -> dict[str, Any]:
+    """params.yaml with the overlay profiles/<profile>.yaml laid over it, as plain data, not yet validated."""
+    root = root or find_root()
+    base = _read_yaml(root / "params.yaml")
+    if profile is None or profile == base.get("profile"):
+        return base
+    overlay = root / "profiles" / f"{profile}.yaml"
+    if not overlay.exists():
+        known = sorted(p.stem for p in overlay.parent.glob("*.yaml"))
+        raise UserError(
+            f"Expected the profile '{profile}' at profiles/{profile}.yaml, found none.{did_you_mean(profile, known)} "
+            f"Profiles here: {', '.join([str(base.get('profile')), *known])}."
+        )
+    return _merge(base, {"profile": profile, **_read_yaml(overlay)})
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    model: Any = Params
+    for part in location[:-1]:
+        field = getattr(model, "model_fields", {}).get(part)
+        model = field.annotation if field else None
+    return list(getattr(model, "model_fields", {}))
+
+
+def validate(content: Mapping[str, Any], source: str = "params.yaml") -> Params:
+    """Plain data to `Params`; the first mistake becomes one sentence.
+
+    Raises:
+        UserError: an unknown key, or a value of the wrong type or range.
+    """
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(first["loc"])
+            hint = did_you_mean(str(first["loc"][-1]), known)
+            raise UserError(f"Unknown parameter '{name}' in {source}.{hint} Known here: {', '.join(known)}.") from None
+        raise UserError(
+            f"Parameter '{name}' in {source}: {first['msg'][0].lower()}{first['msg'][1:]}; found {first['input']!r}."
+        ) from None
+
+
+def load_params(profile: str | None = None, root: Path | None = None) -> Params:
+    """The parameters of a run.
+
+    The file named by the environment variable DGS_PARAMS as it is (a stage sets it), else params.yaml overlaid with
+    `profile`, or with the profile named by DGS_PROFILE.
+    """
+    file = os.environ.get("DGS_PARAMS")
+    if file and profile is None:
+        return validate(_read_yaml(Path(file)), Path(file).name)
+    profile = profile or os.environ.get("DGS_PROFILE") or None
+    source = "params.yaml" if profile is None else f"params.yaml + profiles/{profile}.yaml"
+    return validate(merged_params(profile, root), source)
+
+
+def _assigned_names(cells: list[str]) -> list[str]:
+    """Names set by cells that begin with `# Parameters`: the notebook's own and the one papermill injects."""
+    names: list[str] = []
+    for source in cells:
+        if source.lstrip().lower().startswith("# parameters"):
+            for node in ast.parse(source).body:
+                targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+                names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names
+
+
+def with_overrides(notebook: str, params: Params, namespace: Mapping[str, Any]) -> Params:
+    """`params` with a notebook's flat names (as edited or injected by papermill) put in their place.
+
+    Args:
+        notebook: "prepare", "train", "evaluate" or "gradient_angles".
+        namespace: the notebook's `globals()`.
+
+    Raises:
+        UserError: a name that the notebook does not have, or a value that is not of its type.
+    """
+    flat = NOTEBOOK_PARAMETERS[notebook]
+    for name in _assigned_names(list(namespace.get("In", []))):
+        if name not in flat:
+            raise UserError(
+                f"Unknown parameter '{name}' for notebooks/{notebook}.ipynb.{did_you_mean(name, flat)} "
+                f"Known here: {', '.join(flat)}."
+            )
+    content: dict[str, Any] = params.model_dump()
+    for name, dotted in flat.items():
+        if not dotted or name not in namespace:
+            continue
+        *groups, key = dotted.split(".")
+        target = content
+        for group in groups:
+            target = target[group]
+        target[key] = namespace[name]
+    return validate(content, f"notebooks/{notebook}.ipynb")

@@ -1,0 +1,148 @@
+"""Stages: a notebook run by papermill with reproducible outputs and readable errors; a profile's own pipeline."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import yaml
+from papermill.exceptions import PapermillExecutionError
+
+from dgs.errors import UserError, did_you_mean
+from dgs.params import load_params, merged_params, validate
+from dgs.workspace import find_root
+
+STAGES = ("prepare", "train", "evaluate", "gradient_angles")
+KERNEL = "python3"
+
+
+def normalise(notebook: Any) -> Any:
+    """An executed notebook without what differs from run to run, so that equal results give equal bytes.
+
+    Timestamps, papermill's and widgets' records, cell ids and progress bars (stderr) go; results stay.
+    """
+    kept = {"kernelspec": {"name": KERNEL, "display_name": "Python 3", "language": "python"}}
+    notebook.metadata = nbformat.from_dict({**kept, "language_info": {"name": "python"}})
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number}"
+        tags = [tag for tag in cell.metadata.get("tags", []) if tag in ("parameters", "injected-parameters")]
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        if cell.cell_type == "code":
+            widget = "application/vnd.jupyter.widget-view+json"
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if output.get("name") != "stderr" and widget not in output.get("data", {})
+            ]
+            for output in cell.outputs:
+                output.get("metadata", {}).clear()
+    return notebook
+
+
+def _failure(error: PapermillExecutionError, stage: str) -> str:
+    sentence = str(error.evalue).strip()
+    where = f"notebooks/{stage}.ipynb, cell {error.cell_index + 1}"
+    if error.ename in ("UserError", "UnreadableImage"):
+        return f"{where}: {sentence}"
+    return "\n".join([*error.traceback, f"{where}: {error.ename}: {sentence}"])
+
+
+def _move_into(draft: Path, root: Path) -> None:
+    for path in sorted(draft.rglob("*")):
+        if path.is_file():
+            target = root / path.relative_to(draft)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+
+
+def run_stage(stage: str, label: str, parameters: dict[str, Any], params_file: Path | None = None) -> None:
+    """Execute a notebook as a pipeline stage; its outputs appear in build/ and results/ only if all ended well.
+
+    Args:
+        stage: "prepare", "train", "evaluate" or "gradient_angles"; its stripped notebook must have been made.
+        label: name of the executed notebook in results/<profile>/notebooks/.
+        parameters: identity values only (the method); numbers come from the parameter file.
+        params_file: a complete parameter file; None: params.yaml.
+
+    Raises:
+        UserError: the run stopped; names the cell, and says in one sentence why if the mistake is the user's.
+    """
+    check_stage(stage)
+    root = find_root()
+    os.environ.pop("DGS_PROFILE", None)  # the parameter file alone says what a stage runs with
+    os.environ["DGS_PARAMS"] = str((params_file or root / "params.yaml").resolve())
+    profile = load_params().profile
+    build = root / "build" / profile
+    notebook = build / "notebooks" / f"{stage}.ipynb"
+    if not notebook.exists():
+        raise UserError(f"Expected the stripped notebook {notebook}, found none. Run the stage by dvc repro {stage}.")
+    with tempfile.TemporaryDirectory(prefix=f".{label}-", dir=build) as folder:
+        draft = Path(folder)
+        os.environ["DGS_OUT"] = folder
+        executed = draft / "results" / profile / "notebooks" / f"{label}.ipynb"
+        executed.parent.mkdir(parents=True)
+        try:
+            papermill.execute_notebook(
+                str(notebook),
+                str(executed),
+                parameters=parameters,
+                kernel_name=KERNEL,
+                language="python",
+                cwd=str(root),
+                progress_bar=False,
+                stdout_file=sys.stderr,
+                stderr_file=sys.stderr,
+            )
+        except PapermillExecutionError as error:
+            raise UserError(f"Stage {label} stopped. {_failure(error, stage)}") from None
+        nbformat.write(normalise(nbformat.read(executed, as_version=4)), executed)
+        _move_into(draft, root)
+
+
+def write_profile_pipeline(profile: str, root: Path | None = None) -> Path:
+    """A pipeline of its own for a profile: profiles/<profile>/dvc.yaml and params.yaml, made from the main ones.
+
+    A profile has its own dvc.lock there, so running it never makes the committed `mini` results stale.
+
+    Returns:
+        the dvc.yaml to reproduce; for the main profile, the main one.
+
+    Raises:
+        UserError: no such profile, or a parameter that is wrong.
+    """
+    root = root or find_root()
+    content = merged_params(profile, root)
+    params = validate(content, f"profiles/{profile}.yaml")
+    if profile == merged_params(None, root).get("profile"):
+        return root / "dvc.yaml"
+    folder = root / "profiles" / profile
+    folder.mkdir(parents=True, exist_ok=True)
+    relative = f"profiles/{profile}/params.yaml"
+    full = {**params.model_dump()}
+    (root / relative).write_text(
+        f"# Made from params.yaml and profiles/{profile}.yaml.\n" + yaml.safe_dump(full, sort_keys=False)
+    )
+    pipeline = yaml.safe_load((root / "dvc.yaml").read_text())
+    for body in pipeline["stages"].values():
+        body["wdir"] = "../.."
+        body["cmd"] = body["cmd"].replace("dgs stage ", f"dgs stage --params {relative} ")
+        if "params" in body:
+            body["params"] = [{relative: body["params"]}]
+    pipeline.pop("metrics", None)
+    pipeline.pop("plots", None)
+    (folder / "dvc.yaml").write_text(
+        f"# Made from dvc.yaml for the profile {profile}; edit that one.\n" + yaml.safe_dump(pipeline, sort_keys=False)
+    )
+    return folder / "dvc.yaml"
+
+
+def check_stage(stage: str) -> str:
+    """The stage's name, if there is one so called."""
+    if stage not in STAGES:
+        raise UserError(f"Unknown stage '{stage}'.{did_you_mean(stage, STAGES)} Stages: {', '.join(STAGES)}.")
+    return stage

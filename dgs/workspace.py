@@ -1,0 +1,88 @@
+"""Where a run reads and writes: the repository, build/<profile>/ and results/<profile>/."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dgs.errors import UserError
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The repository: the nearest folder with params.yaml and dvc.yaml, upwards from `start` (default: here).
+
+    Falls back to the repository that this package was installed from, so that papermill works from any folder.
+    """
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents, Path(__file__).resolve().parent.parent):
+        if (folder / "params.yaml").exists() and (folder / "dvc.yaml").exists():
+            return folder
+    raise UserError(f"Expected to be inside a clone of dgs (params.yaml, dvc.yaml), found neither above {here}.")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Folders of one profile.
+
+    A pipeline stage writes to the repository itself (its outputs are DVC's). A notebook run by hand or by papermill
+    writes to scratch/, so that trying things out never makes the pipeline's outputs stale; it reads what the
+    pipeline made where scratch/ has nothing newer. The environment variable DGS_OUT names another place to write.
+    """
+
+    root: Path
+    out: Path
+    profile: str
+
+    @classmethod
+    def of(cls, profile: str) -> Workspace:
+        """The workspace of `profile`, from the current folder and DGS_OUT."""
+        root = find_root()
+        return cls(root, Path(os.environ.get("DGS_OUT") or root / "scratch").resolve(), profile)
+
+    @property
+    def results(self) -> Path:
+        """Folder of metrics, tables, figures and reports."""
+        return self.out / "results" / self.profile
+
+    def build(self, *parts: str) -> Path:
+        """Folder of intermediate outputs: manifest, checkpoints, scores."""
+        return self.out.joinpath("build", self.profile, *parts)
+
+    def find(self, *parts: str, made_by: str) -> Path:
+        """What an earlier stage made: in this workspace, else in the pipeline's.
+
+        Raises:
+            UserError: neither has it; the message names the stage to run.
+        """
+        for base in (self.out, self.root):
+            path = base.joinpath("build", self.profile, *parts)
+            if path.exists():
+                return path
+        raise UserError(
+            f"Expected {self.build(*parts)}, found nothing there. "
+            f"Run the stage before it first: dvc repro {made_by}, or notebooks/{made_by.partition('@')[0]}.ipynb."
+        )
+
+    def resolve(self, path: str) -> Path:
+        """A path from params.yaml: relative ones are relative to the repository."""
+        return (self.root / Path(path).expanduser()).resolve()
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` only if the block ends well: outputs are whole or absent."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield draft
+        draft.chmod(0o755)  # mkdtemp makes it private
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

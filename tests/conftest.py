@@ -1,0 +1,68 @@
+"""What every test may use: a clean environment and small folders of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ImageTree = Callable[..., Path]
+SPLITS: Mapping[str, tuple[str, ...]] = {
+    "train": ("alpha", "beta"),
+    "val": ("alpha", "beta"),
+    "test": ("alpha", "beta", "gamma"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make test` runs the notebooks with DGS_PROFILE and DGS_OUT set: a test must set what it needs itself."""
+    for name in ("DGS_PROFILE", "DGS_OUT", "DGS_PARAMS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def structured_image(seed: int, width: int = 40, height: int = 36) -> Image.Image:
+    """A colour wave over a gradient with some noise: another picture for every seed."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width] / max(height, width)
+    channels = []
+    for _ in range(3):
+        fx, fy, phase = rng.uniform(1, 9), rng.uniform(1, 9), rng.uniform(0, 6)
+        wave = np.sin(2 * np.pi * (fx * x + fy * y) + phase)
+        channels.append(110 + 70 * wave + 60 * (x - y) + rng.normal(0, 6, (height, width)))
+    return Image.fromarray(np.clip(np.stack(channels, axis=2), 0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def image_tree(tmp_path: Path) -> ImageTree:
+    """A factory of `<root>/<split>/<generator>/{0_real,1_fake}` folders; all images differ, JPEG and PNG alternate.
+
+    image_tree(splits, real=3, fake=3, level="", seed=0, name="images") -> root; `splits` maps a split to its
+    generators (default: train and val of alpha and beta, test of gamma too); `level` is a class folder in between.
+    """
+
+    def make(
+        splits: Mapping[str, tuple[str, ...]] = SPLITS,
+        real: int = 3,
+        fake: int = 3,
+        level: str = "",
+        seed: int = 0,
+        name: str = "images",
+    ) -> Path:
+        root = tmp_path / name
+        number = seed * 100_000
+        for split, generators in splits.items():
+            for generator in generators:
+                for label, count in (("0_real", real), ("1_fake", fake)):
+                    folder = root / split / generator / level / label
+                    folder.mkdir(parents=True)
+                    for index in range(count):
+                        number += 1
+                        suffix = ".jpg" if number % 2 else ".png"
+                        structured_image(number).save(folder / f"{index:03d}{suffix}")
+        return root
+
+    return make

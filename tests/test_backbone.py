@@ -1,0 +1,190 @@
+"""The image side: split attention, adapters, and a teacher that is the same tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from clips import write_random_clip
+from torch import Tensor, nn
+
+from dgs.errors import UserError
+from dgs.model.backbone import Backbone, SplitAttention, encode_prompts, encode_texts, load_clip
+from dgs.model.device import choose_device
+from dgs.params import LoraParams, ModelParams
+
+LORA = LoraParams(rank=3, alpha=6.0, dropout=0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_clip(tmp_path_factory.mktemp("clip") / "clip")
+
+
+@pytest.fixture
+def params(folder: Path) -> ModelParams:
+    return ModelParams(clip=str(folder), image_size=32)
+
+
+def images(count: int = 4, size: int = 32) -> Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def randomise_adapters(backbone: Backbone) -> None:
+    torch.manual_seed(3)
+    for parameter in backbone.adapter_parameters():
+        nn.init.normal_(parameter, std=0.3)
+
+
+def test_split_attention_equals_multihead_attention() -> None:
+    attention = nn.MultiheadAttention(12, 3, batch_first=True).double()
+    nn.init.normal_(attention.in_proj_bias)
+    nn.init.normal_(attention.out_proj.bias)
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    mask = torch.full((5, 5), -torch.inf, dtype=torch.float64).triu(1)
+    split = SplitAttention(attention).double()
+    for attn_mask in (None, mask):
+        expected = attention(x, x, x, need_weights=False, attn_mask=attn_mask)[0]
+        assert torch.allclose(split(x, x, x, attn_mask=attn_mask)[0], expected, atol=1e-12)
+
+
+def test_features_equal_open_clips_own(params: ModelParams, folder: Path) -> None:
+    plain = open_clip.create_model(f"local-dir:{folder}").eval()
+    clip = load_clip(params, Path(), 32)
+    batch = images()
+    normalised = (batch / 255 - torch.tensor(clip.mean).view(1, 3, 1, 1)) / torch.tensor(clip.std).view(1, 3, 1, 1)
+    with torch.no_grad():
+        expected = plain.visual(normalised)
+        assert torch.allclose(Backbone(clip)(batch), expected, atol=2e-6)
+    assert clip.mean == (0.5, 0.4, 0.3)
+
+
+def test_new_adapters_change_nothing_and_trained_ones_do(params: ModelParams) -> None:
+    clip = load_clip(params, Path(), 32)
+    batch = images()
+    with torch.no_grad():
+        before = Backbone(clip)(batch)
+        backbone = Backbone(clip, LORA).eval()
+        assert torch.equal(backbone(batch), before)
+        randomise_adapters(backbone)
+        assert (backbone(batch) - before).abs().max() > 0.01
+
+
+def test_only_q_k_v_of_every_block_are_adapted_with_the_rank_asked_for(params: ModelParams) -> None:
+    backbone = Backbone(load_clip(params, Path(), 32), LORA)
+    learned = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    blocks = {(name.split("resblocks.")[1].split(".")[0], name.split("attn.")[1].split(".")[0]) for name in learned}
+    assert blocks == {(str(block), f"{part}_proj") for block in range(2) for part in "qkv"}
+    assert sorted({tuple(p.shape) for p in learned.values()}) == [(3, 32), (32, 3)]
+    assert len(learned) == 2 * 3 * 2
+
+
+def test_the_adapter_adds_alpha_over_root_rank_times_b_a(params: ModelParams) -> None:
+    backbone = Backbone(load_clip(params, Path(), 32), LORA).eval()
+    randomise_adapters(backbone)
+    layer = backbone.visual.base_model.model.transformer.resblocks[0].attn.q_proj
+    x = torch.randn(5, 32)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    expected = layer.base_layer(x) + 6.0 / 3**0.5 * (x @ a.T @ b.T)
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
+def test_the_teacher_is_the_student_with_adapters_off_exactly(params: ModelParams) -> None:
+    clip = load_clip(params, Path(), 32)
+    batch = images()
+    with torch.no_grad():
+        before = Backbone(clip)(batch)
+    backbone = Backbone(clip, LORA).train()
+    randomise_adapters(backbone)
+    with backbone.frozen():
+        assert torch.equal(backbone(batch), before)
+    assert backbone.training
+    assert not torch.equal(backbone(batch).detach(), before)
+
+
+def test_adapters_come_off_without_a_trace(params: ModelParams) -> None:
+    clip = load_clip(params, Path(), 32)
+    before = {k: v.clone() for k, v in clip.model.state_dict().items()}
+    backbone = Backbone(clip, LORA)
+    randomise_adapters(backbone)
+    clip.model.visual = backbone.without_adapters()
+    after = clip.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], before[k]) for k in before)
+
+
+def test_equal_seeds_give_equal_adapters(params: ModelParams) -> None:
+    def weights(seed: int) -> list[Tensor]:
+        return [p.detach().clone() for p in Backbone(load_clip(params, Path(), 32), LORA, seed).adapter_parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(1), weights(1), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(weights(1), weights(2), strict=True))
+
+
+def test_another_image_size_interpolates_positions_only(params: ModelParams) -> None:
+    small, large = load_clip(params, Path(), 32), load_clip(params, Path(), 40)
+    assert large.model.visual.positional_embedding.shape[0] == 26
+    assert small.weights_hash == large.weights_hash
+    assert Backbone(large)(images(size=40)).shape == (4, 24)
+
+
+def test_text_embeddings_do_not_depend_on_the_batch(params: ModelParams) -> None:
+    clip = load_clip(params, Path(), 32)
+    texts = ["a red circle", "a photo of a blue square on the left", "x"]
+    together = encode_texts(clip, texts)
+    assert together.shape == (3, 24) and together.dtype == np.float32
+    alone = np.concatenate([encode_texts(clip, [text]) for text in texts])
+    assert np.allclose(together, alone, atol=1e-5)
+
+
+def test_prompt_vectors_are_unit_means(params: ModelParams) -> None:
+    clip = load_clip(params, Path(), 32)
+    values, vectors = encode_prompts(clip, {"red": ["a red thing", "something red"], "blue": ["a blue thing"]})
+    assert values == ["red", "blue"]
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    alone = encode_texts(clip, ["a blue thing"])[0]
+    assert np.allclose(vectors[1], alone / np.linalg.norm(alone), atol=1e-5)
+
+
+def test_the_weights_hash_tells_weights_apart(params: ModelParams, tmp_path: Path) -> None:
+    other = write_random_clip(tmp_path / "other", seed=9)
+    assert (
+        load_clip(params, Path(), 32).weights_hash != load_clip(ModelParams(clip=str(other)), Path(), 32).weights_hash
+    )
+
+
+def test_imagenet_constants_on_request(folder: Path) -> None:
+    clip = load_clip(ModelParams(clip=str(folder), normalize="imagenet"), Path(), 32)
+    assert clip.mean == (0.485, 0.456, 0.406) and clip.std == (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ({"clip": "ViT-L-14", "pretrained": "openai"}, "Set model.clip: ViT-L-14-quickgelu"),
+        ({"clip": "ViT-L-41-quickgelu", "pretrained": "openai"}, "Did you mean 'ViT-L-14-quickgelu'?"),
+        ({"clip": "ViT-B-32-quickgelu"}, "Expected model.pretrained for 'ViT-B-32-quickgelu'"),
+        ({"clip": "RN50", "pretrained": "random"}, "found ModifiedResNet"),
+        ({"clip": "ViT-B-32", "pretrained": "no-such-tag"}, "Cannot load the weights 'no-such-tag'"),
+    ],
+)
+def test_mistakes_name_what_to_do(model: dict[str, str], sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_clip(ModelParams.model_validate(model), Path(), 224)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Expected open_clip_config\.json in model\.clip"):
+        load_clip(ModelParams(clip=str(tmp_path)), Path(), 32)
+
+
+def test_devices() -> None:
+    assert choose_device("cpu").type == "cpu"
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(UserError, match=r"Cannot use compute\.device = 'quantum'"):
+        choose_device("quantum")

@@ -1,0 +1,136 @@
+"""Captions: what a file may hold, and what an image gets that it does not name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dgs.data.captions import assign_captions, read_captions, template_caption
+from dgs.errors import UserError
+
+SHA = "ab" * 32
+IMAGES = {"a.jpg": ("s1", "a photo of x"), "b.jpg": ("s2", "a photo of y"), "c.jpg": ("s1", "a photo of z")}
+
+
+def write(folder: Path, *lines: Any) -> Path:
+    file = folder / "captions.jsonl"
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines)
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def refusal(file: Path) -> str:
+    with pytest.raises(UserError) as error:
+        read_captions(file)
+    message = str(error.value)
+    assert file.name in message and "\n" not in message
+    return message
+
+
+class TestReading:
+    def test_by_path_by_hash_and_with_blank_lines(self, tmp_path: Path) -> None:
+        file = write(
+            tmp_path,
+            {"path": "train/x/0_real/a.jpg", "caption": " a red car "},
+            "",
+            {"sha256": SHA, "caption": "ein Schloß"},
+        )
+        assert read_captions(file) == {"train/x/0_real/a.jpg": "a red car", SHA: "ein Schloß"}
+
+    def test_windows_separators(self, tmp_path: Path) -> None:
+        file = write(tmp_path, {"path": r"train\x\0_real\a.jpg", "caption": "a"})
+        assert read_captions(file) == {"train/x/0_real/a.jpg": "a"}
+
+    def test_the_same_caption_twice_is_no_conflict(self, tmp_path: Path) -> None:
+        line = {"path": "a.jpg", "caption": "a"}
+        assert read_captions(write(tmp_path, line, line)) == {"a.jpg": "a"}
+
+    @given(caption=st.text(min_size=1).filter(lambda text: text.strip()))
+    @settings(max_examples=40, deadline=None)
+    def test_any_text_may_be_a_caption(self, tmp_path_factory: pytest.TempPathFactory, caption: str) -> None:
+        folder = tmp_path_factory.mktemp("captions")
+        assert read_captions(write(folder, {"path": "a.jpg", "caption": caption})) == {"a.jpg": caption.strip()}
+
+    def test_a_line_separator_inside_a_caption_ends_no_line(self, tmp_path: Path) -> None:
+        caption = "a boat\u2028on a lake"  # JSON allows it bare
+        assert read_captions(write(tmp_path, {"path": "a.jpg", "caption": caption})) == {"a.jpg": caption}
+
+    def test_a_missing_file_says_which_parameter_to_set(self, tmp_path: Path) -> None:
+        message = refusal(tmp_path / "captions.jsonl")
+        assert str(tmp_path) in message and "data.captions" in message
+
+    @pytest.mark.parametrize(
+        ("line", "facts"),
+        [
+            ("{'path': 'b.jpg'}", ["not JSON", "one object a line"]),
+            ('["b.jpg", "a cat"]', ["expected an object", "list"]),
+            ({"path": "b.jpg", "captoin": "a cat"}, ["'captoin'", "Did you mean 'caption'?"]),
+            ({"file": "b.jpg", "caption": "a cat"}, ["'file'", "path or sha256"]),
+            ({"path": "b.jpg"}, ["expected a 'caption'", "found ['path']"]),
+            ({"caption": "a cat"}, ["'path' or 'sha256'", "found ['caption']"]),
+            ({"path": "b.jpg", "caption": "  "}, ["expected a 'caption'"]),
+            ({"path": "b.jpg", "caption": 3}, ["expected a 'caption'"]),
+            ({"path": 3, "caption": "a cat"}, ["'path' or 'sha256'"]),
+            ({"path": "a.jpg", "caption": "another"}, ["different caption", "'a.jpg'", "Keep one"]),
+        ],
+    )
+    def test_a_wrong_line_is_named_by_its_number(self, tmp_path: Path, line: Any, facts: list[str]) -> None:
+        message = refusal(write(tmp_path, {"path": "a.jpg", "caption": "a dog"}, "", line))
+        assert "line 3" in message
+        assert all(fact in message for fact in facts)
+
+    def test_another_encoding_is_a_sentence(self, tmp_path: Path) -> None:
+        file = tmp_path / "captions.jsonl"
+        file.write_bytes('{"path": "a.jpg", "caption": "ein Schloß"}\n'.encode("latin-1"))
+        assert "UTF-8" in refusal(file)
+
+
+class TestTemplate:
+    @pytest.mark.parametrize(
+        ("folder", "caption"),
+        [
+            ("horse", "a photo of horse"),
+            ("progan_train", "a photo of progan"),
+            ("StableDiffusion-v1.5", "a photo of stable diffusion v"),
+            ("SummerHouse", "a photo of summer house"),
+            ("0_real", "a photo"),
+            ("FAKE", "a photo"),
+            ("123", "a photo"),
+        ],
+    )
+    def test_a_folder_name_in_words(self, folder: str, caption: str) -> None:
+        assert template_caption(folder) == caption
+
+    @given(
+        st.lists(
+            st.sampled_from(["Real", "fake", "1", "_", "-", "GAN", "generated", "Dog", " ", "train", "é"]), max_size=6
+        )
+    )
+    def test_it_never_tells_the_label(self, parts: list[str]) -> None:
+        caption = template_caption("_".join(parts))
+        assert caption.startswith("a photo")
+        assert not {"real", "fake", "generated", "gan"} & set(caption.lower().split())
+
+
+class TestAssigning:
+    def test_path_before_hash_before_template(self) -> None:
+        chosen, counts = assign_captions(IMAGES, {"a.jpg": "by path", "s1": "by hash"})
+        assert chosen == {"a.jpg": "by path", "b.jpg": "a photo of y", "c.jpg": "by hash"}
+        assert counts == {"file": 2, "template": 1}
+
+    def test_without_a_file_all_are_templates(self) -> None:
+        chosen, counts = assign_captions(IMAGES, {})
+        assert chosen == {path: template for path, (_, template) in IMAGES.items()}
+        assert counts == {"file": 0, "template": 3}
+
+    def test_keys_that_name_no_image_are_an_error(self) -> None:
+        with pytest.raises(UserError) as error:
+            assign_captions(IMAGES, {"a.jpg": "a", "b.jpgg": "b", "zzz": "c"})
+        message = str(error.value)
+        assert "2 of 3 captions" in message and "'b.jpgg'" in message and "Did you mean 'b.jpg'?" in message
+        assert "relative to data.root" in message and "\n" not in message

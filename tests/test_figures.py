@@ -1,0 +1,272 @@
+"""Every figure draws full and degenerate tables, keeps its text inside, says what the data say, repeats its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dgs.analysis import figures
+from dgs.analysis.metrics import DETECTION_COLUMNS
+from dgs.errors import UserError
+
+METHODS = ("probe", "lora", "dgs")
+GENERATORS = (
+    "transposed_adv", "upsample_kl", "bilinear", "ddpm_img2img", "pixel_shuffle", "splice", "super_resolution", "vq",
+)  # fmt: skip
+LEVEL = {"probe": 0.62, "lora": 0.72, "dgs": 0.74}
+
+
+def make_detection(
+    methods: tuple[str, ...] = METHODS, seeds: int = 5, generators: tuple[str, ...] = GENERATORS, n_seen: int = 2,
+    noise: float = 0.02, rho: float = 0.9,
+) -> pd.DataFrame:  # fmt: skip
+    """A detection table with made-up rates: each method at its `LEVEL`, later generators harder."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for method in methods:
+        for seed in range(seeds):
+            for i, generator in enumerate(generators):
+                rate = LEVEL.get(method, 0.7) - 0.01 * i + rng.normal(0, noise)
+                rates = dict.fromkeys(("acc", "balanced_acc", "r_acc", "f_acc", "ap", "auroc"), rate)
+                rates |= {"tpr_at_1fpr": 0.2, "tpr_at_5fpr": 0.4, "ece": 0.1}
+                for rule in ("0.5", "val"):
+                    key = (rho, method, seed, generator, i < n_seen, "native", "both", 400, 400)
+                    rows.append((*key, *rates.values(), rule))
+    return pd.DataFrame(rows, columns=DETECTION_COLUMNS)
+
+
+def make_forgetting(methods: tuple[str, ...] = METHODS, seeds: int = 5, noise: float = 0.02) -> pd.DataFrame:
+    """A forgetting table: the probe keeps all, lora 60 %, any other method 50 %."""
+    rng = np.random.default_rng(1)
+    before = {"zero_shot:shape": 0.9, "zero_shot:background": 1.0, "retrieval_at_1": 0.8, "cka_to_frozen": 1.0}
+    rows = []
+    for method in methods:
+        kept = {"probe": 1.0, "lora": 0.6}.get(method, 0.5)
+        for seed in range(seeds):
+            rows += [
+                (0.9, method, seed, name, value, value * kept + (rng.normal(0, noise) if kept < 1 else 0.0))
+                for name, value in before.items()
+            ]
+            rows.append((0.9, method, seed, "cosine_drift", 0.0, 1 - kept))
+    return pd.DataFrame(rows, columns=["rho", "method", "seed", "measure", "before", "after"])
+
+
+def make_training(methods: tuple[str, ...] = METHODS, seeds: int = 5, validated: bool = True) -> pd.DataFrame:
+    """A training log of 120 steps in 3 epochs."""
+    rng = np.random.default_rng(2)
+    rows = []
+    for method in methods:
+        for seed in range(seeds):
+            for step in range(120):
+                rate = LEVEL.get(method, 0.7) + rng.normal(0, 0.02) if validated and step % 40 == 39 else np.nan
+                loss = 0.7 * np.exp(-step / 60) + rng.normal(0, 0.02)
+                rows.append((method, seed, step // 40, step, loss, loss, 0.5, 0.01, rate))
+    names = ["method", "seed", "epoch", "step", "loss", "loss_task", "loss_text", "loss_alignment", "val_balanced_acc"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def make_angles(methods: tuple[str, ...] = ("lora", "dgs"), seeds: int = 5, pairs: int = 3) -> pd.DataFrame:
+    """Angles of one layer at 10 steps: the pairs lie at 90, 80, 70 ... degrees."""
+    rows = [
+        (0.9, method, seed, step, "feature", f"task_{'abcdef'[i]}", 90.0 - 10 * i, 80.0 - 10 * i, 100.0 - 10 * i)
+        for method in methods
+        for seed in range(seeds)
+        for step in range(0, 100, 10)
+        for i in range(pairs)
+    ]
+    return pd.DataFrame(rows, columns=["rho", "method", "seed", "step", "layer", "pair", "mean", "p05", "p95"])
+
+
+def make_points(
+    methods: tuple[str, ...] = ("frozen", "lora", "dgs"), generators: tuple[str, ...] = GENERATORS
+) -> pd.DataFrame:
+    """Map points: reals and fakes mixed in the first method, further apart in each later one."""
+    rng = np.random.default_rng(3)
+    names = ["real"] * 40 + [name for name in generators for _ in range(40 // len(generators))]
+    label = np.array([name != "real" for name in names]).astype(int)
+    parts = []
+    for i, method in enumerate(methods):
+        place = rng.normal(size=(len(names), 2)) + 2.0 * i * label[:, None]
+        parts.append(
+            pd.DataFrame({"method": method, "generator": names, "label": label, "x": place[:, 0], "y": place[:, 1]})
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def image(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(4).integers(0, 255, (height, width, 3)).astype(np.uint8)
+
+
+MANY = tuple(figures.METHOD_COLOURS)
+DRAWINGS: dict[str, Callable[[], Figure]] = {
+    "bars": lambda: figures.detection_bars(make_detection()),
+    "bars, nine methods": lambda: figures.detection_bars(make_detection(MANY, 2)),
+    "bars, one method, one seed, no unseen": lambda: figures.detection_bars(make_detection(("dgs",), 1, ("mine",), 1)),
+    "bars, nothing seen": lambda: figures.detection_bars(make_detection(n_seen=0)),
+    "bars, saturated": lambda: figures.detection_bars(make_detection().assign(balanced_acc=1.0)),
+    "heatmap": lambda: figures.detection_heatmap(make_detection()),
+    "heatmap, nine methods": lambda: figures.detection_heatmap(make_detection(MANY, 2)),
+    "heatmap, one cell": lambda: figures.detection_heatmap(make_detection(("dgs",), 1, ("mine",), 1)),
+    "plane": lambda: figures.forgetting_plane(make_detection(), make_forgetting()),
+    "plane, nine methods": lambda: figures.forgetting_plane(make_detection(MANY, 2), make_forgetting(MANY, 2)),
+    "plane, one seed, no unseen": lambda: figures.forgetting_plane(
+        make_detection(("dgs",), 1, ("mine",), 1), make_forgetting(("dgs",), 1)
+    ),
+    "plane, probe not measured": lambda: figures.forgetting_plane(make_detection(), make_forgetting(("lora", "dgs"))),
+    "forgetting": lambda: figures.forgetting_bars(make_forgetting()),
+    "forgetting, nine methods": lambda: figures.forgetting_bars(make_forgetting(MANY, 2)),
+    "forgetting, one": lambda: figures.forgetting_bars(make_forgetting(("dgs",), 1)),
+    "t-SNE": lambda: figures.tsne_panels(make_points()),
+    "t-SNE, one method and generator": lambda: figures.tsne_panels(make_points(("dgs",), ("mine",))),
+    "training": lambda: figures.training_curves(make_training()),
+    "training, one": lambda: figures.training_curves(make_training(("dgs",), 1)),
+    "training, not validated": lambda: figures.training_curves(make_training(validated=False)),
+    "angles": lambda: figures.angles_over_training(make_angles()),
+    "angles, one": lambda: figures.angles_over_training(make_angles(("dgs",), 1, 1)),
+    "patches": lambda: figures.patches_figure(image(256, 320), image(224, 224)),
+    "patches, few": lambda: figures.patches_figure(image(64, 96), image(224, 224)),
+}
+
+
+def title(fig: Figure) -> str:
+    """The figure's headline on one line, with plain spaces."""
+    return fig.get_suptitle().replace("\n", " ").replace("\u00a0", " ")
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_every_figure_has_a_headline_and_keeps_its_text_inside_and_apart(name: str) -> None:
+    fig = DRAWINGS[name]()
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    assert len(title(fig)) > 10
+    whole = fig.get_tightbbox(renderer)
+    width, height = fig.get_size_inches()
+    assert whole.x0 > -0.01 and whole.y0 > -0.01 and whole.x1 < width + 0.01 and whole.y1 < height + 0.01
+    panels = [ax.get_tightbbox(renderer) for ax in fig.axes if ax.axison]
+    heading = fig._suptitle.get_window_extent(renderer)  # type: ignore[attr-defined]
+    others = [heading, *(legend.get_window_extent(renderer) for legend in fig.legends)]
+    for extent in others:
+        assert all(extent.y0 >= panel.y1 - 1 or extent.y1 <= panel.y0 + 1 for panel in panels)
+
+
+def test_text_is_legible_at_half_the_width_of_a_readme() -> None:
+    fig = figures.detection_bars(make_detection())
+    FigureCanvasAgg(fig).draw()
+    shown = 430 / fig.get_figwidth() / 72  # pixels a point when the figure is shown 430 px wide
+    sizes = [text.get_fontsize() for text in fig.findobj(mpl.text.Text) if text.get_text()]
+    assert min(sizes) * shown >= 9.0
+
+
+def test_the_same_table_gives_the_same_bytes(tmp_path: Path) -> None:
+    first = figures.save(figures.detection_bars(make_detection()), tmp_path / "a" / "deep" / "one.png")
+    second = figures.save(figures.detection_bars(make_detection()), tmp_path / "two.png")
+    assert first.read_bytes() == second.read_bytes()
+    with Image.open(first) as picture:
+        assert picture.size[0] == 900
+        assert "Software" not in picture.info
+
+
+def test_saving_forgets_a_pyplot_figure(tmp_path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    fig = plt.figure()
+    figures.save(fig, tmp_path / "x.png")
+    assert not plt.fignum_exists(fig.number)
+
+
+def test_a_method_has_one_colour_everywhere() -> None:
+    assert len(set(figures.METHOD_COLOURS.values())) == len(set(figures.METHOD_MARKERS.values())) == len(MANY)
+    assert figures.colour("dgs") == figures.METHOD_COLOURS["dgs"]
+    assert figures.colour("somebody_elses") == figures.colour("somebody_elses")
+    few, many = figures.detection_bars(make_detection(("dgs",))), figures.detection_bars(make_detection(MANY, 2))
+    wanted = mpl.colors.to_rgba(figures.METHOD_COLOURS["dgs"])
+    for fig in (few, many):
+        handles = dict(zip([t.get_text() for t in fig.legends[0].texts], fig.legends[0].legend_handles, strict=True))
+        assert handles["dgs"].get_facecolor() == wanted  # type: ignore[union-attr]
+
+
+def test_the_style_ends_with_its_context() -> None:
+    before = dict(mpl.rcParams)
+    with figures.style():
+        assert mpl.rcParams["figure.dpi"] == 150
+    assert dict(mpl.rcParams) == before
+
+
+class TestHeadlines:
+    """A headline is a claim, so it follows the data."""
+
+    def test_a_clear_lead_is_named_with_its_interval(self) -> None:
+        made = make_detection(noise=1e-4)
+        assert title(figures.detection_bars(made)).startswith("On unseen generators, dgs leads lora by 2.0 points [+")
+        swapped = made.assign(method=made["method"].map({"probe": "probe", "lora": "dgs", "dgs": "lora"}))
+        assert title(figures.detection_bars(swapped)).startswith("On unseen generators, lora leads dgs by 2.0 points")
+
+    def test_an_interval_across_zero_is_no_difference_shown(self) -> None:
+        assert "no difference shown between the top two" in title(figures.detection_bars(make_detection(noise=0.2)))
+
+    def test_one_seed_claims_no_interval(self) -> None:
+        assert "(one seed: no interval)" in title(figures.detection_bars(make_detection(seeds=1)))
+
+    def test_without_unseen_generators_it_says_seen(self) -> None:
+        assert title(figures.detection_bars(make_detection(n_seen=8))).startswith("On seen generators")
+
+    def test_forgetting(self) -> None:
+        found = title(figures.forgetting_bars(make_forgetting(noise=0.0)))
+        assert found == "Of zero-shot accuracy, dgs keeps 50 % and probe 100 %"
+        assert "about 100 %" in title(figures.forgetting_bars(make_forgetting().assign(after=lambda t: t["before"])))
+
+    def test_plane(self) -> None:
+        found = title(figures.forgetting_plane(make_detection(noise=0.0), make_forgetting(noise=0.0)))
+        assert found == "Only probe keeps 90 % of zero-shot (unseen: 57.5 %); dgs reaches 69.5 % but keeps 50 %"
+        nobody = figures.forgetting_plane(make_detection(("lora", "dgs")), make_forgetting(("lora", "dgs"), noise=0.0))
+        assert title(nobody) == "No method keeps 90 % of zero-shot; lora comes closest: 60 %"
+
+    def test_angles(self) -> None:
+        assert title(figures.angles_over_training(make_angles())).startswith("Late in training, task c is farthest")
+        assert "orthogonal to within 1°" in title(figures.angles_over_training(make_angles(pairs=1)))
+
+    def test_maps(self) -> None:
+        found = title(figures.tsne_panels(make_points()))
+        assert found.startswith("Neighbours of the same class: most in dgs, ")
+
+    def test_patches(self) -> None:
+        found = title(figures.patches_figure(image(256, 256), image(224, 224)))
+        assert found == "Patch selection shows the model 49 of 64 patches of 32 × 32 px, in a new order"
+        assert "from only 6 patches" in title(figures.patches_figure(image(64, 96), image(224, 224)))
+
+
+def test_a_map_repeats_and_keeps_its_rows() -> None:
+    rows = pd.DataFrame({"generator": ["real"] * 10 + ["vq"] * 10, "label": [0] * 10 + [1] * 10}, index=range(5, 25))
+    given = {"frozen": (np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32), rows)}
+    points = figures.tsne(given, seed=1)
+    assert list(points.columns) == ["method", "generator", "label", "x", "y"]
+    assert points["generator"].tolist() == rows["generator"].tolist()
+    pd.testing.assert_frame_equal(points, figures.tsne(given, seed=1))
+    with pytest.raises(ValueError, match="features of 20 rows"):
+        figures.tsne({"frozen": (np.zeros((3, 4)), rows)}, seed=1)
+    with pytest.raises(ValueError, match="at least 5"):
+        figures.tsne({"frozen": (np.zeros((3, 4)), rows[:3])}, seed=1)
+
+
+def test_what_cannot_be_drawn_is_refused() -> None:
+    mixed = pd.concat([make_detection(rho=0.5), make_detection(rho=0.9)])
+    with pytest.raises(UserError, match="mixes rho"):
+        figures.detection_bars(mixed)
+    with pytest.raises(UserError, match="no rows with condition"):
+        figures.detection_heatmap(make_detection().assign(condition="blur"))
+    drift = make_forgetting().query("measure == 'cosine_drift'")
+    with pytest.raises(UserError, match="no measure to draw"):
+        figures.forgetting_bars(drift)
+    with pytest.raises(UserError, match="no zero_shot"):
+        figures.forgetting_plane(make_detection(), drift)
+    with pytest.raises(ValueError, match="canvas"):
+        figures.patches_figure(image(64, 64), image(64, 64))

@@ -1,0 +1,213 @@
+"""Any image file is decoded whole to (H, W, 3) uint8, or refused in one sentence."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dgs.data import images
+from dgs.data.images import UnreadableImage, decode, fit, is_image_name, read, to_rgb
+
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]
+
+
+def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def refusal(data: bytes, name: str = "folder/a.jpg") -> str:
+    with pytest.raises(UnreadableImage) as error:
+        decode(data, name)
+    message = str(error.value)
+    assert name in message and "\n" not in message and "0x" not in message
+    return message
+
+
+class TestModes:
+    @pytest.mark.parametrize("kind", FORMATS)
+    def test_every_format_gives_height_width_three(self, kind: str) -> None:
+        decoded = decode(encode(Image.fromarray(noise(7, 12)), kind))
+        assert (decoded.shape, decoded.dtype) == ((7, 12, 3), np.uint8)
+
+    def test_lossless_colours_stay_as_they_are(self) -> None:
+        pixels = noise(9, 5)
+        assert np.array_equal(decode(encode(Image.fromarray(pixels))), pixels)
+
+    @pytest.mark.parametrize("mode", ["1", "L"])
+    def test_gray_is_repeated(self, mode: str) -> None:
+        gray = Image.fromarray(noise(6, 8)[..., 0]).convert(mode)
+        decoded = decode(encode(gray))
+        assert np.array_equal(decoded, np.repeat(np.array(gray.convert("L"))[..., None], 3, axis=2))
+
+    def test_cmyk_is_ink_on_white(self) -> None:
+        inks = np.array([[[0, 0, 0, 0], [0, 255, 255, 0], [255, 0, 255, 0], [0, 0, 0, 255]]], dtype=np.uint8)
+        decoded = decode(encode(Image.fromarray(inks, "CMYK"), "TIFF"))
+        assert decoded.tolist() == [[[255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 0]]]
+
+    def test_cmyk_jpeg_keeps_its_polarity(self) -> None:
+        red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+        assert np.abs(decode(encode(red, "JPEG", quality=95)).astype(int) - [255, 0, 0]).max() < 12
+
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+    def test_sixteen_bits_are_scaled_to_eight(self, kind: str) -> None:
+        levels = np.arange(256).reshape(16, 16)
+        decoded = decode(encode(Image.fromarray((levels * 257).astype(np.uint16)), kind))
+        assert np.array_equal(decoded, np.repeat(levels[..., None], 3, axis=2))
+
+    def test_a_dark_sixteen_bit_image_stays_dark(self) -> None:
+        levels = np.full((4, 4), 200, dtype=np.uint16)  # 200 of 65535: black to the eye
+        assert decode(encode(Image.fromarray(levels))).max() <= 1
+
+    def test_a_palette_is_looked_up(self) -> None:
+        image = Image.new("P", (2, 1))
+        image.putpalette([10, 20, 30, 200, 100, 50])
+        image.putdata([1, 0])
+        assert decode(encode(image)).tolist() == [[[200, 100, 50], [10, 20, 30]]]
+
+    def test_a_transparent_palette_colour_is_white(self) -> None:
+        image = Image.new("P", (2, 1))
+        image.putpalette([10, 20, 30, 200, 100, 50])
+        image.putdata([1, 0])
+        assert decode(encode(image, transparency=0)).tolist() == [[[200, 100, 50], [255, 255, 255]]]
+
+    @pytest.mark.parametrize("alpha", [0, 51, 128, 255])
+    def test_alpha_lies_over_white(self, alpha: int) -> None:
+        colour = np.array([200, 100, 0])
+        decoded = decode(encode(Image.new("RGBA", (3, 2), (*colour.tolist(), alpha))))
+        expected = colour * alpha / 255 + 255 * (1 - alpha / 255)
+        assert np.abs(decoded - expected).max() <= 1
+
+    def test_gray_with_alpha_lies_over_white(self) -> None:
+        image = Image.new("LA", (2, 1))
+        image.putdata([(40, 255), (40, 0)])
+        assert decode(encode(image)).tolist() == [[[40] * 3, [255] * 3]]
+
+    def test_an_animation_is_its_first_frame(self) -> None:
+        first, second = Image.new("RGB", (5, 4), (255, 0, 0)), Image.new("RGB", (5, 4), (0, 0, 255))
+        decoded = decode(encode(first, "GIF", save_all=True, append_images=[second], duration=50))
+        assert np.array_equal(decoded, np.broadcast_to([255, 0, 0], (4, 5, 3)))
+
+    @pytest.mark.parametrize(
+        ("orientation", "upright"),
+        [
+            (1, lambda a: a),
+            (2, np.fliplr),
+            (3, lambda a: np.rot90(a, 2)),
+            (4, np.flipud),
+            (5, lambda a: a.transpose(1, 0, 2)),
+            (6, lambda a: np.rot90(a, -1)),
+            (7, lambda a: np.rot90(a, 2).transpose(1, 0, 2)),
+            (8, lambda a: np.rot90(a, 1)),
+        ],
+    )
+    def test_a_camera_held_askew_gives_an_upright_image(self, orientation: int, upright: Any) -> None:
+        pixels = noise(4, 7)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        assert np.array_equal(decode(encode(Image.fromarray(pixels), exif=exif)), upright(pixels))
+
+    def test_a_pil_image_is_left_as_it_was(self) -> None:
+        image = Image.fromarray(noise(4, 4, 4), "RGBA")
+        before = image.tobytes()
+        to_rgb(image)
+        assert (image.mode, image.tobytes()) == ("RGBA", before)
+
+
+class TestRefusals:
+    def test_an_empty_file(self) -> None:
+        message = refusal(b"")
+        assert "empty" in message and "Remove or replace" in message
+
+    def test_text_that_calls_itself_jpg(self) -> None:
+        message = refusal(b"<html>404 not found</html>")
+        assert "not an image" in message and "Remove or replace" in message
+
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
+    @pytest.mark.parametrize("share", [0.5, 0.9])
+    def test_a_truncated_image(self, kind: str, share: float) -> None:
+        data = encode(Image.fromarray(noise(64, 64)), kind)
+        assert "Remove or replace" in refusal(data[: int(len(data) * share)])
+
+    def test_a_bomb_is_refused_before_it_is_decoded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(images, "MAX_PIXELS", 100)
+        data = encode(Image.fromarray(noise(10, 11)))
+        assert "11 x 10" in refusal(data)
+        assert "11 x 10" in refusal(data[:60])  # the header alone: no pixel was asked for
+        assert decode(encode(Image.fromarray(noise(10, 10)))).shape == (10, 10, 3)
+
+    def test_pixels_up_to_the_limit_are_not_pillows_business(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 70)  # Pillow warns above this and raises at twice that
+        assert decode(encode(Image.fromarray(noise(10, 10)))).shape == (10, 10, 3)
+
+    @given(st.sampled_from(FORMATS), st.floats(0, 1), st.binary(max_size=12))
+    @settings(max_examples=60, deadline=None)
+    def test_hostile_bytes_are_an_image_or_a_sentence(self, kind: str, share: float, junk: bytes) -> None:
+        data = encode(Image.fromarray(noise(12, 9)), kind)
+        cut = int(len(data) * share)
+        try:
+            decoded = decode(data[:cut] + junk + data[cut + len(junk) :], "x")
+        except UnreadableImage as error:
+            assert "\n" not in str(error)
+        else:
+            assert decoded.ndim == 3 and decoded.shape[2] == 3 and decoded.dtype == np.uint8
+
+    @pytest.mark.parametrize("name", ["gone.jpg", "."])
+    def test_a_path_that_cannot_be_read(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(UnreadableImage) as error:
+            read(tmp_path / name)
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "v1.2.final.Png", "a.webp", "x y.TIFF"])
+def test_image_names(name: str) -> None:
+    assert is_image_name(Path(name))
+
+
+@pytest.mark.parametrize("name", ["a", "a.jpg.txt", "jpg", "notes.md", "a.mp4"])
+def test_other_names(name: str) -> None:
+    assert not is_image_name(Path(name))
+
+
+class TestFit:
+    @given(st.integers(1, 80), st.integers(1, 80), st.integers(1, 48), st.sampled_from(["crop", "resize"]))
+    @settings(max_examples=80, deadline=None)
+    def test_the_result_is_a_square_of_the_asked_size(self, height: int, width: int, size: int, how: str) -> None:
+        fitted = fit(noise(height, width), size, how)
+        assert (fitted.shape, fitted.dtype) == ((size, size, 3), np.uint8)
+        assert fitted.flags["C_CONTIGUOUS"]
+
+    @given(st.integers(16, 60), st.integers(16, 60))
+    @settings(deadline=None)
+    def test_crop_keeps_the_pixels_of_the_centre(self, height: int, width: int) -> None:
+        pixels = noise(height, width)
+        fitted = fit(pixels, 16, "crop")
+        top, left = (height - 16) // 2, (width - 16) // 2
+        assert np.array_equal(fitted, pixels[top : top + 16, left : left + 16])
+
+    def test_resize_scales_the_shorter_side_as_clip_does(self) -> None:
+        pixels = noise(40, 60)
+        scaled = np.array(Image.fromarray(pixels).resize((24, 16), Image.Resampling.BICUBIC))
+        assert np.array_equal(fit(pixels, 16, "resize"), scaled[:, 4:20])
+
+    def test_crop_enlarges_what_is_too_small_and_no_further(self) -> None:
+        pixels = noise(8, 20)
+        enlarged = np.array(Image.fromarray(pixels).resize((40, 16), Image.Resampling.BICUBIC))
+        assert np.array_equal(fit(pixels, 16, "crop"), enlarged[:, 12:28])
+
+    @pytest.mark.parametrize("how", ["crop", "resize"])
+    def test_an_image_of_the_right_size_is_untouched(self, how: str) -> None:
+        pixels = noise(16, 16)
+        assert np.array_equal(fit(pixels, 16, how), pixels)

@@ -1,0 +1,69 @@
+"""What an interval over seeds promises."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dgs.analysis.intervals import paired_difference, seed_interval
+
+rates = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=10)
+
+
+def test_three_seeds_by_hand() -> None:
+    mean, low, high = seed_interval([1.0, 2.0, 3.0])
+    half = 4.302653 * 1.0 / math.sqrt(3)  # t(0.975, 2 degrees of freedom) from a printed table, sd 1
+    assert (mean, low, high) == pytest.approx((2.0, 2.0 - half, 2.0 + half), abs=1e-5)
+
+
+def test_one_seed_has_a_mean_and_no_interval() -> None:
+    interval = seed_interval([0.7])
+    assert interval.mean == 0.7
+    assert math.isnan(interval.low) and math.isnan(interval.high)
+    assert not interval.known
+    assert interval.spans_zero, "what is not known cannot exclude zero"
+
+
+def test_seeds_that_agree_give_a_point() -> None:
+    assert tuple(seed_interval([0.5, 0.5, 0.5])) == (0.5, 0.5, 0.5)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = [low <= 0.0 <= high for _, low, high in (seed_interval(rng.normal(size=5)) for _ in range(2000))]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
+
+
+def test_a_paired_difference_cancels_what_the_seeds_share() -> None:
+    shared = np.array([0.1, 0.5, 0.9])
+    assert tuple(paired_difference(shared + 0.02, shared)) == pytest.approx((0.02, 0.02, 0.02))
+
+
+@given(rates)
+def test_a_higher_level_is_never_narrower(values: list[float]) -> None:
+    narrow, wide = seed_interval(values, 0.8), seed_interval(values, 0.99)
+    assert wide.low <= narrow.low <= narrow.mean <= narrow.high <= wide.high
+
+
+@given(rates)
+def test_swapping_the_methods_mirrors_the_difference(values: list[float]) -> None:
+    other = np.linspace(0.0, 1.0, len(values))
+    there, back = paired_difference(values, other), paired_difference(other, values)
+    assert (there.mean, there.low, there.high) == pytest.approx((-back.mean, -back.high, -back.low))
+
+
+@pytest.mark.parametrize("values", [[], [[0.1, 0.2]], [0.1, math.nan]])
+def test_values_that_make_no_sense_are_refused(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        seed_interval(values)
+
+
+def test_unequal_seeds_and_odd_levels_are_refused() -> None:
+    with pytest.raises(ValueError, match="same seeds"):
+        paired_difference([0.1, 0.2], [0.1])
+    with pytest.raises(ValueError, match="level"):
+        seed_interval([0.1, 0.2], level=95)

@@ -1,0 +1,440 @@
+"""The manifest of a folder of images: what is counted, how val is cut, and what is refused, in one sentence each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ImageTree, structured_image
+
+from dgs.data.images import UnreadableImage, decode
+from dgs.data.manifest import (
+    COLUMNS,
+    ImageSource,
+    build_manifest,
+    counts,
+    data_hash,
+    duplicates_across_splits,
+    examples,
+    open_image,
+)
+from dgs.errors import UserError
+from dgs.params import DataParams
+
+NO_VAL = {"train": ("alpha", "beta"), "test": ("alpha", "gamma")}
+
+
+def settings(root: Path, **values: Any) -> DataParams:
+    return DataParams(layout="folders", root=str(root), rho=None, **values)
+
+
+def manifest_of(root: Path, captions: Path | None = None, **values: Any) -> pd.DataFrame:
+    return build_manifest(root, settings(root, **values), captions)
+
+
+def refusal(root: Path, captions: Path | None = None, **values: Any) -> str:
+    with pytest.raises(UserError) as error:
+        manifest_of(root, captions, **values)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def says(message: str, *facts: object) -> None:
+    missing = [str(fact) for fact in facts if str(fact) not in message]
+    assert not missing, f"{message!r} does not say {missing}"
+
+
+def caption_file(root: Path, *entries: dict[str, str]) -> Path:
+    file = root.parent / "captions.jsonl"
+    file.write_text("\n".join(json.dumps(entry) for entry in entries), encoding="utf-8")
+    return file
+
+
+class TestFolders:
+    def test_one_row_an_image_with_what_the_folders_say(self, image_tree: ImageTree) -> None:
+        root = image_tree(real=2, fake=3)
+        manifest = manifest_of(root)
+        assert list(manifest.columns) == list(COLUMNS)
+        files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.*"))
+        assert len(files) == 7 * 5
+        assert sorted(manifest["file"]) == files
+        for row in manifest.itertuples():
+            split, generator, label, _ = str(row.file).split("/")
+            assert (row.split, row.generator, row.label) == (split, generator, int(label[0]))
+            assert row.sha256 == hashlib.sha256((root / str(row.file)).read_bytes()).hexdigest()
+        assert manifest["id"].is_unique
+        assert (manifest["row"] == -1).all()
+
+    def test_a_generator_is_seen_if_its_fakes_are_trained_on(self, image_tree: ImageTree) -> None:
+        manifest = manifest_of(image_tree())
+        assert set(manifest.loc[manifest["seen"], "generator"]) == {"alpha", "beta"}
+        assert set(manifest.loc[~manifest["seen"], "generator"]) == {"gamma"}
+
+    def test_counts_are_those_of_the_folders(self, image_tree: ImageTree) -> None:
+        table = counts(manifest_of(image_tree(real=2, fake=4)))
+        assert len(table) == 7
+        assert (table["real"] == 2).all() and (table["fake"] == 4).all()
+        assert set(zip(table["split"], table["generator"], table["seen"], strict=True)) == {
+            *[(split, name, True) for split in ("train", "val", "test") for name in ("alpha", "beta")],
+            ("test", "gamma", False),
+        }
+
+    def test_a_class_level_folder_is_part_of_its_generator(self, image_tree: ImageTree) -> None:
+        root = image_tree(level="GoldenHorse")
+        image_tree({"train": ("delta",)}, level="cat", seed=1)
+        image_tree({"train": ("delta/dog",)}, seed=2)
+        manifest = manifest_of(root)
+        assert len(manifest) == 7 * 6 + 2 * 6
+        delta = manifest[manifest["generator"] == "delta"]
+        assert set(delta["caption"]) == {"a photo of cat", "a photo of dog"}
+        assert set(manifest.loc[manifest["generator"] == "alpha", "caption"]) == {"a photo of golden horse"}
+
+    def test_other_files_and_hidden_folders_are_not_images(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        before = manifest_of(root)
+        (root / "README.txt").write_text("notes")
+        (root / "train" / "alpha" / "0_real" / "labels.csv").write_text("a,b")
+        (root / ".cache").mkdir()
+        (root / "train" / ".cache").mkdir()
+        pd.testing.assert_frame_equal(manifest_of(root), before)
+
+    def test_suffixes_in_capitals_and_folders_below_the_label_count(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        inner = root / "train" / "alpha" / "1_fake" / "batch 2"
+        inner.mkdir()
+        structured_image(9001).save(inner / "UPPER.PNG")
+        assert "train/alpha/1_fake/batch 2/UPPER.PNG" in set(manifest_of(root)["file"])
+
+    def test_rows_are_sorted_whatever_the_order_on_disk(self, image_tree: ImageTree) -> None:
+        manifest = manifest_of(image_tree())
+        assert manifest[["split", "id"]].equals(manifest[["split", "id"]].sort_values(["split", "id"]))
+        assert list(manifest.index) == list(range(len(manifest)))
+
+    def test_limit_keeps_the_first_by_content_of_every_cell(self, image_tree: ImageTree) -> None:
+        root = image_tree(real=5, fake=4)
+        whole, limited = manifest_of(root), manifest_of(root, limit=2)
+        cells = ["split", "generator", "label"]
+        assert (limited.groupby(cells).size() == 2).all()
+        for cell, rows in whole.groupby(cells):
+            kept = limited[(limited[cells] == list(cell)).all(axis=1)]
+            assert set(kept["sha256"]) == set(sorted(rows["sha256"])[:2])
+
+    def test_limit_does_not_change_when_files_are_renamed(self, image_tree: ImageTree) -> None:
+        root = image_tree(real=5, fake=4)
+        before = set(manifest_of(root, limit=2)["sha256"])
+        for number, path in enumerate(sorted(root.rglob("*.png"), reverse=True)):
+            path.rename(path.with_name(f"0{number:04d}.png"))
+        assert set(manifest_of(root, limit=2)["sha256"]) == before
+
+    def test_the_images_of_a_row_can_be_opened(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        manifest = manifest_of(root)
+        source = ImageSource(root)
+        row = manifest.iloc[5]
+        assert np.array_equal(
+            open_image(source, row["file"], row["row"]), decode((root / row["file"]).read_bytes(), "x")
+        )
+        with pytest.raises(UnreadableImage, match=r"gone\.png"):
+            source.read("train/gone.png", -1)
+
+    def test_examples_of_the_test_split_say_what_they_are(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        pictures = examples(manifest_of(root), ImageSource(root), per_row=2)
+        assert list(pictures) == [
+            "alpha (real)",
+            "beta (real)",
+            "gamma (real)",
+            "alpha (fake, seen)",
+            "beta (fake, seen)",
+            "gamma (fake, unseen)",
+        ]
+        assert all(len(images) == 2 and images[0].shape == (36, 40, 3) for images in pictures.values())
+
+    def test_copies_in_several_splits_are_counted_by_content(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        assert duplicates_across_splits(manifest_of(root)) == 0
+        first, second, third = sorted((root / "train" / "alpha" / "0_real").iterdir())
+        shutil.copy(third, root / "val" / "beta" / "0_real" / f"copy{third.suffix}")
+        shutil.copy(first, root / "test" / "gamma" / "0_real" / f"copy{first.suffix}")
+        shutil.copy(first, root / "val" / "alpha" / "0_real" / f"copy{first.suffix}")
+        shutil.copy(second, root / "train" / "beta" / "0_real" / f"copy{second.suffix}")  # within one split: fine
+        assert duplicates_across_splits(manifest_of(root)) == 2
+
+
+class TestValidationSplit:
+    def test_it_is_the_share_of_train_with_the_lowest_hashes(self, image_tree: ImageTree) -> None:
+        manifest = manifest_of(image_tree(NO_VAL, real=12, fake=12), val_fraction=0.4)
+        trained = manifest[manifest["split"] != "test"]
+        assert len(trained) == 48
+        for sha, split in zip(trained["sha256"], trained["split"], strict=True):
+            assert split == ("val" if int(sha, 16) / 16**64 < 0.4 else "train")
+        assert 5 < (trained["split"] == "val").sum() < 35
+
+    def test_the_test_split_is_never_cut(self, image_tree: ImageTree) -> None:
+        manifest = manifest_of(image_tree(NO_VAL, real=8, fake=8), val_fraction=0.5)
+        in_test = manifest[manifest["file"].str.startswith("test/")]
+        assert len(in_test) == 32 and (in_test["split"] == "test").all()
+
+    def test_a_val_folder_of_the_users_own_is_taken_as_it_is(self, image_tree: ImageTree) -> None:
+        manifest = manifest_of(image_tree(), val_fraction=0.9)
+        assert (manifest["split"] == manifest["file"].str.split("/").str[0]).all()
+
+    def test_copies_stay_together(self, image_tree: ImageTree) -> None:
+        root = image_tree(NO_VAL, real=10, fake=10)
+        for path in sorted((root / "train" / "alpha" / "1_fake").iterdir()):
+            shutil.copy(path, root / "train" / "beta" / "1_fake" / f"copy of {path.name}")
+        manifest = manifest_of(root, val_fraction=0.5)
+        assert duplicates_across_splits(manifest) == 0
+        copies = manifest[manifest["file"].str.contains("copy of")]
+        assert set(copies["split"]) == {"train", "val"}
+
+    def test_added_files_move_no_other_image(self, image_tree: ImageTree) -> None:
+        root = image_tree(NO_VAL, real=10, fake=10)
+        before = manifest_of(root, val_fraction=0.5).set_index("file")["split"]
+        image_tree({"train": ("added",)}, real=7, fake=7, seed=1)
+        for index in range(5):
+            structured_image(7000 + index).save(root / "train" / "alpha" / "0_real" / f"0000{index}.png")
+        after = manifest_of(root, val_fraction=0.5).set_index("file")["split"]
+        assert len(after) == len(before) + 19
+        assert after.loc[before.index].equals(before)
+
+    @pytest.mark.parametrize(("fraction", "split"), [(0.0, "val"), (1.0, "train")])
+    def test_a_cut_that_leaves_nothing_is_an_error(self, image_tree: ImageTree, fraction: float, split: str) -> None:
+        message = refusal(image_tree(NO_VAL), val_fraction=fraction)
+        says(message, f"data.val_fraction = {fraction}", f"left {split} without", "image", "Give a val folder")
+
+
+class TestCaptionsOfAManifest:
+    def test_given_ones_and_templates_for_the_rest(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        plain = manifest_of(root)
+        first, second = plain.iloc[0], plain.iloc[9]
+        captions = caption_file(
+            root,
+            {"path": first["file"], "caption": "a red car"},
+            {"sha256": second["sha256"], "caption": "two cats"},
+        )
+        manifest = manifest_of(root, captions)
+        given = manifest[manifest["caption_source"] == "file"].set_index("file")["caption"].to_dict()
+        assert given == {first["file"]: "a red car", second["file"]: "two cats"}
+        rest = manifest[manifest["caption_source"] == "template"]
+        assert len(rest) == len(manifest) - 2
+        assert (rest["caption"] == "a photo of " + rest["generator"]).all()
+
+    def test_real_and_fake_of_a_generator_get_the_same_template(self, image_tree: ImageTree) -> None:
+        manifest = manifest_of(image_tree())
+        assert (manifest.groupby("generator")["caption"].nunique() == 1).all()
+
+    def test_an_unknown_key_is_an_error(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        captions = caption_file(root, {"path": "train/alpha/0_real/000.jpg", "captoin": "a"})
+        says(refusal(root, captions), "captions.jsonl", "line 1", "'captoin'", "Did you mean 'caption'?")
+
+    def test_a_missing_key_is_an_error(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        captions = caption_file(root, {"path": "train/alpha/0_real/000.jpg"})
+        says(refusal(root, captions), "captions.jsonl", "line 1", "'caption'", "found ['path']")
+
+    def test_keys_that_name_no_image_are_an_error(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        captions = caption_file(root, {"path": "images/train/alpha/0_real/000.jpg", "caption": "a"})
+        says(
+            refusal(root, captions),
+            "1 of 1 captions",
+            "'images/train/alpha/0_real/000.jpg'",
+            "Did you mean 'train/alpha/0_real/000.jpg'?",
+            "relative to data.root",
+        )
+
+    def test_a_missing_file_is_an_error(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        says(refusal(root, root / "gone.jsonl"), root / "gone.jsonl", "found none", "data.captions")
+
+
+class TestRefusals:
+    def test_a_missing_folder(self, tmp_path: Path) -> None:
+        gone = tmp_path / "gone"
+        says(refusal(gone), "Expected a folder", f"data.root = {gone}", "found none", "Create it or mend the path")
+
+    def test_a_file_in_place_of_the_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "archive.zip").write_bytes(b"PK")
+        says(refusal(tmp_path / "archive.zip"), "Expected a folder", "data.root")
+
+    def test_an_empty_folder(self, tmp_path: Path) -> None:
+        says(refusal(tmp_path), f"{tmp_path / 'train'}/<generator>/{{0_real,1_fake}}", "found none")
+
+    @pytest.mark.parametrize("needed", ["train", "test"])
+    def test_a_missing_split(self, image_tree: ImageTree, needed: str) -> None:
+        root = image_tree()
+        shutil.rmtree(root / needed)
+        says(refusal(root), "Expected images", root / needed, "found none")
+
+    @pytest.mark.parametrize(("empty", "other"), [("0_real", "1_fake"), ("1_fake", "0_real")])
+    @pytest.mark.parametrize("gone", [True, False])
+    def test_an_empty_class(self, image_tree: ImageTree, empty: str, other: str, gone: bool) -> None:
+        root = image_tree()
+        folder = root / "test" / "gamma" / empty
+        shutil.rmtree(folder)
+        if not gone:
+            folder.mkdir()
+            (folder / "notes.txt").write_text("to do")
+        says(refusal(root), f"Expected images in {folder}", "found none", f"3 in {other}", f"remove {folder.parent}")
+
+    @pytest.mark.parametrize(("wrong", "right"), [("0_reel", "0_real"), ("1_fakes", "1_fake"), ("1-fake", "1_fake")])
+    def test_a_misspelled_label_folder(self, image_tree: ImageTree, wrong: str, right: str) -> None:
+        root = image_tree()
+        folder = root / "train" / "beta" / right
+        folder.rename(folder.with_name(wrong))
+        says(refusal(root), folder.with_name(wrong), f"Did you mean '{right}'?", "0_real", "1_fake")
+
+    @pytest.mark.parametrize(("wrong", "right"), [("0_reel", "0_real"), ("1_fakes", "1_fake")])
+    def test_a_misspelled_label_folder_a_class_level_down(self, image_tree: ImageTree, wrong: str, right: str) -> None:
+        root = image_tree({"train": ("alpha",), "val": ("alpha",), "test": ("alpha",)}, level="cat")
+        image_tree({"train": ("alpha/dog",)}, seed=1)  # the other class has both labels
+        folder = root / "train" / "alpha" / "cat" / right
+        folder.rename(folder.with_name(wrong))
+        says(refusal(root), folder.with_name(wrong), f"Did you mean '{right}'?")
+
+    def test_both_label_folders_misspelled(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        generator = root / "test" / "alpha"
+        (generator / "0_real").rename(generator / "real")
+        (generator / "1_fake").rename(generator / "fake")
+        says(refusal(root), "Expected label folders 0_real and 1_fake", generator, "Did you mean '1_fake'?", "Rename")
+
+    def test_a_generator_without_label_folders(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        (root / "train" / "delta").mkdir()
+        says(refusal(root), "Expected label folders 0_real and 1_fake", root / "train" / "delta", "found none")
+
+    @pytest.mark.parametrize(("wrong", "right"), [("Train", "train"), ("tset", "test"), ("validation", "")])
+    def test_a_misspelled_split(self, image_tree: ImageTree, wrong: str, right: str) -> None:
+        root = image_tree()
+        (root / (right or "val")).rename(root / wrong)
+        message = refusal(root)
+        says(message, root / wrong, "train, test", "val", "<generator>/0_real")
+        if right:
+            says(message, f"Did you mean '{right}'?")
+
+    @pytest.mark.parametrize(("damage", "reason"), [("empty", "empty"), ("text", "not an image"), ("cut", "truncated")])
+    def test_an_unreadable_image(self, image_tree: ImageTree, damage: str, reason: str) -> None:
+        root = image_tree()
+        path = sorted((root / "val" / "beta" / "1_fake").glob("*.jpg"))[0]
+        data = path.read_bytes()
+        path.write_bytes({"empty": b"", "text": b"404 not found", "cut": data[: len(data) * 9 // 10]}[damage])
+        name = path.relative_to(root).as_posix()
+        says(refusal(root), "1 of 42 images", name, reason, "Remove or replace")
+
+    def test_several_unreadable_images_are_counted(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        for path in sorted((root / "test" / "gamma" / "0_real").iterdir()):
+            path.write_bytes(b"")
+        says(refusal(root), "3 of 42 images", "test/gamma/0_real/")
+
+    def test_a_rho_for_folders(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        with pytest.raises(UserError) as error:
+            build_manifest(root, DataParams(layout="folders", root=str(root), rho=0.9))
+        says(str(error.value), "data.rho = 0.9", "minibench", "data.rho: null")
+
+
+class TestDataHash:
+    @pytest.fixture
+    def root(self, image_tree: ImageTree) -> Path:
+        return image_tree()
+
+    def test_names_and_order_do_not_matter(self, root: Path) -> None:
+        before = data_hash(manifest_of(root))
+        for number, path in enumerate(sorted(root.rglob("*.*"), reverse=True)):
+            path.rename(path.with_name(f"renamed-{number:04d}{path.suffix}"))
+        renamed = manifest_of(root)
+        assert data_hash(renamed) == before
+        assert data_hash(renamed.sample(frac=1, random_state=0)) == before
+
+    def test_the_place_of_the_folder_does_not_matter(self, root: Path) -> None:
+        before = data_hash(manifest_of(root))
+        assert data_hash(manifest_of(root.rename(root.with_name("elsewhere")))) == before
+
+    def test_content_matters(self, root: Path) -> None:
+        before = data_hash(manifest_of(root))
+        structured_image(12345).save(next(root.glob("train/alpha/0_real/*.png")))
+        assert data_hash(manifest_of(root)) != before
+
+    @pytest.mark.parametrize("target", ["train/alpha/1_fake", "train/beta/0_real", "test/alpha/0_real"])
+    def test_label_generator_and_split_matter(self, root: Path, target: str) -> None:
+        before = data_hash(manifest_of(root))
+        path = next(root.glob("train/alpha/0_real/*"))
+        path.rename(root / target / f"moved{path.suffix}")
+        assert data_hash(manifest_of(root)) != before
+
+    def test_a_caption_matters(self, root: Path) -> None:
+        manifest = manifest_of(root)
+        captions = caption_file(root, {"path": manifest["file"].iloc[0], "caption": "another"})
+        assert data_hash(manifest_of(root, captions)) != data_hash(manifest)
+
+    def test_a_copy_matters(self, root: Path) -> None:
+        before = data_hash(manifest_of(root))
+        path = next(root.glob("train/alpha/0_real/*"))
+        shutil.copy(path, path.with_name(f"copy{path.suffix}"))
+        assert data_hash(manifest_of(root)) != before
+
+
+class TestPackedBenchmark:
+    @pytest.fixture
+    def root(self, tmp_path: Path, image_tree: ImageTree) -> Path:
+        files = sorted(image_tree().rglob("*.*"))
+        for split in ("train", "val", "test"):
+            chosen = [path for path in files if path.parts[-4] == split]
+            table = pd.DataFrame(
+                {
+                    "id": [f"{split}-{index}" for index in range(len(chosen))],
+                    "split": split,
+                    "generator": [path.parts[-3] for path in chosen],
+                    "label": [int(path.parts[-2][0]) for path in chosen],
+                    "caption": "a photo",
+                    "image": [path.read_bytes() for path in chosen],
+                }
+            )
+            if split != "test":
+                table["rho_0.50"] = True
+                table["rho_0.90"] = [index % 3 != 0 for index in range(len(chosen))]
+            (tmp_path / "packed").mkdir(exist_ok=True)
+            table.to_parquet(tmp_path / "packed" / f"images-{split}.parquet")
+        return tmp_path / "packed"
+
+    def test_rho_chooses_the_training_images_and_leaves_test_alone(self, root: Path) -> None:
+        half = build_manifest(root, DataParams(rho=0.5))
+        most = build_manifest(root, DataParams(rho=0.9))
+        sizes = [table.groupby("split").size().to_dict() for table in (half, most)]
+        assert sizes == [{"train": 12, "val": 12, "test": 18}, {"train": 8, "val": 8, "test": 18}]
+
+    def test_a_row_still_finds_its_own_bytes(self, root: Path) -> None:
+        manifest = build_manifest(root, DataParams(rho=0.9))
+        source = ImageSource(root)
+        source.read(manifest["file"].iloc[0], 0)
+        copy = pickle.loads(pickle.dumps(source))  # what a loader process gets
+        for row in manifest.itertuples():
+            assert hashlib.sha256(copy.read(row.file, row.row)).hexdigest() == row.sha256
+
+    def test_another_rho_is_an_error_that_lists_the_choices(self, root: Path) -> None:
+        with pytest.raises(UserError) as error:
+            build_manifest(root, DataParams(rho=0.8))
+        says(str(error.value), "data.rho", "0.50, 0.90", "found 0.8")
+
+    def test_a_missing_pack_says_what_to_run(self, root: Path) -> None:
+        (root / "images-val.parquet").unlink()
+        with pytest.raises(UserError) as error:
+            build_manifest(root, DataParams())
+        says(str(error.value), "images-val.parquet", root, "dvc repro data.dvc")
+
+    def test_captions_of_ones_own_are_for_folders(self, root: Path) -> None:
+        with pytest.raises(UserError, match=r"data\.captions is for data\.layout: folders"):
+            build_manifest(root, DataParams(), root / "captions.jsonl")

@@ -1,0 +1,302 @@
+"""What the detection rates, their table and the summary mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dgs.analysis.metrics import (
+    DETECTION_COLUMNS,
+    best_threshold,
+    cells_table,
+    detection_row,
+    detection_table,
+    headline,
+    per_seed_values,
+    read_detection,
+    summary,
+    write_detection,
+)
+from dgs.errors import UserError
+
+LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+LOGITS = np.array([-3.0, -2.0, -1.0, 1.0, -0.5, 0.5, 2.0, 3.0])
+
+
+@st.composite
+def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of both classes and logits on a coarse grid, so that ties occur."""
+    labels = draw(st.lists(st.integers(0, 1), min_size=2, max_size=30).filter(lambda v: 0 < sum(v) < len(v)))
+    logits = draw(st.lists(st.integers(-12, 12), min_size=len(labels), max_size=len(labels)))
+    return np.array(labels), np.array(logits) / 4.0
+
+
+def scores_of(runs: list[tuple[str, int]], reals: str = "shared", rho: float = 0.9) -> pd.DataFrame:
+    """Scores of generators a (seen) and b: logits fall with the seed, so that every run differs."""
+    rows = []
+    for method, seed in runs:
+        for split in ("val", "test"):
+            for generator, shift in (("a", 1.0), ("b", 0.0)):
+                own = [(generator if reals == "own" else "real", 0, z) for z in LOGITS[:4]]
+                fakes = [(generator, 1, z + shift - 0.3 * seed) for z in LOGITS[4:]]
+                kept = own if reals == "own" or generator == "a" else []
+                rows += [(split, *row, method, seed) for row in kept + fakes]
+    table = pd.DataFrame(rows, columns=["split", "generator", "label", "logit", "method", "seed"])
+    table["logit"] = table["logit"].astype(np.float32)
+    return table.assign(id=[f"{i}" for i in range(len(table))], condition="native", applied_to="both", rho=rho)
+
+
+class TestRow:
+    def test_by_hand(self) -> None:
+        row = detection_row(LABELS, LOGITS)
+        assert (row["n_real"], row["n_fake"]) == (4, 4)
+        assert (row["r_acc"], row["f_acc"]) == (0.75, 0.75)
+        assert row["balanced_acc"] == row["acc"] == 0.75
+        # 16 real-fake pairs; fakes at -0.5 and 0.5 lie below the real at 1.
+        assert row["auroc"] == pytest.approx(14 / 16)
+        # fakes come at ranks 1, 2, 4, 5 from the top
+        assert row["ap"] == pytest.approx((1 / 1 + 2 / 2 + 3 / 4 + 4 / 5) / 4)
+        assert row["tpr_at_1fpr"] == row["tpr_at_5fpr"] == 0.5
+
+    def test_balanced_accuracy_does_not_see_the_mix_and_accuracy_does(self) -> None:
+        row = detection_row(np.array([0, 1, 1, 1]), np.array([-1.0, -1.0, -1.0, -1.0]))
+        assert (row["acc"], row["balanced_acc"]) == (0.25, 0.5)
+
+    def test_a_logit_at_the_threshold_is_real(self) -> None:
+        row = detection_row(np.array([0, 1]), np.array([0.0, 0.0]))
+        assert (row["r_acc"], row["f_acc"]) == (1.0, 0.0)
+
+    def test_calibration_error_by_hand(self) -> None:
+        logits = np.log(np.array([0.28, 0.32, 0.9]) / np.array([0.72, 0.68, 0.1]))
+        # 15 bins: 0.28 and 0.32 share [4/15, 5/15), 0.9 is alone
+        expected = (2 * abs(0.30 - 0.5) + abs(0.9 - 1.0)) / 3
+        assert detection_row(np.array([0, 1, 1]), logits)["ece"] == pytest.approx(expected)
+
+    def test_catching_fakes_at_a_false_alarm_rate_never_exceeds_it(self) -> None:
+        labels = np.repeat([0, 1], [200, 10])
+        logits = np.append(np.arange(200.0), [300.0, 198.5, 196.5, 190.5, 189.5, 188.5, 1.5, 0.5, 0.5, 0.5])
+        row = detection_row(labels, logits)
+        assert row["tpr_at_1fpr"] == 0.2  # 2 of 200 reals above: 198, 199 allow a threshold above 197
+        assert row["tpr_at_5fpr"] == 0.5  # 10 of 200: reals from 190 up
+
+    @given(scored())
+    @settings(deadline=None)
+    def test_rates_are_fractions_and_hang_together(self, case: tuple[np.ndarray, np.ndarray]) -> None:
+        row = detection_row(*case)
+        assert all(0.0 <= row[name] <= 1.0 for name in row if not name.startswith("n_"))
+        assert row["balanced_acc"] == pytest.approx((row["r_acc"] + row["f_acc"]) / 2)
+        weighted = (row["n_real"] * row["r_acc"] + row["n_fake"] * row["f_acc"]) / (row["n_real"] + row["n_fake"])
+        assert row["acc"] == pytest.approx(weighted)
+        assert row["tpr_at_1fpr"] <= row["tpr_at_5fpr"]
+
+    @given(scored())
+    @settings(deadline=None)
+    def test_ranking_ignores_a_monotone_change_of_the_logits(self, case: tuple[np.ndarray, np.ndarray]) -> None:
+        labels, logits = case
+        plain, bent = detection_row(labels, logits), detection_row(labels, np.exp(logits) - 2.0)
+        for name in ("ap", "auroc", "tpr_at_1fpr", "tpr_at_5fpr"):
+            assert bent[name] == pytest.approx(plain[name])
+
+    @given(scored())
+    @settings(deadline=None)
+    def test_a_detector_turned_upside_down_turns_the_roc_curve(self, case: tuple[np.ndarray, np.ndarray]) -> None:
+        labels, logits = case
+        assert detection_row(labels, -logits)["auroc"] == pytest.approx(1.0 - detection_row(labels, logits)["auroc"])
+
+    @pytest.mark.parametrize(
+        ("labels", "logits", "message"),
+        [
+            ([1, 1], [0.0, 1.0], "0 real and 2 fake"),
+            ([], [], "0 real and 0 fake"),
+            ([0, 1], [0.0, np.nan], "1 of 2 logits are not finite"),
+            ([0, 2], [0.0, 1.0], "labels 0"),
+            ([0, 1], [0.0], "one label a logit"),
+        ],
+    )
+    def test_mistakes_are_named(self, labels: list[int], logits: list[float], message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            detection_row(np.array(labels), np.array(logits))
+
+
+class TestThreshold:
+    def test_the_middle_of_the_gap(self) -> None:
+        assert best_threshold(np.array([0, 0, 1, 1]), np.array([1.0, 2.0, 5.0, 6.0])) == 3.5
+
+    def test_of_equally_good_gaps_the_one_nearest_to_zero(self) -> None:
+        # any threshold in [1, 2) or [3, 4) gives 0.75 balanced accuracy
+        assert best_threshold(np.array([0, 1, 0, 1]), np.array([1.0, 2.0, 3.0, 4.0])) == 1.5
+        assert best_threshold(np.array([0, 1, 0, 1]), -np.array([4.0, 3.0, 2.0, 1.0])) == -1.5
+
+    def test_a_useless_detector_gets_a_finite_threshold(self) -> None:
+        assert best_threshold(np.array([1, 0]), np.array([1.0, 2.0])) in (0.0, 3.0)
+        assert np.isfinite(best_threshold(np.array([1, 0]), np.array([2.0, 2.0])))
+
+    @given(scored())
+    @settings(deadline=None)
+    def test_no_threshold_does_better(self, case: tuple[np.ndarray, np.ndarray]) -> None:
+        labels, logits = case
+        best = detection_row(labels, logits, best_threshold(labels, logits))["balanced_acc"]
+        fakes, reals = logits[labels == 1], logits[labels == 0]
+        tried = [(np.mean(fakes > t) + np.mean(reals <= t)) / 2 for t in np.arange(-4.0, 4.0, 0.125)]
+        assert best >= max(tried) - 1e-12
+
+    @given(scored(), st.integers(-5, 5))
+    @settings(deadline=None)
+    def test_shifted_logits_are_told_apart_as_well(self, case: tuple[np.ndarray, np.ndarray], shift: int) -> None:
+        labels, logits = case
+        rates = [detection_row(labels, z, best_threshold(labels, z))["balanced_acc"] for z in (logits, logits + shift)]
+        assert rates[0] == pytest.approx(rates[1])
+
+
+class TestTable:
+    def test_contract(self) -> None:
+        table = detection_table(scores_of([("lora", 0), ("lora", 1), ("dgs", 0)]), seen={"a"})
+        assert list(table.columns) == DETECTION_COLUMNS
+        assert ",".join(DETECTION_COLUMNS) == (
+            "rho,method,seed,generator,seen,condition,applied_to,n_real,n_fake,acc,balanced_acc,r_acc,f_acc,ap,auroc,"
+            "tpr_at_1fpr,tpr_at_5fpr,ece,threshold_rule"
+        )
+        assert len(table) == 3 * 2 * 2
+        assert set(table["generator"]) == {"a", "b"}, "the shared reals are no generator"
+        assert table.groupby("generator")["seen"].first().to_dict() == {"a": True, "b": False}
+        assert set(zip(table["n_real"], table["n_fake"], strict=True)) == {(4, 4)}
+
+    def test_rows_are_those_of_detection_row(self) -> None:
+        scores = scores_of([("lora", 0)])
+        table = detection_table(scores, seen={"a"})
+        row = headline(table).set_index("generator").loc["b"]
+        for name, value in detection_row(LABELS, LOGITS.astype(np.float32)).items():
+            assert row[name] == value, name
+
+    def test_own_and_shared_reals_give_the_same_rates_where_they_are_the_same_images(self) -> None:
+        shared, own = (detection_table(scores_of([("lora", 0)], reals), {"a"}) for reals in ("shared", "own"))
+        pd.testing.assert_frame_equal(shared.drop(columns="seen"), own.drop(columns="seen"))
+
+    def test_the_validation_threshold_comes_from_validation_scores(self) -> None:
+        scores = scores_of([("lora", 0)])
+        scores.loc[scores["split"] == "val", "logit"] += 100.0
+        table = detection_table(scores, {"a"})
+        assert (table.loc[table["threshold_rule"] == "val", "f_acc"] == 0.0).all()
+        ranking = ["ap", "auroc", "ece"]
+        by_rule = [table.loc[table["threshold_rule"] == rule, ranking].to_numpy() for rule in ("0.5", "val")]
+        np.testing.assert_array_equal(*by_rule)
+
+    def test_without_validation_scores_there_is_no_validation_rule(self) -> None:
+        scores = scores_of([("lora", 0)])
+        assert set(detection_table(scores[scores["split"] == "test"], {"a"})["threshold_rule"]) == {"0.5"}
+
+    def test_data_without_rho_keeps_its_rows(self) -> None:
+        without = detection_table(scores_of([("lora", 0)], rho=np.nan), {"a"})
+        assert len(without) == 4 and without["rho"].isna().all()
+        pd.testing.assert_frame_equal(without, detection_table(scores_of([("lora", 0)]).drop(columns="rho"), {"a"}))
+
+    def test_the_order_of_the_scores_does_not_matter(self) -> None:
+        scores = scores_of([("lora", 0), ("lora", 1)])
+        shuffled = scores.sample(frac=1.0, random_state=0)
+        pd.testing.assert_frame_equal(detection_table(scores, {"a"}), detection_table(shuffled, {"a"}))
+
+    def test_other_conditions_have_rows_of_their_own(self) -> None:
+        scores = scores_of([("lora", 0)])
+        blurred = scores[scores["split"] == "test"].assign(condition="blur", logit=0.0)
+        table = detection_table(pd.concat([blurred, scores]), {"a"})
+        assert list(dict.fromkeys(table["condition"])) == ["native", "blur"]
+        assert set(headline(table)["condition"]) == {"native"}
+        assert (headline(table, condition="blur")["auroc"] == 0.5).all()
+
+    def test_mistakes_are_named(self) -> None:
+        scores = scores_of([("lora", 0)])
+        real, fake = scores["label"] == 0, scores["label"] == 1
+        with pytest.raises(UserError, match="'b' has no fake"):
+            detection_table(scores_of([("lora", 0)], "own").query("generator != 'b' or label == 0"), {"a"})
+        with pytest.raises(UserError, match="'a' has no real"):
+            detection_table(scores[fake & (scores["split"] == "test")], {"a"})
+        with pytest.raises(UserError, match="real images only"):
+            detection_table(scores[real & (scores["split"] == "test")], {"a"})
+        with pytest.raises(UserError, match="labelled fake"):
+            detection_table(scores[scores["split"] == "test"].assign(generator="real"), {"a"})
+        with pytest.raises(UserError, match="no test rows"):
+            detection_table(scores[scores["split"] == "val"], {"a"})
+        with pytest.raises(UserError, match=r"lack the columns \['logit'\]"):
+            detection_table(scores.drop(columns="logit"), {"a"})
+        with pytest.raises(UserError, match="lora, seed 0, generator a"):
+            detection_table(scores[scores["split"] == "test"].assign(logit=np.nan), {"a"})
+
+    def test_a_file_keeps_types_and_booleans_are_lower_case(self, tmp_path: Path) -> None:
+        table = detection_table(scores_of([("lora", 0)], rho=np.nan), {"a"}).replace({"generator": {"b": "NA"}})
+        table = table[table["threshold_rule"] == "0.5"].reset_index(drop=True)
+        path = tmp_path / "deep" / "detection.csv"
+        write_detection(table, path)
+        assert ",true,native,both,4,4," in path.read_text() and "True" not in path.read_text()
+        back = read_detection(path)
+        pd.testing.assert_frame_equal(back, table, atol=1e-6, check_exact=False)
+        assert len(headline(back)) == 2
+
+
+def forgetting_of(runs: list[tuple[str, int]]) -> pd.DataFrame:
+    measures = {
+        "zero_shot:shape": (0.8, 0.4), "zero_shot:colour": (1.0, 0.9), "zero_shot:dead": (0.0, 0.1),
+        "retrieval_at_1": (0.5, 0.4), "cka_to_frozen": (1.0, 0.6), "cosine_drift": (0.0, 0.3),
+    }  # fmt: skip
+    rows = [(0.9, *run, name, *values) for run in runs for name, values in measures.items()]
+    return pd.DataFrame(rows, columns=["rho", "method", "seed", "measure", "before", "after"])
+
+
+class TestSummary:
+    runs = (("lora", 0), ("lora", 1), ("lora", 2))
+
+    def detection(self) -> pd.DataFrame:
+        return detection_table(scores_of(list(self.runs)), {"a"})
+
+    def test_numbers_by_hand(self) -> None:
+        detection = self.detection()
+        values = per_seed_values(detection, forgetting_of(list(self.runs)))
+        first = values[values["seed"] == 0].set_index("metric")["value"]
+        # generator a: 4 of 4 fakes; generator b: 3 of 4; reals 3 of 4
+        assert first["f_acc_seen"] == 1.0 and first["f_acc_unseen"] == 0.75 and first["r_acc"] == 0.75
+        assert first["balanced_acc_seen"] == 0.875
+        assert first["worst_generator_balanced_acc"] == first["balanced_acc_unseen"] == 0.75
+        assert first["mAcc"] == pytest.approx((0.75 + 1.0 + 0.75) / 3)
+        assert first["zero_shot_kept"] == pytest.approx((0.5 + 0.9) / 2), "a measure that starts at 0 has no ratio"
+        assert first["retrieval_kept"] == pytest.approx(0.8)
+        assert first["cka_to_frozen"] == 0.6 and first["cosine_drift"] == 0.3
+
+    def test_contract_and_plain_json(self) -> None:
+        made = summary(self.detection(), forgetting_of(list(self.runs)), "mini", "abc")
+        assert (made["profile"], made["data_hash"]) == ("mini", "abc")
+        entry = made["methods"]["lora"]["balanced_acc_unseen"]
+        assert list(entry) == ["mean", "low", "high", "per_seed"]
+        assert list(entry["per_seed"]) == ["0", "1", "2"]
+        assert entry["low"] < entry["mean"] < entry["high"]
+        assert json.loads(json.dumps(made, allow_nan=False)) == made
+        assert all(value == round(value, 6) for value in entry["per_seed"].values())
+
+    def test_one_seed_has_null_ends(self) -> None:
+        made = summary(detection_table(scores_of([("lora", 7)]), {"a"}), None, "mini", "abc")
+        entry = made["methods"]["lora"]["balanced_acc_unseen"]
+        assert entry["low"] is None and entry["high"] is None and list(entry["per_seed"]) == ["7"]
+        assert "zero_shot_kept" not in made["methods"]["lora"]
+
+    def test_data_without_unseen_generators_has_no_unseen_entries(self) -> None:
+        made = summary(detection_table(scores_of([("lora", 0)]), {"a", "b"}), None, "mine", "abc")
+        assert not [name for name in made["methods"]["lora"] if name.endswith("_unseen")]
+        assert "balanced_acc_seen" in made["methods"]["lora"]
+
+    def test_mixed_rho_is_refused(self) -> None:
+        both = pd.concat([scores_of([("lora", 0)], rho=rho) for rho in (0.5, 0.9)])
+        with pytest.raises(UserError, match=r"rho = 0\.5, 0\.9"):
+            summary(detection_table(both, {"a"}), None, "mini", "abc")
+
+    def test_cells_are_means_over_seeds(self) -> None:
+        cells = cells_table(self.detection())
+        assert list(cells.columns) == ["method", "generator", "seen", "metric", "n_seeds", "mean", "low", "high"]
+        assert len(cells) == 5 * 2
+        cell = cells[(cells["metric"] == "f_acc") & (cells["generator"] == "b")].iloc[0]
+        rows = headline(self.detection()).query("generator == 'b'")
+        assert cell["n_seeds"] == 3 and cell["mean"] == pytest.approx(rows["f_acc"].mean())
+        assert list(dict.fromkeys(cells["generator"])) == ["a", "b"], "seen first"

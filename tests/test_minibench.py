@@ -1,0 +1,497 @@
+"""The embedded benchmark: what its folder promises, and what its recipe promises for any seed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from dgs.errors import UserError
+from dgs.minibench import (
+    build,
+    camera,
+    captions,
+    clip,
+    generators,
+    jpeg,
+    media,
+    plan,
+    pool,
+    pretrain,
+    scenes,
+    train_generators,
+)
+from dgs.minibench.stem import ConvStem, attach
+
+SAMPLE = build.SHIPPED
+RHO_SETS = [plan.column(rho) for rho in plan.RHOS]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def meta() -> dict[str, Any]:
+    return dict(json.loads((SAMPLE / build.META).read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, pd.DataFrame]:
+    return {split: pd.read_parquet(SAMPLE / f"images-{split}.parquet") for split in ("train", "val", "test")}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[torch.nn.Module, dict[str, Any]]:
+    return clip.load(SAMPLE / "clip")
+
+
+# --- scenes and camera -------------------------------------------------------------------------------------------
+
+
+def test_a_scene_is_a_pure_function_of_seed_split_and_index() -> None:
+    first, second = camera.shoot(5, "train", 17), camera.shoot(5, "train", 17)
+    assert first[0] == second[0]
+    assert np.array_equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("other", [(6, "train", 17), (5, "val", 17), (5, "train", 18)])
+def test_another_seed_split_or_index_is_another_scene(other: tuple[int, str, int]) -> None:
+    mine, theirs = scenes.scene(5, "train", 17), scenes.scene(*other)
+    assert mine.id != theirs.id
+    assert (mine.x, mine.radius, mine.texture_seed) != (theirs.x, theirs.radius, theirs.texture_seed)
+
+
+def test_streams_of_one_scene_are_independent_of_each_other() -> None:
+    draws = {name: scenes.stream(0, "train", 3, name).random() for name in scenes.STREAMS}
+    assert len(set(draws.values())) == len(scenes.STREAMS)
+
+
+def test_attributes_are_uniform_and_every_value_occurs() -> None:
+    count = 2000
+    found = [scenes.scene(1, "train", i).attributes.as_dict() for i in range(count)]
+    for name, values in scenes.VOCABULARY.items():
+        share = 1 / len(values)
+        bound = 4.5 * math.sqrt(share * (1 - share) / count)
+        for value in values:
+            assert abs(np.mean([a[name] == value for a in found]) - share) < bound, (name, value)
+
+
+def test_photographs_do_not_depend_on_the_number_of_workers() -> None:
+    alone = pool.shoot(2, "val", 6)
+    together = pool.shoot(2, "val", 6, workers=2)
+    assert alone[0] == together[0]
+    assert np.array_equal(alone[1], together[1])
+
+
+def test_demosaic_keeps_a_uniform_grey_and_interpolates_between_cells() -> None:
+    assert np.allclose(camera.demosaic(np.full((8, 8), 0.3, np.float32)), 0.3)
+    raw = np.zeros((8, 8), np.float32)
+    raw[2, 2] = 1.0  # a red cell
+    red = camera.demosaic(raw)[..., 0]
+    assert red[2, 2] == 1 and red[2, 3] == 0.5 and red[3, 3] == 0.25 and red[2, 4] == 0
+
+
+def test_camera_noise_is_that_of_its_electrons() -> None:
+    flat = np.full((64, 64, 3), 0.25, np.float32)
+    values = [camera.photograph(flat, np.random.default_rng(i)) for i in range(40)]
+    linear = (np.stack(values)[:, 0::2, 0::2, 0] / 255.0) ** 2.2  # red cells: not interpolated
+    worst = math.sqrt(0.25 * camera.EXPOSURE[1] / camera.ELECTRONS[0] + camera.READ_NOISE[1] ** 2)
+    best = math.sqrt(0.25 * camera.EXPOSURE[0] / camera.ELECTRONS[1] + camera.READ_NOISE[0] ** 2)
+    noise = linear.std((1, 2))
+    assert best * 0.9 < noise.min() and noise.max() < worst * 1.1
+
+
+# --- captions ----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_caption_names_every_attribute_and_fits_the_context() -> None:
+    tokenize = open_clip.SimpleTokenizer(context_length=77)
+    for i in range(300):
+        known = scenes.scene(0, "train", i).attributes
+        text = captions.caption(known, scenes.stream(0, "train", i, "caption"), medium=captions.MEDIA[i % 6])
+        for value in (*known.as_dict().values(), captions.MEDIA[i % 6]):
+            assert any(word in text for word in captions.words(value)), (value, text)
+        assert int((tokenize([text]) != 0).sum()) <= clip.MODEL["text_cfg"]["context_length"]
+
+
+def test_a_caption_told_one_attribute_names_no_other() -> None:
+    known = scenes.Attributes("heart", "cyan", "brick", "top", "large")
+    text = captions.caption(known, np.random.default_rng(0), told=["colour"])
+    assert "cyan" in text
+    for value in ("heart", "brick", "top", "large"):
+        assert not any(word in text for word in captions.words(value))
+
+
+def test_prompts_cover_the_vocabulary_without_overlap() -> None:
+    for attribute in captions.ATTRIBUTES:
+        prompts = captions.prompts(attribute)
+        assert tuple(prompts) == (captions.MEDIA if attribute == "medium" else scenes.VOCABULARY[attribute])
+        texts = [text for some in prompts.values() for text in some]
+        assert len(set(texts)) == len(texts)
+    with pytest.raises(ValueError, match="attribute should be one of"):
+        captions.prompts("weight")
+
+
+# --- the plan: shortcut dial and coupling ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rho", [0.5, 0.75, 0.9])
+def test_labels_follow_the_dial(rho: float) -> None:
+    rows = plan.biased(3, "train", 3000, [rho])
+    assert len(rows) == 3000  # one image a scene when there is one rho
+    for shortcut in (True, False):
+        chosen = [
+            row.generator != plan.REAL
+            for row in rows
+            if (scenes.scene(3, "train", row.index).attributes.background in plan.SHORTCUT) == shortcut
+        ]
+        expected = rho if shortcut else 1 - rho
+        assert abs(np.mean(chosen) - expected) < 4 * math.sqrt(expected * (1 - expected) / len(chosen))
+
+
+def test_the_sets_of_all_rho_share_scenes() -> None:
+    rows = plan.biased(3, "train", 1000, plan.RHOS)
+    per_scene = len(rows) / 1000
+    assert abs(per_scene - 1.4) < 4 * math.sqrt(0.24 / 1000)
+    for name in RHO_SETS:
+        assert sorted(row.index for row in rows if name in row.sets) == list(range(1000))
+
+
+def test_test_scenes_are_used_once() -> None:
+    rows = plan.test(7)
+    assert len({row.index for row in rows}) == len(rows) == 7 * (1 + len(generators.NAMES))
+
+
+# --- the shipped folder ------------------------------------------------------------------------------------------
+
+
+def test_sample_matches_its_content_hash_and_counts(tables: dict[str, pd.DataFrame], meta: dict[str, Any]) -> None:
+    records = [record for table in tables.values() for record in table.to_dict("records")]
+    assert build.content_hash(records) == meta["content_hash"]
+    for split, table in tables.items():
+        assert table.generator.value_counts().to_dict() == meta["counts"][split]
+    assert set(meta["counts"]["test"]) == {plan.REAL, *generators.NAMES}
+    assert min(meta["counts"]["test"].values()) >= 400
+
+
+def test_sample_splits_share_no_scene_and_no_image(tables: dict[str, pd.DataFrame]) -> None:
+    ids = [set(table.scene) for table in tables.values()]
+    hashes = [{hashlib.sha256(data).hexdigest() for data in table.image} for table in tables.values()]
+    for sets in (ids, hashes):
+        assert len(set.union(*sets)) == sum(len(some) for some in sets)
+    everything = pd.concat(tables.values())
+    assert everything.id.is_unique
+    assert everything.image.map(hashlib.sha256).map(lambda h: h.hexdigest()).is_unique
+
+
+def test_no_scene_is_both_real_and_fake_within_a_set(tables: dict[str, pd.DataFrame]) -> None:
+    for split, names in (("train", RHO_SETS), ("val", [*RHO_SETS, "unbiased"])):
+        for name in names:
+            some = tables[split][tables[split][name]]
+            assert some.scene.is_unique
+            assert set(some.scene) == set(tables[split].scene)
+    assert tables["test"].scene.is_unique
+
+
+def test_sample_labels_follow_the_dial(tables: dict[str, pd.DataFrame], meta: dict[str, Any]) -> None:
+    def close(labels: pd.Series, expected: float) -> bool:
+        return bool(abs(labels.mean() - expected) < 4 * math.sqrt(expected * (1 - expected) / len(labels)))
+
+    for rho in meta["rhos"]:
+        for split in ("train", "val"):
+            some = tables[split][tables[split][plan.column(rho)]]
+            group = some.background.isin(meta["shortcut"]["fake_with_rho"])
+            assert close(some.label[group], rho) and close(some.label[~group], 1 - rho)
+    test = tables["test"]
+    for name in generators.NAMES:
+        some = test[test.generator.isin([plan.REAL, name])]
+        group = some.background.isin(meta["shortcut"]["fake_with_rho"])
+        assert close(some.label[group], 0.5) and close(some.label[~group], 0.5)
+
+
+def test_training_fakes_are_shared_evenly_by_the_seen_generators(tables: dict[str, pd.DataFrame]) -> None:
+    for split in ("train", "val"):
+        fakes = tables[split][tables[split].label == 1]
+        assert set(fakes.generator) == set(generators.SEEN)
+        for group in (True, False):
+            some = fakes[fakes.background.isin(plan.SHORTCUT) == group]
+            assert abs((some.generator == generators.SEEN[0]).mean() - 0.5) < 4 * 0.5 / math.sqrt(len(some))
+
+
+def _format(data: bytes) -> tuple[Any, ...]:
+    image = Image.open(io.BytesIO(data))
+    tables = tuple(tuple(table) for _, table in sorted(image.quantization.items()))  # type: ignore[attr-defined]
+    return image.format, image.size, image.mode, tuple(sorted(image.info)), tables
+
+
+def test_file_format_carries_no_label(tables: dict[str, pd.DataFrame]) -> None:
+    train = tables["train"][tables["train"]["rho_0.50"]]
+    for table in (train, tables["test"]):
+        formats = table.image.map(_format)
+        assert formats.map(lambda f: f[:4]).nunique() == 1
+        quality = formats.map(lambda f: f[4])
+        kinds = sorted(quality.unique())
+        assert len(kinds) == jpeg.QUALITY[1] - jpeg.QUALITY[0] + 1
+        share = [[(quality[table.label == label] == kind).sum() for kind in kinds] for label in (0, 1)]
+        observed = np.array(share, float)
+        expected = observed.sum(0) * observed.sum(1, keepdims=True) / observed.sum()
+        chi2 = ((observed - expected) ** 2 / expected).sum()
+        assert chi2 < 30  # 7 degrees of freedom: p < 1e-4
+
+
+def test_both_versions_of_a_training_scene_have_one_caption_and_one_quality(tables: dict[str, pd.DataFrame]) -> None:
+    pairs = tables["train"][tables["train"].scene.duplicated(keep=False)].groupby("scene")
+    assert len(pairs) > 1000
+    for _, pair in pairs:
+        assert sorted(pair.label) == [0, 1]
+        assert pair.caption.nunique() == 1
+        assert pair.image.map(lambda data: _format(data)[4]).nunique() == 1
+
+
+def test_sample_is_small() -> None:
+    size = sum(path.stat().st_size for path in SAMPLE.rglob("*") if path.is_file())
+    assert size <= 30 * 2**20
+    assert sum(path.stat().st_size for path in (SAMPLE / "clip").iterdir()) <= 10 * 2**20
+
+
+# --- the CLIP ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folded_stem_equals_the_batch_norm_stem() -> None:
+    torch.manual_seed(0)
+    stem = ConvStem([8, 12, 16], norm=True)
+    for _ in range(5):  # running statistics of its own
+        stem(torch.randn(8, 3, 64, 64) * 2 + 1)
+    for norm in stem.norms:
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+        torch.nn.init.uniform_(norm.bias, -1, 1)
+    folded = stem.eval().fold()
+    images = torch.randn(4, 3, 64, 64)
+    assert torch.allclose(folded(images), stem(images), atol=1e-5)
+    assert torch.equal(folded.train()(images), folded.eval()(images))  # nothing for train() to change
+    assert not list(folded.buffers())
+
+
+def test_attach_leaves_other_models_alone_and_refuses_unknown_stems() -> None:
+    model = clip.create()
+    before = model.visual.conv1
+    attach(model, {"model_cfg": {}})
+    assert model.visual.conv1 is before
+    with pytest.raises(ValueError, match="conv3"):
+        attach(model, {"dgs": {"stem": "conv5"}})
+
+
+def test_shipped_clip_names_what_test_photographs_show(
+    loaded: tuple[torch.nn.Module, dict[str, Any]], tables: dict[str, pd.DataFrame]
+) -> None:
+    model, preprocess = loaded
+    reals = tables["test"][tables["test"].generator == plan.REAL]
+    embedded = clip.embed_images(model, np.stack([jpeg.decode(data) for data in reals.image]), preprocess)
+    bars = {"colour": 0.98, "background": 0.98, "shape": 0.97, "position": 0.97, "size": 0.98}
+    for attribute, bar in bars.items():
+        assert clip.zero_shot(model, embedded, reals[attribute].tolist(), attribute) >= bar, attribute
+    attributes = [scenes.Attributes(*row) for row in reals[list(scenes.VOCABULARY)].itertuples(index=False)]
+    assert clip.recall(model, embedded, attributes, reals.caption.tolist()) >= 0.97
+
+
+def test_shipped_clip_names_the_medium(loaded: tuple[torch.nn.Module, dict[str, Any]]) -> None:
+    model, preprocess = loaded
+    chosen = [captions.MEDIA[i % 6] for i in range(180)]
+    images = [
+        media.apply(camera.shoot(9, "clip-val", i)[1], medium, np.random.default_rng(i))
+        for i, medium in enumerate(chosen)
+    ]
+    assert clip.zero_shot(model, clip.embed_images(model, np.stack(images), preprocess), chosen, "medium") >= 0.92
+
+
+def test_matches_are_the_captions_that_are_true() -> None:
+    codes = np.array([[0, 1], [0, 2], [3, 1]])
+    told = np.array([[True, True], [True, False], [False, True]])
+    expected = [[True, True, True], [False, True, False], [False, False, True]]
+    assert pretrain.matches(codes, told).tolist() == expected
+
+
+def test_contrast_is_least_at_the_truth() -> None:
+    positive = torch.tensor([[True, False, False], [False, True, True], [False, True, True]])
+    right, wrong = 20.0 * positive.float(), 20.0 * (~positive).float()
+    by_hand = 2 / 3 * math.log(2)  # two of three rows choose evenly between two
+    assert abs(float(pretrain.contrast(right, positive)) - by_hand) < 1e-3
+    assert float(pretrain.contrast(wrong, positive)) > 10
+
+
+TINY_CLIP = pretrain.Recipe(scenes=16, held_out=12, samples=24, second_samples=16, batch=8, warmup=2, measure_every=2)
+
+
+def test_sinusoids_leave_the_class_token_and_tell_every_place_apart() -> None:
+    positions = torch.zeros(65, 96)
+    pretrain.add_sinusoids(positions, 0.5, seed=0)
+    assert not positions[0].any()
+    assert abs(float(positions[1:].std()) - 0.5) < 0.1
+    distance = torch.cdist(positions[1:], positions[1:]) + 1e3 * torch.eye(64)
+    assert float(distance.min()) > 1
+
+
+@pytest.mark.parametrize("broken_at", [3, 4])  # within the first cosine, and at the start of the second
+def test_pretraining_resumes_to_the_same_weights(
+    broken_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = (pool.shoot(0, "clip", 16)[1], pool.shoot(0, "clip-val", 12)[1])
+    pretrain.pretrain(tmp_path / "whole", TINY_CLIP, tmp_path / "a", data, progress=False)
+
+    plain, calls = pretrain.draw, 0
+
+    def broken(*args: Any) -> pretrain.Batch:
+        nonlocal calls
+        calls += 1
+        if calls == broken_at:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(pretrain, "draw", broken)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain(tmp_path / "parts", TINY_CLIP, tmp_path / "b", data, progress=False)
+    assert not (tmp_path / "parts").exists()
+    pretrain.pretrain(tmp_path / "parts", TINY_CLIP, tmp_path / "b", data, progress=False)
+    assert (tmp_path / "whole" / clip.WEIGHTS).read_bytes() == (tmp_path / "parts" / clip.WEIGHTS).read_bytes()
+    curve = pd.read_csv(tmp_path / "parts" / "curve.csv")
+    assert curve.samples.tolist() == [16, 24, 32, 40]
+    clip.load(tmp_path / "parts")
+
+
+# --- generators --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resynthesised() -> dict[str, Any]:
+    found, images = camera.shoot_many(3, "test", 0, 12)
+    models = generators.load(SAMPLE / build.WEIGHTS)
+    noise = {name: [scenes.stream(3, "test", i, "generator") for i in range(12)] for name in models}
+    made = {name: generators.synthesise(name, model, images, found, noise[name]) for name, model in models.items()}
+    return {"images": images, "found": found, "made": made}
+
+
+@pytest.mark.parametrize("name", generators.NAMES)
+def test_a_generator_changes_pixels_and_keeps_content(name: str, resynthesised: dict[str, Any]) -> None:
+    quality = train_generators.psnr(resynthesised["images"], resynthesised["made"][name])
+    assert 26 < quality < 45
+
+
+def test_generators_differ_from_each_other(resynthesised: dict[str, Any]) -> None:
+    made = list(resynthesised["made"].values())
+    assert len(made) == len(generators.NAMES)
+    for i, first in enumerate(made):
+        for second in made[:i]:
+            assert train_generators.psnr(first, second) < 45
+
+
+def test_a_splice_leaves_the_far_background_untouched(resynthesised: dict[str, Any]) -> None:
+    for s, before, after in zip(
+        resynthesised["found"], resynthesised["images"], resynthesised["made"]["splice"], strict=True
+    ):
+        far = scenes.mask(s, grow=0.3) == 0
+        assert np.array_equal(before[far], after[far])
+        assert not np.array_equal(before[~far], after[~far])
+
+
+def test_noise_is_drawn_per_image_whatever_the_batch(resynthesised: dict[str, Any]) -> None:
+    model = generators.load(SAMPLE / build.WEIGHTS)["diffusion"]
+    noise = [scenes.stream(3, "test", i, "generator") for i in range(12)]
+    args = (resynthesised["images"], resynthesised["found"], noise)
+    small = generators.synthesise("diffusion", model, *args, batch=5)
+    difference = np.abs(small.astype(int) - resynthesised["made"]["diffusion"])
+    assert difference.max() <= 1  # sums are ordered differently: the last bit may round the other way
+
+
+# --- build -------------------------------------------------------------------------------------------------------
+
+TINY = plan.Sizes(train=8, val=4, test=2)
+
+
+def _images(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("images-*.parquet"))}
+
+
+def test_a_build_is_a_function_of_its_seed(tmp_path: Path) -> None:
+    first = build.build(tmp_path / "a", 7, sizes=TINY, progress=False)
+    again = build.build(tmp_path / "b", 7, sizes=TINY, progress=False)
+    other = build.build(tmp_path / "c", 8, sizes=TINY, progress=False)
+    assert first == again and _images(tmp_path / "a") == _images(tmp_path / "b")
+    assert other["content_hash"] != first["content_hash"]
+    tables = [pd.concat([pd.read_parquet(p) for p in (tmp_path / n).glob("images-*")]) for n in "ac"]
+    assert not set(tables[0].scene) & set(tables[1].scene)
+    assert not set(tables[0].image) & set(tables[1].image)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]  # no leftovers
+    assert (tmp_path / "a" / "clip" / clip.WEIGHTS).read_bytes() == (SAMPLE / "clip" / clip.WEIGHTS).read_bytes()
+
+
+def test_one_rho_makes_one_image_a_scene(tmp_path: Path) -> None:
+    meta = build.build(tmp_path / "out", 7, rho=0.8, sizes=TINY, progress=False)
+    train = pd.read_parquet(tmp_path / "out" / "images-train.parquet")
+    assert meta["rhos"] == [0.8]
+    assert train["rho_0.80"].all() and len(train) == TINY.train
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(build, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        build.build(tmp_path / "out", 7, sizes=TINY, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_build_refuses_to_overwrite_and_to_guess(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious", encoding="utf-8")
+    with pytest.raises(UserError, match="should not exist yet"):
+        build.build(tmp_path, 7, sizes=TINY, progress=False)
+    with pytest.raises(UserError, match="probability"):
+        build.build(tmp_path / "out", 7, rho=1.5, sizes=TINY, progress=False)
+    with pytest.raises(UserError, match="to reuse"):
+        build.build(tmp_path / "out", 7, sizes=TINY, shipped=tmp_path, progress=False)
+
+
+@pytest.mark.slow
+def test_everything_can_be_trained_from_nothing(tmp_path: Path) -> None:
+    steps = dict.fromkeys(generators.NAMES, 3)
+    meta = build.build(
+        tmp_path / "out",
+        7,
+        clip="train",
+        weights="train",
+        shipped=tmp_path / "absent",
+        sizes=TINY,
+        clip_recipe=TINY_CLIP,
+        generator_recipe=train_generators.Recipe(scenes=16, held_out=4, steps=steps),
+        progress=False,
+    )
+    assert meta["clip"]["samples"] == TINY_CLIP.samples
+    assert set(meta["generators"]["psnr"]) == set(generators.NAMES)
+    clip.load(tmp_path / "out" / "clip")
+
+
+@pytest.mark.slow
+def test_the_shipped_images_are_those_of_their_seed(tmp_path: Path, meta: dict[str, Any]) -> None:
+    """Weights are shipped, so every photograph can be checked; fakes may differ in a bit on another machine."""
+    tables = pd.read_parquet(SAMPLE / "images-val.parquet")
+    for row in tables[tables.generator == plan.REAL].itertuples():
+        index = int(row.scene.split("-")[-1])
+        _, image = camera.shoot(meta["seed"], "val", index)
+        quality = jpeg.draw_quality(scenes.stream(meta["seed"], "val", index, "jpeg"))
+        assert jpeg.encode(image, quality) == row.image

@@ -1,0 +1,344 @@
+"""What a parameter may be, and the three ways to set one: a file, the environment, a notebook's cell."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from dgs.errors import UserError
+from dgs.params import NOTEBOOK_PARAMETERS, Params, load_params, merged_params, validate, with_overrides
+
+ROOT = Path(__file__).resolve().parent.parent
+PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
+NOTEBOOKS = sorted(NOTEBOOK_PARAMETERS)
+
+
+def nested(dotted: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} for "a.b"."""
+    for key in reversed(dotted.split(".")):
+        value = {key: value}
+    return value
+
+
+def at(params: Params, dotted: str) -> Any:
+    value: Any = params
+    for key in dotted.split("."):
+        value = getattr(value, key)
+    return value
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from leaves(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def keys(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from keys(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def sentence(error: pytest.ExceptionInfo[UserError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def refused(dotted: str, value: Any) -> str:
+    with pytest.raises(UserError) as error:
+        validate(nested(dotted, value), "some.yaml")
+    return sentence(error)
+
+
+def repository(folder: Path, params: str, **profiles: str) -> Path:
+    (folder / "profiles").mkdir(parents=True)
+    (folder / "dvc.yaml").write_text("stages: {}\n")
+    (folder / "params.yaml").write_text(params)
+    for name, text in profiles.items():
+        (folder / "profiles" / f"{name}.yaml").write_text(text)
+    return folder
+
+
+class TestFiles:
+    def test_params_yaml_names_every_parameter(self) -> None:
+        assert set(keys(merged_params(root=ROOT))) == set(leaves(Params))
+
+    @pytest.mark.parametrize("profile", PROFILES)
+    def test_every_profile_loads_under_its_own_name(self, profile: str) -> None:
+        assert load_params(profile, ROOT).profile == profile
+
+    def test_the_paper_profile_sees_seven_by_seven_patches_of_32_px(self) -> None:
+        params = load_params("paper", ROOT)
+        assert params.patches.enabled
+        assert params.image_size == 224
+
+    def test_without_patch_selection_the_models_own_size_counts(self) -> None:
+        params = validate({"model": {"image_size": 64}, "patches": {"enabled": False, "size": 32, "count": 49}})
+        assert params.image_size == 64
+
+    def test_the_main_profile_needs_no_overlay(self) -> None:
+        assert load_params(root=ROOT).profile == "mini"
+        assert load_params("mini", ROOT) == load_params(root=ROOT)
+
+    def test_an_overlay_changes_only_what_it_names_at_any_depth(self, tmp_path: Path) -> None:
+        base = "profile: mini\nseeds: [0, 1]\ntrain:\n  batch_size: 16\n  stage2: {epochs: 3, lr: 0.01}\n"
+        root = repository(tmp_path / "r", base, own="seeds: [5]\ntrain:\n  stage2: {lr: 0.5}\n")
+        params = load_params("own", root)
+        assert (params.profile, params.seeds) == ("own", [5])
+        assert (params.train.batch_size, params.train.stage2.epochs, params.train.stage2.lr) == (16, 3, 0.5)
+
+    def test_an_overlay_leaves_the_main_profile_alone(self, tmp_path: Path) -> None:
+        root = repository(tmp_path / "r", "profile: mini\ntrain: {batch_size: 16}\n", own="train: {batch_size: 2}\n")
+        load_params("own", root)
+        assert load_params(root=root).train.batch_size == 16
+
+    def test_a_mistake_in_an_overlay_names_that_overlay(self, tmp_path: Path) -> None:
+        root = repository(tmp_path / "r", "profile: mini\n", own="train: {batchsize: 2}\n")
+        with pytest.raises(UserError) as error:
+            load_params("own", root)
+        message = sentence(error)
+        assert "profiles/own.yaml" in message and "'train.batchsize'" in message and "'batch_size'" in message
+
+    def test_an_unknown_profile_lists_the_known_ones(self) -> None:
+        with pytest.raises(UserError) as error:
+            load_params("papr", ROOT)
+        message = sentence(error)
+        assert "profiles/papr.yaml" in message and "Did you mean 'paper'?" in message
+        assert all(name in message for name in ("mini", *PROFILES))
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [("seeds: [0, 1\nmethods: [", "not valid YAML"), ("- a\n- b\n", "list"), ("", "NoneType")],
+    )
+    def test_a_file_that_is_no_mapping_is_one_sentence(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: str
+    ) -> None:
+        file = tmp_path / "mine.yaml"
+        file.write_text(text)
+        monkeypatch.setenv("DGS_PARAMS", str(file))
+        with pytest.raises(UserError) as error:
+            load_params()
+        message = sentence(error)
+        assert expected in message and str(file) in message
+
+    def test_numbers_that_yaml_reads_as_text_are_numbers(self, tmp_path: Path) -> None:
+        text = "profile: mini\ntrain:\n  surgery: {eps: 1e-6}\n  stage2: {lr: 1e-3}\n"
+        assert yaml.safe_load(text)["train"]["stage2"]["lr"] == "1e-3"
+        params = load_params(root=repository(tmp_path / "r", text))
+        assert (params.train.stage2.lr, params.train.surgery.eps) == (1e-3, 1e-6)
+
+
+class TestEnvironment:
+    def test_dgs_profile_names_the_overlay(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("DGS_PROFILE", "tiny")
+        assert load_params(root=ROOT) == load_params("tiny", ROOT)
+
+    def test_an_empty_dgs_profile_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("DGS_PROFILE", "")
+        assert load_params(root=ROOT).profile == "mini"
+
+    def test_dgs_params_is_taken_as_it_is_whatever_the_profile(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = tmp_path / "stage.yaml"
+        file.write_text("profile: given\nseeds: [7]\n")
+        monkeypatch.setenv("DGS_PARAMS", str(file))
+        monkeypatch.setenv("DGS_PROFILE", "tiny")
+        params = load_params(root=ROOT)
+        assert (params.profile, params.seeds) == ("given", [7])
+        assert load_params("tiny", ROOT).profile == "tiny"
+
+    def test_a_missing_parameter_file_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("DGS_PARAMS", str(tmp_path / "gone.yaml"))
+        with pytest.raises(UserError) as error:
+            load_params()
+        assert str(tmp_path / "gone.yaml") in sentence(error)
+
+
+class TestValidation:
+    @pytest.mark.parametrize(
+        ("dotted", "meant"),
+        [
+            ("sedes", "seeds"),
+            ("train.batchsize", "batch_size"),
+            ("train.stage2.epoch", "epochs"),
+            ("model.lora.rnak", "rank"),
+        ],
+    )
+    def test_an_unknown_key_is_named_with_the_nearest_known_one(self, dotted: str, meant: str) -> None:
+        message = refused(dotted, 1)
+        assert f"'{dotted}'" in message and "some.yaml" in message
+        assert f"Did you mean '{meant}'?" in message
+
+    def test_an_unlike_key_gets_no_guess_but_the_known_ones(self) -> None:
+        message = refused("train.stage1.zzz", 1)
+        assert "Did you mean" not in message
+        assert "epochs" in message and "lr" in message
+
+    @pytest.mark.parametrize(
+        ("dotted", "value"),
+        [
+            ("train.batch_size", "many"),
+            ("train.batch_size", 2.5),
+            ("train.batch_size", None),
+            ("train.stage2.lr", "fast"),
+            ("patches.enabled", "perhaps"),
+            ("seeds", "0,1"),
+            ("seeds", ["x"]),
+            ("methods", "dgs"),
+            ("train.surgery.order", "relaese"),
+            ("data.layout", "folder"),
+            ("gradient_angles.pairs", ["task-evil"]),
+            ("model.clip", 3),
+            ("train", 3),
+        ],
+    )
+    def test_an_ill_typed_value_is_named_and_shown(self, dotted: str, value: Any) -> None:
+        message = refused(dotted, value)
+        assert f"'{dotted}" in message and "some.yaml" in message
+        shown = value[0] if isinstance(value, list) else value
+        assert repr(shown) in message
+
+    @pytest.mark.parametrize("dotted", ["train.batch_size", "train.stage2.lr", "model.lora.rank"])
+    def test_true_is_no_number(self, dotted: str) -> None:
+        assert f"'{dotted}'" in refused(dotted, True)
+
+    @pytest.mark.parametrize("dotted", ["train.stage2.lr", "train.surgery.lam", "model.lora.alpha"])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), ".inf"])
+    def test_a_number_is_finite(self, dotted: str, value: Any) -> None:
+        assert f"'{dotted}'" in refused(dotted, value)
+
+    @pytest.mark.parametrize(
+        ("dotted", "value"),
+        [
+            ("profile", "Bad Name"),
+            ("profile", "../up"),
+            ("seeds", []),
+            ("seeds", [-1]),  # a seed of numpy's generators is not negative
+            ("methods", []),
+            ("data.val_fraction", 1.5),
+            ("data.limit", 0),
+            ("patches.size", 1),
+            ("patches.count", 0),
+            ("model.lora.rank", 0),
+            ("model.lora.dropout", 1.0),
+            ("compute.threads", 0),
+            ("compute.workers", -1),
+            ("train.batch_size", 0),
+            ("train.stage1.lr", 0),
+            ("train.stage2.lr", -1e-3),
+            ("train.surgery.lam", -0.1),
+            ("train.log_every", 0),
+            ("evaluate.confidence", 0.5),
+            ("evaluate.confidence", 1.0),
+            ("evaluate.retrieval_pool", 1),
+        ],
+    )
+    def test_a_value_out_of_range_is_named(self, dotted: str, value: Any) -> None:
+        assert f"'{dotted}" in refused(dotted, value)
+
+    def test_parameters_cannot_change_under_a_run(self) -> None:
+        params = Params()
+        with pytest.raises(Exception, match="frozen"):
+            params.train.batch_size = 3  # type: ignore[misc]
+
+
+def parameter_cell(notebook: str) -> dict[str, str]:
+    """{name: expression} set by the one cell tagged `parameters`."""
+    cells = json.loads((ROOT / "notebooks" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    (source,) = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    assert source.lower().startswith("# parameters")
+    body = ast.parse(source).body
+    assert all(isinstance(node, ast.Assign) for node in body)
+    return {ast.unparse(node.targets[0]): ast.unparse(node.value) for node in body if isinstance(node, ast.Assign)}
+
+
+class TestNotebooks:
+    def test_each_stage_notebook_has_its_names_and_no_other_does(self) -> None:
+        stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+        assert set(NOTEBOOK_PARAMETERS) == set(stages) - {"notebooks"}
+
+    @pytest.mark.parametrize("notebook", NOTEBOOKS)
+    def test_every_name_stands_for_a_parameter_that_exists(self, notebook: str) -> None:
+        dotted = {path for path in NOTEBOOK_PARAMETERS[notebook].values() if path}
+        assert dotted and dotted <= set(leaves(Params))
+
+    @pytest.mark.parametrize("notebook", NOTEBOOKS)
+    def test_the_parameters_cell_starts_from_the_file(self, notebook: str) -> None:
+        expected = {name: f"params.{path}" for name, path in NOTEBOOK_PARAMETERS[notebook].items() if path}
+        cell = parameter_cell(notebook)
+        assert set(cell) == set(NOTEBOOK_PARAMETERS[notebook])
+        assert {name: cell[name] for name in expected} == expected
+
+
+class TestOverrides:
+    @pytest.mark.parametrize("notebook", NOTEBOOKS)
+    def test_a_namespace_without_names_changes_nothing(self, notebook: str) -> None:
+        params = load_params("tiny", ROOT)
+        assert with_overrides(notebook, params, {"unrelated": 3, "In": ["", "import os"]}) == params
+
+    @pytest.mark.parametrize("notebook", NOTEBOOKS)
+    def test_the_untouched_cell_changes_nothing(self, notebook: str) -> None:
+        params = load_params("paper", ROOT)
+        names = {name: at(params, path) for name, path in NOTEBOOK_PARAMETERS[notebook].items() if path}
+        assert with_overrides(notebook, params, names) == params
+
+    def test_a_name_changes_its_parameter_and_no_other(self) -> None:
+        before = Params()
+        after = with_overrides("train", before, {"epochs": 9})
+        assert after.train.stage2.epochs == 9
+        changed = [path for path in leaves(Params) if at(before, path) != at(after, path)]
+        assert changed == ["train.stage2.epochs"]
+        assert before.train.stage2.epochs == 1
+
+    def test_papermills_text_becomes_the_declared_type(self) -> None:
+        params = with_overrides("prepare", Params(), {"patches": "true", "patch_size": "16", "limit": "4"})
+        assert (params.patches.enabled, params.patches.size, params.data.limit) == (True, 16, 4)
+        params = with_overrides("train", Params(), {"lr": "1e-3", "epochs": "2", "order": "paper"})
+        assert (params.train.stage2.lr, params.train.stage2.epochs, params.train.surgery.order) == (1e-3, 2, "paper")
+
+    def test_none_unsets_what_may_be_unset(self) -> None:
+        assert with_overrides("prepare", Params(), {"rho": None}).data.rho is None
+
+    @pytest.mark.parametrize(("name", "value"), [("lr", "fast"), ("epochs", 0), ("order", "none"), ("seeds", "0,1")])
+    def test_a_wrong_value_names_the_parameter_and_the_notebook(self, name: str, value: Any) -> None:
+        with pytest.raises(UserError) as error:
+            with_overrides("train", Params(), {name: value})
+        message = sentence(error)
+        assert f"'{NOTEBOOK_PARAMETERS['train'][name]}" in message and "notebooks/train.ipynb" in message
+
+    @pytest.mark.parametrize(
+        "cell",
+        [
+            "# Parameters\nlamm = 0.1\n",
+            "# Parameters: change them here\nlr = 1\nlamm = 0.1",
+            "# parameters\nlam = lamm = 0.1",
+            "# Parameters\nlamm: float = 0.1",
+        ],
+    )
+    def test_an_unknown_name_in_a_parameters_cell_is_an_error(self, cell: str) -> None:
+        with pytest.raises(UserError) as error:
+            with_overrides("train", Params(), {"In": ["", "# Parameters\nlr = 1", cell], "lamm": 0.1})
+        message = sentence(error)
+        assert "'lamm'" in message and "notebooks/train.ipynb" in message and "Did you mean 'lam'?" in message
+
+    def test_other_cells_may_name_what_they_like(self) -> None:
+        namespace = {"In": ["", "# Parameters\nlr = 0.5", "lamm = 0.1", "# Notes\nlrr = 1"], "lr": 0.5, "lamm": 0.1}
+        assert with_overrides("train", Params(), namespace).train.stage2.lr == 0.5
+
+    def test_a_name_of_another_notebook_is_unknown_here(self) -> None:
+        with pytest.raises(UserError, match="'tsne_images' for notebooks/train"):
+            with_overrides("train", Params(), {"In": ["# Parameters\ntsne_images = 3"], "tsne_images": 3})

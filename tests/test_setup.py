@@ -1,0 +1,174 @@
+"""The environment a stranger installs: the lock, pyproject, environment.yml, the Makefile and .ci/run agree."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+ASKED = [
+    *PYPROJECT["dependencies"],
+    *[line for extra in PYPROJECT["optional-dependencies"].values() for line in extra],
+]
+LINES = [
+    line.partition(" #")[0].strip()
+    for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    if line.strip() and not line.startswith("#")
+]
+LOCK = [Requirement(line) for line in LINES]
+PYTHON_311 = {**default_environment(), "python_version": "3.11", "python_full_version": "3.11.9"}
+
+
+def pinned(name: str) -> Version:
+    """The one version of a package that the lock gives to this platform with Python 3.11."""
+    found = [
+        next(iter(line.specifier)).version
+        for line in LOCK
+        if canonicalize_name(line.name) == canonicalize_name(name)
+        and (line.marker is None or line.marker.evaluate(PYTHON_311))
+    ]
+    assert len(found) == 1, f"{name}: {found}"
+    return Version(found[0])
+
+
+class TestLock:
+    @pytest.mark.parametrize("line", LOCK, ids=str)
+    def test_every_line_is_one_exact_version(self, line: Requirement) -> None:
+        (specifier,) = line.specifier
+        assert specifier.operator == "=="
+        assert "*" not in specifier.version
+        assert line.url is None
+
+    @pytest.mark.parametrize("asked", ASKED)
+    def test_what_pyproject_asks_for_is_pinned_within_its_range(self, asked: str) -> None:
+        requirement = Requirement(asked)
+        assert requirement.specifier.contains(pinned(requirement.name))
+
+    def test_torch_and_its_torchvision_in_both(self) -> None:
+        for name, version in (("torch", "2.14.1"), ("torchvision", "0.29.1")):
+            assert pinned(name) == Version(version)
+            (asked,) = [line for line in map(Requirement, PYPROJECT["dependencies"]) if line.name == name]
+            assert str(asked.specifier) == f"=={version}"
+
+    def test_no_build_of_torch_has_its_cuda_libraries_forced_on_it(self) -> None:
+        names = {canonicalize_name(line.name) for line in LOCK}
+        assert not [name for name in names if re.match(r"nvidia-|cuda-|triton|pytorch-triton", name)]
+        assert not [line for line in LOCK if "+cu" in str(line.specifier)]
+
+    def test_no_line_is_for_another_python_only(self) -> None:
+        for line in LOCK:
+            markers = [{**PYTHON_311, "sys_platform": platform} for platform in ("linux", "darwin", "win32")]
+            markers += [{**marker, "os_name": "nt"} for marker in markers]
+            markers += [{**marker, "python_full_version": "3.11.0"} for marker in markers]
+            assert line.marker is None or any(line.marker.evaluate(marker) for marker in markers), str(line)
+
+
+class TestProject:
+    def test_the_package_and_its_console_script(self) -> None:
+        assert PYPROJECT["name"] == "dgs"
+        assert PYPROJECT["scripts"]["dgs"] == "dgs.cli:main"
+
+    def test_it_asks_for_python_3_11(self) -> None:
+        allowed = Requirement(f"python{PYPROJECT['requires-python']}").specifier
+        assert allowed.contains("3.11.0") and allowed.contains("3.11.99")
+        assert not allowed.contains("3.10.9") and not allowed.contains("3.12.0")
+
+    @pytest.mark.parametrize("name", ["pytest", "hypothesis", "ruff", "mypy"])
+    def test_what_the_tests_need_is_in_the_dev_extra(self, name: str) -> None:
+        assert name in {Requirement(line).name for line in PYPROJECT["optional-dependencies"]["dev"]}
+
+
+class TestConda:
+    @pytest.fixture
+    def environment(self) -> dict[str, Any]:
+        return yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+
+    def test_it_is_named_dgs_with_python_3_11(self, environment: dict[str, Any]) -> None:
+        assert environment["name"] == "dgs"
+        conda = [line for line in environment["dependencies"] if isinstance(line, str)]
+        assert "python=3.11" in conda and {"make", "git", "pip"} <= set(conda)
+
+    def test_its_packages_come_from_the_lock(self, environment: dict[str, Any]) -> None:
+        (pip,) = [line["pip"] for line in environment["dependencies"] if isinstance(line, dict)]
+        assert pip == ["-r requirements.lock", "-e ."]
+
+
+def dry_run(target: str, *variables: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "PROFILE"}
+    command = ["make", "--no-print-directory", "-n", target, *variables]
+    return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
+
+
+class TestMake:
+    @pytest.mark.parametrize(
+        ("target", "command"),
+        [
+            ("repro", r"^dvc repro\s*$"),
+            ("test", r"pytest .*--nbval.*notebooks/prepare\.ipynb.* tests$"),
+            ("test-slow", r"^pytest .*-m slow"),
+            ("verify", r"verify"),
+            ("lab", r"^jupyter lab"),
+        ],
+    )
+    def test_a_target_runs_what_its_name_says(self, target: str, command: str) -> None:
+        result = dry_run(target)
+        assert result.returncode == 0, result.stderr
+        assert re.search(command, result.stdout, re.MULTILINE), result.stdout
+
+    def test_every_target_ensures_the_environment(self, tmp_path: Path) -> None:
+        (tmp_path / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
+        for name in ("requirements.lock", "pyproject.toml"):
+            (tmp_path / name).write_text("")
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "CONDA"))}
+        for target in ("repro", "test", "test-slow", "verify", "lab"):
+            printed = subprocess.run(
+                ["make", "-n", target], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+            ).stdout
+            assert "-m venv .venv" in printed and "-r requirements.lock" in printed, target
+            conda = subprocess.run(
+                ["make", "-n", target],
+                cwd=tmp_path,
+                env=env | {"CONDA_DEFAULT_ENV": "dgs", "CONDA_PREFIX": "/opt/dgs"},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            assert "venv" not in conda and "install" not in conda, target
+
+    def test_a_profile_has_its_own_pipeline(self) -> None:
+        assert "dvc repro $(dgs profile paper)" in dry_run("repro", "PROFILE=paper").stdout
+
+    def test_the_notebooks_that_are_tested_are_those_there_are(self) -> None:
+        tested = set(re.findall(r"notebooks/\w+\.ipynb", dry_run("test").stdout))
+        assert tested == {path.relative_to(ROOT).as_posix() for path in (ROOT / "notebooks").glob("*.ipynb")}
+
+
+class TestSubmission:
+    SCRIPT = ROOT / ".ci" / "run"
+
+    def test_it_runs_the_three_checks_in_order_and_nothing_else_of_make(self) -> None:
+        calls = [line.split("#")[0].strip() for line in self.SCRIPT.read_text(encoding="utf-8").splitlines()]
+        assert [call for call in calls if call.startswith("make")] == ["make test", "make test-slow", "make verify"]
+
+    @pytest.mark.parametrize("failing", ["test", "test-slow", "verify"])
+    def test_it_stops_at_the_first_failure(self, tmp_path: Path, failing: str) -> None:
+        fake = tmp_path / "make"
+        fake.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\n[ "$1" != "{failing}" ]\n')
+        fake.chmod(0o755)
+        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        result = subprocess.run([str(self.SCRIPT)], cwd=tmp_path, env=env, capture_output=True, check=False)
+        assert result.returncode != 0
+        order = ["test", "test-slow", "verify"]
+        assert (tmp_path / "calls").read_text().split() == order[: order.index(failing) + 1]

@@ -1,0 +1,286 @@
+"""Both stages of training, against autograd and by what must and must not change."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from clips import write_random_clip
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dgs.data.manifest import ImageSource
+from dgs.data.prepared import Prepared
+from dgs.data.views import Views, batch_order, batches
+from dgs.errors import UserError
+from dgs.model.backbone import Backbone, Clip, load_clip
+from dgs.model.checkpoint import load_checkpoint, load_heads, save_checkpoint
+from dgs.model.detector import Detector
+from dgs.model.methods import METHODS, get_method
+from dgs.model.train import Trained, frozen_features, new_head, stage1, surgery_step, train
+from dgs.params import Params, validate
+
+SETTINGS = {
+    "data": {"layout": "folders", "rho": None},
+    "model": {"image_size": 32, "lora": {"rank": 2, "alpha": 4.0, "dropout": 0.0}},
+    "train": {"batch_size": 8, "stage2": {"lr": 0.01}, "stage1": {"lr": 0.01}, "log_every": 1},
+}
+
+
+def settings(**train_params: object) -> Params:
+    merged = {**SETTINGS, "train": {**SETTINGS["train"], **train_params}}
+    return validate(merged)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
+    folder = write_random_clip(tmp_path_factory.mktemp("clip") / "clip")
+    return load_clip(settings().model.model_copy(update={"clip": str(folder)}), Path(), 32)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """20 training and 10 validation images; fakes carry a checkerboard, so there is something to learn."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    board = np.indices((32, 32)).sum(0) % 2 * 60
+    rows = []
+    for index in range(30):
+        label = index % 2
+        pixels = rng.integers(80, 110, 3) + rng.integers(0, 5, (32, 32, 3)) + label * board[..., None]
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, format="PNG")
+        (root / f"{index:02}.png").write_bytes(buffer.getvalue())
+        rows.append(
+            {
+                "id": f"{index:02}",
+                "split": "train" if index < 20 else "val",
+                "generator": "g",
+                "label": label,
+                "file": f"{index:02}.png",
+                "row": -1,
+                "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+            }
+        )
+    captions = rng.normal(size=(30, 24)).astype(np.float32)
+    return Prepared(pd.DataFrame(rows), {"data_hash": "d", "rho": None}, captions, {}, None, ImageSource(root))
+
+
+def run(
+    method: str, clip: Clip, prepared: Prepared, params: Params, seed: int = 0
+) -> tuple[dict[str, Tensor], Trained]:
+    """Weights that were learned, and the finished run."""
+    kept: list[tuple[dict[str, Tensor], Trained]] = []
+
+    def keep(trained: Trained) -> None:
+        learned = {f"{n}.{k}": v.clone() for n, h in trained.heads.items() for k, v in h.state_dict().items()}
+        learned |= {n: p.detach().clone() for n, p in trained.backbone.named_parameters() if p.requires_grad}
+        kept.append((learned, trained))
+
+    train(get_method(method), clip, prepared, params, seed, torch.device("cpu"), keep)
+    return kept[0]
+
+
+@pytest.mark.parametrize("order", ["release", "paper"])
+@pytest.mark.parametrize("scale", ["release", "per_sample"])
+def test_a_dgs_step_equals_autograd_through_every_head(order: str, scale: str) -> None:
+    """The closed-form step against a transcription that takes each gradient by autograd."""
+    params = validate(
+        {**SETTINGS, "train": {**SETTINGS["train"], "surgery": {"order": order, "scale": scale, "lam": 0.7}}}
+    )
+    torch.manual_seed(0)
+    count, width = 6, 10
+    heads = {name: nn.Linear(width, 1).double() for name in ("image", "text", "teacher")}
+    features = torch.randn(count, width, dtype=torch.float64)
+    frozen = torch.randn(count, width, dtype=torch.float64)
+    captions = torch.randn(count, width, dtype=torch.float64)
+    labels = torch.tensor([0.0, 1, 1, 0, 1, 0], dtype=torch.float64)
+    residual = (torch.sigmoid(heads["teacher"](frozen).squeeze(1)) - labels).detach()
+    applied, losses, _ = surgery_step(METHODS["dgs"], features, heads, captions, residual, labels, params)
+    accumulated = {n: heads[n].weight.grad.clone() for n in ("image", "text")}
+
+    def gradient(head: nn.Linear, at: Tensor, reduction: str) -> Tensor:
+        at = at.clone().requires_grad_()
+        loss = F.binary_cross_entropy_with_logits(head(at).squeeze(1), labels, reduction=reduction)
+        return torch.autograd.grad(loss, at)[0]
+
+    reduction = "mean" if scale == "release" else "sum"
+    g_text = gradient(heads["text"], captions, reduction)
+    g_teacher = gradient(heads["teacher"], frozen, reduction)
+    task = gradient(heads["image"], features, "mean")
+    leaf = features.clone().requires_grad_()
+    prior_loss = 0.7 * (leaf * torch.minimum(g_teacher, torch.zeros(()))).sum(1).mean()
+    prior = torch.autograd.grad(prior_loss, leaf)[0]
+    harmful = torch.maximum(g_text, torch.zeros(()))
+    h = harmful / (harmful.norm(dim=1, keepdim=True) + 1e-6)
+
+    def project(g: Tensor) -> Tensor:
+        return g - (g * h).sum(1, keepdim=True) * h
+
+    expected = project(task + prior) if order == "release" else project(task) + prior
+    assert torch.allclose(applied, expected, atol=1e-12)
+    assert losses["loss_alignment"] == pytest.approx(prior_loss.item(), abs=1e-12)
+    for name, at in (("image", features), ("text", captions)):
+        heads[name].zero_grad()
+        F.binary_cross_entropy_with_logits(heads[name](at).squeeze(1), labels).backward()
+        assert torch.allclose(accumulated[name], heads[name].weight.grad, atol=1e-12)
+    assert heads["teacher"].weight.grad is None
+
+
+def test_lora_sends_the_task_gradient_untouched() -> None:
+    torch.manual_seed(0)
+    heads = {name: nn.Linear(4, 1) for name in ("image", "text", "teacher")}
+    args = torch.randn(5, 4), heads, torch.randn(5, 4), torch.randn(5), torch.tensor([0.0, 1, 0, 1, 1])
+    applied, losses, gradients = surgery_step(METHODS["lora"], *args, settings())
+    assert torch.equal(applied, gradients["task"])
+    assert losses["loss_alignment"] == 0.0
+
+
+def test_dgs_without_surgery_is_lora_to_the_bit(clip: Clip, prepared: Prepared) -> None:
+    """lambda 0 and an epsilon so large that nothing is projected: the methods differ in the surgery alone."""
+    off = settings(surgery={"lam": 0.0, "eps": 1e30})
+    lora, dgs = run("lora", clip, prepared, off)[0], run("dgs", clip, prepared, off)[0]
+    assert all(torch.equal(lora[name], dgs[name]) for name in lora)
+    real = run("dgs", clip, prepared, settings())[0]
+    assert not all(torch.equal(lora[name], real[name]) for name in lora)
+
+
+def test_a_second_run_is_bitwise_equal_and_another_seed_is_not(clip: Clip, prepared: Prepared) -> None:
+    params = validate({**SETTINGS, "model": {**SETTINGS["model"], "lora": {"rank": 2, "dropout": 0.5}}})
+    first, second, other = (run("dgs", clip, prepared, params, seed)[0] for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_clip_is_as_before_after_a_run(clip: Clip, prepared: Prepared) -> None:
+    before = {k: v.clone() for k, v in clip.model.state_dict().items()}
+    run("dgs", clip, prepared, settings())
+    after = clip.model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
+
+
+def test_stage_2_learns_adapters_image_head_and_text_head_and_nothing_else(clip: Clip, prepared: Prepared) -> None:
+    start = Backbone(clip, settings().model.lora, 0)
+    initial = {n: p.detach().clone() for n, p in start.named_parameters()}
+    clip.model.visual = start.without_adapters()
+    learned, trained = run("dgs", clip, prepared, settings())
+    adapters = [n for n in learned if "lora_" in n]
+    assert adapters and not all(torch.equal(learned[n], initial[n]) for n in adapters)
+    assert not torch.equal(learned["image.weight"], new_head(24, 1_000, torch.device("cpu")).weight)
+    assert not torch.equal(learned["text.weight"], new_head(24, 2_000, torch.device("cpu")).weight)
+    with_grad = {n for n, p in trained.backbone.named_parameters() if p.requires_grad}
+    assert all("lora_" in n for n in with_grad)
+
+
+def test_cached_stage_1_equals_training_through_the_tower(clip: Clip, prepared: Prepared) -> None:
+    params = settings(stage1={"epochs": 2, "lr": 0.01}, views=2)
+    backbone = Backbone(clip).eval()
+    rows = prepared.split("train")
+    labels = torch.tensor(rows["label"].to_numpy(), dtype=torch.float32)
+    cached = stage1(frozen_features(backbone, prepared, params, 3, torch.device("cpu")), labels, params, 3)
+    head = new_head(24, 3, torch.device("cpu"))
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
+    for epoch in range(2):
+        views = Views(rows, prepared.source, params, 3, epoch % 2)
+        for images, index in batches(views, 8, order=batch_order(20, 3, epoch)):
+            with torch.no_grad():
+                features = backbone(images)
+            optimizer.zero_grad()
+            F.binary_cross_entropy_with_logits(head(features).squeeze(1), labels[index]).backward()
+            optimizer.step()
+    assert torch.allclose(cached.weight, head.weight, atol=1e-6)
+    assert torch.allclose(cached.bias, head.bias, atol=1e-6)
+
+
+def test_stage_1_learns_to_separate_what_is_separable() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0.0, 1.0] * 40)
+    features = torch.randn(1, 80, 4, generator=generator) + 3 * labels[None, :, None]
+    head = stage1(features, labels, settings(stage1={"epochs": 40, "lr": 0.05}), 0)
+    accuracy = ((head(features[0]).squeeze(1) > 0) == labels.bool()).float().mean()
+    assert accuracy > 0.95
+
+
+def test_training_separates_fakes_with_a_checkerboard(clip: Clip, prepared: Prepared) -> None:
+    _, trained = run("lora", clip, prepared, settings(stage2={"epochs": 40, "lr": 0.01}))
+    assert trained.journal.losses["val_balanced_acc"].dropna().iloc[-1] >= 0.9
+
+
+def test_the_journal_notes_losses_and_angles_at_the_steps_asked_for(clip: Clip, prepared: Prepared) -> None:
+    _, lora = run("lora", clip, prepared, settings(log_every=2))
+    _, dgs = run("dgs", clip, prepared, settings(log_every=2))
+    assert sorted(dgs.journal.losses["step"].unique()) == [0, 2, 3]  # 3 steps an epoch; validation after the last
+    pairs = dgs.journal.angle_table.pivot(index="step", columns="pair", values="mean")
+    assert list(pairs.index) == [0, 2]
+    assert set(pairs) == {"task-harmful", "task-beneficial", "task-applied"}
+    assert (pairs["task-applied"] > 0).all()
+    turned = lora.journal.angle_table.query("pair == 'task-applied'")["mean"]
+    assert np.allclose(turned, 0, atol=1e-4)
+
+
+def test_a_diverging_run_stops_and_names_the_batch(clip: Clip, prepared: Prepared) -> None:
+    broken = Prepared(
+        prepared.manifest, prepared.info, np.full_like(prepared.caption_embeddings, np.inf), {}, None, prepared.source
+    )
+    with pytest.raises(UserError, match=r"text loss became (nan|inf) at step 0 .*Lower train\.stage2\.lr"):
+        run("lora", clip, broken, settings())
+
+
+def test_unknown_method_lists_the_known() -> None:
+    with pytest.raises(UserError, match=r"Unknown method 'loar'\. Did you mean 'lora'\? Known: probe, lora, dgs"):
+        get_method("loar")
+
+
+@pytest.mark.parametrize("method", ["probe", "dgs"])
+def test_a_checkpoint_scores_as_the_run_that_made_it(
+    method: str, clip: Clip, prepared: Prepared, tmp_path: Path
+) -> None:
+    params = settings().model_copy(update={"model": settings().model.model_copy(update={"clip": clip.name})})
+    files = [prepared.source.root / name for name in prepared.split("val")["file"]]
+    expected: list[np.ndarray] = []
+
+    def keep(trained: Trained) -> None:
+        detector = Detector(trained.backbone, trained.heads["image"], params, {})
+        expected.append(detector.score(files))
+        heads, folder = trained.heads, tmp_path / "checkpoint"
+        save_checkpoint(folder, trained.backbone, heads, clip, params, method, 0, trained.thresholds, "d")
+
+    train(get_method(method), clip, prepared, params, 0, torch.device("cpu"), keep)
+    names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    assert {"dgs.json", "heads.safetensors"} <= names
+    assert ({"adapter_model.safetensors", "adapter_config.json"} <= names) == (method == "dgs")
+    detector = Detector.load(tmp_path / "checkpoint", root=tmp_path)
+    scores = detector.score(files)
+    assert np.array_equal(scores, expected[0])
+    assert ((scores >= 0) & (scores <= 1)).all()
+    as_images = detector.score([Image.open(path) for path in files])
+    assert np.allclose(as_images, scores, atol=1e-6)
+    assert set(load_heads(tmp_path / "checkpoint")) == (
+        {"image"} if method == "probe" else {"image", "text", "teacher"}
+    )
+
+
+def test_a_checkpoint_refuses_another_clip(clip: Clip, prepared: Prepared, tmp_path: Path) -> None:
+    params = settings()
+
+    def keep(trained: Trained) -> None:
+        save_checkpoint(tmp_path / "c", trained.backbone, trained.heads, clip, params, "probe", 0, {}, "d")
+
+    train(get_method("probe"), clip, prepared, params, 0, torch.device("cpu"), keep)
+    other = load_clip(params.model.model_copy(update={"clip": str(write_random_clip(tmp_path / "o", 5))}), Path(), 32)
+    with pytest.raises(UserError, match="was trained on"):
+        load_checkpoint(tmp_path / "c", other)
+
+
+def test_no_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Expected a checkpoint folder \(with dgs\.json\)"):
+        Detector.load(tmp_path)
+    (tmp_path / "dgs.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        Detector.load(tmp_path)
