@@ -234,6 +234,11 @@ class TestHeadlines:
         assert title(figures.angles_over_training(make_angles())).startswith("Late in training, task c is farthest")
         assert "orthogonal to within 1°" in title(figures.angles_over_training(make_angles(pairs=1)))
 
+    def test_angles_to_the_harmful_direction_say_what_suppression_can_remove(self) -> None:
+        angles = make_angles().replace({"pair": {"task_c": "task-harmful"}})  # at 70 degrees: cos^2 = 0.117
+        found = title(figures.angles_over_training(angles))
+        assert "task and harm are 70° apart" in found and "11.7 % of the energy" in found
+
     def test_maps(self) -> None:
         found = title(figures.tsne_panels(make_points()))
         assert found.startswith("Neighbours of the same class: most in dgs, ")

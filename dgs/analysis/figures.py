@@ -7,7 +7,6 @@ suit a README column: at half width (some 430 px) the smallest text is still abo
 
 from __future__ import annotations
 
-import io
 import re
 import textwrap
 import zlib
@@ -21,7 +20,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -38,6 +36,7 @@ from dgs.errors import UserError
 WIDTH = 6.0  # inches; at 150 dpi 900 px, shown at half of it or less
 DPI = 150
 CHANCE = 50.0  # per cent balanced accuracy
+HARMFUL = "task-harmful"  # the pair whose angle says what suppression can remove
 KEEPS = 90.0  # per cent of the frozen model's accuracy that counts as kept in a title
 NEIGHBOURS = 10  # of a point in a t-SNE panel
 
@@ -115,14 +114,6 @@ def save(fig: Figure, path: str | Path) -> Path:
         fig.savefig(target, format="png", dpi=DPI, metadata={"Software": None})
     plt.close(fig)  # no-op for the figures of this module, which pyplot does not know
     return target
-
-
-def picture(fig: Figure) -> Image:
-    """`fig` as `save` would write it, to end a notebook cell with; nothing is written."""
-    buffer = io.BytesIO()
-    with style():
-        fig.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return Image(data=buffer.getvalue())
 
 
 def detection_bars(detection: pd.DataFrame) -> Figure:
@@ -380,13 +371,14 @@ def tsne_panels(points: pd.DataFrame) -> Figure:
 def training_curves(training: pd.DataFrame, points: int = 60) -> Figure:
     """Training loss and validation balanced accuracy (%) over optimiser steps, mean over seeds with 95 % intervals.
 
-    `training`: columns method, seed, step, loss, val_balanced_acc (NaN but at epoch ends). Long logs are averaged to
+    `training`: columns method, seed, step, loss_task, val_balanced_acc (NaN but at epoch ends). The task's loss alone:
+    totals hold other terms for other methods. Long logs are averaged to
     at most `points` bins of steps; the axis says how wide one is. The second panel is left out where nothing was
     validated.
     """
     methods = in_order(training["method"])
     validated = training.dropna(subset=["val_balanced_acc"])
-    losses = training.dropna(subset=["loss"])
+    losses = training.dropna(subset=["loss_task"])
     width = max(1, int(np.ceil((losses["step"].max() - losses["step"].min() + 1) / points)))
     losses = losses.assign(step=(losses["step"] // width) * width + (width - 1) / 2)
     panels = 1 if validated.empty else 2
@@ -394,7 +386,7 @@ def training_curves(training: pd.DataFrame, points: int = 60) -> Figure:
         fig = Figure(figsize=(WIDTH, 1.4 + 2.1 * panels + 0.25 * (len(methods) // 3)), layout="constrained")
         axes = fig.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
         for method in methods:
-            _mean_line(axes[0], losses[losses["method"] == method], "loss", 1.0, method)
+            _mean_line(axes[0], losses[losses["method"] == method], "loss_task", 1.0, method)
             if panels == 2:
                 _mean_line(
                     axes[1], validated[validated["method"] == method], "val_balanced_acc", 100.0, method, dots=True
@@ -402,7 +394,7 @@ def training_curves(training: pd.DataFrame, points: int = 60) -> Figure:
         axes[0].set_ylabel("Training loss")
         bins = f", means over {width} steps" if width > 1 else ""
         axes[-1].set_xlabel("Optimiser steps")
-        axes[0].set_title(f"Total loss{bins}")
+        axes[0].set_title(f"Task loss{bins}")
         _method_legend(fig, methods, bars=False, lines=True)
         if panels == 2:
             axes[1].set_ylabel("Balanced\naccuracy (%)")
@@ -415,7 +407,7 @@ def training_curves(training: pd.DataFrame, points: int = 60) -> Figure:
                 ),
             )
         else:
-            last = losses.sort_values("step", kind="stable").groupby(["method", "seed"], sort=False)["loss"].last()
+            last = losses.sort_values("step", kind="stable").groupby(["method", "seed"], sort=False)["loss_task"].last()
             means = last.groupby("method").mean()
             low, high = str(means.idxmin()), str(means.idxmax())
             span = f"{means.min():.3f} ({_name(low)})" + (
@@ -434,7 +426,7 @@ def angles_over_training(angles: pd.DataFrame) -> Figure:
     """
     one_rho(angles, "table of gradient angles")
     pairs, methods = in_order(angles["pair"]), in_order(angles["method"])
-    columns = min(2, len(pairs))
+    columns = len(pairs) if len(pairs) <= 3 else 2
     lines = -(-len(pairs) // columns)
     band = min(0.18, 0.36 / len(methods))  # many bands on top of each other would hide the lines' colours
     late = angles[angles["step"] >= angles["step"].max() * 0.75].groupby(["pair", "method"], sort=False)["mean"].mean()
@@ -451,7 +443,7 @@ def angles_over_training(angles: pd.DataFrame) -> Figure:
                 ax.fill_between(line.index, line["p05"], line["p95"], color=colour(method), alpha=band, linewidth=0)
             ax.axhline(90.0, color="#333333", linewidth=1.0, linestyle="--", zorder=2)
             ax.set_title(_pair_name(pair), fontsize=11)
-            ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         for column in range(columns):
             lowest = axes[(len(pairs) - 1 - column) // columns, column]
             lowest.tick_params(labelbottom=True)  # shared axes hide it above an empty place
@@ -460,7 +452,15 @@ def angles_over_training(angles: pd.DataFrame) -> Figure:
             ax.set_ylabel("Angle (degrees)")
         _method_legend(fig, methods, bars=False, lines=True, title="dashed: orthogonal; band: 5th to 95th percentile")
         far_pair, far_method = (late - 90.0).abs().idxmax()
-        if (late - 90.0).abs().max() < 1.0:
+        if HARMFUL in pairs:
+            degrees = float(late[HARMFUL, methods[-1]])
+            share = 100.0 * np.cos(np.radians(degrees)) ** 2
+            _headline(
+                fig,
+                f"Late in {_name(methods[-1])}, task and harm are {degrees:.0f}° apart: "
+                f"suppression can take about {share:.1f} % of the energy",
+            )
+        elif (late - 90.0).abs().max() < 1.0:
             _headline(fig, "Late in training, the gradients are orthogonal to within 1° on average")
         else:
             angle = f"{late[far_pair, far_method]:.0f}° on average"

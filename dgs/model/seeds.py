@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,34 @@ _steps: Any = None  # in a worker: the counter it shares with the parent
 def _share(counter: Any) -> None:
     global _steps  # noqa: PLW0603  # a process pool hands shared memory over at start only
     _steps = counter
-    os.environ["TQDM_DISABLE"] = "1"  # one bar for all seeds, in the parent
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # a killed notebook must not leave workers training for nobody
 
 
 def _count() -> None:
     if _steps is not None:
         with _steps.get_lock():
             _steps.value += 1
+
+
+@contextmanager
+def _silent_workers() -> Iterator[None]:
+    """Processes started in this block show no bars of their own: the parent shows one for all seeds."""
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported, so the parent's bar is not affected
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before
 
 
 def train_seed(
@@ -75,6 +99,7 @@ def train_seeds(
     rest = (params, root, prepared_folder, data_root, folder)
     jobs = min(params.compute.jobs, len(params.seeds))
     with (
+        _silent_workers(),
         ProcessPoolExecutor(jobs, context, initializer=_share, initargs=(counter,)) as pool,
         tqdm(total=steps, desc=f"{method}, {len(params.seeds)} seeds", unit="step") as progress,
     ):
@@ -82,8 +107,9 @@ def train_seeds(
         try:
             while wait(futures, timeout=0.5).not_done:
                 progress.update(counter.value - progress.n)
-                if any(future.done() and future.exception() for future in futures):
-                    break
+                for future in futures:
+                    if future.done():
+                        future.result()  # raises what stopped it, without waiting for the others
             progress.update(counter.value - progress.n)
             return [future.result() for future in futures]
         except BaseException:

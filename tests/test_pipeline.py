@@ -1,0 +1,250 @@
+"""The pipeline as users run it: real DVC, real papermill, in copies of this repository."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+from copies import copy_repository, run, snapshot
+
+STAGES_OF_A_RUN = ["prepare", "train@probe", "train@lora", "train@dgs", "evaluate", "gradient_angles"]
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy in which `dvc repro` has run once."""
+    folder = copy_repository(tmp_path_factory.mktemp("repo"))
+    done = run(folder, "dvc", "repro")
+    assert done.returncode == 0, done.stderr + done.stdout
+    return folder
+
+
+def ran(output: str) -> list[str]:
+    """Stages that a `dvc repro` ran."""
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_run_makes_every_result(repo: Path) -> None:
+    results = repo / "results" / "mini"
+    metrics = json.loads((results / "metrics.json").read_text())
+    assert set(metrics) == {"profile", "data_hash", "methods"}
+    assert set(metrics["methods"]) == {"probe", "lora", "dgs"}
+    entry = metrics["methods"]["dgs"]["balanced_acc_unseen"]
+    assert set(entry) == {"mean", "low", "high", "per_seed"}
+    assert 0 <= entry["mean"] <= 1
+    detection = pd.read_csv(results / "detection.csv", dtype={"threshold_rule": str})
+    columns = "rho method seed generator seen condition applied_to n_real n_fake acc balanced_acc r_acc f_acc ap auroc"
+    assert " ".join(detection.columns) == f"{columns} tpr_at_1fpr tpr_at_5fpr ece threshold_rule"
+    assert (detection["rho"] == 0.9).all()
+    assert detection["seen"].nunique() == 2
+    assert set(detection["threshold_rule"]) == {"0.5", "val"}
+    forgetting = pd.read_csv(results / "forgetting.csv")
+    assert list(forgetting.columns) == ["rho", "method", "seed", "measure", "before", "after"]
+    angles = pd.read_csv(results / "gradient_angles.csv")
+    assert list(angles.columns) == ["rho", "method", "seed", "step", "layer", "pair", "mean", "p05", "p95"]
+    assert set(angles["method"]) == {"lora", "dgs"}
+    assert "# " in (results / "REPORT.md").read_text()
+    for name in ("prepare", "train-probe", "train-lora", "train-dgs", "evaluate", "gradient_angles"):
+        notebook = nbformat.read(results / "notebooks" / f"{name}.ipynb", as_version=4)
+        assert any(cell.get("outputs") for cell in notebook.cells)
+    for name in ("detection", "heatmap", "forgetting", "plane", "tsne", "training"):
+        assert (results / "figures" / "evaluate" / f"{name}.png").stat().st_size > 5_000
+
+
+def test_checkpoints_are_folders_of_safetensors_and_json(repo: Path) -> None:
+    folder = repo / "build" / "mini" / "train" / "dgs" / "seed-0"
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "dgs.json",
+        "heads.safetensors",
+    }
+
+
+def test_a_second_repro_is_a_no_op_and_dvc_shows_the_metrics(repo: Path) -> None:
+    again = run(repo, "dvc", "repro")
+    assert ran(again.stdout) == []
+    assert "up to date" in again.stdout
+    shown = run(repo, "dvc", "metrics", "show", "--json")
+    assert "balanced_acc_unseen" in shown.stdout
+
+
+def test_a_forced_second_run_gives_the_same_bytes(repo: Path) -> None:
+    before, lock = snapshot(repo / "results"), (repo / "dvc.lock").read_bytes()
+    forced = run(repo, "dvc", "repro", "--force")
+    assert forced.returncode == 0, forced.stderr
+    assert set(STAGES_OF_A_RUN) <= set(ran(forced.stdout))
+    after = snapshot(repo / "results")
+    assert sorted(after) == sorted(before)
+    assert [name for name in before if before[name] != after[name]] == []
+    assert (repo / "dvc.lock").read_bytes() == lock
+
+
+def test_only_results_and_lock_are_new_to_git(repo: Path) -> None:
+    status = run(repo, "git", "status", "--porcelain").stdout.split("\n")
+    assert {line[3:] for line in status if line} == {"dvc.lock", "results/"}
+
+
+def test_saving_a_notebook_with_outputs_reruns_no_stage(repo: Path) -> None:
+    path = repo / "notebooks" / "train.ipynb"
+    source = path.read_bytes()
+    notebook = nbformat.read(path, as_version=4)
+    for number, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code":
+            cell.execution_count = number
+            cell.outputs = [nbformat.v4.new_output("stream", text="saved by hand")]
+    notebook.metadata["language_info"] = {"name": "python", "version": "3.11.99"}
+    notebook.metadata["kernelspec"]["display_name"] = "Python 3 (ipykernel)"
+    nbformat.write(notebook, path)
+    try:
+        saved = run(repo, "dvc", "repro")
+        assert saved.returncode == 0
+        assert not set(ran(saved.stdout)) & set(STAGES_OF_A_RUN)
+    finally:
+        path.write_bytes(source)
+        run(repo, "dvc", "repro")
+
+
+def test_editing_a_notebooks_code_reruns_its_stage(repo: Path) -> None:
+    path = repo / "notebooks" / "gradient_angles.ipynb"
+    source = path.read_bytes()
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-3].source += "\nprint('edited')"
+    nbformat.write(notebook, path)
+    try:
+        assert set(ran(run(repo, "dvc", "repro").stdout)) & set(STAGES_OF_A_RUN) == {"gradient_angles"}
+    finally:
+        path.write_bytes(source)
+        run(repo, "dvc", "repro")
+
+
+def test_editing_the_command_line_reruns_nothing(repo: Path) -> None:
+    path = repo / "dgs" / "cli.py"
+    source = path.read_text()
+    path.write_text(source + "\n# edited\n")
+    try:
+        assert ran(run(repo, "dvc", "repro").stdout) == []
+    finally:
+        path.write_text(source)
+
+
+def test_a_changed_number_reruns_the_stages_that_read_it(repo: Path) -> None:
+    path = repo / "params.yaml"
+    source = path.read_text()
+    params = yaml.safe_load(source)
+    params["gradient_angles"]["pairs"] = ["task-harmful"]
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    try:
+        assert ran(run(repo, "dvc", "repro").stdout) == ["gradient_angles"]
+        angles = pd.read_csv(repo / "results" / "mini" / "gradient_angles.csv")
+        assert set(angles["pair"]) == {"task-harmful"}
+    finally:
+        path.write_text(source)
+        run(repo, "dvc", "repro")
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.stage2.lr=fast", "Parameter 'train.stage2.lr' in params.yaml: input should be a valid number"),
+        ("+train.stage2.learning_rate=0.1", "Unknown parameter 'train.stage2.learning_rate' in params.yaml."),
+        ("train.stage2.learning_rate=0.1", "learning_rate"),
+        ("data.rho=0.6", "Expected data.rho to be one of 0.50, 0.75, 0.90, found 0.6."),
+    ],
+)
+def test_dvc_exp_run_refuses_wrong_parameters(repo: Path, override: str, sentence: str) -> None:
+    before = (repo / "params.yaml").read_text()
+    tried = run(repo, "dvc", "exp", "run", "--temp", "-S", override)
+    assert tried.returncode != 0
+    assert sentence in tried.stderr + tried.stdout
+    assert "Traceback" not in tried.stderr.replace('Traceback (most recent call last):\n  File "<frozen', "")
+    assert (repo / "params.yaml").read_text() == before
+
+
+def test_dvc_exp_run_takes_right_ones(repo: Path) -> None:
+    tried = run(repo, "dvc", "exp", "run", "--temp", "-S", "gradient_angles.pairs=[task-harmful]", "--name", "one-pair")
+    assert tried.returncode == 0, tried.stderr
+    diff = run(repo, "dvc", "exp", "show", "--csv").stdout
+    assert "one-pair" in diff
+
+
+def test_a_failing_stage_leaves_nothing_half_written(repo: Path) -> None:
+    path = repo / "params.yaml"
+    source = path.read_text()
+    params = yaml.safe_load(source)
+    params["evaluate"]["tsne_images"] = 1  # too few points for a map: evaluate fails after it has scored
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    try:
+        failed = run(repo, "dvc", "repro", "evaluate")
+        assert failed.returncode != 0
+        assert "notebooks/evaluate.ipynb, cell" in failed.stderr
+        left = {p.name for p in (repo / "results" / "mini").iterdir()}
+        assert not left & {"metrics.json", "detection.csv", "forgetting.csv", "REPORT.md", "training.csv"}
+        assert not (repo / "build" / "mini" / "evaluate").exists()
+        assert not list((repo / "build" / "mini").glob(".*"))
+    finally:
+        path.write_text(source)
+        assert run(repo, "dvc", "repro").returncode == 0
+
+
+def test_a_profile_has_its_own_pipeline_and_leaves_the_main_one_alone(repo: Path, image_tree) -> None:  # type: ignore[no-untyped-def]
+    """A user's folder, as docs/own-data.md says."""
+    data = image_tree({"train": ("a",), "test": ("a", "b")}, real=12, fake=12)
+    overlay = {
+        "seeds": [0],
+        "methods": ["probe", "dgs"],
+        "data": {"layout": "folders", "root": str(data), "rho": None, "val_fraction": 0.3},
+        "model": {"clip": "sample/clip"},
+        "patches": {"enabled": True, "size": 8},
+        "evaluate": {"retrieval_pool": 4, "tsne_images": 6},
+    }
+    (repo / "profiles" / "own.yaml").write_text(yaml.safe_dump(overlay))
+    lock = (repo / "dvc.lock").read_bytes()
+    printed = run(repo, "dgs", "profile", "own")
+    assert printed.stdout.strip() == "profiles/own/dvc.yaml", printed.stderr
+    done = run(repo, "dvc", "repro", "profiles/own/dvc.yaml")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((repo / "results" / "own" / "metrics.json").read_text())
+    assert metrics["profile"] == "own"
+    assert {"balanced_acc_seen", "balanced_acc_unseen"} <= set(metrics["methods"]["dgs"])
+    assert (repo / "dvc.lock").read_bytes() == lock
+    assert ran(run(repo, "dvc", "repro").stdout) == []
+    again = run(repo, "dvc", "repro", "profiles/own/dvc.yaml")
+    assert ran(again.stdout) == []
+
+
+def test_papermill_from_another_folder_with_overridden_parameters(repo: Path, tmp_path: Path) -> None:
+    before = snapshot(repo / "build")
+    notebook = str(repo / "notebooks" / "train.ipynb")
+    done = run(
+        tmp_path,
+        *("papermill", notebook, "out.ipynb", "-p", "method", "lora", "-p", "lr", "1.0e-3", "-y", "seeds: [3]"),
+        PYTHONPATH=str(repo),
+        DGS_OUT=str(tmp_path / "mine"),
+    )
+    assert done.returncode == 0, done.stderr
+    info = json.loads((tmp_path / "mine/build/mini/train/lora/seed-3/dgs.json").read_text())
+    assert info["params"]["train"]["stage2"]["lr"] == 1.0e-3
+    assert snapshot(repo / "build") == before, "a run by hand must not touch the pipeline's outputs"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["-p", "learning_rate", "0.1"], "Unknown parameter 'learning_rate' for notebooks/train.ipynb."),
+        (["-p", "lr", "fast"], "Parameter 'train.stage2.lr' in notebooks/train.ipynb: input should be a valid number"),
+        (["-p", "method", "dsg"], "Unknown method 'dsg'. Did you mean 'dgs'?"),
+    ],
+)
+def test_papermill_refuses_wrong_parameters(repo: Path, tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    notebook = str(repo / "notebooks" / "train.ipynb")
+    done = run(tmp_path, "papermill", notebook, "out.ipynb", *arguments, PYTHONPATH=str(repo), DGS_OUT=str(tmp_path))
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith(f"UserError: {sentence}")

@@ -1,0 +1,133 @@
+"""One stage: a notebook through papermill, whole or not at all; and the pipeline a profile gets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from copies import ROOT, copy_repository, snapshot
+from typer.testing import CliRunner
+
+from dgs.cli import app
+from dgs.errors import UserError
+from dgs.pipeline import check_stage, normalise, run_stage, write_profile_pipeline
+
+
+@pytest.fixture
+def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of this repository as the current folder, with the stripped prepare notebook made."""
+    folder = copy_repository(tmp_path / "repo")
+    monkeypatch.chdir(folder)
+    stripped = folder / "build/mini/notebooks/prepare.ipynb"
+    stripped.parent.mkdir(parents=True)
+    source = (folder / "notebooks/prepare.ipynb").read_bytes()
+    stripped.write_bytes(subprocess.run(["nbstripout", "-t"], input=source, capture_output=True, check=True).stdout)
+    return folder
+
+
+def change(repo: Path, group: str, **values: object) -> None:
+    path = repo / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    params[group].update(values)
+    path.write_text(yaml.safe_dump(params))
+
+
+def test_a_stage_leaves_its_outputs_and_an_executed_notebook_without_run_dependent_traces(repo: Path) -> None:
+    run_stage("prepare", "prepare", {})
+    assert {p.name for p in (repo / "build/mini/prepare").iterdir()} == {
+        "captions.safetensors",
+        "data.json",
+        "manifest.parquet",
+        "prompts.json",
+        "prompts.safetensors",
+    }
+    first = snapshot(repo / "results")
+    assert {"mini/notebooks/prepare.ipynb", "mini/figures/prepare/images.png"} <= set(first)
+    notebook = json.loads(first["mini/notebooks/prepare.ipynb"])
+    text = json.dumps(notebook)
+    assert "papermill" not in json.dumps(notebook["metadata"]) and '"name": "stderr"' not in text
+    assert str(repo) not in text, "an executed notebook must not carry this machine's paths"
+    run_stage("prepare", "prepare", {})
+    assert snapshot(repo / "results") == first
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "sentence"),
+    [
+        ("data", {"root": "nowhere"}, "Expected a folder of images at data.root = nowhere, found none."),
+        ("data", {"rho": 0.6}, "Expected data.rho to be one of 0.50, 0.75, 0.90, found 0.6."),
+        ("model", {"clip": "sample/clipp"}, "Expected model.clip to be a folder or an open_clip name"),
+    ],
+)
+def test_a_users_mistake_stops_a_stage_with_one_sentence_and_no_outputs(
+    repo: Path, group: str, values: dict[str, object], sentence: str
+) -> None:
+    change(repo, group, **values)
+    before = set(snapshot(repo / "build"))
+    with pytest.raises(UserError) as caught:
+        run_stage("prepare", "prepare", {})
+    assert sentence in str(caught.value)
+    assert "notebooks/prepare.ipynb, cell" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert set(snapshot(repo / "build")) == before
+    assert not (repo / "results").exists()
+
+
+def test_the_command_line_prints_the_sentence_and_exits_2(repo: Path) -> None:
+    change(repo, "train", learning_rate=0.1)
+    result = CliRunner().invoke(app, ["stage", "prepare"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("dgs: Unknown parameter 'train.learning_rate' in params.yaml.")
+    assert "Traceback" not in result.stderr
+
+
+def test_a_stage_without_its_stripped_notebook_says_how_to_make_it(repo: Path) -> None:
+    with pytest.raises(UserError, match="Run the stage by dvc repro evaluate"):
+        run_stage("evaluate", "evaluate", {})
+
+
+def test_unknown_stages_are_named() -> None:
+    with pytest.raises(UserError, match=r"Unknown stage 'trian'\. Did you mean 'train'\?"):
+        check_stage("trian")
+
+
+def test_a_profiles_pipeline_is_the_main_one_with_its_own_parameters(repo: Path) -> None:
+    path = write_profile_pipeline("paper", repo)
+    assert path == repo / "profiles/paper/dvc.yaml"
+    own, main = yaml.safe_load(path.read_text()), yaml.safe_load((repo / "dvc.yaml").read_text())
+    assert list(own["stages"]) == list(main["stages"])
+    for name, body in own["stages"].items():
+        assert body["wdir"] == "../.."
+        assert body["deps"] == main["stages"][name]["deps"]
+        if "params" in main["stages"][name]:
+            assert body["params"] == [{"profiles/paper/params.yaml": main["stages"][name]["params"]}]
+            assert "dgs stage --params profiles/paper/params.yaml" in body["cmd"]
+    merged = yaml.safe_load((repo / "profiles/paper/params.yaml").read_text())
+    assert merged["model"]["clip"] == "ViT-L-14-quickgelu"
+    assert merged["train"]["surgery"] == yaml.safe_load((ROOT / "params.yaml").read_text())["train"]["surgery"]
+
+
+def test_the_main_profile_is_the_main_pipeline(repo: Path) -> None:
+    assert write_profile_pipeline("mini", repo) == repo / "dvc.yaml"
+    assert CliRunner().invoke(app, ["profile", "mini"]).stdout.strip() == "dvc.yaml"
+
+
+def test_normalising_keeps_results_and_drops_progress_and_widgets() -> None:
+    cell = nbformat.v4.new_code_cell("x", execution_count=7)
+    cell.metadata.update({"tags": ["parameters", "other"], "execution": {"iopub.status.busy": "now"}})
+    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "random"}}
+    cell.outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="50%"),
+        nbformat.v4.new_output("stream", name="stdout", text="result"),
+        nbformat.v4.new_output("display_data", data=widget),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {}, "papermill": {"duration": 3}})
+    clean = normalise(notebook)
+    assert [output["name"] for output in clean.cells[0].outputs] == ["stdout"]
+    assert clean.cells[0].metadata == {"tags": ["parameters"]}
+    assert set(clean.metadata) == {"kernelspec", "language_info"}
+    nbformat.validate(clean)
