@@ -34,7 +34,7 @@ environment: $(READY)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet uv==$(UV_VERSION)
 	.venv/bin/python -m pip install --quiet $$(grep -oE '^torch(vision)?==[^ ;]+' requirements.lock)
-	.venv/bin/uv pip install --quiet --python .venv/bin/python -r requirements.lock
+	.venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python -r requirements.lock
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -e .
 	touch $@
 

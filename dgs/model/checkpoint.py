@@ -60,6 +60,10 @@ def save_checkpoint(
         if isinstance(backbone.visual, PeftModel):
             backbone.visual.save_pretrained(str(draft))
             (draft / "README.md").unlink(missing_ok=True)  # peft's empty model card
+            config = draft / "adapter_config.json"  # peft writes a set in the order of this process's hash seed
+            settings = json.loads(config.read_text())
+            settings["target_modules"] = sorted(settings["target_modules"])
+            config.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
         tensors = {
             f"{name}_head.{key}": value for name, head in heads.items() for key, value in head.state_dict().items()
         }

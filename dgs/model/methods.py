@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dgs.errors import UserError, did_you_mean
 from dgs.model.surgery import alignment_loss, split_signs, suppress
-from dgs.params import SurgeryParams
+from dgs.params import Params, SurgeryParams
 
 
 @dataclass(frozen=True)
@@ -95,3 +95,9 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise UserError(f"Unknown method '{name}'.{did_you_mean(name, METHODS)} Known: {', '.join(METHODS)}.")
     return METHODS[name]
+
+
+def total_steps(method: Method, images: int, params: Params) -> int:
+    """Optimiser steps of a run: of stage 2, or of stage 1 where the tower stays frozen."""
+    epochs = params.train.stage2.epochs if method.adapters else params.train.stage1.epochs
+    return epochs * -(-images // params.train.batch_size)

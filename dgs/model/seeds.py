@@ -9,18 +9,17 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from dgs.data.prepared import load_prepared
-from dgs.model.backbone import load_clip
-from dgs.model.checkpoint import save_checkpoint
-from dgs.model.device import choose_device
 from dgs.model.journal import Journal
-from dgs.model.methods import get_method
-from dgs.model.train import Trained, total_steps, train
+from dgs.model.methods import get_method, total_steps
 from dgs.params import Params
+
+if TYPE_CHECKING:
+    from dgs.model.train import Trained
 
 _steps: Any = None  # in a worker: the counter it shares with the parent
 
@@ -62,6 +61,12 @@ def train_seed(
     method: str, seed: int, params: Params, root: Path, prepared_folder: Path, data_root: Path, folder: Path
 ) -> Journal:
     """Train one method with one seed and save its checkpoint as `folder`/seed-<seed>."""
+    # Imported here: the parent starts workers and waits, and should not spend seconds on loading CLIP's libraries.
+    from dgs.model.backbone import load_clip
+    from dgs.model.checkpoint import save_checkpoint
+    from dgs.model.device import choose_device
+    from dgs.model.train import train
+
     clip = load_clip(params.model, root, params.image_size)
     prepared = load_prepared(prepared_folder, data_root)
     journals: list[Journal] = []

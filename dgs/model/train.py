@@ -21,7 +21,7 @@ from dgs.errors import UserError
 from dgs.model.backbone import Backbone, Clip
 from dgs.model.device import set_determinism
 from dgs.model.journal import Journal, angles
-from dgs.model.methods import Batch, Method
+from dgs.model.methods import Batch, Method, total_steps
 from dgs.model.surgery import residual_directions, split_signs
 from dgs.params import Params
 
@@ -45,12 +45,6 @@ def new_head(width: int, seed: int, device: torch.device) -> nn.Linear:
 
 def _nothing() -> None:
     pass
-
-
-def total_steps(method: Method, images: int, params: Params) -> int:
-    """Optimiser steps of a run: of stage 2, or of stage 1 where the tower stays frozen."""
-    epochs = params.train.stage2.epochs if method.adapters else params.train.stage1.epochs
-    return epochs * -(-images // params.train.batch_size)
 
 
 def _labels(rows: pd.DataFrame, device: torch.device) -> Tensor:
