@@ -41,7 +41,19 @@ def normalise(notebook: Any) -> Any:
             ]
             for output in cell.outputs:
                 output.get("metadata", {}).clear()
+            cell.outputs = _joined(cell.outputs)
     return notebook
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """Neighbouring pieces of printed text as one: where it is cut depends on timing."""
+    joined: list[Any] = []
+    for output in outputs:
+        if joined and output.get("name") == joined[-1].get("name") == "stdout":
+            joined[-1]["text"] += output["text"]
+        else:
+            joined.append(output)
+    return joined
 
 
 def _failure(error: PapermillExecutionError, stage: str) -> str:

@@ -176,21 +176,21 @@ def test_dvc_exp_run_takes_right_ones(repo: Path) -> None:
 
 
 def test_a_failing_stage_leaves_nothing_half_written(repo: Path) -> None:
-    path = repo / "params.yaml"
-    source = path.read_text()
-    params = yaml.safe_load(source)
-    params["evaluate"]["tsne_images"] = 1  # too few points for a map: evaluate fails after it has scored
-    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    path = repo / "notebooks" / "evaluate.ipynb"
+    source = path.read_bytes()
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell("raise RuntimeError('after everything was written')"))
+    nbformat.write(notebook, path)
     try:
         failed = run(repo, "dvc", "repro", "evaluate")
         assert failed.returncode != 0
-        assert "notebooks/evaluate.ipynb, cell" in failed.stderr
+        assert f"notebooks/evaluate.ipynb, cell {len(notebook.cells)}: RuntimeError: after everything" in failed.stderr
         left = {p.name for p in (repo / "results" / "mini").iterdir()}
         assert not left & {"metrics.json", "detection.csv", "forgetting.csv", "REPORT.md", "training.csv"}
         assert not (repo / "build" / "mini" / "evaluate").exists()
         assert not list((repo / "build" / "mini").glob(".*"))
     finally:
-        path.write_text(source)
+        path.write_bytes(source)
         assert run(repo, "dvc", "repro").returncode == 0
 
 

@@ -122,12 +122,14 @@ def test_normalising_keeps_results_and_drops_progress_and_widgets() -> None:
     widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "random"}}
     cell.outputs = [
         nbformat.v4.new_output("stream", name="stderr", text="50%"),
-        nbformat.v4.new_output("stream", name="stdout", text="result"),
+        nbformat.v4.new_output("stream", name="stdout", text="res"),
+        nbformat.v4.new_output("stream", name="stderr", text="100%"),
+        nbformat.v4.new_output("stream", name="stdout", text="ult"),
         nbformat.v4.new_output("display_data", data=widget),
     ]
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {}, "papermill": {"duration": 3}})
     clean = normalise(notebook)
-    assert [output["name"] for output in clean.cells[0].outputs] == ["stdout"]
+    assert [(output["name"], output["text"]) for output in clean.cells[0].outputs] == [("stdout", "result")]
     assert clean.cells[0].metadata == {"tags": ["parameters"]}
     assert set(clean.metadata) == {"kernelspec", "language_info"}
     nbformat.validate(clean)

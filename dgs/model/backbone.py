@@ -116,7 +116,7 @@ def _from_folder(folder: Path, image_size: int) -> tuple[Any, dict[str, Any]]:
     with _quiet():  # open_clip warns of the random weights that are replaced below
         model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False, force_image_size=image_size)
     stem.attach(model, config)
-    state = load_file(weights)
+    state = {name: tensor.float() for name, tensor in load_file(weights).items()}  # halves cannot be interpolated
     resize_pos_embed(state, model)
     model.load_state_dict(state)
     return model, config.get("preprocess_cfg", {})
