@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -172,3 +173,22 @@ class TestSubmission:
         assert result.returncode != 0
         order = ["test", "test-slow", "verify"]
         assert (tmp_path / "calls").read_text().split() == order[: order.index(failing) + 1]
+
+
+class TestTorch:
+    def test_a_cpu_build_that_is_already_there_is_kept(self, tmp_path: Path) -> None:
+        """The Makefile's own command, in an environment where a CPU build stands, with no index to fetch from."""
+        subprocess.run([sys.executable, "-m", "venv", tmp_path / ".venv"], check=True)
+        python = tmp_path / ".venv/bin/python"
+        (site,) = (tmp_path / ".venv/lib").glob("python3*/site-packages")
+        for name in ("torch", "torchvision"):
+            info = site / f"{name}-{pinned(name)}+cpu.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {pinned(name)}+cpu\n")
+            (info / "RECORD").write_text("")
+        line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "grep -oE '^torch" in line)
+        command = line.strip().replace("$$", "$").replace(".venv/bin/python", str(python)) + " --no-index"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        kept = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
+        assert f"{pinned('torch')}+cpu" in kept and f"{pinned('torchvision')}+cpu" in kept

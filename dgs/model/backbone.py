@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from dgs.errors import UserError, did_you_mean
 from dgs.minibench import stem
@@ -182,9 +183,10 @@ def load_clip(params: ModelParams, root: Path, image_size: int, seed: int = 0) -
 def encode_texts(clip: Clip, texts: Sequence[str], batch_size: int = 256) -> NDArray[np.float32]:
     """Unnormalised caption embeddings t of the frozen text tower: N texts to (N, D) float32."""
     device = next(clip.model.parameters()).device
+    starts = range(0, len(texts), batch_size)
     parts = [
         clip.model.encode_text(clip.tokenizer(list(texts[i : i + batch_size])).to(device)).float().cpu().numpy()
-        for i in range(0, len(texts), batch_size)
+        for i in tqdm(starts, desc="captions", unit="batch", disable=len(starts) < 2)
     ]
     return np.concatenate(parts).astype(np.float32)
 
