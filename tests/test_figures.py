@@ -116,6 +116,9 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "heatmap, nine methods": lambda: figures.detection_heatmap(make_detection(MANY, 2)),
     "heatmap, one cell": lambda: figures.detection_heatmap(make_detection(("dgs",), 1, ("mine",), 1)),
     "plane": lambda: figures.forgetting_plane(make_detection(), make_forgetting()),
+    "plane, no named classes": lambda: figures.forgetting_plane(
+        make_detection(), make_forgetting().query("measure == 'cka_to_frozen'")
+    ),
     "plane, nine methods": lambda: figures.forgetting_plane(make_detection(MANY, 2), make_forgetting(MANY, 2)),
     "plane, one seed, no unseen": lambda: figures.forgetting_plane(
         make_detection(("dgs",), 1, ("mine",), 1), make_forgetting(("dgs",), 1)

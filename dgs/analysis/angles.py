@@ -29,7 +29,9 @@ def collect(folders: dict[str, Path], seeds: Sequence[int], pairs: Sequence[str]
     tables = []
     for folder in folders.values():
         table = pd.read_parquet(folder / "angles.parquet")
-        tables.append(table[table["seed"].isin(seeds) & table["pair"].isin(pairs)])
+        kept = table[table["seed"].isin(seeds) & table["pair"].isin(pairs)]
+        if not kept.empty:
+            tables.append(kept)
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
     if table.empty:
         raise UserError(

@@ -35,6 +35,11 @@ from dgs.errors import UserError
 
 WIDTH = 6.0  # inches; at 150 dpi 900 px, shown at half of it or less
 DPI = 150
+# What the memory axis shows, the first that was measured: its name in a title, its axis label.
+_MEMORY = {
+    "zero_shot_kept": ("zero-shot", "Zero-shot accuracy kept (% of the frozen model's)"),
+    "cka_to_frozen": ("its frozen features", "Similarity to the frozen features (CKA, %)"),
+}
 CHANCE = 50.0  # per cent balanced accuracy
 HARMFUL = "task-harmful"  # the pair whose angle says what suppression can remove
 KEEPS = 90.0  # per cent of the frozen model's accuracy that counts as kept in a title
@@ -209,16 +214,18 @@ def forgetting_plane(detection: pd.DataFrame, forgetting: pd.DataFrame) -> Figur
     """Detection against memory: balanced accuracy (%) on unseen generators over the share of zero-shot accuracy kept.
 
     One marker a method (mean over seeds) with 95 % intervals both ways, and a faint dot a seed. Without unseen
-    generators the seen ones are used, and the axis says so. Methods without zero_shot:* measures are named in the
-    axis label. Raises UserError where no method has any.
+    generators the seen ones are used, and without zero_shot:* measures (data without named classes) the similarity to
+    the frozen features; the axes say so. Methods that were not measured are named in the axis label. Raises UserError
+    where no method has either.
     """
     values = per_seed_values(detection, forgetting)
     metric = "balanced_acc_unseen" if (values["metric"] == "balanced_acc_unseen").any() else "balanced_acc_seen"
     where = "unseen" if metric.endswith("unseen") else "seen"
     table = 100.0 * values.pivot(index=["method", "seed"], columns="metric", values="value")
-    if "zero_shot_kept" not in table:
-        raise UserError("The forgetting table has no zero_shot:* measures: there is no share kept to draw.")
-    table = table[[metric, "zero_shot_kept"]].dropna()
+    memory = next((name for name in _MEMORY if name in table), None)
+    if memory is None:
+        raise UserError("The forgetting table has no zero_shot:* measures and no CKA: there is no share kept to draw.")
+    table = table[[metric, memory]].dropna()
     measured = [method for method in in_order(values["method"]) if method in table.index.get_level_values("method")]
     absent = [_name(method) for method in in_order(values["method"]) if method not in measured]
     with style():
@@ -227,7 +234,7 @@ def forgetting_plane(detection: pd.DataFrame, forgetting: pd.DataFrame) -> Figur
         kept_means, detected_means = {}, {}
         for method in measured:
             part = table.loc[method]
-            kept, detected = part["zero_shot_kept"].to_numpy(), part[metric].to_numpy()
+            kept, detected = part[memory].to_numpy(), part[metric].to_numpy()
             x, y = seed_interval(kept), seed_interval(detected)
             kept_means[method], detected_means[method] = x.mean, y.mean
             ax.scatter(kept, detected, s=14, color=colour(method), alpha=0.45, linewidths=0, zorder=2)
@@ -249,10 +256,11 @@ def forgetting_plane(detection: pd.DataFrame, forgetting: pd.DataFrame) -> Figur
         room = max(0.0, 5.0 - (high - low)) / 2.0  # points: closer up, noise would look like a gap
         ax.set_ylim(low - room, high + room)
         note = f"\nnot measured: {', '.join(absent)}" if absent else ""
-        ax.set_xlabel(f"Zero-shot accuracy kept (% of the frozen model's){note}")
+        what, axis = _MEMORY[memory]
+        ax.set_xlabel(f"{axis}{note}")
         ax.set_ylabel(f"Balanced accuracy,\n{where} generators (%)")
         _method_legend(fig, measured, bars=False)
-        _headline(fig, _plane_takeaway(kept_means, detected_means, where))
+        _headline(fig, _plane_takeaway(kept_means, detected_means, where, what))
     return fig
 
 
@@ -632,23 +640,21 @@ def _comparison(where: str, values: pd.Series, what: str) -> str:
     return f"{where}, {_name(best)} leads {_name(second)} by {gap.mean:.1f} points {ends} of {what}"
 
 
-def _plane_takeaway(kept: Mapping[str, float], detected: Mapping[str, float], where: str) -> str:
+def _plane_takeaway(kept: Mapping[str, float], detected: Mapping[str, float], where: str, what: str) -> str:
     if len(kept) == 1:
         only = next(iter(kept))
-        return f"{_name(only)} keeps {kept[only]:.0f} % of zero-shot and reaches {detected[only]:.1f} % on {where}"
+        return f"{_name(only)} keeps {kept[only]:.0f} % of {what} and reaches {detected[only]:.1f} % on {where}"
     keepers = [method for method in kept if kept[method] >= KEEPS]
     if not keepers:
         closest = max(kept, key=lambda method: kept[method])
-        return f"No method keeps {KEEPS:.0f} % of zero-shot; {_name(closest)} comes closest: {kept[closest]:.0f} %"
+        return f"No method keeps {KEEPS:.0f} % of {what}; {_name(closest)} comes closest: {kept[closest]:.0f} %"
     best = max(keepers, key=lambda method: detected[method])
     overall = max(detected, key=lambda method: detected[method])
     if len(keepers) == 1:
-        first = f"Only {_name(best)} keeps {KEEPS:.0f} % of zero-shot ({where}: {detected[best]:.1f} %)"
+        first = f"Only {_name(best)} keeps {KEEPS:.0f} % of {what} ({where}: {detected[best]:.1f} %)"
     else:
         rate = f"{detected[best]:.1f} %"
-        first = (
-            f"Of methods that keep {KEEPS:.0f} % of zero-shot, {_name(best)} has the highest mean on {where}: {rate}"
-        )
+        first = f"Of methods that keep {KEEPS:.0f} % of {what}, {_name(best)} has the highest mean on {where}: {rate}"
     if overall in keepers:
         return first
     return f"{first}; {_name(overall)} reaches {detected[overall]:.1f} % but keeps {kept[overall]:.0f} %"
