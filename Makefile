@@ -42,7 +42,8 @@ repro: $(READY)
 	dvc repro $(if $(PROFILE),$$(dgs profile $(PROFILE)))
 
 test: $(READY) lint
-	DGS_PROFILE=tiny DGS_OUT=$$(mktemp -d) pytest $(NBVAL) -m "not slow" --cov --cov-report=term:skip-covered $(NOTEBOOKS) tests
+	DGS_PROFILE=tiny DGS_OUT=$$(mktemp -d) coverage run -m pytest $(NBVAL) -m "not slow" $(NOTEBOOKS) tests
+	coverage report --skip-covered --fail-under=90
 
 test-slow: $(READY)
 	pytest -m slow tests
