@@ -42,7 +42,12 @@ repro: $(READY)
 	dvc repro $(if $(PROFILE),$$(dgs profile $(PROFILE)))
 
 test: $(READY) lint
-	DGS_PROFILE=tiny DGS_OUT=$$(mktemp -d) coverage run -m pytest $(NBVAL) -m "not slow" $(NOTEBOOKS) tests
+	rm -f .coverage .coverage.*
+	out=$$(mktemp -d) && trap "rm -rf $$out" EXIT && startup=$$out/ipython/profile_default/startup && \
+	  mkdir -p $$startup && cp tests/kernel_coverage.py $$startup && \
+	  DGS_PROFILE=tiny DGS_OUT=$$out IPYTHONDIR=$$out/ipython \
+	  coverage run -m pytest $(NBVAL) -m "not slow" $(NOTEBOOKS) tests
+	coverage combine --quiet
 	coverage report --skip-covered --fail-under=90
 
 test-slow: $(READY)

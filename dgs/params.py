@@ -120,7 +120,6 @@ class TrainParams(_Group):
 class EvaluateParams(_Group):
     """Metrics and figures."""
 
-    confidence: Annotated[float, Field(gt=0.5, lt=1), Number] = 0.95
     retrieval_pool: Annotated[int, Field(ge=2), Number] = 200  # captions a retrieval query chooses among
     tsne_images: Count = 100  # images a generator and label in the t-SNE figure
 
@@ -193,7 +192,6 @@ NOTEBOOK_PARAMETERS: dict[str, dict[str, str]] = {
         "methods": "methods",
         "seeds": "seeds",
         "batch_size": "compute.batch_size",
-        "confidence": "evaluate.confidence",
         "retrieval_pool": "evaluate.retrieval_pool",
         "tsne_images": "evaluate.tsne_images",
         "device": "compute.device",

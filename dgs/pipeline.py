@@ -107,6 +107,7 @@ def run_stage(stage: str, label: str, parameters: dict[str, Any], params_file: P
                 language="python",
                 cwd=str(root),
                 progress_bar=False,
+                extra_arguments=["--IPKernelApp.log_level=40"],  # or each kernel warns that it talks over TCP
                 stdout_file=sys.stderr,
                 stderr_file=sys.stderr,
             )

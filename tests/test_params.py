@@ -242,8 +242,6 @@ class TestValidation:
             ("train.stage2.lr", -1e-3),
             ("train.surgery.lam", -0.1),
             ("train.log_every", 0),
-            ("evaluate.confidence", 0.5),
-            ("evaluate.confidence", 1.0),
             ("evaluate.retrieval_pool", 1),
         ],
     )

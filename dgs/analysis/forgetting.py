@@ -93,7 +93,7 @@ def cosine_drift(before: Features, after: Features) -> float:
     a, b = _unit_rows(before, "before"), _unit_rows(after, "after")
     if a.shape != b.shape:
         raise ValueError(f"expected the same images and width, found {a.shape} and {b.shape}")
-    return float(np.mean(1.0 - np.sum(a * b, axis=1)))
+    return max(0.0, float(np.mean(1.0 - np.sum(a * b, axis=1))))  # rounding may end just below zero
 
 
 def _matrix(features: Features, name: str) -> np.ndarray:

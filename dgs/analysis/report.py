@@ -253,7 +253,7 @@ def _forgetting_section(forgetting: pd.DataFrame | None) -> str:
     table = []
     for measure in measures:
         of_measure = forgetting[forgetting["measure"] == measure]
-        line = [measure, f"{100 * of_measure['before'].mean():.1f}"]
+        line = [measure, _percent(of_measure["before"].mean())]
         line += [_plus_minus(of_measure.loc[of_measure["method"] == method, "after"]) for method in methods]
         table.append(line)
     note = (
@@ -310,7 +310,12 @@ def _plus_minus(values: pd.Series) -> str:
 
 def _interval_pm(interval: Interval) -> str:
     spread = f" ±{100 * (interval.high - interval.mean):.1f}" if interval.known else ""
-    return f"{100 * interval.mean:.1f}{spread}"
+    return f"{_percent(interval.mean)}{spread}"
+
+
+def _percent(fraction: float) -> str:
+    # First to fewer digits than a mean is good for, so that equal values print alike however they were summed.
+    return f"{round(100 * fraction, 6) + 0.0:.1f}"
 
 
 def _gap(gap: Interval) -> str:
