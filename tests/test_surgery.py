@@ -55,9 +55,9 @@ def test_exact_suppression_is_orthogonal_idempotent_and_blind_to_the_length_of_h
     grad, other = gradients(shape, seed)
     harmful, _ = split_signs(other)
     once = suppress(grad, harmful, eps=0)
-    assert torch.allclose((once * harmful).sum(1), torch.zeros(shape[0], dtype=torch.float64), atol=1e-12)
-    assert torch.allclose(suppress(once, harmful, eps=0), once, atol=1e-12)
-    assert torch.allclose(suppress(grad, 37.0 * harmful, eps=0), once, atol=1e-12)
+    assert torch.allclose((once * harmful).sum(1), torch.zeros(shape[0], dtype=torch.float64), rtol=0, atol=1e-12)
+    assert torch.allclose(suppress(once, harmful, eps=0), once, rtol=0, atol=1e-12)
+    assert torch.allclose(suppress(grad, 37.0 * harmful, eps=0), once, rtol=0, atol=1e-12)
     assert (once.norm(dim=1) <= grad.norm(dim=1) + 1e-12).all()
 
 
@@ -71,7 +71,7 @@ def test_epsilon_removes_the_share_s_squared_of_the_harmful_component(
     unit = torch.where(norm[:, None] > 0, harmful / norm[:, None], 0)
     s = norm / (norm + eps)
     before, after = (grad * unit).sum(1), (suppress(grad, harmful, eps) * unit).sum(1)
-    assert torch.allclose(after, (1 - s**2) * before, atol=1e-12)
+    assert torch.allclose(after, (1 - s**2) * before, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("residual", "share"), [(1e-2, 0.985), (1e-3, 0.866), (1e-4, 0.328), (1e-5, 0.014)])
@@ -102,7 +102,7 @@ def test_alignment_pulls_features_along_the_teachers_beneficial_direction(shape:
     assert loss.item() == pytest.approx(oracle, abs=1e-12)
     loss.backward()
     assert features.grad is not None
-    assert torch.allclose(features.grad, teacher.clamp(max=0) / shape[0], atol=1e-15)
+    assert torch.allclose(features.grad, teacher.clamp(max=0) / shape[0], rtol=0, atol=1e-15)
 
 
 def test_alignment_sends_no_gradient_to_the_teacher() -> None:
@@ -123,7 +123,7 @@ def test_residual_directions_equal_autograd_through_a_linear_head(batch: int, se
     F.binary_cross_entropy_with_logits(logits, labels, reduction="sum").backward()
     closed = residual_directions(logits.detach().sigmoid() - labels, head.weight.detach()[0])
     assert features.grad is not None
-    assert torch.allclose(closed, features.grad, atol=1e-12)
+    assert torch.allclose(closed, features.grad, rtol=0, atol=1e-12)
 
 
 def test_harmful_directions_of_a_linear_head_take_two_values_and_have_rank_two() -> None:
@@ -136,7 +136,7 @@ def test_harmful_directions_of_a_linear_head_take_two_values_and_have_rank_two()
         (0, F.normalize(weight.clamp(min=0), dim=0)),
         (1, F.normalize((-weight).clamp(min=0), dim=0)),
     ):
-        assert torch.allclose(unit[labels == label], expected.expand(16, -1), atol=1e-12)
+        assert torch.allclose(unit[labels == label], expected.expand(16, -1), rtol=0, atol=1e-12)
     assert torch.linalg.matrix_rank(harmful).item() == 2
 
 

@@ -124,12 +124,12 @@ def test_a_dgs_step_equals_autograd_through_every_head(order: str, scale: str) -
         return g - (g * h).sum(1, keepdim=True) * h
 
     expected = project(task + prior) if order == "release" else project(task) + prior
-    assert torch.allclose(applied, expected, atol=1e-12)
+    assert torch.allclose(applied, expected, rtol=0, atol=1e-12)
     assert losses["loss_alignment"] == pytest.approx(prior_loss.item(), abs=1e-12)
     for name, at in (("image", features), ("text", captions)):
         heads[name].zero_grad()
         F.binary_cross_entropy_with_logits(heads[name](at).squeeze(1), labels).backward()
-        assert torch.allclose(accumulated[name], heads[name].weight.grad, atol=1e-12)
+        assert torch.allclose(accumulated[name], heads[name].weight.grad, rtol=0, atol=1e-12)
     assert heads["teacher"].weight.grad is None
 
 
@@ -194,8 +194,8 @@ def test_cached_stage_1_equals_training_through_the_tower(clip: Clip, prepared: 
             optimizer.zero_grad()
             F.binary_cross_entropy_with_logits(head(features).squeeze(1), labels[index]).backward()
             optimizer.step()
-    assert torch.allclose(cached.weight, head.weight, atol=1e-6)
-    assert torch.allclose(cached.bias, head.bias, atol=1e-6)
+    assert torch.allclose(cached.weight, head.weight, rtol=0, atol=1e-6)
+    assert torch.allclose(cached.bias, head.bias, rtol=0, atol=1e-6)
 
 
 def test_stage_1_learns_to_separate_what_is_separable() -> None:
@@ -221,7 +221,7 @@ def test_the_journal_notes_losses_and_angles_at_the_steps_asked_for(clip: Clip, 
     assert set(pairs) == {"task-harmful", "task-beneficial", "task-applied"}
     assert (pairs["task-applied"] > 0).all()
     turned = lora.journal.angle_table.query("pair == 'task-applied'")["mean"]
-    assert np.allclose(turned, 0, atol=1e-4)
+    assert np.allclose(turned, 0, rtol=0, atol=1e-4)
 
 
 def test_a_diverging_run_stops_and_names_the_batch(clip: Clip, prepared: Prepared) -> None:
@@ -260,7 +260,7 @@ def test_a_checkpoint_scores_as_the_run_that_made_it(
     assert np.array_equal(scores, expected[0])
     assert ((scores >= 0) & (scores <= 1)).all()
     as_images = detector.score([Image.open(path) for path in files])
-    assert np.allclose(as_images, scores, atol=1e-6)
+    assert np.allclose(as_images, scores, rtol=0, atol=1e-6)
     assert set(load_heads(tmp_path / "checkpoint")) == (
         {"image"} if method == "probe" else {"image", "text", "teacher"}
     )

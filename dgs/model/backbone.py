@@ -43,7 +43,10 @@ class SplitAttention(nn.Module):
         if attention.in_proj_weight is None or not attention.batch_first:
             raise ValueError("expected batch-first self-attention with one in_proj_weight")
         self.heads = attention.num_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        device, dtype = attention.in_proj_weight.device, attention.in_proj_weight.dtype
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(width, width, device=device, dtype=dtype) for _ in range(4)
+        )
         weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
         for linear, weight, bias in zip((self.q_proj, self.k_proj, self.v_proj), weights, biases, strict=True):
             linear.load_state_dict({"weight": weight, "bias": bias})
