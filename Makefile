@@ -18,8 +18,6 @@ BIN := $(CURDIR)/.venv/bin
 READY := .venv/.ready
 endif
 export PATH := $(BIN):$(PATH)
-# The CUDA build of torch reserves a workspace on first use; a fixed one makes matrix products repeatable.
-export CUBLAS_WORKSPACE_CONFIG := :4096:8
 
 NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gradient_angles))
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120
@@ -39,7 +37,7 @@ environment: $(READY)
 	touch $@
 
 repro: $(READY)
-	dvc repro $(if $(PROFILE),$$(dgs profile $(PROFILE)))
+	$(if $(PROFILE),pipeline=$$(dgs profile $(PROFILE)) &&) dvc repro $(if $(PROFILE),$$pipeline)
 
 test: $(READY) lint
 	rm -f .coverage .coverage.*

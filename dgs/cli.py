@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -35,6 +36,16 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+Json = Annotated[bool, typer.Option("--json", help="data as JSON, one object a line")]
+
+
+def _print(as_json: bool, record: dict[str, Any], text: str | None = None) -> None:
+    """A command's data on stdout, at once: one JSON object, in ASCII for any terminal; or the text for people."""
+    line = json.dumps(record) if as_json else text
+    if line is not None:
+        print(line, flush=True)
+
+
 def _for_users(command: Callable[..., Any]) -> Callable[..., Any]:
     """A user's mistake becomes one sentence on stderr and exit code 2."""
 
@@ -55,22 +66,29 @@ def stage(
     name: Annotated[str, typer.Argument(help="prepare, train, evaluate or gradient_angles")],
     method: Annotated[str | None, typer.Option(help="for train: which method")] = None,
     params: Annotated[Path | None, typer.Option(help="a complete parameter file; default params.yaml")] = None,
+    as_json: Json = False,
 ) -> None:
     """Run one pipeline stage: its notebook through papermill (what dvc.yaml calls)."""
+    from dgs.params import load_params
     from dgs.pipeline import run_stage
 
     label = name if method is None else f"{name}-{method}"
     run_stage(name, label, {"method": method} if method else {}, params)
+    if as_json:
+        _print(as_json, {"stage": name, "label": label, "results": f"results/{load_params().profile}"})
 
 
 @app.command()
 @_for_users
-def profile(name: Annotated[str, typer.Argument(help="mini, or a file profiles/NAME.yaml")]) -> None:
+def profile(
+    name: Annotated[str, typer.Argument(help="mini, or a file profiles/NAME.yaml")], as_json: Json = False
+) -> None:
     """Write a profile's own pipeline (profiles/NAME/dvc.yaml) and print its path."""
-    from dgs.pipeline import write_profile_pipeline
+    from dgs.profile import write_profile_pipeline
     from dgs.workspace import find_root
 
-    print(write_profile_pipeline(name).relative_to(find_root()))
+    pipeline = write_profile_pipeline(name).relative_to(find_root()).as_posix()
+    _print(as_json, {"profile": name, "pipeline": pipeline}, pipeline)
 
 
 @app.command()
@@ -79,6 +97,7 @@ def verify(
     committed: Annotated[Path, typer.Argument(help="results folder to compare against")],
     reproduced: Annotated[Path, typer.Argument(help="results folder just made")],
     tolerance: Annotated[float, typer.Option(help="in rates, as a fraction")] = 0.01,
+    as_json: Json = False,
 ) -> None:
     """Compare two results folders: counts exactly, rates within the tolerance; exit 1 if something moved."""
     from dgs.analysis.verify import compare_results
@@ -87,6 +106,7 @@ def verify(
     for line in moved:
         _say(f"moved: {line}")
     _say(f"{reproduced}: {'differs from' if moved else 'reproduces'} {committed} (rates within {tolerance:.3f}).")
+    _print(as_json, {"reproduces": not moved, "moved": moved})
     if moved:
         raise typer.Exit(1)
 
@@ -94,9 +114,9 @@ def verify(
 @app.command()
 @_for_users
 def score(
-    paths: Annotated[list[Path], typer.Argument(help="image files or folders")],
+    paths: Annotated[list[Path], typer.Argument(help="image files, or folders: every file in them is tried")],
     checkpoint: Annotated[Path | None, typer.Option(help="checkpoint folder; default: the newest trained here")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
+    as_json: Json = False,
 ) -> None:
     """Score images: path, probability that it is generated, verdict. Exit 1 if some could not be read."""
     from dgs.model.detector import score_files
@@ -104,12 +124,8 @@ def score(
     failed = 0
     for row in score_files(paths, checkpoint, warn=_say):
         failed += "error" in row
-        if as_json:
-            print(json.dumps(row, ensure_ascii=False))
-        elif "error" in row:
-            print(f"{row['path']}\t-\t{row['error']}")
-        else:
-            print(f"{row['path']}\t{row['probability']:.4f}\t{row['verdict']}")
+        columns = ["-", row["error"]] if "error" in row else [f"{row['probability']:.4f}", row["verdict"]]
+        _print(as_json, row, "\t".join([row["path"], *columns]))
     if failed:
         raise typer.Exit(1)
 
@@ -123,15 +139,19 @@ def build(
     clip: Annotated[
         Weights, typer.Option(help="shipped: reuse weights; train: pre-train CLIP and generators anew")
     ] = Weights.shipped,
+    as_json: Json = False,
 ) -> None:
     """Make the embedded benchmark from seeds."""
     from dgs.minibench.build import build as build_minibench
 
-    build_minibench(out, seed, rho=rho, clip=clip.value)
+    made = build_minibench(out, seed, rho=rho, clip=clip.value)
+    _print(as_json, {"out": str(out), **{key: made[key] for key in ("seed", "rhos", "counts", "content_hash")}})
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script; file names that stdout cannot encode are printed escaped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dgs.errors import UserError, did_you_mean
 from dgs.workspace import find_root
@@ -19,6 +19,13 @@ def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("input should be a number")
     return value
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    twice = sorted({str(value) for value in values if values.count(value) > 1})
+    if twice:
+        raise ValueError(f"list {', '.join(twice)} once only")
+    return values
 
 
 Number = BeforeValidator(_no_bool)  # lax types would take true for 1
@@ -138,8 +145,8 @@ class Params(_Group):
     """Every number a run depends on."""
 
     profile: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = "mini"
-    methods: Annotated[list[str], Field(min_length=1)] = ["probe", "lora", "dgs"]
-    seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2, 3, 4]
+    methods: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)] = ["probe", "lora", "dgs"]
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)] = [0, 1, 2, 3, 4]
     data: DataParams = DataParams()
     patches: PatchParams = PatchParams()
     model: ModelParams = ModelParams()
@@ -279,13 +286,18 @@ def load_params(profile: str | None = None, root: Path | None = None) -> Params:
 
 
 def _assigned_names(cells: list[str]) -> list[str]:
-    """Names set by cells that begin with `# Parameters`: the notebook's own and the one papermill injects."""
+    """Names set by the parameters cell as it was last run, and by the one that papermill injects after it.
+
+    Earlier runs of the cell do not count: in JupyterLab a mistake is mended by editing the cell and running it again.
+    """
+    marked = [source for source in cells if source.lstrip().lower().startswith("# parameters")]
+    own = [index for index, source in enumerate(marked) if source.lstrip().lower().startswith("# parameters:")]
     names: list[str] = []
-    for source in cells:
-        if source.lstrip().lower().startswith("# parameters"):
-            for node in ast.parse(source).body:
-                targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
-                names += [target.id for target in targets if isinstance(target, ast.Name)]
+    for source in marked[own[-1] if own else 0 :]:
+        for node in ast.parse(source).body:
+            targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+            flat = [part for target in targets for part in getattr(target, "elts", [target])]
+            names += [target.id for target in flat if isinstance(target, ast.Name)]
     return names
 
 

@@ -1,8 +1,9 @@
-"""Stages: a notebook run by papermill with reproducible outputs and readable errors; a profile's own pipeline."""
+"""Stages: a notebook run by papermill with reproducible outputs and readable errors."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -10,11 +11,10 @@ from typing import Any
 
 import nbformat
 import papermill
-import yaml
 from papermill.exceptions import PapermillExecutionError
 
 from dgs.errors import UserError, did_you_mean
-from dgs.params import load_params, merged_params, validate
+from dgs.params import load_params
 from dgs.workspace import find_root
 
 STAGES = ("prepare", "train", "evaluate", "gradient_angles")
@@ -90,6 +90,8 @@ def run_stage(stage: str, label: str, parameters: dict[str, Any], params_file: P
     os.environ["DGS_PARAMS"] = str((params_file or root / "params.yaml").resolve())
     profile = load_params().profile
     build = root / "build" / profile
+    for leftover in build.glob(f".{label}-*"):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     notebook = build / "notebooks" / f"{stage}.ipynb"
     if not notebook.exists():
         raise UserError(f"Expected the stripped notebook {notebook}, found none. Run the stage by dvc repro {stage}.")
@@ -115,43 +117,6 @@ def run_stage(stage: str, label: str, parameters: dict[str, Any], params_file: P
             raise UserError(f"Stage {label} stopped. {_failure(error, stage)}") from None
         nbformat.write(normalise(nbformat.read(executed, as_version=4)), executed)
         _move_into(draft, root)
-
-
-def write_profile_pipeline(profile: str, root: Path | None = None) -> Path:
-    """A pipeline of its own for a profile: profiles/<profile>/dvc.yaml and params.yaml, made from the main ones.
-
-    A profile has its own dvc.lock there, so running it never makes the committed `mini` results stale.
-
-    Returns:
-        the dvc.yaml to reproduce; for the main profile, the main one.
-
-    Raises:
-        UserError: no such profile, or a parameter that is wrong.
-    """
-    root = root or find_root()
-    content = merged_params(profile, root)
-    params = validate(content, f"profiles/{profile}.yaml")
-    if profile == merged_params(None, root).get("profile"):
-        return root / "dvc.yaml"
-    folder = root / "profiles" / profile
-    folder.mkdir(parents=True, exist_ok=True)
-    relative = f"profiles/{profile}/params.yaml"
-    full = {**params.model_dump()}
-    (root / relative).write_text(
-        f"# Made from params.yaml and profiles/{profile}.yaml.\n" + yaml.safe_dump(full, sort_keys=False)
-    )
-    pipeline = yaml.safe_load((root / "dvc.yaml").read_text())
-    for body in pipeline["stages"].values():
-        body["wdir"] = "../.."
-        body["cmd"] = body["cmd"].replace("dgs stage ", f"dgs stage --params {relative} ")
-        if "params" in body:
-            body["params"] = [{relative: body["params"]}]
-    pipeline.pop("metrics", None)
-    pipeline.pop("plots", None)
-    (folder / "dvc.yaml").write_text(
-        f"# Made from dvc.yaml for the profile {profile}; edit that one.\n" + yaml.safe_dump(pipeline, sort_keys=False)
-    )
-    return folder / "dvc.yaml"
 
 
 def check_stage(stage: str) -> str:

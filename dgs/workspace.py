@@ -73,6 +73,12 @@ class Workspace:
         return (self.root / Path(path).expanduser()).resolve()
 
 
+def require_data_root(root: Path, asked: str) -> None:
+    """Raise UserError unless `root`, which data.root = `asked` stands for, is a folder."""
+    if not root.is_dir():
+        raise UserError(f"Expected a folder of images at data.root = {asked}, found none. Create it or mend the path.")
+
+
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A new folder that takes the place of `folder` only if the block ends well: outputs are whole or absent."""

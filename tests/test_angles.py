@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dgs.analysis.angles import COLUMNS, collect, summary
+from dgs.analysis.angles import COLUMNS, collect, energy_along_harm, summary
 from dgs.errors import UserError
 from dgs.model.journal import Journal, angles
 
@@ -44,6 +44,24 @@ def test_a_journal_keeps_mean_and_percentiles_of_the_samples_that_have_an_angle(
     (row,) = journal.angle_table.to_dict("records")
     assert (row["method"], row["seed"], row["step"], row["n"]) == ("dgs", 3, 7, 2)
     assert (row["mean"], row["p05"], row["p95"]) == (50.0, 5.0, 95.0)
+    assert row["cos2"] == pytest.approx((1 + np.cos(np.radians(100)) ** 2 + 0) / 3), "no direction: nothing to remove"
+
+
+def test_energy_along_harm_is_the_mean_over_samples_and_steps_not_that_of_a_mean_angle(tmp_path: Path) -> None:
+    folder = tmp_path / "dgs"
+    folder.mkdir()
+    tables = []
+    for seed in (0, 1):
+        journal = Journal("dgs", seed)
+        journal.angle(0, "features", "task-harmful", torch.tensor([60.0, 120.0]))
+        journal.angle(10, "features", "task-harmful", torch.tensor([90.0, 90.0]))
+        journal.angle(10, "features", "task-applied", torch.tensor([0.0, 0.0]))
+        tables.append(journal.angle_table)
+    pd.concat(tables).to_parquet(folder / "angles.parquet")
+    shares = energy_along_harm({"dgs": folder}, [0, 1])
+    assert shares["dgs"].mean == pytest.approx(0.125)
+    assert not energy_along_harm({"dgs": folder}, [0])["dgs"].known
+    assert energy_along_harm({"dgs": folder}, [7]) == {}
 
 
 def test_the_table_has_the_contracts_columns_and_the_seeds_and_pairs_asked_for(tmp_path: Path) -> None:

@@ -248,6 +248,10 @@ class TestValidation:
     def test_a_value_out_of_range_is_named(self, dotted: str, value: Any) -> None:
         assert f"'{dotted}" in refused(dotted, value)
 
+    @pytest.mark.parametrize(("name", "value"), [("seeds", [0, 1, 0]), ("methods", ["lora", "lora"])])
+    def test_what_is_listed_twice_would_run_twice_into_the_same_place(self, name: str, value: Any) -> None:
+        assert f"list {value[0]} once only" in refused(name, value)
+
     def test_parameters_cannot_change_under_a_run(self) -> None:
         params = Params()
         with pytest.raises(Exception, match="frozen"):
@@ -267,7 +271,7 @@ def parameter_cell(notebook: str) -> dict[str, str]:
 class TestNotebooks:
     def test_each_stage_notebook_has_its_names_and_no_other_does(self) -> None:
         stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-        assert set(NOTEBOOK_PARAMETERS) == set(stages) - {"notebooks"}
+        assert set(NOTEBOOK_PARAMETERS) == set(stages) - {"check", "notebooks"}
 
     @pytest.mark.parametrize("notebook", NOTEBOOKS)
     def test_every_name_stands_for_a_parameter_that_exists(self, notebook: str) -> None:
@@ -325,6 +329,7 @@ class TestOverrides:
             "# Parameters: change them here\nlr = 1\nlamm = 0.1",
             "# parameters\nlam = lamm = 0.1",
             "# Parameters\nlamm: float = 0.1",
+            "# Parameters\nlam, lamm = 0.1, 0.2",
         ],
     )
     def test_an_unknown_name_in_a_parameters_cell_is_an_error(self, cell: str) -> None:
@@ -332,6 +337,19 @@ class TestOverrides:
             with_overrides("train", Params(), {"In": ["", "# Parameters\nlr = 1", cell], "lamm": 0.1})
         message = sentence(error)
         assert "'lamm'" in message and "notebooks/train.ipynb" in message and "Did you mean 'lam'?" in message
+
+    def test_a_mended_parameters_cell_counts_as_it_was_last_run(self) -> None:
+        """In JupyterLab a mistake is mended by editing the cell and running it again, without a new kernel."""
+        history = ["", "# Parameters: change them here\nlamm = 0.1", "with_overrides(...)"]
+        mended = [*history, "# Parameters: change them here\nlam = 0.3"]
+        assert with_overrides("train", Params(), {"In": mended, "lam": 0.3}).train.surgery.lam == 0.3
+        with pytest.raises(UserError, match="'lamm'"):
+            with_overrides("train", Params(), {"In": [*mended, history[1]], "lamm": 0.1})
+
+    def test_papermills_cell_counts_after_the_notebooks_own(self) -> None:
+        cells = ["", "# Parameters: change them here\nlam = 0.3", "# Parameters\nlamm = 1"]
+        with pytest.raises(UserError, match="'lamm'"):
+            with_overrides("train", Params(), {"In": cells, "lam": 0.3, "lamm": 1})
 
     def test_other_cells_may_name_what_they_like(self) -> None:
         namespace = {"In": ["", "# Parameters\nlr = 0.5", "lamm = 0.1", "# Notes\nlrr = 1"], "lr": 0.5, "lamm": 0.1}

@@ -64,6 +64,16 @@ def test_a_stage_depends_on_exactly_the_modules_it_runs(stage: str) -> None:
     assert "dgs/cli.py" not in files
 
 
+def test_the_check_depends_on_what_it_runs_and_every_stage_waits_for_it() -> None:
+    declared = set(stages()["check"]["deps"])
+    todo, needed = {"dgs/profile.py"}, set()
+    while todo:
+        needed.add(file := todo.pop())
+        todo |= imported((ROOT / file).read_text()) - needed
+    assert declared == needed | {"params.yaml"}
+    assert set(stages()["check"]["outs"]) <= set(stages()["prepare"]["deps"])
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_depends_on_the_parameter_groups_it_reads(stage: str) -> None:
     notebook = json.loads((ROOT / "notebooks" / f"{stage}.ipynb").read_text())

@@ -41,12 +41,14 @@ def embeddings_of(manifest: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def saved(folder: Path, manifest: pd.DataFrame, **parts: Any) -> Path:
+    """A prepare output of images that lie in the folder which `load_prepared` is told to be the repository."""
     folder.mkdir()
     values: dict[str, Any] = {
         "info": {"data_hash": data_hash(manifest), "images": len(manifest), "rho": None, "seen": ["alpha", "beta"]},
         "captions": embeddings_of(manifest),
         "prompts": {},
         "patches": None,
+        "params": validate({"data": {"layout": "folders", "root": ".", "rho": None}}),
     } | parts
     save_prepared(folder, manifest, **values)
     return folder
@@ -115,6 +117,33 @@ class TestRoundTrip:
         files = sorted(path.name for path in first.iterdir())
         assert files == sorted(path.name for path in second.iterdir()) and "patches.safetensors" in files
         assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
+
+
+class TestWhatWasPreparedDecides:
+    """By hand, prepare may be given other data than params.yaml names: later notebooks must go on with those."""
+
+    def test_data_patches_and_clip_are_those_of_prepare_and_the_rest_is_the_runs(
+        self, tmp_path: Path, root: Path, manifest: pd.DataFrame
+    ) -> None:
+        used = validate(
+            {
+                "data": {"layout": "folders", "root": ".", "rho": None},
+                "patches": {"enabled": True, "size": 8},
+                "model": {"clip": "another/clip", "lora": {"rank": 3}},
+                "train": {"batch_size": 7},
+            }
+        )
+        run = validate({"model": {"lora": {"rank": 5}}, "train": {"batch_size": 9}, "seeds": [4]})
+        adopted = load_prepared(saved(tmp_path / "out", manifest, params=used), root).adopt(run)
+        assert (adopted.data, adopted.patches, adopted.model.clip) == (used.data, used.patches, "another/clip")
+        assert (adopted.model.lora.rank, adopted.train.batch_size, adopted.seeds) == (5, 9, [4])
+
+    def test_images_are_read_from_the_root_that_was_prepared(
+        self, tmp_path: Path, root: Path, manifest: pd.DataFrame
+    ) -> None:
+        used = validate({"data": {"layout": "folders", "root": str(root), "rho": None}})
+        prepared = load_prepared(saved(tmp_path / "out", manifest, params=used), tmp_path / "elsewhere")
+        assert prepared.source.root == root
 
 
 class TestPatches:

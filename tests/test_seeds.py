@@ -29,14 +29,15 @@ def prepared(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest = build_manifest(ROOT / params.data.root, params.data)
     texts = sorted(manifest["caption"].unique())
     embeddings = encode_texts(load_clip(params.model, ROOT, params.image_size), texts)
-    save_prepared(folder, manifest, {"data_hash": "d", "rho": 0.9}, dict(zip(texts, embeddings, strict=True)), {}, None)
+    captions = dict(zip(texts, embeddings, strict=True))
+    save_prepared(folder, manifest, {"data_hash": "d", "rho": 0.9}, captions, {}, None, params)
     return folder
 
 
 def train_with(jobs: int, params: Params, prepared: Path, folder: Path) -> dict[str, bytes]:
     folder.mkdir()
     with_jobs = params.model_copy(update={"compute": params.compute.model_copy(update={"jobs": jobs})})
-    journals = train_seeds("lora", with_jobs, ROOT, prepared, ROOT / params.data.root, folder)
+    journals = train_seeds("lora", with_jobs, ROOT, prepared, folder)
     assert [journal.seed for journal in journals] == params.seeds
     return {name: data for name, data in snapshot(folder).items() if not name.endswith("dgs.json")}
 
@@ -52,4 +53,4 @@ def test_results_do_not_depend_on_how_many_seeds_train_side_by_side(
 def test_a_mistake_in_a_worker_reaches_the_user_as_its_sentence(params: Params, prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Expected model\.clip to be a folder or an open_clip name"):
         broken = params.model_copy(update={"model": params.model.model_copy(update={"clip": "nowhere"})})
-        train_seeds("lora", broken, ROOT, prepared, ROOT / params.data.root, tmp_path)
+        train_seeds("lora", broken, ROOT, prepared, tmp_path)

@@ -23,7 +23,7 @@ from dgs.model.backbone import Backbone, Clip, load_clip
 from dgs.model.checkpoint import load_checkpoint, load_heads, save_checkpoint
 from dgs.model.detector import Detector, score_files
 from dgs.model.methods import METHODS, get_method
-from dgs.model.train import Trained, frozen_features, new_head, stage1, surgery_step, train
+from dgs.model.train import Trained, frozen_features, new_head, stage1, surgery_step, teacher_residuals, train
 from dgs.params import Params, validate
 
 SETTINGS = {
@@ -133,6 +133,42 @@ def test_a_dgs_step_equals_autograd_through_every_head(order: str, scale: str) -
     assert heads["teacher"].weight.grad is None
 
 
+def test_teacher_residuals_times_the_heads_weight_are_the_gradient_of_the_teachers_loss() -> None:
+    teacher = nn.Linear(5, 1).double()
+    frozen = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0.0, 1, 1, 0, 1, 0], dtype=torch.float64)
+    residuals = teacher_residuals(teacher, frozen, labels)
+    assert residuals.shape == (2, 6) and not residuals.requires_grad
+    loss = F.binary_cross_entropy_with_logits(teacher(frozen).squeeze(-1), labels.expand(2, 6), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, frozen)
+    assert torch.allclose(residuals[..., None] * teacher.weight[0], gradient, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["probe", "dgs"])
+def test_the_threshold_that_decides_verdicts_is_the_best_on_validation(
+    method: str, clip: Clip, prepared: Prepared
+) -> None:
+    rows = prepared.split("val")
+    found: list[tuple[float, np.ndarray]] = []
+
+    def keep(trained: Trained) -> None:
+        views = Views(rows, prepared.source, settings())
+        features = trained.backbone(torch.stack([view for view, _ in views]))  # type: ignore[attr-defined]
+        logits = trained.heads["image"](features).detach().squeeze(1).numpy()
+        found.append((trained.thresholds["val"], logits))
+
+    train(get_method(method), clip, prepared, settings(), 0, torch.device("cpu"), keep)
+    ((threshold, logits),) = found
+    truth = rows["label"].to_numpy()
+
+    def balanced(at: float) -> float:
+        return float(np.mean([(logits[truth == 1] > at).mean(), (logits[truth == 0] <= at).mean()]))
+
+    ends = np.sort(logits)
+    best = max(balanced(at) for at in [ends[0] - 1, *(ends[1:] + ends[:-1]) / 2, ends[-1] + 1])
+    assert balanced(threshold) == best > balanced(ends[0] - 1)
+
+
 def test_lora_sends_the_task_gradient_untouched() -> None:
     torch.manual_seed(0)
     heads = {name: nn.Linear(4, 1) for name in ("image", "text", "teacher")}
@@ -235,6 +271,8 @@ def test_a_diverging_run_stops_and_names_the_batch(clip: Clip, prepared: Prepare
 def test_unknown_method_lists_the_known() -> None:
     with pytest.raises(UserError, match=r"Unknown method 'loar'\. Did you mean 'lora'\? Known: probe, lora, dgs"):
         get_method("loar")
+    with pytest.raises(UserError, match="Unknown method '3'"):
+        get_method(3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["probe", "dgs"])

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from dgs.analysis.intervals import Interval, seed_interval
 from dgs.errors import UserError
 
 COLUMNS = ["rho", "method", "seed", "step", "layer", "pair", "mean", "p05", "p95"]
 
 
-def collect(folders: dict[str, Path], seeds: Sequence[int], pairs: Sequence[str], rho: float | None) -> pd.DataFrame:
+def collect(folders: Mapping[str, Path], seeds: Sequence[int], pairs: Sequence[str], rho: float | None) -> pd.DataFrame:
     """The angles that training logged, for methods that train the tower.
 
     Args:
@@ -41,6 +42,21 @@ def collect(folders: dict[str, Path], seeds: Sequence[int], pairs: Sequence[str]
         )
     table["rho"] = np.nan if rho is None else rho
     return table[COLUMNS].round(6)
+
+
+def energy_along_harm(folders: Mapping[str, Path], seeds: Sequence[int]) -> dict[str, Interval]:
+    """Share of the task gradient's energy along the harmful direction, which exact suppression would remove.
+
+    The mean over samples of cos^2(g_i, h_i), over all logged steps, then over seeds with its interval; a method that
+    trains no tower is left out. `folders` as in `collect`.
+    """
+    shares = {}
+    for method, folder in folders.items():
+        table = pd.read_parquet(folder / "angles.parquet")
+        kept = table[table["seed"].isin(seeds) & (table["pair"] == "task-harmful")]
+        if not kept.empty:
+            shares[method] = seed_interval(kept.groupby("seed")["cos2"].mean().to_numpy())
+    return shares
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from dgs.data.prepared import Prepared
 from dgs.data.views import Views
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, Clip
-from dgs.model.checkpoint import load_checkpoint
+from dgs.model.checkpoint import load_checkpoint, read_info
 from dgs.model.methods import get_method
 from dgs.model.train import extract_features
 from dgs.params import Params
 from dgs.workspace import Workspace
 
 Features = NDArray[np.float32]
+TRAINED_WITH = ("data", "patches", "model", "train")  # parameter groups that a checkpoint's training depends on
 
 
 def checkpoints(workspace: Workspace, methods: Sequence[str], seeds: Sequence[int]) -> dict[tuple[str, int], Path]:
@@ -54,6 +55,34 @@ def checkpoints(workspace: Workspace, methods: Sequence[str], seeds: Sequence[in
             f"Expected checkpoints of {', '.join(methods)}, found none. Run dvc repro, or notebooks/train.ipynb."
         )
     return found
+
+
+def settings(found: Mapping[tuple[str, int], Path], params: Params) -> dict[str, dict[str, Any]]:
+    """What each method was really run with: {method: parameters}.
+
+    Those of training come from the checkpoint (a method may have been trained by hand, with others), those of
+    evaluation from `params`.
+    """
+    chosen: dict[str, dict[str, Any]] = {}
+    for (method, _), folder in found.items():
+        trained = read_info(folder)["params"]
+        own = {group: trained[group] for group in TRAINED_WITH}
+        chosen.setdefault(method, {**params.model_dump(), **own})
+    return chosen
+
+
+def _check_fits(folder: Path, info: Mapping[str, Any], prepared: Prepared, params: Params) -> None:
+    again = f"Train it again: dvc repro train@{info['method']}, or notebooks/train.ipynb."
+    if info["data_hash"] != prepared.info["data_hash"]:
+        raise UserError(
+            f"The checkpoint {folder} was trained on other data ({info['data_hash'][:12]}) than what is prepared "
+            f"({prepared.info['data_hash'][:12]}). {again}"
+        )
+    shown = info["preprocessing"]
+    now = {"image_size": params.image_size, "patches": params.patches.model_dump(), "fit": params.data.fit}
+    for name, value in now.items():
+        if shown[name] != value:
+            raise UserError(f"The checkpoint {folder} was trained with {name} {shown[name]}, found {value}. {again}")
 
 
 def image_features(
@@ -141,12 +170,8 @@ def evaluate(
     forgetting: list[dict[str, Any]] = []
     for (method, seed), folder in found.items():
         backbone, heads, info = load_checkpoint(folder, clip)
-        if info["data_hash"] != prepared.info["data_hash"]:
-            raise UserError(
-                f"The checkpoint {folder} was trained on other data ({info['data_hash'][:12]}) than what is prepared "
-                f"({prepared.info['data_hash'][:12]}). Train it again: dvc repro train@{method}."
-            )
         try:
+            _check_fits(folder, info, prepared, params)
             features = frozen
             if info["adapter"]:
                 label = f"{method}, seed {seed}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ from dgs.data.captions import assign_captions, read_captions, template_caption
 from dgs.data.images import UnreadableImage, decode, is_image_name, read
 from dgs.errors import UserError, did_you_mean
 from dgs.params import DataParams
+from dgs.workspace import require_data_root
 
 SPLITS = ("train", "val", "test")
 LABELS = {"0_real": 0, "1_fake": 1}
+SHARED_REALS = "real"  # in place of a generator's name: photographs that all generators of the split are compared with
 SEMANTICS = ("shape", "colour", "background")  # the minibench's attributes that zero-shot is measured on
+FEW = 30  # validation images of a label, below which a threshold is rough
 COLUMNS = ("id", "split", "generator", "label", "seen", "file", "row", "sha256", "caption", "caption_source")
 
 
@@ -45,11 +50,6 @@ class ImageSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "_packs": {}}  # loader processes reopen packs rather than copy them
-
-
-def _require_root(root: Path, asked: str) -> None:
-    if not root.is_dir():
-        raise UserError(f"Expected a folder of images at data.root = {asked}, found none. Create it or mend the path.")
 
 
 def _minibench(root: Path, rho: float | None) -> pd.DataFrame:
@@ -105,6 +105,46 @@ def _label_folders(generator: Path) -> Iterator[tuple[Path, str]]:
         raise UserError(f"Expected label folders 0_real and 1_fake in {generator}, found none.")
 
 
+def _files(folder: Path) -> list[Path]:
+    """Every file under a folder, links followed (a loop of links once), without hidden ones, sorted."""
+    seen: set[str] = set()
+    found: list[Path] = []
+    for here, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(here, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def ignored_files(root: Path) -> dict[str, int]:
+    """How many files under the label folders of a "folders" root were passed over, by suffix: {".heic": 3}."""
+    files = (path for path in _files(root) if not is_image_name(path) or not path.is_file())
+    named = Counter(path.suffix.lower() or path.name for path in files if LABELS.keys() & set(path.parts))
+    return dict(sorted(named.items()))
+
+
+def _check_counts(generator: Path, found: dict[str, int]) -> None:
+    if generator.name == SHARED_REALS:
+        if found["1_fake"] or not found["0_real"]:
+            raise UserError(
+                f"Expected only photographs, in 0_real, in {generator} (the name '{SHARED_REALS}' stands for what all "
+                f"generators of a split are compared with), found {found['0_real']} in 0_real and {found['1_fake']} in "
+                f"1_fake. Rename the folder if it is a generator's."
+            )
+        return
+    shared = (generator.parent / SHARED_REALS).is_dir()
+    for name, count in found.items():
+        if count == 0 and not (shared and name == "0_real"):
+            other = "1_fake" if name == "0_real" else "0_real"
+            raise UserError(
+                f"Expected images in {generator / name}, found none ({found[other]} in {other}). "
+                f"Add some, or remove {generator}."
+            )
+
+
 def _folder_rows(root: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     splits = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -119,11 +159,7 @@ def _folder_rows(root: Path) -> list[dict[str, Any]]:
             for holder, words in _label_folders(generator):
                 for name, label in LABELS.items():
                     folder = holder / name
-                    files = (
-                        sorted(p for p in folder.rglob("*") if p.is_file() and is_image_name(p))
-                        if folder.is_dir()
-                        else []
-                    )
+                    files = [p for p in _files(folder) if p.is_file() and is_image_name(p)]
                     found[name] += len(files)
                     rows += [
                         {
@@ -135,13 +171,7 @@ def _folder_rows(root: Path) -> list[dict[str, Any]]:
                         }
                         for path in files
                     ]
-            for name, count in found.items():
-                if count == 0:
-                    other = "1_fake" if name == "0_real" else "0_real"
-                    raise UserError(
-                        f"Expected images in {generator / name}, found none ({found[other]} in {other}). "
-                        f"Add some, or remove {generator}."
-                    )
+            _check_counts(generator, found)
     for needed in ("train", "test"):
         if not any(row["split"] == needed for row in rows):
             raise UserError(f"Expected images under {root / needed}/<generator>/{{0_real,1_fake}}, found none.")
@@ -149,9 +179,15 @@ def _folder_rows(root: Path) -> list[dict[str, Any]]:
 
 
 def _cut_val(manifest: pd.DataFrame, fraction: float) -> pd.DataFrame:
-    """Train rows whose content hash falls into the first `fraction` become val: copies of an image stay together."""
-    position = manifest["sha256"].map(lambda sha: int(sha[:13], 16) / 16**13)
-    manifest.loc[(manifest["split"] == "train") & (position < fraction), "split"] = "val"
+    """Train rows whose content hash falls into the first `fraction` become val: copies of an image stay together, and
+    the cut does not move when images are added. A generator and label that would get none gives its first by hash."""
+    train = manifest[manifest["split"] == "train"]
+    cut = set(train.loc[train["sha256"].map(lambda sha: int(sha[:13], 16) / 16**13) < fraction, "sha256"])
+    for _, rows in train.groupby(["generator", "label"]):
+        contents = sorted(rows["sha256"].unique())
+        if fraction > 0 and len(contents) > 1 and not cut & set(contents):
+            cut.add(contents[0])
+    manifest.loc[(manifest["split"] == "train") & manifest["sha256"].isin(cut), "split"] = "val"
     for split in ("train", "val"):
         counts = manifest[manifest["split"] == split].groupby("label").size()
         if len(counts) < 2:
@@ -195,7 +231,8 @@ def build_manifest(root: Path, params: DataParams, captions_file: Path | None = 
 
     Args:
         root: folder of the layout: "minibench" (packed parquet files) or "folders"
-            (`<split>/<generator>/{0_real,1_fake}`, or one class folder more in between).
+            (`<split>/<generator>/{0_real,1_fake}`, or one class folder more in between; `<split>/real/0_real` may
+            hold photographs for all generators of the split, which then need none of their own).
         params: rho chooses the minibench's training set; val_fraction and limit as documented there.
         captions_file: JSON lines, for "folders".
 
@@ -207,7 +244,7 @@ def build_manifest(root: Path, params: DataParams, captions_file: Path | None = 
     Raises:
         UserError: one sentence for the first thing that is wrong.
     """
-    _require_root(root, params.root)
+    require_data_root(root, params.root)
     if params.layout == "minibench":
         if captions_file:
             raise UserError("data.captions is for data.layout: folders; the minibench brings its own captions.")
@@ -241,6 +278,22 @@ def data_hash(manifest: pd.DataFrame) -> str:
 def duplicates_across_splits(manifest: pd.DataFrame) -> int:
     """Number of distinct images (by content) that occur in more than one split."""
     return int((manifest.groupby("sha256")["split"].nunique() > 1).sum())
+
+
+def cautions(manifest: pd.DataFrame, ignored: Mapping[str, int]) -> list[str]:
+    """What a reader of the results should know of the data, a sentence each; `ignored` as from `ignored_files`."""
+    notes = []
+    if several := duplicates_across_splits(manifest):
+        notes.append(f"{several} images occur in several splits: test numbers will flatter.")
+    if ignored:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in ignored.items())
+        notes.append(f"Files passed over, not images that can be read here: {kinds}.")
+    smallest = int(manifest[manifest["split"] == "val"].groupby("label").size().min())
+    if smallest < FEW:
+        notes.append(
+            f"Validation has only {smallest} images of a label: thresholds chosen on it, and verdicts, are rough."
+        )
+    return notes
 
 
 def counts(manifest: pd.DataFrame) -> pd.DataFrame:

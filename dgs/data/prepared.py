@@ -17,7 +17,9 @@ from tqdm.auto import tqdm
 from dgs.data.manifest import ImageSource, open_image
 from dgs.data.patches import patch_entropy, select_indices
 from dgs.errors import UserError
-from dgs.params import Params
+from dgs.params import Params, validate
+
+PREPARED_WITH = {"data": None, "patches": None, "model": {"lora"}}  # parameter groups that are settled by preparing
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Prepared:
     """The prepare stage's output, opened.
 
     manifest: one row an image.
-    info: data hash, counts, rho, seen generators (data.json).
+    info: data hash, counts, rho, seen generators, and the parameters it was prepared with (data.json).
     caption_embeddings: (N, D) float32, row i belongs to manifest row i; unnormalised, from the frozen text tower.
     prompts: {attribute: (values, (C, D) float32 unit-length prompt embeddings)}; empty where the data has none.
     patches: {sha256: kept patch indices}, None where patch selection is off.
@@ -41,6 +43,13 @@ class Prepared:
     def split(self, name: str) -> pd.DataFrame:
         """Rows of one split; the index still points into `caption_embeddings`."""
         return self.manifest[self.manifest["split"] == name]
+
+    def adopt(self, params: Params) -> Params:
+        """`params` with the data, patches and CLIP that were prepared: by hand, prepare may have been given others."""
+        content = params.model_dump()
+        for group, settings in self.info["params"].items():
+            content[group] |= settings
+        return validate(content, "data.json")
 
 
 def compute_patches(manifest: pd.DataFrame, source: ImageSource, params: Params) -> dict[str, NDArray[np.int32]]:
@@ -65,6 +74,7 @@ def save_prepared(
     captions: Mapping[str, NDArray[np.float32]],
     prompts: Mapping[str, tuple[list[str], NDArray[np.float32]]],
     patches: Mapping[str, NDArray[np.int32]] | None,
+    params: Params,
 ) -> None:
     """Write a prepare stage's output into `folder`; `captions` maps each distinct caption to its (D,) embedding."""
     texts = sorted(captions)
@@ -84,7 +94,8 @@ def save_prepared(
         for line, sha in zip(table, sorted(patches), strict=True):
             line[: len(patches[sha])] = patches[sha]
         save_file({"indices": table}, folder / "patches.safetensors")
-    (folder / "data.json").write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
+    settled = {group: getattr(params, group).model_dump(exclude=without) for group, without in PREPARED_WITH.items()}
+    (folder / "data.json").write_text(json.dumps({**info, "params": settled}, indent=1, sort_keys=True) + "\n")
 
 
 def load_prepared(folder: Path, root: Path) -> Prepared:
@@ -92,8 +103,9 @@ def load_prepared(folder: Path, root: Path) -> Prepared:
 
     Args:
         folder: build/<profile>/prepare.
-        root: the data root the manifest's files are relative to.
+        root: the repository, which a relative data.root is relative to.
     """
+    info = json.loads((folder / "data.json").read_text())
     manifest = pd.read_parquet(folder / "manifest.parquet")
     embeddings = load_file(folder / "captions.safetensors")["captions"]
     names = json.loads((folder / "prompts.json").read_text())
@@ -104,9 +116,9 @@ def load_prepared(folder: Path, root: Path) -> Prepared:
         patches = {sha: line[line >= 0] for sha, line in zip(sorted(manifest["sha256"].unique()), table, strict=True)}
     return Prepared(
         manifest=manifest,
-        info=json.loads((folder / "data.json").read_text()),
+        info=info,
         caption_embeddings=embeddings[manifest["caption_index"].to_numpy()],
         prompts={name: (values, prompts[name]) for name, values in names.items()},
         patches=patches,
-        source=ImageSource(root),
+        source=ImageSource((root / Path(info["params"]["data"]["root"]).expanduser()).resolve()),
     )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from pydantic import BaseModel, FiniteFloat, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, Clip
@@ -19,6 +22,21 @@ from dgs.workspace import replacing
 
 FORMAT = 1
 RECORDED = ("torch", "open_clip_torch", "peft")
+
+
+class _ClipRecord(BaseModel):
+    name: str
+    weights_sha256: str
+
+
+class _Record(BaseModel):
+    """What dgs.json must hold to be of use; the rest is for people."""
+
+    adapter: bool
+    clip: _ClipRecord
+    data_hash: str
+    params: dict[str, Any]
+    thresholds: dict[str, FiniteFloat]
 
 
 def save_checkpoint(
@@ -73,37 +91,102 @@ def save_checkpoint(
         (draft / "dgs.json").write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
 
 
+def damaged(file: Path, reason: str) -> UserError:
+    """What is wrong with a file of a checkpoint, and what to do about it, in one sentence."""
+    reason = " ".join(reason.split())[:300]
+    return UserError(f"{file}: {reason}. The checkpoint is damaged: train it again, or give another --checkpoint.")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise damaged(file, f"cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        raise damaged(file, f"not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise damaged(file, f"expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise damaged(file, f"cannot be read ({error})") from None
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise damaged(file, f"expected finite numbers, found others in {name}")
+    return tensors
+
+
 def read_info(folder: Path) -> dict[str, Any]:
-    """dgs.json of a checkpoint folder.
+    """dgs.json of a checkpoint folder, with all that loading needs.
 
     Raises:
-        UserError: no checkpoint there, or one of another format.
+        UserError: no checkpoint there, one of another format, or a damaged one.
     """
-    path = folder / "dgs.json"
-    if not path.exists():
-        raise UserError(f"Expected a checkpoint folder (with dgs.json) at {folder}, found none.")
+    file = folder / "dgs.json"
     try:
-        info = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error.msg}); the checkpoint is damaged, train it again.") from None
+        file.stat()
+    except OSError:
+        raise UserError(f"Expected a checkpoint folder (with dgs.json) at {folder}, found none.") from None
+    info = _read_object(file)
     if info.get("format") != FORMAT:
-        raise UserError(f"Expected a checkpoint of format {FORMAT} in {folder}, found {info.get('format')}.")
-    return dict(info)
+        raise UserError(
+            f"Expected a checkpoint of format {FORMAT} in {file}, found {info.get('format')!r}. "
+            "Train it again, or give another --checkpoint."
+        )
+    try:
+        _Record.model_validate(info)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise damaged(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return info
 
 
 def load_heads(folder: Path) -> dict[str, nn.Linear]:
-    """The heads of a checkpoint, by name ("image", "text", "teacher"), each D -> 1."""
-    try:
-        tensors = load_file(folder / "heads.safetensors")
-    except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(f"Cannot read heads.safetensors in {folder} ({error}); train the checkpoint again.") from None
+    """The heads of a checkpoint, by name ("image" always; "text", "teacher"), each D -> 1.
+
+    Raises:
+        UserError: heads.safetensors is missing or damaged, or has no image head.
+    """
+    file = folder / "heads.safetensors"
+    tensors = _read_tensors(file)
+    names = sorted({key.split("_head.")[0] for key in tensors} | {"image"})
+    expected = {f"{name}_head.{part}" for name in names for part in ("weight", "bias")}
+    if set(tensors) != expected:
+        raise damaged(file, f"expected {', '.join(sorted(expected))}, found {', '.join(sorted(tensors)) or 'nothing'}")
     heads = {}
-    for name in sorted({key.split("_head.")[0] for key in tensors}):
-        weight = tensors[f"{name}_head.weight"]
+    for name in names:
+        weight, bias = tensors[f"{name}_head.weight"], tensors[f"{name}_head.bias"]
+        if weight.ndim != 2 or (len(weight), *bias.shape) != (1, 1):
+            found = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+            raise damaged(file, f"expected {name}_head of shapes (1, D) and (1,), found {found}")
         head = nn.Linear(weight.shape[1], 1)
-        head.load_state_dict({"weight": weight, "bias": tensors[f"{name}_head.bias"]})
+        head.load_state_dict({"weight": weight, "bias": bias})
         heads[name] = head.requires_grad_(False)
     return heads
+
+
+def _load_adapter(visual: nn.Module, folder: Path) -> PeftModel:
+    # peft asks the hub for a file that is not here, and only warns of weights that fit no adapter: both are errors.
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    weights = _read_tensors(file)
+    _read_object(config)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(visual, folder)
+    except Exception as error:  # peft lets through whatever a wrong setting or shape leads to
+        reason = f"does not fit {file.name} or the CLIP ({type(error).__name__}: {error})"
+        raise damaged(config, reason) from None
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if strangers := sorted(set(expected) ^ set(weights)):
+        raise damaged(
+            file, f"expected the adapters of {config.name}, found {len(strangers)} amiss, {strangers[0]} first"
+        )
+    return adapted
 
 
 def load_checkpoint(folder: Path, clip: Clip) -> tuple[Backbone, dict[str, nn.Linear], dict[str, Any]]:
@@ -123,6 +206,11 @@ def load_checkpoint(folder: Path, clip: Clip) -> tuple[Backbone, dict[str, nn.Li
         )
     heads = load_heads(folder)
     backbone = Backbone(clip)
+    width = backbone.visual.output_dim
+    for name, head in heads.items():
+        if head.in_features != width:
+            reason = f"expected {name}_head for {width} features, as this CLIP has, found {head.in_features}"
+            raise damaged(folder / "heads.safetensors", reason)
     if info["adapter"]:
-        backbone.visual = PeftModel.from_pretrained(backbone.visual, folder)
+        backbone.visual = _load_adapter(backbone.visual, folder)
     return backbone.eval(), heads, info

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import os
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.special import expit
 from torch import nn
 from tqdm.auto import tqdm
 
-from dgs.data.images import decode, is_image_name, read, to_rgb
+from dgs.data.images import UnreadableImage, decode, read, to_rgb
 from dgs.data.patches import patch_entropy, select_indices
 from dgs.data.views import EVALUATION, make_view
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, load_clip
-from dgs.model.checkpoint import load_checkpoint, read_info
+from dgs.model.checkpoint import damaged, load_checkpoint, read_info
 from dgs.model.device import choose_device
 from dgs.params import Params, validate
 from dgs.workspace import find_root
+
+USED = ("profile", "data", "patches", "model")  # parameters that a score depends on; others may change their names
+MAX_BYTES = 1_000_000_000  # of a file: images.MAX_PIXELS uncompressed, four channels of 16 bits, fit
+
+
+def probability(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """P(generated) = 1 / (1 + exp(-logit)), any shape, float64 in 0..1; no logit overflows."""
+    return expit(np.asarray(logits, dtype=np.float64))
 
 
 class Detector:
@@ -41,12 +51,25 @@ class Detector:
             root: where a relative CLIP folder is looked up (default: the repository).
 
         Raises:
-            UserError: no checkpoint, or its CLIP is not to be had.
+            UserError: no checkpoint, a damaged one, or its CLIP is not to be had.
         """
-        info = read_info(Path(path))
-        params = validate(info["params"], f"{path}/dgs.json")
-        clip = load_clip(params.model, root or find_root(), params.image_size)
-        backbone, heads, info = load_checkpoint(Path(path), clip)
+        folder = Path(path)
+        info = read_info(folder)
+        try:
+            params = validate({name: info["params"][name] for name in USED if name in info["params"]}, "params")
+        except UserError as error:
+            raise damaged(folder / "dgs.json", str(error).rstrip(".")) from None
+        try:
+            clip = load_clip(params.model, root or find_root(), params.image_size)
+        except UserError:
+            raise
+        except Exception as error:  # damaged weights and configs fail in many ways
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(
+                f"Cannot load {params.model.clip}, the CLIP of the checkpoint {folder} ({reason}). "
+                "Restore it, or give another --checkpoint."
+            ) from None
+        backbone, heads, info = load_checkpoint(folder, clip)
         chosen = choose_device(device)
         return cls(backbone.to(chosen), heads["image"].to(chosen), params, info)
 
@@ -54,12 +77,16 @@ class Detector:
         """What the model sees of one image: (S, S, 3) uint8.
 
         A file is identified by its bytes, a PIL image by its pixels; patch order follows from that.
+
+        Raises:
+            UnreadableImage: a file that cannot be decoded whole; the message names it.
+            UserError: an image smaller than a patch.
         """
         if isinstance(image, Image.Image):
             pixels = to_rgb(image)
             sha = hashlib.sha256(pixels.tobytes()).hexdigest()
         else:
-            data = read(Path(image))
+            data = _read(Path(image))
             pixels = decode(data, str(image))
             sha = hashlib.sha256(data).hexdigest()
         patches = None
@@ -80,7 +107,7 @@ class Detector:
             images: paths or PIL images.
 
         Raises:
-            UnreadableImage: a file that cannot be decoded whole; the message names it.
+            UserError: as `view`.
         """
         parts: list[NDArray[np.float32]] = []
         pending: list[NDArray[np.uint8]] = []
@@ -91,8 +118,7 @@ class Detector:
                 pending = []
         if pending:
             parts.append(self.logits(np.stack(pending)))
-        logits = np.concatenate(parts) if parts else np.zeros(0)
-        return 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
+        return probability(np.concatenate(parts) if parts else np.zeros(0))
 
 
 def newest_checkpoint(root: Path) -> Path:
@@ -107,51 +133,105 @@ def newest_checkpoint(root: Path) -> Path:
     return found[-1].parent
 
 
+def _read(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+    except OSError:
+        size = 0  # reading says why
+    if size > MAX_BYTES:
+        raise UnreadableImage(f"Refused {path}: {size / 1e9:.1f} GB, expected at most {MAX_BYTES / 1e9:.0f} GB.")
+    return read(path)
+
+
+def _names(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith("."))
+
+
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
-    for path in paths:
-        if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.is_file() and is_image_name(p))
-        else:
-            yield path
+    """Every file under `paths`, in the order of names; what cannot be looked at is passed on, reading it says why.
+
+    In folders, whatever begins with a dot is left out, and so are pipes and devices. Links are followed, but no folder
+    is entered twice. Kept in memory: the names in the folders that lead to the current file.
+    """
+    for top in paths:
+        entered: set[Path] = set()
+        branches: list[Iterator[Path]] = [iter([top])]
+        while branches:
+            path = next(branches[-1], None)
+            if path is None:
+                branches.pop()
+                continue
+            try:
+                if path.is_dir():
+                    real = path.resolve()
+                    branches.append(map(path.joinpath, () if real in entered else _names(path)))
+                    entered.add(real)
+                    continue
+                special = path != top and path.exists() and not path.is_file()
+            except OSError:
+                special = False
+            if not special:
+                yield path
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long, or a folder that may not be looked into
+        return False
+
+
+def _named(paths: list[Path]) -> str:
+    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} or the {len(paths) - 1} other paths"
 
 
 def score_files(
     paths: Iterable[Path], checkpoint: Path | None, warn: Callable[[str], None], batch_size: int = 64
 ) -> Iterator[dict[str, Any]]:
-    """Every image file under `paths`, scored or refused.
+    """Every file under `paths`, scored or refused; one batch of images is in memory at a time.
 
     Args:
-        paths: files, or folders (searched for image files).
+        paths: files, or folders: every file in them is tried, whatever its name (but for a dot at its beginning).
         checkpoint: a checkpoint folder; None: the newest trained here.
         warn: told of what a verdict is worth.
 
     Yields:
         {"path", "probability", "verdict"} ("generated" or "real", at the threshold chosen on validation images), or
         {"path", "error"}.
+
+    Raises:
+        UserError: none of the paths exists, nothing to score in them, no checkpoint or a damaged one.
     """
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"Expected a file or folder at {path}, found none.")
+    paths = list(paths)
+    if paths and not any(map(_is_there, paths)):
+        raise UserError(f"Expected a file or folder at {_named(paths)}, found none.")
+    files = _files(paths)
+    first = next(files, None)
+    if first is None:
+        raise UserError(f"Expected a file to score in {_named(paths) if paths else 'no path'}, found none.")
     folder = checkpoint or newest_checkpoint(find_root())
     detector = Detector.load(folder)
+    threshold = detector.info["thresholds"].get("val")
+    if threshold is None:
+        raise damaged(folder / "dgs.json", "expected the threshold 'val', found none")
     if detector.params.data.layout == "minibench":
         warn(f"warning: {folder} was trained on the embedded 64 px benchmark; its verdicts on photographs mean little.")
-    threshold = detector.info["thresholds"]["val"]
     pending: list[tuple[Path, NDArray[np.uint8] | None, str]] = []
 
     def flush() -> Iterator[dict[str, Any]]:
         views = [view for _, view, _ in pending if view is not None]
-        logits: Iterator[np.float32] = iter(detector.logits(np.stack(views)) if views else np.zeros(0, np.float32))
+        logits = detector.logits(np.stack(views)) if views else np.zeros(0, np.float32)
+        scored = iter(zip(logits > threshold, probability(logits), strict=True))
         for path, view, error in pending:
             if view is None:
                 yield {"path": str(path), "error": error}
             else:
-                logit = float(next(logits))
-                verdict = "generated" if logit > threshold else "real"
-                yield {"path": str(path), "probability": 1 / (1 + math.exp(-logit)), "verdict": verdict}
+                generated, p = next(scored)
+                yield {"path": str(path), "probability": float(p), "verdict": "generated" if generated else "real"}
         pending.clear()
 
-    for path in tqdm(_files(paths), desc="scoring", unit="image"):
+    for path in tqdm(chain([first], files), desc="scoring", unit="image"):
         try:
             pending.append((path, detector.view(path), ""))
         except UserError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from dgs.errors import UserError
@@ -26,5 +28,7 @@ def choose_device(name: str) -> torch.device:
 
 def set_determinism(threads: int) -> None:
     """Fix what makes one machine's results differ from run to run: thread count and algorithms."""
+    # CUDA's matrix products repeat only with a workspace of fixed size, and it is read when CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)

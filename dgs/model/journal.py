@@ -20,7 +20,7 @@ LOSS_COLUMNS = [
     "loss_alignment",
     "val_balanced_acc",
 ]
-ANGLE_COLUMNS = ["method", "seed", "step", "layer", "pair", "mean", "p05", "p95", "n"]
+ANGLE_COLUMNS = ["method", "seed", "step", "layer", "pair", "mean", "p05", "p95", "cos2", "n"]
 
 
 def angles(a: Tensor, b: Tensor) -> Tensor:
@@ -44,12 +44,17 @@ class Journal:
         self._losses.append({"method": self.method, "seed": self.seed, "epoch": epoch, "step": step, **values})
 
     def angle(self, step: int, layer: str, pair: str, degrees: Tensor) -> None:
-        """Note a batch's angles (B,) in degrees: their mean, 5th and 95th percentile; rows with NaN do not count."""
+        """Note a batch's angles (B,) in degrees: their mean, 5th and 95th percentile, and the mean squared cosine.
+
+        The last is the share of a vector's energy along the other's direction. Rows with NaN (no direction, so no
+        share) count for it as 0, and not for the angles.
+        """
+        cos2 = torch.deg2rad(degrees.double()).cos().square().nan_to_num(0.0).mean().item()
         known = degrees[~torch.isnan(degrees)].cpu().numpy()
         if known.size:
             p05, p95 = np.percentile(known, [5, 95])
             entry = {"method": self.method, "seed": self.seed, "step": step, "layer": layer, "pair": pair}
-            self._angles.append({**entry, "mean": known.mean(), "p05": p05, "p95": p95, "n": known.size})
+            self._angles.append({**entry, "mean": known.mean(), "p05": p05, "p95": p95, "cos2": cos2, "n": known.size})
 
     @property
     def losses(self) -> pd.DataFrame:

@@ -92,8 +92,8 @@ def get_method(name: str) -> Method:
     Raises:
         UserError: no such method; the message lists those there are.
     """
-    if name not in METHODS:
-        raise UserError(f"Unknown method '{name}'.{did_you_mean(name, METHODS)} Known: {', '.join(METHODS)}.")
+    if not isinstance(name, str) or name not in METHODS:  # a notebook's `method` may be anything
+        raise UserError(f"Unknown method '{name}'.{did_you_mean(str(name), METHODS)} Known: {', '.join(METHODS)}.")
     return METHODS[name]
 
 

@@ -57,9 +57,7 @@ def _silent_workers() -> Iterator[None]:
             os.environ["TQDM_DISABLE"] = before
 
 
-def train_seed(
-    method: str, seed: int, params: Params, root: Path, prepared_folder: Path, data_root: Path, folder: Path
-) -> Journal:
+def train_seed(method: str, seed: int, params: Params, root: Path, prepared_folder: Path, folder: Path) -> Journal:
     """Train one method with one seed and save its checkpoint as `folder`/seed-<seed>."""
     # Imported here: the parent starts workers and waits, and should not spend seconds on loading CLIP's libraries.
     from dgs.model.backbone import load_clip
@@ -68,7 +66,7 @@ def train_seed(
     from dgs.model.train import train
 
     clip = load_clip(params.model, root, params.image_size)
-    prepared = load_prepared(prepared_folder, data_root)
+    prepared = load_prepared(prepared_folder, root)
     journals: list[Journal] = []
 
     def done(trained: Trained) -> None:
@@ -83,25 +81,22 @@ def train_seed(
     return journals[0]
 
 
-def train_seeds(
-    method: str, params: Params, root: Path, prepared_folder: Path, data_root: Path, folder: Path
-) -> list[Journal]:
+def train_seeds(method: str, params: Params, root: Path, prepared_folder: Path, folder: Path) -> list[Journal]:
     """Train one method with every seed of `params`, `compute.jobs` at a time; the results do not depend on how many.
 
     Args:
-        root: repository, for a relative model.clip.
+        root: repository, for a relative model.clip and data.root.
         prepared_folder: what the prepare stage made.
-        data_root: what its manifest's files are relative to.
         folder: gets one checkpoint folder a seed.
 
     Returns:
         the journals, in the order of the seeds.
     """
-    size = len(load_prepared(prepared_folder, data_root).split("train"))
+    size = len(load_prepared(prepared_folder, root).split("train"))
     steps = len(params.seeds) * total_steps(get_method(method), size, params)
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
-    rest = (params, root, prepared_folder, data_root, folder)
+    rest = (params, root, prepared_folder, folder)
     jobs = min(params.compute.jobs, len(params.seeds))
     with (
         _silent_workers(),

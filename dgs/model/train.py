@@ -196,6 +196,15 @@ def surgery_step(
     return applied, losses, {"task": task, "applied": applied, "harmful": harmful, "beneficial": beneficial}
 
 
+@torch.no_grad()
+def teacher_residuals(teacher: nn.Linear, frozen: Tensor, labels: Tensor) -> Tensor:
+    """sigmoid(zT) - y, the derivative of the teacher's loss by its logit.
+
+    `frozen`: (..., N, D) features of the frozen tower, `labels`: (N,); returns (..., N).
+    """
+    return torch.sigmoid(teacher(frozen).squeeze(-1)) - labels
+
+
 def stage2(
     method: Method,
     backbone: Backbone,
@@ -221,7 +230,7 @@ def stage2(
     rows = prepared.split("train")
     labels = _labels(rows, device)
     captions = torch.tensor(prepared.caption_embeddings[rows.index], device=device)
-    residuals = torch.sigmoid(teacher(frozen).squeeze(2)) - labels
+    residuals = teacher_residuals(teacher, frozen, labels)
     width = frozen.shape[2]
     heads = {
         "image": new_head(width, 1_000 + seed, device),

@@ -1,0 +1,111 @@
+"""A profile: checked before anything runs, and its own pipeline."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import yaml
+
+from dgs.errors import UserError
+from dgs.model.methods import get_method
+from dgs.params import Params, load_params, merged_params, validate
+from dgs.workspace import find_root, require_data_root
+
+
+def _is_path(name: str, root: Path) -> bool:
+    return (root / name).exists() or ("/" in name and ":" not in name)  # hf-hub:owner/name is none
+
+
+def _inputs(params: Params, root: Path) -> dict[str, list[str]]:
+    """Files and folders beside data.root that stages read, by stage: a change to their content must rerun them."""
+    clip = [
+        name
+        for name in (params.model.clip, params.model.pretrained)
+        if name and _is_path(name, root) and not (root / name).is_relative_to(root / params.data.root)
+    ]
+    captions = [params.data.captions] if params.data.captions else []
+    return {"prepare": clip + captions, "train": clip, "evaluate": clip}
+
+
+def _with_home(params: Params) -> Params:
+    """`params` with ~ in paths written out: DVC does not know it."""
+    content = params.model_dump()
+    for group, name in (("data", "root"), ("data", "captions"), ("model", "clip"), ("model", "pretrained")):
+        if content[group][name]:
+            content[group][name] = os.path.expanduser(content[group][name])  # noqa: PTH111  # keeps names as they are
+    return validate(content)
+
+
+def check_params(params: Params, root: Path) -> None:
+    """What can be known to be wrong before any stage runs: methods, folders and files that are not there.
+
+    Raises:
+        UserError: the first mistake.
+    """
+    for method in params.methods:
+        get_method(method)
+    data = (root / params.data.root).resolve()
+    if not data.is_relative_to(root.resolve() / "data"):  # that one is made by the pipeline itself, from data.dvc
+        require_data_root(data, params.data.root)
+    if params.data.captions and not (root / params.data.captions).is_file():
+        raise UserError(
+            f"Expected a caption file at data.captions = {params.data.captions}, found none. "
+            f"Set it to a JSON-lines file, or to null."
+        )
+
+
+def check_file(params_file: Path | None = None) -> Path:
+    """Check a complete parameter file (None: params.yaml) and leave a mark in build/<profile>/ that stages wait for.
+
+    DVC looks only at the groups a stage names; this looks at the whole file, so that no typo passes unseen.
+    """
+    root = find_root()
+    os.environ.pop("DGS_PROFILE", None)
+    os.environ["DGS_PARAMS"] = str((params_file or root / "params.yaml").resolve())
+    params = load_params()
+    check_params(params, root)
+    mark = root / "build" / params.profile / "checked"
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.write_text("The parameters are known and of their types; what they name is there.\n")
+    return mark
+
+
+def write_profile_pipeline(profile: str, root: Path | None = None) -> Path:
+    """A pipeline of its own for a profile: profiles/<profile>/dvc.yaml and params.yaml, made from the main ones.
+
+    A profile has its own dvc.lock there, so running it never makes the committed `mini` results stale.
+
+    Returns:
+        the dvc.yaml to reproduce; for the main profile, the main one.
+
+    Raises:
+        UserError: no such profile, or a parameter that is wrong.
+    """
+    root = root or find_root()
+    content = merged_params(profile, root)
+    params = _with_home(validate(content, f"profiles/{profile}.yaml"))
+    check_params(params, root)
+    if profile == merged_params(None, root).get("profile"):
+        return root / "dvc.yaml"
+    folder = root / "profiles" / profile
+    folder.mkdir(parents=True, exist_ok=True)
+    relative = f"profiles/{profile}/params.yaml"
+    (root / relative).write_text(
+        f"# Made from params.yaml and profiles/{profile}.yaml.\n" + yaml.safe_dump(params.model_dump(), sort_keys=False)
+    )
+    pipeline = yaml.safe_load((root / "dvc.yaml").read_text())
+    inputs = _inputs(params, root)
+    for name, body in pipeline["stages"].items():
+        body["wdir"] = "../.."
+        for command in ("dgs check", "dgs stage"):
+            body["cmd"] = body["cmd"].replace(command, f"{command} --params {relative}")
+        body["deps"] = [relative if dep == "params.yaml" else dep for dep in body["deps"]] + inputs.get(name, [])
+        if "params" in body:
+            body["params"] = [{relative: body["params"]}]
+    pipeline.pop("metrics", None)
+    pipeline.pop("plots", None)
+    (folder / "dvc.yaml").write_text(
+        f"# Made from dvc.yaml for the profile {profile}; edit that one.\n" + yaml.safe_dump(pipeline, sort_keys=False)
+    )
+    return folder / "dvc.yaml"
