@@ -16,6 +16,7 @@ READY :=
 else
 BIN := $(CURDIR)/.venv/bin
 READY := .venv/.ready
+HINT := . To use dvc, papermill and dgs: source .venv/bin/activate
 endif
 export PATH := $(BIN):$(PATH)
 
@@ -38,6 +39,7 @@ environment: $(READY)
 
 repro: $(READY)
 	$(if $(PROFILE),pipeline=$$(dgs profile $(PROFILE)) &&) dvc repro $(if $(PROFILE),$$pipeline)
+	@echo "Results: results/$(or $(PROFILE),mini)/REPORT.md$(HINT)"
 
 test: $(READY) lint
 	rm -f .coverage .coverage.*
@@ -60,7 +62,7 @@ lint: $(READY)
 	mypy
 
 lab: $(READY)
-	jupyter lab notebooks
+	$(if $(PROFILE),DGS_PROFILE=$(PROFILE)) jupyter lab notebooks
 
 lock:
 	uv pip compile -q --universal --python-version 3.11 --extra dev --extra captions --annotation-style line --no-header \

@@ -80,6 +80,18 @@ def stage(
 
 @app.command()
 @_for_users
+def check(
+    params: Annotated[Path | None, typer.Option(help="a complete parameter file; default params.yaml")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a parameter file, and that the folders and files it names are there (the pipeline's first stage)."""
+    from dgs.profile import check_file
+
+    _print(as_json, {"checked": str(check_file(params))})
+
+
+@app.command()
+@_for_users
 def profile(
     name: Annotated[str, typer.Argument(help="mini, or a file profiles/NAME.yaml")], as_json: Json = False
 ) -> None:

@@ -88,6 +88,10 @@ def run_stage(stage: str, label: str, parameters: dict[str, Any], params_file: P
     root = find_root()
     os.environ.pop("DGS_PROFILE", None)  # the parameter file alone says what a stage runs with
     os.environ["DGS_PARAMS"] = str((params_file or root / "params.yaml").resolve())
+    # The kernel's progress bars reach this terminal through papermill, but it cannot see how wide it is, nor whether
+    # it is one: a log gets a line now and then.
+    os.environ.setdefault("TQDM_NCOLS", "90")
+    os.environ.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "20")
     profile = load_params().profile
     build = root / "build" / profile
     for leftover in build.glob(f".{label}-*"):  # of a run that was killed

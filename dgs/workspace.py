@@ -12,6 +12,8 @@ from pathlib import Path
 
 from dgs.errors import UserError
 
+MAIN = "mini"  # the profile that params.yaml itself is
+
 
 def find_root(start: Path | None = None) -> Path:
     """The repository: the nearest folder with params.yaml and dvc.yaml, upwards from `start` (default: here).
@@ -30,8 +32,8 @@ class Workspace:
     """Folders of one profile.
 
     A pipeline stage writes to the repository itself (its outputs are DVC's). A notebook run by hand or by papermill
-    writes to scratch/, so that trying things out never makes the pipeline's outputs stale; it reads what the
-    pipeline made where scratch/ has nothing newer. The environment variable DGS_OUT names another place to write.
+    writes to scratch/, so that trying things out never makes the pipeline's outputs stale; it reads what was made
+    last, there or by the pipeline. The environment variable DGS_OUT names another place to write.
     """
 
     root: Path
@@ -54,19 +56,27 @@ class Workspace:
         return self.out.joinpath("build", self.profile, *parts)
 
     def find(self, *parts: str, made_by: str) -> Path:
-        """What an earlier stage made: in this workspace, else in the pipeline's.
+        """What an earlier stage made: in this workspace or in the pipeline's, whichever is newer.
 
         Raises:
             UserError: neither has it; the message names the stage to run.
         """
-        for base in (self.out, self.root):
-            path = base.joinpath("build", self.profile, *parts)
-            if path.exists():
-                return path
+        paths = [base.joinpath("build", self.profile, *parts) for base in (self.out, self.root)]
+        made = [path for path in paths if path.exists()]
+        if made:
+            return max(made, key=lambda path: path.stat().st_mtime_ns)
+        stage = f"dvc repro {made_by}" if self.profile == MAIN else f"make repro PROFILE={self.profile}"
         raise UserError(
-            f"Expected {self.build(*parts)}, found nothing there. "
-            f"Run the stage before it first: dvc repro {made_by}, or notebooks/{made_by.partition('@')[0]}.ipynb."
+            f"Expected {paths[0]}, found nothing there. "
+            f"Run the stage before it first: {stage}, or notebooks/{made_by.partition('@')[0]}.ipynb."
         )
+
+    def shown(self, path: Path) -> str:
+        """A path as a reader of a notebook should see it: relative to the repository where it lies in it."""
+        # A pipeline stage writes to a draft below build/, whose contents then move to the repository itself.
+        draft = self.out.is_relative_to(self.root / "build") and path.is_relative_to(self.out)
+        base = self.out if draft else self.root
+        return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
 
     def resolve(self, path: str) -> Path:
         """A path from params.yaml: relative ones are relative to the repository."""

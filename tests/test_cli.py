@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import yaml
+from clips import write_random_clip
+from conftest import structured_image
+from copies import copy_repository
+from test_checkpoint import DAMAGES, assert_helpful, edit_json, write_checkpoint
 from test_verify import edit, metrics, write
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from dgs.cli import app
+from dgs.cli import app, main
+from dgs.minibench import plan
 
 
 def run(*arguments: object) -> Result:
@@ -33,6 +45,16 @@ class TestUsage:
         result = run("--help")
         assert result.exit_code == 0
         assert all(name in result.stdout for name in ("score", "verify", "minibench", "stage", "profile"))
+
+    def test_every_command_has_json(self) -> None:
+        def leaves(command: object) -> list:
+            inner = getattr(command, "commands", {})
+            return [leaf for child in inner.values() for leaf in leaves(child)] if inner else [command]
+
+        commands = leaves(get_command(app))
+        assert len(commands) >= 5
+        for command in commands:
+            assert any("--json" in option.opts for option in command.params), command.name
 
     @pytest.mark.parametrize(
         "arguments",
@@ -71,6 +93,29 @@ class TestProfile:
         result = run("profile", "mini")
         assert (result.exit_code, result.stdout.strip()) == (0, "dvc.yaml")
 
+    def test_as_json(self) -> None:
+        result = run("profile", "mini", "--json")
+        assert (result.exit_code, json.loads(result.stdout)) == (0, {"profile": "mini", "pipeline": "dvc.yaml"})
+
+
+class TestStage:
+    def test_as_json_it_says_where_the_results_are(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        repo = copy_repository(tmp_path / "repo")
+        monkeypatch.chdir(repo)
+        monkeypatch.setenv("DGS_PARAMS", "")  # the stage sets these: take them back after the test
+        monkeypatch.setenv("DGS_OUT", "")
+        params = yaml.safe_load((repo / "params.yaml").read_text())
+        params["profile"], params["data"]["limit"] = "small", 2
+        (repo / "small.yaml").write_text(yaml.safe_dump(params))
+        stripped = repo / "build/small/notebooks/prepare.ipynb"
+        stripped.parent.mkdir(parents=True)
+        shutil.copy(repo / "notebooks/prepare.ipynb", stripped)
+        result = run("stage", "prepare", "--params", "small.yaml", "--json")
+        assert result.exit_code == 0, result.output
+        said = json.loads(result.stdout)
+        assert said == {"stage": "prepare", "label": "prepare", "results": "results/small"}
+        assert (repo / said["results"] / "notebooks/prepare.ipynb").exists()
+
 
 class TestVerify:
     @pytest.fixture
@@ -81,6 +126,16 @@ class TestVerify:
         result = run("verify", *pair)
         assert result.exit_code == 0
         assert "reproduces" in result.stderr and "moved" not in result.stderr
+        assert result.stdout == ""
+
+    def test_as_json(self, pair: tuple[Path, Path]) -> None:
+        result = run("verify", *pair, "--json")
+        assert (result.exit_code, json.loads(result.stdout)) == (0, {"reproduces": True, "moved": []})
+        edit(pair[1], "detection.csv", 0, "n_fake", lambda value: value + 1)
+        result = run("verify", *pair, "--json")
+        said = json.loads(result.stdout)
+        assert result.exit_code == 1 and said["reproduces"] is False
+        assert len(said["moved"]) == 1 and "n_fake" in said["moved"][0]
 
     def test_a_difference_exits_with_1_and_says_what_moved(self, pair: tuple[Path, Path]) -> None:
         content = metrics()
@@ -97,26 +152,129 @@ class TestVerify:
         assert run("verify", *pair).exit_code == 1
         assert run("verify", *pair, "--tolerance", "0.03").exit_code == 0
 
-    def test_a_missing_file_is_one_sentence(self, pair: tuple[Path, Path]) -> None:
-        (pair[1] / "forgetting.csv").unlink()
-        message = one_sentence(run("verify", *pair))
-        assert "forgetting.csv" in message and str(pair[1]) in message
+    def test_a_folder_without_results_is_one_sentence(self, pair: tuple[Path, Path]) -> None:
+        (pair[1] / "metrics.json").unlink()
+        for options in ([], ["--json"]):
+            message = one_sentence(run("verify", *pair, *options))
+            assert "metrics.json" in message and str(pair[1]) in message
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("checkpoint")
+    return write_checkpoint(root / "seed-0", write_random_clip(root / "clip"))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Three images and a text file."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(3):
+        structured_image(index, 32, 32).save(folder / f"{index}.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
 
 
 class TestScore:
+    def test_rows_for_people_and_rows_for_programs_say_the_same(self, images: Path, whole: Path) -> None:
+        people, programs = (run("score", images, "--checkpoint", whole, *options) for options in ([], ["--json"]))
+        assert people.exit_code == programs.exit_code == 1, "one of the files is no image"
+        rows = [json.loads(line) for line in programs.stdout.splitlines()]
+        assert [row["path"] for row in rows] == [
+            str(images / name) for name in ("0.png", "1.png", "2.png", "notes.txt")
+        ]
+        for row, line in zip(rows, people.stdout.splitlines(), strict=True):
+            path, *rest = line.split("\t")
+            assert path == row["path"]
+            if "error" in row:
+                assert set(row) == {"path", "error"} and rest == ["-", row["error"]]
+            else:
+                assert set(row) == {"path", "probability", "verdict"}
+                assert rest == [f"{row['probability']:.4f}", row["verdict"]]
+                assert row["verdict"] == ("generated" if row["probability"] > 0.5 else "real")
+
+    def test_all_scored_exits_with_0(self, images: Path, whole: Path) -> None:
+        result = run("score", images / "0.png", images / "1.png", "--checkpoint", whole)
+        assert (result.exit_code, len(result.stdout.splitlines())) == (0, 2)
+
     def test_a_missing_path_is_one_sentence(self, tmp_path: Path) -> None:
         gone = tmp_path / "gone.jpg"
         for options in ([], ["--json"]):
             message = one_sentence(run("score", gone, *options))
             assert f"Expected a file or folder at {gone}, found none" in message
 
-    def test_one_missing_path_among_others_stops_before_anything_is_scored(self, tmp_path: Path) -> None:
-        (tmp_path / "there.jpg").write_bytes(b"")
-        message = one_sentence(run("score", tmp_path / "there.jpg", tmp_path / "gone.jpg"))
-        assert "gone.jpg" in message
+    def test_one_missing_path_among_others_is_an_error_row(self, images: Path, whole: Path) -> None:
+        result = run("score", images / "gone.jpg", images / "0.png", "--checkpoint", whole, "--json")
+        assert result.exit_code == 1
+        gone, scored = (json.loads(line) for line in result.stdout.splitlines())
+        assert "gone.jpg" in gone["error"] and "probability" in scored
 
-    def test_a_missing_checkpoint_is_one_sentence(self, tmp_path: Path) -> None:
-        (tmp_path / "there.jpg").write_bytes(b"")
-        checkpoint = tmp_path / "no checkpoint"
-        message = one_sentence(run("score", tmp_path, "--checkpoint", checkpoint))
+    def test_a_folder_without_a_file_is_one_sentence(self, tmp_path: Path) -> None:
+        assert f"Expected a file to score in {tmp_path}, found none" in one_sentence(run("score", tmp_path))
+
+    def test_a_missing_checkpoint_is_one_sentence(self, images: Path) -> None:
+        checkpoint = images / "no checkpoint"
+        message = one_sentence(run("score", images, "--checkpoint", checkpoint))
         assert str(checkpoint) in message
+
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_a_damaged_checkpoint_is_one_sentence(self, damage: str, images: Path, whole: Path) -> None:
+        checkpoint = shutil.copytree(whole, images.parent / "seed-0")
+        name, break_it = DAMAGES[damage]
+        break_it(checkpoint / name)
+        assert_helpful(one_sentence(run("score", images, "--checkpoint", checkpoint)), checkpoint / name)
+
+    def test_a_checkpoint_without_a_validation_threshold_is_one_sentence(self, images: Path, whole: Path) -> None:
+        checkpoint = shutil.copytree(whole, images.parent / "seed-0")
+        edit_json(checkpoint / "dgs.json", lambda info: info["thresholds"].pop("val"))
+        message = one_sentence(run("score", images, "--checkpoint", checkpoint))
+        assert_helpful(message, checkpoint / "dgs.json")
+        assert "'val'" in message
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+    @pytest.mark.parametrize("options", [[], ["--json"]])
+    def test_a_name_that_stdout_cannot_encode_is_printed_escaped(
+        self, options: list[str], encoding: str, images: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        names = ["ascii.png", os.fsdecode(b"caf\xe9.png"), "caf\u00e9.png", "\U0001f600.txt"]
+        for name in names:
+            shutil.copy(images / "0.png", images / name)
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding, errors="strict", newline="\n"))
+        paths = [str(images / name) for name in names]
+        monkeypatch.setattr(sys, "argv", ["dgs", "score", *paths, "--checkpoint", str(whole), *options])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        lines = raw.getvalue().decode(encoding).splitlines()
+        assert len(lines) == len(names)
+        if options:
+            assert [json.loads(line)["path"] for line in lines] == paths
+        else:
+            assert lines[0].startswith(paths[0]) and "caf\\udce9.png" in lines[1]
+
+    def test_a_closed_pipe_ends_quietly(self, tmp_path: Path, whole: Path) -> None:
+        for index in range(150):
+            (tmp_path / f"{index:03}.txt").write_text("no image")
+        command = [sys.executable, "-m", "dgs.cli", "score", str(tmp_path), "--checkpoint", str(whole)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None and process.stderr is not None
+            assert "000.txt" in process.stdout.readline()
+            process.stdout.close()
+            stderr = process.stderr.read()
+        assert all(line.startswith(("checkpoint ", "scoring: ")) for line in stderr.splitlines() if line.strip()), stderr
+        assert process.returncode == 1
+
+
+class TestMinibench:
+    def test_as_json_it_says_what_was_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plan, "Sizes", partial(plan.Sizes, train=8, val=4, test=2))
+        out = tmp_path / "made"
+        result = run("minibench", "build", "--out", out, "--seed", "7", "--rho", "0.75", "--json")
+        assert result.exit_code == 0, result.output
+        said = json.loads(result.stdout)
+        assert set(said) == {"out", "seed", "rhos", "counts", "content_hash"}
+        assert (said["out"], said["seed"], said["rhos"]) == (str(out), 7, [0.75])
+        for split, counts in said["counts"].items():
+            assert pq.read_metadata(out / f"images-{split}.parquet").num_rows == sum(counts.values())

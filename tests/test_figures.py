@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -106,6 +106,8 @@ def image(height: int, width: int) -> np.ndarray:
 
 
 MANY = tuple(figures.METHOD_COLOURS)
+GENERATORS_24 = tuple(f"{name}_{i}" for i in range(3) for name in GENERATORS)
+LONG = tuple(f"{name}-{'of-many-words-' * 4}"[:49] + str(i) for i, name in enumerate(GENERATORS))  # 50 characters each
 DRAWINGS: dict[str, Callable[[], Figure]] = {
     "bars": lambda: figures.detection_bars(make_detection()),
     "bars, nine methods": lambda: figures.detection_bars(make_detection(MANY, 2)),
@@ -114,6 +116,21 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "bars, saturated": lambda: figures.detection_bars(make_detection().assign(balanced_acc=1.0)),
     "heatmap": lambda: figures.detection_heatmap(make_detection()),
     "heatmap, nine methods": lambda: figures.detection_heatmap(make_detection(MANY, 2)),
+    "heatmap, 24 generators": lambda: figures.detection_heatmap(make_detection(seeds=2, generators=GENERATORS_24)),
+    "heatmap, 24 generators, nine methods": lambda: figures.detection_heatmap(
+        make_detection(MANY, 2, generators=GENERATORS_24)
+    ),
+    "heatmap, long names": lambda: figures.detection_heatmap(make_detection(generators=LONG)),
+    "bars, long names": lambda: figures.detection_bars(make_detection(generators=LONG)),
+    "t-SNE, long names": lambda: figures.tsne_panels(make_points(generators=LONG)),
+    "t-SNE, too few images": lambda: figures.tsne_panels(make_points().assign(x=np.nan, y=np.nan)),
+    "t-SNE, too few images in one": lambda: figures.tsne_panels(
+        make_points().assign(x=lambda t: t["x"].where(t["method"] != "lora"))
+    ),
+    "forgetting, long names": lambda: figures.forgetting_bars(
+        make_forgetting().replace({"zero_shot:shape": f"zero_shot:{LONG[0]}"})
+    ),
+    "contact sheet, long names": lambda: figures.contact_sheet({name: [image(32, 32)] * 8 for name in LONG}),
     "heatmap, one cell": lambda: figures.detection_heatmap(make_detection(("dgs",), 1, ("mine",), 1)),
     "plane": lambda: figures.forgetting_plane(make_detection(), make_forgetting()),
     "plane, no named classes": lambda: figures.forgetting_plane(
@@ -161,12 +178,48 @@ def test_every_figure_has_a_headline_and_keeps_its_text_inside_and_apart(name: s
         assert all(extent.y0 >= panel.y1 - 1 or extent.y1 <= panel.y0 + 1 for panel in panels)
 
 
-def test_text_is_legible_at_half_the_width_of_a_readme() -> None:
-    fig = figures.detection_bars(make_detection())
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_text_is_legible_at_half_the_width_of_a_readme(name: str) -> None:
+    fig = DRAWINGS[name]()
     FigureCanvasAgg(fig).draw()
-    shown = 430 / fig.get_figwidth() / 72  # pixels a point when the figure is shown 430 px wide
+    shown = 400 / fig.get_figwidth() / 72  # pixels a point when the figure is shown 400 px wide
     sizes = [text.get_fontsize() for text in fig.findobj(mpl.text.Text) if text.get_text()]
     assert min(sizes) * shown >= 9.0
+
+
+@pytest.mark.parametrize("name", [name for name in DRAWINGS if name.startswith(("bars", "heatmap", "forgetting"))])
+def test_labels_leave_the_plot_its_room(name: str) -> None:
+    fig = DRAWINGS[name]()
+    FigureCanvasAgg(fig).draw()
+    for ax in fig.axes:
+        box = ax.get_position()
+        assert box.width > 0.45
+        assert box.height * fig.get_figheight() > 0.35, "inches"
+
+
+class TestShortNames:
+    def test_short_ones_stay(self) -> None:
+        assert figures.short_names(["vq", "a" * 20]) == {"vq": "vq", "a" * 20: "a" * 20}
+
+    def test_long_ones_keep_both_ends(self) -> None:
+        assert figures.short_names(["stable-diffusion-xl-base-1.0"])["stable-diffusion-xl-base-1.0"] == (
+            "stable-diffu…ase-1.0"
+        )
+
+    def test_what_is_alike_at_both_ends_stays_distinct(self) -> None:
+        names = [f"{'a' * 20}{i:02d}{'b' * 28}" for i in range(15)] + ["aaaaaaaaaaaa…bbbbbbb"]
+        short = figures.short_names(names)
+        assert list(short) == [*names]
+        assert len(set(short.values())) == 16 and max(map(len, short.values())) == 20
+        assert short == figures.short_names(names)
+
+    @pytest.mark.parametrize("name", [name for name in DRAWINGS if "long names" in name])
+    def test_figures_use_them(self, name: str) -> None:
+        fig = DRAWINGS[name]()
+        FigureCanvasAgg(fig).draw()
+        words = {text.get_text() for text in fig.findobj(mpl.text.Text)}
+        assert not any(long in word for long in LONG for word in words)
+        assert sum("…" in word for word in words) == (1 if name.startswith("forgetting") else len(LONG))
 
 
 def test_the_same_table_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -195,6 +248,56 @@ def test_a_method_has_one_colour_everywhere() -> None:
     for fig in (few, many):
         handles = dict(zip([t.get_text() for t in fig.legends[0].texts], fig.legends[0].legend_handles, strict=True))
         assert handles["dgs"].get_facecolor() == wanted  # type: ignore[union-attr]
+
+
+def lab(rgb: np.ndarray, sight: np.ndarray | None = None) -> np.ndarray:
+    """CIELAB (D65) of (N, 3) sRGB fractions, through a matrix on linear RGB where sight is impaired."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    if sight is not None:
+        linear = np.clip(linear @ sight.T, 0.0, 1.0)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = linear @ to_xyz.T / to_xyz.sum(axis=1)
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
+
+
+def distances(a: Sequence[str], b: Sequence[str], sight: np.ndarray | None = None) -> np.ndarray:
+    """Differences of colours (CIE 1976), (len(a), len(b)); 2 can just be seen side by side."""
+    first, second = (lab(np.array([mpl.colors.to_rgb(name) for name in names]), sight) for names in (a, b))
+    return np.linalg.norm(first[:, None] - second[None], axis=-1)
+
+
+class TestKindsOfImage:
+    """Real and generators in t-SNE panels: no method's colour, and told apart by everyone."""
+
+    kinds = (figures._REAL_COLOUR, *figures._GENERATOR_COLOURS)
+    # Machado, Oliveira & Fernandes 2009, severity 1: deuteranopia, protanopia
+    blind = (
+        np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]),
+        np.array([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]),
+    )
+
+    def test_no_kind_has_the_colour_of_a_method(self) -> None:
+        assert distances(self.kinds, list(figures.METHOD_COLOURS.values())).min() > 20.0
+        assert distances(self.kinds, figures._SPARE_COLOURS).min() > 15.0
+
+    def test_the_four_generators_of_the_figure_and_reals_differ_also_for_the_colour_blind(self) -> None:
+        for sight in (None, *self.blind):
+            apart = distances(self.kinds[:5], self.kinds[:5], sight)
+            assert apart[~np.eye(5, dtype=bool)].min() > 25.0
+
+    def test_neighbours_in_the_list_have_different_markers_and_none_is_that_of_reals(self) -> None:
+        looks = [figures._generator_look(i) for i in range(16)]
+        assert len({(look["color"], look["marker"]) for look in looks}) == 16
+        assert len({look["marker"] for look in looks[:7]}) == 7
+        assert figures._REAL_MARKER not in {look["marker"] for look in looks}
+
+    def test_they_are_what_is_drawn(self) -> None:
+        fig = figures.tsne_panels(make_points(("frozen", "dgs")))
+        drawn = {mpl.colors.to_hex(points.get_facecolor()[0]) for ax in fig.axes for points in ax.collections}
+        assert drawn == set(self.kinds)
+        legend = [mpl.colors.to_hex(handle.get_color()) for handle in fig.legends[0].legend_handles]  # type: ignore[union-attr]
+        assert legend == list(self.kinds)
 
 
 def test_the_style_ends_with_its_context() -> None:
@@ -234,13 +337,47 @@ class TestHeadlines:
         assert title(nobody) == "No method keeps 90 % of zero-shot; lora comes closest: 60 %"
 
     def test_angles(self) -> None:
-        assert title(figures.angles_over_training(make_angles())).startswith("Late in training, task c is farthest")
+        found = title(figures.angles_over_training(make_angles()))
+        assert found == "Over training, task c is farthest from orthogonal in lora: 70.0° [70.0, 70.0]"
         assert "orthogonal to within 1°" in title(figures.angles_over_training(make_angles(pairs=1)))
 
-    def test_angles_to_the_harmful_direction_say_what_suppression_can_remove(self) -> None:
-        angles = make_angles().replace({"pair": {"task_c": "task-harmful"}})  # at 70 degrees: cos^2 = 0.117
+    def test_angles_to_the_harmful_direction_are_those_of_the_method_with_surgery(self) -> None:
+        angles = make_angles().replace({"pair": {"task_c": "task-harmful", "task_a": "task-applied"}})
+        angles.loc[angles["pair"] == "task-applied", "mean"] = angles["method"].map({"lora": 1e-8, "dgs": 6.0})
+        harmful = angles["pair"] == "task-harmful"
+        angles.loc[harmful, "mean"] = angles["method"].map({"lora": 60.0, "dgs": 70.0})
         found = title(figures.angles_over_training(angles))
-        assert "task and harm are 70° apart" in found and "11.7 % of the energy" in found
+        assert found == "Over training, task and harmful gradient are 70.0° [70.0, 70.0] apart in dgs"
+        other = angles.replace({"method": {"dgs": "mine"}})
+        assert title(figures.angles_over_training(other)).endswith("apart in mine")
+        assert title(figures.angles_over_training(angles[angles["method"] == "lora"])).endswith(
+            "60.0° [60.0, 60.0] apart in lora"
+        )
+
+    def test_angles_are_means_of_all_steps_of_each_seed_then_over_seeds(self) -> None:
+        angles = make_angles(("dgs",), seeds=2).replace({"pair": {"task_c": "task-harmful"}})
+        harmful = angles["pair"] == "task-harmful"
+        angles.loc[harmful, "mean"] = 80.0 + angles["seed"] - angles["step"] / 10  # 75.5 and 76.5 over 10 steps
+        angles = angles[~((angles["seed"] == 1) & (angles["step"] == 0))]  # seed 1: 76.0 over 9
+        half = 12.7062 * 0.25  # t(0.975, 1) * sd / sqrt(2)
+        found = title(figures.angles_over_training(angles))
+        assert f"75.8° [{75.75 - half:.1f}, {75.75 + half:.1f}] apart in dgs" in found
+        assert "energy" not in found
+
+    def test_one_seed_of_angles_has_no_interval(self) -> None:
+        angles = make_angles(("dgs",), seeds=1).replace({"pair": {"task_c": "task-harmful"}})
+        assert title(figures.angles_over_training(angles)).endswith("70.0° (one seed) apart in dgs")
+
+    def test_a_tie_prints_as_in_the_report(self) -> None:
+        for noise in (-1e-13, 0.0, 1e-13):
+            made = make_detection(("dgs",), noise=0.0).assign(balanced_acc=0.6955 + noise)
+            assert "reaches 69.6 % balanced accuracy [69.6, 69.6]" in title(figures.detection_bars(made))
+            heat = figures.detection_heatmap(made)
+            assert {text.get_text() for text in heat.axes[0].texts} >= {"69.6\n±0.0"}
+            assert not any("69.5" in text.get_text() for text in heat.axes[0].texts)
+            pair = make_detection(("lora", "dgs"), noise=0.0)
+            pair["balanced_acc"] = pair["method"].map({"lora": 0.5, "dgs": 0.5205 + noise})
+            assert "by 2.1 points [+2.1, +2.1]" in title(figures.detection_bars(pair))
 
     def test_maps(self) -> None:
         found = title(figures.tsne_panels(make_points()))
@@ -261,8 +398,36 @@ def test_a_map_repeats_and_keeps_its_rows() -> None:
     pd.testing.assert_frame_equal(points, figures.tsne(given, seed=1))
     with pytest.raises(ValueError, match="features of 20 rows"):
         figures.tsne({"frozen": (np.zeros((3, 4)), rows)}, seed=1)
-    with pytest.raises(ValueError, match="at least 5"):
-        figures.tsne({"frozen": (np.zeros((3, 4)), rows[:3])}, seed=1)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_fewer_than_5_images_are_said_instead_of_drawn(count: int) -> None:
+    rows = pd.DataFrame({"generator": ["real", "vq"] * 10, "label": [0, 1] * 10})
+    features = np.random.default_rng(0).normal(size=(20, 4))
+    points = figures.tsne({"frozen": (features[:count], rows[:count]), "dgs": (features, rows)}, seed=0)
+    assert points.groupby("method").size().to_dict() == {"frozen": count, "dgs": 20}
+    assert points.loc[points["method"] == "frozen", ["x", "y"]].isna().all(axis=None)
+    assert points.loc[points["method"] == "dgs", ["x", "y"]].notna().all(axis=None)
+    fig = figures.tsne_panels(points)
+    words = [[text.get_text() for text in ax.texts] for ax in fig.axes]
+    assert words == [["fewer than\n5 images"], []]
+    assert fig.axes[0].get_title("center") == "frozen" and fig.axes[1].get_title("center").startswith("dgs: ")
+    none = figures.tsne_panels(points[points["method"] == "frozen"])
+    assert title(none) == "No map of features: fewer than 5 images"
+
+
+def test_features_that_are_all_the_same_make_one_place() -> None:
+    rows = pd.DataFrame({"generator": ["real", "vq"] * 5, "label": [0, 1] * 5})
+    points = figures.tsne({"frozen": (np.ones((10, 4)), rows)}, seed=0)
+    assert (points[["x", "y"]] == 0.0).all(axis=None)
+    figures.tsne_panels(points)
+
+
+def test_five_images_make_a_map() -> None:
+    rows = pd.DataFrame({"generator": ["real", "vq", "real", "vq", "vq"], "label": [0, 1, 0, 1, 1]})
+    points = figures.tsne({"frozen": (np.random.default_rng(0).normal(size=(5, 4)), rows)}, seed=0)
+    assert points.notna().all(axis=None)
+    assert not figures.tsne_panels(points).axes[0].texts
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:

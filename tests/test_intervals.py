@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgs.analysis.intervals import paired_difference, seed_interval
+from dgs.analysis.intervals import paired_difference, percent_text, rounded_text, seed_interval
 
 rates = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=10)
 
@@ -67,3 +67,39 @@ def test_unequal_seeds_and_odd_levels_are_refused() -> None:
         paired_difference([0.1, 0.2], [0.1])
     with pytest.raises(ValueError, match="level"):
         seed_interval([0.1, 0.2], level=95)
+
+
+class TestPrinting:
+    @pytest.mark.parametrize("exact", [0.6955, 0.9825, 0.5005, 0.7025])
+    def test_equal_numbers_print_alike_however_they_were_summed(self, exact: float) -> None:
+        noisy = [exact + k * 2.0**-52 for k in range(-8, 9)] + [float(np.mean([exact - 0.1, exact + 0.1]))]
+        assert {percent_text(value) for value in noisy} == {percent_text(exact)}
+        assert {rounded_text(100 * value) for value in noisy} == {percent_text(exact)}
+
+    @pytest.mark.parametrize("digits", [0, 1, 2])
+    @given(st.floats(-1.0, 1.0))
+    def test_what_metrics_json_keeps_prints_like_what_it_was_rounded_from(self, digits: int, value: float) -> None:
+        if abs(value * 1e6 % 1.0 - 0.5) > 1e-6:  # halves of the last digit kept may go either way
+            assert percent_text(round(value, 6), digits) == percent_text(value, digits)
+
+    @pytest.mark.parametrize(
+        ("value", "digits", "sign", "text"),
+        [
+            (69.55, 1, False, "69.6"),
+            (98.25, 1, False, "98.3"),
+            (-0.25, 1, False, "−0.3"),
+            (100.0, 1, False, "100.0"),
+            (59.5, 0, False, "60"),
+            (2.0, 1, True, "+2.0"),
+            (-2.0, 1, True, "−2.0"),
+            (-0.04, 1, False, "0.0"),
+            (-0.04, 1, True, "+0.0"),
+            (1e-9, 1, False, "0.0"),
+        ],
+    )
+    def test_by_hand(self, value: float, digits: int, sign: bool, text: str) -> None:
+        assert rounded_text(value, digits, sign) == text
+
+    def test_what_is_no_number_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="finite"):
+            rounded_text(math.nan)

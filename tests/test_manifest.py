@@ -14,15 +14,18 @@ import pandas as pd
 import pytest
 from conftest import ImageTree, structured_image
 
+from dgs.analysis.metrics import detection_table
 from dgs.data.images import UnreadableImage, decode
 from dgs.data.manifest import (
     COLUMNS,
     ImageSource,
     build_manifest,
+    cautions,
     counts,
     data_hash,
     duplicates_across_splits,
     examples,
+    ignored_files,
     open_image,
 )
 from dgs.errors import UserError
@@ -206,10 +209,88 @@ class TestValidationSplit:
         assert len(after) == len(before) + 19
         assert after.loc[before.index].equals(before)
 
+    @pytest.mark.parametrize("seed", range(6))
+    def test_few_images_still_give_every_generator_and_label_one(self, image_tree: ImageTree, seed: int) -> None:
+        manifest = manifest_of(image_tree(NO_VAL, real=4, fake=4, seed=seed), val_fraction=0.02)
+        cells = manifest.groupby(["split", "generator", "label"]).size()
+        assert all(cells["val", generator, label] >= 1 for generator in ("alpha", "beta") for label in (0, 1))
+        assert all(cells["train", generator, label] >= 2 for generator in ("alpha", "beta") for label in (0, 1))
+
     @pytest.mark.parametrize(("fraction", "split"), [(0.0, "val"), (1.0, "train")])
     def test_a_cut_that_leaves_nothing_is_an_error(self, image_tree: ImageTree, fraction: float, split: str) -> None:
         message = refusal(image_tree(NO_VAL), val_fraction=fraction)
         says(message, f"data.val_fraction = {fraction}", f"left {split} without", "image", "Give a val folder")
+
+
+class TestPhotographsForAllGenerators:
+    """A folder named `real` in place of a generator's: its 0_real is what all fakes of the split are compared with."""
+
+    @staticmethod
+    def shared(root: Path) -> Path:
+        (root / "test" / "real" / "0_real").mkdir(parents=True)
+        for generator in ("alpha", "beta", "gamma"):
+            own = root / "test" / generator / "0_real"
+            for index, path in enumerate(sorted(own.iterdir())):
+                path.rename(root / "test" / "real" / "0_real" / f"{generator}-{index}{path.suffix}")
+            own.rmdir()
+        return root
+
+    def test_other_generators_then_need_none_of_their_own(self, image_tree: ImageTree) -> None:
+        manifest = manifest_of(self.shared(image_tree()))
+        test = manifest[manifest["split"] == "test"]
+        assert set(test.loc[test["label"] == 0, "generator"]) == {"real"} and not test["seen"][test["label"] == 0].any()
+        assert set(test.loc[test["label"] == 1, "generator"]) == {"alpha", "beta", "gamma"}
+        scores = pd.DataFrame(test[["id", "split", "generator", "label"]]).assign(
+            condition="native", applied_to="both", logit=test["label"] * 2.0 - 1.0, method="probe", seed=0, rho=np.nan
+        )
+        val = scores.assign(split="val")
+        table = detection_table(pd.concat([scores, val]), {"alpha", "beta"})
+        assert set(table["n_real"]) == {9} and set(table["balanced_acc"]) == {1.0}
+
+    def test_a_generator_of_that_name_is_refused_before_anything_is_trained(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        (root / "train" / "alpha").rename(root / "train" / "real")
+        says(refusal(root), "only photographs", "3 in 1_fake", "Rename the folder")
+
+    def test_without_it_a_missing_class_is_still_an_error(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        shutil.rmtree(root / "test" / "alpha" / "0_real")
+        says(refusal(root), "0_real", "found none (3 in 1_fake)")
+
+
+class TestWhatIsFoundInAFolder:
+    def test_links_are_followed_and_a_loop_of_them_ends(self, image_tree: ImageTree, tmp_path: Path) -> None:
+        root = image_tree()
+        more = tmp_path / "more"
+        more.mkdir()
+        structured_image(9_001).save(more / "linked.png")
+        (root / "train" / "alpha" / "0_real" / "more").symlink_to(more)
+        (more / "loop").symlink_to(root / "train" / "alpha" / "0_real")
+        files = manifest_of(root)["file"].tolist()
+        assert files.count("train/alpha/0_real/more/linked.png") == 1
+        assert len(files) == len(manifest_of(image_tree(name="plain"))) + 1
+
+    def test_files_passed_over_are_counted_by_kind(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        real = root / "train" / "alpha" / "0_real"
+        for name in ("a.heic", "b.HEIC", "notes.txt", ".hidden"):
+            (real / name).write_text("x")
+        (real / "gone.png").symlink_to(real / "nowhere.png")
+        assert ignored_files(root) == {".heic": 2, ".png": 1, ".txt": 1}
+        assert ignored_files(image_tree(name="plain")) == {}
+
+    def test_cautions_name_what_a_reader_should_know(self, image_tree: ImageTree) -> None:
+        root = image_tree()
+        path = next((root / "train" / "alpha" / "0_real").iterdir())
+        shutil.copy(path, root / "test" / "alpha" / "0_real" / f"copy{path.suffix}")
+        several, passed, few = cautions(manifest_of(root), {".heic": 2})
+        assert several.startswith("1 images occur in several splits")
+        assert "2 .heic" in passed
+        assert "only 6 images of a label" in few
+
+    def test_one_caption_for_all_is_a_caution(self, image_tree: ImageTree) -> None:
+        manifest = manifest_of(image_tree()).assign(caption="a photo")
+        assert any("same caption" in caution for caution in cautions(manifest, {}))
 
 
 class TestCaptionsOfAManifest:

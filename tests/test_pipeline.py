@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import nbformat
@@ -156,6 +157,7 @@ def test_a_changed_number_reruns_the_stages_that_read_it(repo: Path) -> None:
         ("train.stage2.lr=fast", "Parameter 'train.stage2.lr' in params.yaml: input should be a valid number"),
         ("+train.stage2.learning_rate=0.1", "Unknown parameter 'train.stage2.learning_rate' in params.yaml."),
         ("train.stage2.learning_rate=0.1", "learning_rate"),
+        ("+sedes=[1]", "Unknown parameter 'sedes' in params.yaml."),
         ("data.rho=0.6", "Expected data.rho to be one of 0.50, 0.75, 0.90, found 0.6."),
     ],
 )
@@ -166,6 +168,47 @@ def test_dvc_exp_run_refuses_wrong_parameters(repo: Path, override: str, sentenc
     assert sentence in tried.stderr + tried.stdout
     assert "Traceback" not in tried.stderr.replace('Traceback (most recent call last):\n  File "<frozen', "")
     assert (repo / "params.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("sedes", [0, 1], "dgs: Unknown parameter 'sedes' in params.yaml. Did you mean 'seeds'?"),
+        ("data", {"root": "nowhere"}, "dgs: Expected a folder of images at data.root = nowhere, found none."),
+    ],
+)
+def test_dvc_repro_refuses_wrong_parameters_before_any_stage(
+    repo: Path, name: str, value: object, sentence: str
+) -> None:
+    path = repo / "params.yaml"
+    source = path.read_text()
+    params = yaml.safe_load(source)
+    params[name] = {**params[name], **value} if isinstance(value, dict) else value
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    try:
+        tried = run(repo, "dvc", "repro")
+        assert tried.returncode != 0
+        assert sentence in tried.stderr
+        assert not set(ran(tried.stdout)) & set(STAGES_OF_A_RUN)
+    finally:
+        path.write_text(source)
+        assert run(repo, "dvc", "repro").returncode == 0
+
+
+def test_make_stops_at_a_profile_that_does_not_exist(repo: Path) -> None:
+    """And does not run the main pipeline instead."""
+    before = snapshot(repo / "results")
+    environment = {"CONDA_DEFAULT_ENV": "dgs", "CONDA_PREFIX": str(Path(sys.prefix))}
+    tried = run(repo, "make", "repro", "PROFILE=tinny", **environment)
+    assert tried.returncode != 0
+    assert "dgs: Expected the profile 'tinny' at profiles/tinny.yaml, found none. Did you mean 'tiny'?" in tried.stderr
+    assert "Running stage" not in tried.stdout and "up to date" not in tried.stdout
+    assert snapshot(repo / "results") == before
+
+
+def test_a_long_stage_shows_a_progress_bar(repo: Path) -> None:
+    shown = run(repo, "dgs", "stage", "train", "--method", "lora").stderr
+    assert "lora, all seeds" in shown and "%|" in shown
 
 
 def test_dvc_exp_run_takes_right_ones(repo: Path) -> None:
@@ -197,10 +240,14 @@ def test_a_failing_stage_leaves_nothing_half_written(repo: Path) -> None:
 def test_a_profile_has_its_own_pipeline_and_leaves_the_main_one_alone(repo: Path, image_tree) -> None:  # type: ignore[no-untyped-def]
     """A user's folder, as docs/own-data.md says."""
     data = image_tree({"train": ("a",), "test": ("a", "b")}, real=12, fake=12)
+    captions = repo.parent / "captions.jsonl"
+    first, second, *_ = sorted(path.relative_to(data).as_posix() for path in (data / "train" / "a").rglob("*.*"))
+    captions.write_text(json.dumps({"path": first, "caption": "a blue boat"}) + "\n")
+    files = {"layout": "folders", "root": str(data), "rho": None, "captions": str(captions), "val_fraction": 0.3}
     overlay = {
         "seeds": [0],
         "methods": ["probe", "dgs"],
-        "data": {"layout": "folders", "root": str(data), "rho": None, "val_fraction": 0.3},
+        "data": files,
         "model": {"clip": "sample/clip"},
         "patches": {"enabled": True, "size": 8},
         "evaluate": {"retrieval_pool": 4, "tsne_images": 6},
@@ -218,6 +265,11 @@ def test_a_profile_has_its_own_pipeline_and_leaves_the_main_one_alone(repo: Path
     assert ran(run(repo, "dvc", "repro").stdout) == []
     again = run(repo, "dvc", "repro", "profiles/own/dvc.yaml")
     assert ran(again.stdout) == []
+    with captions.open("a") as file:
+        file.write(json.dumps({"path": second, "caption": "a red boat"}) + "\n")
+    changed = run(repo, "dvc", "repro", "profiles/own/dvc.yaml")
+    assert changed.returncode == 0, changed.stderr
+    assert {name.rpartition(":")[2] for name in ran(changed.stdout)} >= {"prepare", "train@dgs", "evaluate"}
 
 
 def test_papermill_from_another_folder_with_overridden_parameters(repo: Path, tmp_path: Path) -> None:

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from test_figures import GENERATORS, make_detection, make_forgetting
+from test_figures import GENERATORS, METHODS, make_detection, make_forgetting
 
 from dgs.analysis.metrics import summary
 from dgs.analysis.report import markdown_table, write_report
 
 PARAMS = {"train": {"lr": 0.003, "epochs": 1}, "seeds": [0, 1]}
+WARNING = (
+    "**Methods were trained with different settings** (named below): their differences are not of the method alone."
+)
 
 
-def report(folder: Path, detection: pd.DataFrame, forgetting: pd.DataFrame | None = None, **more: Any) -> str:
+def report(
+    folder: Path,
+    detection: pd.DataFrame,
+    forgetting: pd.DataFrame | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    **more: Any,
+) -> str:
     made = summary(detection, forgetting, "mini", "abc123")
-    return write_report(folder / "deep" / "REPORT.md", made, detection, forgetting, PARAMS, **more).read_text("utf-8")
+    given = dict.fromkeys(METHODS, PARAMS) if settings is None else settings
+    return write_report(folder / "deep" / "REPORT.md", made, detection, forgetting, given, **more).read_text("utf-8")
 
 
 def test_everything_a_reader_asks_for_is_there(tmp_path: Path) -> None:
@@ -86,3 +98,72 @@ def test_links_are_relative(tmp_path: Path) -> None:
 
 def test_a_pipe_in_a_name_does_not_break_the_table() -> None:
     assert markdown_table(["a", "b"], [["x|y", "1"]]).splitlines() == ["| a | b |", "| --- | ---: |", "| x\\|y | 1 |"]
+
+
+# Rates of five seeds whose mean is the key exactly; floats of it differ in the last bits with the order of the sum.
+TIES = {0.6955: (0.6950, 0.6960, 0.6940, 0.6970, 0.6955), 0.9825: (0.9800, 0.9850, 0.9775, 0.9875, 0.9825)}
+
+
+class TestRounding:
+    """Exact ties of the first decimal, whose sums carry different noise."""
+
+    @pytest.mark.parametrize(("exact", "printed"), [(0.6955, "69.6"), (0.9825, "98.3")])
+    def test_equal_values_print_alike_in_every_section(self, tmp_path: Path, exact: float, printed: str) -> None:
+        rates = ["acc", "balanced_acc", "r_acc", "f_acc", "ap", "auroc", "tpr_at_1fpr", "tpr_at_5fpr", "ece"]
+        detection = make_detection(noise=0.0)
+        for i, method in enumerate(METHODS):  # each method meets the same rates in another order of seeds
+            own = TIES[exact][i:] + TIES[exact][:i]
+            for seed, value in enumerate(own):
+                noisy = value + (-1) ** seed * i * 1e-13
+                detection.loc[(detection["method"] == method) & (detection["seed"] == seed), rates] = noisy
+        jpeg = detection.assign(condition="jpeg_50")
+        text = report(tmp_path, pd.concat([detection, jpeg]))
+        tables = text.split("## Headline")[1].split("## How to read")[0]
+        cells = re.findall(r"(?<![\d.±+−\[])(\d+\.\d)(?= [±\[])", tables)
+        assert len(cells) == 4 * 3 + 6 * 3 + 5 * 10 * 3 + 2 * 3 and set(cells) == {printed}
+        macc = next(line for line in text.splitlines() if "(mAcc" in line)
+        assert [macc.count(f"`{method}` {printed}") for method in METHODS] == [1, 1, 1]
+        assert len(set(re.findall(r"±(\d+\.\d)", tables))) == 1, "half intervals print alike too"
+
+    def test_the_means_ends_and_differences_of_a_tie(self, tmp_path: Path) -> None:
+        detection = make_detection(("lora", "dgs"), noise=0.0)
+        detection["balanced_acc"] = detection["method"].map({"lora": 0.6955 - 1e-14, "dgs": 0.6955 + 0.0205 + 1e-14})
+        text = report(tmp_path, detection)
+        assert "| `lora` | 69.6 [69.6, 69.6] | 69.6 [69.6, 69.6] |" in text
+        assert text.count("+2.1 [+2.1, +2.1]") == 3, "seen, unseen, worst"
+
+    def test_the_differences_are_of_the_numbers_before_rounding(self, tmp_path: Path) -> None:
+        detection = make_detection(("lora", "dgs"), noise=0.0)
+        detection["balanced_acc"] = detection["method"].map({"lora": 0.5 + 4.9e-7, "dgs": 0.5205 - 4.9e-7})
+        assert "| `dgs` | balanced acc., unseen | +2.0 [+2.0, +2.0] |" in report(tmp_path, detection)
+
+
+class TestSettings:
+    def test_what_all_methods_share_is_printed_once(self, tmp_path: Path) -> None:
+        text = report(tmp_path, make_detection())
+        assert text.count("| `train.lr` | `0.003` |") == 1 and "different settings" not in text
+
+    def test_what_differs_is_named_with_a_warning_above(self, tmp_path: Path) -> None:
+        other = {"train": {"lr": 0.05, "epochs": 1}, "seeds": [0, 1]}
+        text = report(tmp_path, make_detection(), settings={"lora": PARAMS, "dgs": other})
+        assert "| `train.lr` | `lora: 0.003; dgs: 0.05` |" in text and "| `train.epochs` | `1` |" in text
+        lines = text.splitlines()
+        assert lines.index(WARNING) < lines.index("| setting | value |")
+
+    def test_the_order_is_that_of_the_methods(self, tmp_path: Path) -> None:
+        other = {"train": {"lr": 0.05}}
+        text = report(tmp_path, make_detection(), settings={"dgs": other, "probe": PARAMS, "lora": PARAMS})
+        assert "`dgs: 0.05; probe: 0.003; lora: 0.003`" in text
+        assert "| `train.epochs` | `dgs: –; probe: 1; lora: 1` |" in text, "a setting that one method lacks"
+
+    def test_what_does_not_enter_training_is_named_without_a_warning(self, tmp_path: Path) -> None:
+        given = {name: {"compute": {"jobs": jobs}} for name, jobs in (("lora", 1), ("dgs", 2))}
+        text = report(tmp_path, make_detection(), settings=given)
+        assert "| `compute.jobs` | `lora: 1; dgs: 2` |" in text and WARNING not in text
+
+    def test_no_settings_no_table(self, tmp_path: Path) -> None:
+        assert "Settings:" not in report(tmp_path, make_detection(), settings={})
+
+    def test_settings_of_no_method_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="each method"):
+            report(tmp_path, make_detection(), settings={"profile": "mini"})  # type: ignore[dict-item]

@@ -9,12 +9,16 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from conftest import ImageTree
 from copies import ROOT, copy_repository, snapshot
 from typer.testing import CliRunner
 
 from dgs.cli import app
 from dgs.errors import UserError
-from dgs.pipeline import check_stage, normalise, run_stage, write_profile_pipeline
+from dgs.params import load_params
+from dgs.pipeline import check_stage, normalise, run_stage
+from dgs.profile import check_file, write_profile_pipeline
+from dgs.workspace import MAIN
 
 
 @pytest.fixture
@@ -32,7 +36,7 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def change(repo: Path, group: str, **values: object) -> None:
     path = repo / "params.yaml"
     params = yaml.safe_load(path.read_text())
-    params[group].update(values)
+    params.setdefault(group, {}).update(values)
     path.write_text(yaml.safe_dump(params))
 
 
@@ -95,14 +99,109 @@ def test_unknown_stages_are_named() -> None:
         check_stage("trian")
 
 
+@pytest.fixture
+def own(repo: Path, image_tree: ImageTree) -> Path:
+    """An overlay for a folder of images with captions of its own."""
+    captions = repo / "captions.jsonl"
+    captions.write_text("")
+    data = {"layout": "folders", "root": str(image_tree()), "rho": None, "captions": str(captions)}
+    path = repo / "profiles" / "own.yaml"
+    path.write_text(yaml.safe_dump({"data": data, "model": {"clip": "sample/clip"}}))
+    return path
+
+
+class TestTheCheckBeforeAnyStage:
+    """DVC looks only at the groups that a stage names: the check reads the whole file."""
+
+    def test_a_right_file_leaves_the_mark_that_stages_wait_for(self, repo: Path) -> None:
+        assert check_file() == repo / "build/mini/checked"
+        first = (repo / "build/mini/checked").read_bytes()
+        change(repo, "train", batch_size=7)
+        check_file()
+        assert (repo / "build/mini/checked").read_bytes() == first, "or every number would rerun every stage"
+
+    @pytest.mark.parametrize(
+        ("group", "values", "sentence"),
+        [
+            ("sedes", {"x": 1}, "Unknown parameter 'sedes' in params.yaml. Did you mean 'seeds'?"),
+            ("data", {"root": "nowhere"}, "Expected a folder of images at data.root = nowhere, found none."),
+            ("data", {"captions": "no.jsonl"}, "Expected a caption file at data.captions = no.jsonl, found none."),
+        ],
+    )
+    def test_a_wrong_one_is_a_sentence_and_leaves_no_mark(
+        self, repo: Path, group: str, values: dict[str, object], sentence: str
+    ) -> None:
+        change(repo, group, **values)
+        result = CliRunner().invoke(app, ["check"])
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"dgs: {sentence}") and result.stderr.count("\n") == 1
+        assert not (repo / "build/mini/checked").exists()
+
+    def test_an_unknown_method_is_found_before_anything_is_prepared(self, repo: Path) -> None:
+        path = repo / "params.yaml"
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "methods": ["probe", "dsg"]}))
+        with pytest.raises(UserError, match=r"Unknown method 'dsg'\. Did you mean 'dgs'\?"):
+            check_file()
+
+    def test_data_that_the_pipeline_makes_itself_need_not_be_there_yet(self, repo: Path) -> None:
+        change(repo, "data", root="data")
+        assert not (repo / "data").exists()
+        check_file()
+
+
+class TestAProfilesInputs:
+    def test_its_captions_and_clip_are_dependencies(self, repo: Path, own: Path) -> None:
+        stages = yaml.safe_load(write_profile_pipeline("own", repo).read_text())["stages"]
+        assert {str(repo / "captions.jsonl"), "sample/clip"} <= set(stages["prepare"]["deps"])
+        assert "sample/clip" in stages["train"]["deps"] and "sample/clip" in stages["evaluate"]["deps"]
+        assert "sample/clip" not in stages["gradient_angles"]["deps"]
+
+    def test_the_embedded_clip_of_a_fresh_clone_is_waited_for(self, repo: Path, own: Path) -> None:
+        content = yaml.safe_load(own.read_text())
+        own.write_text(yaml.safe_dump({**content, "model": {"clip": "data/clip"}}))
+        stages = yaml.safe_load(write_profile_pipeline("own", repo).read_text())["stages"]
+        assert "data/clip" in stages["prepare"]["deps"], "DVC then makes data/ first"
+
+    def test_a_home_folder_is_written_out(self, repo: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        content = yaml.safe_load(own.read_text())
+        root = Path(content["data"]["root"])
+        monkeypatch.setenv("HOME", str(root.parent))
+        own.write_text(yaml.safe_dump({**content, "data": {**content["data"], "root": f"~/{root.name}"}}))
+        write_profile_pipeline("own", repo)
+        assert yaml.safe_load((repo / "profiles/own/params.yaml").read_text())["data"]["root"] == str(root)
+
+    def test_a_folder_that_is_not_there_stops_before_a_pipeline_is_written(self, repo: Path, own: Path) -> None:
+        content = yaml.safe_load(own.read_text())
+        own.write_text(yaml.safe_dump({**content, "data": {**content["data"], "root": "/path/to/my-images"}}))
+        with pytest.raises(
+            UserError, match=r"Expected a folder of images at data\.root = /path/to/my-images, found none"
+        ):
+            write_profile_pipeline("own", repo)
+        assert not (repo / "profiles/own").exists()
+
+
+def test_leftovers_of_a_killed_run_are_cleared(repo: Path) -> None:
+    leftover = repo / "build/mini/.prepare-abc"
+    leftover.mkdir()
+    (repo / "build/mini/.train-lora-abc").mkdir()
+    change(repo, "data", rho=0.6)
+    with pytest.raises(UserError):
+        run_stage("prepare", "prepare", {})
+    assert not leftover.exists() and (repo / "build/mini/.train-lora-abc").exists()
+
+
 def test_a_profiles_pipeline_is_the_main_one_with_its_own_parameters(repo: Path) -> None:
+    (repo / "aigibench").mkdir()
     path = write_profile_pipeline("paper", repo)
     assert path == repo / "profiles/paper/dvc.yaml"
     own, main = yaml.safe_load(path.read_text()), yaml.safe_load((repo / "dvc.yaml").read_text())
     assert list(own["stages"]) == list(main["stages"])
     for name, body in own["stages"].items():
         assert body["wdir"] == "../.."
-        assert body["deps"] == main["stages"][name]["deps"]
+        own_file = [
+            "profiles/paper/params.yaml" if dep == "params.yaml" else dep for dep in main["stages"][name]["deps"]
+        ]
+        assert body["deps"] == own_file
         if "params" in main["stages"][name]:
             assert body["params"] == [{"profiles/paper/params.yaml": main["stages"][name]["params"]}]
             assert "dgs stage --params profiles/paper/params.yaml" in body["cmd"]
@@ -114,6 +213,7 @@ def test_a_profiles_pipeline_is_the_main_one_with_its_own_parameters(repo: Path)
 def test_the_main_profile_is_the_main_pipeline(repo: Path) -> None:
     assert write_profile_pipeline("mini", repo) == repo / "dvc.yaml"
     assert CliRunner().invoke(app, ["profile", "mini"]).stdout.strip() == "dvc.yaml"
+    assert load_params(root=repo).profile == MAIN
 
 
 def test_normalising_keeps_results_and_drops_progress_and_widgets() -> None:

@@ -21,7 +21,7 @@ from dgs.data.views import Views, batch_order, batches
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, Clip, load_clip
 from dgs.model.checkpoint import load_checkpoint, load_heads, save_checkpoint
-from dgs.model.detector import Detector, score_files
+from dgs.model.detector import Detector
 from dgs.model.methods import METHODS, get_method
 from dgs.model.train import Trained, frozen_features, new_head, stage1, surgery_step, teacher_residuals, train
 from dgs.params import Params, validate
@@ -302,31 +302,6 @@ def test_a_checkpoint_scores_as_the_run_that_made_it(
     assert set(load_heads(tmp_path / "checkpoint")) == (
         {"image"} if method == "probe" else {"image", "text", "teacher"}
     )
-
-
-def test_scoring_a_folder_accounts_for_every_file(clip: Clip, prepared: Prepared, tmp_path: Path) -> None:
-    params = settings().model_copy(update={"model": settings().model.model_copy(update={"clip": clip.name})})
-
-    def keep(trained: Trained) -> None:
-        save_checkpoint(tmp_path / "c", trained.backbone, trained.heads, clip, params, "lora", 0, {"val": 0.0}, "d")
-
-    train(get_method("lora"), clip, prepared, params, 0, torch.device("cpu"), keep)
-    folder = tmp_path / "images"
-    folder.mkdir()
-    good = [(folder / f"{i}.png") for i in range(5)]
-    for path, name in zip(good, prepared.manifest["file"], strict=False):
-        path.write_bytes((prepared.source.root / name).read_bytes())
-    (folder / "broken.jpg").write_text("no image")
-    (folder / "notes.txt").write_text("not asked about")
-    rows = list(score_files([folder], tmp_path / "c", warn=lambda _: None, batch_size=2))
-    assert sorted(row["path"] for row in rows) == sorted(map(str, [*good, folder / "broken.jpg"]))
-    errors = [row for row in rows if "error" in row]
-    assert [Path(row["path"]).name for row in errors] == ["broken.jpg"]
-    expected = dict(zip(map(str, good), Detector.load(tmp_path / "c").score(good), strict=True))
-    for row in rows:
-        if "error" not in row:
-            assert row["probability"] == pytest.approx(expected[row["path"]], abs=1e-6)
-            assert row["verdict"] == ("generated" if row["probability"] > 0.5 else "real")
 
 
 def test_a_checkpoint_refuses_another_clip(clip: Clip, prepared: Prepared, tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 
 from dgs.analysis.metrics import DETECTION_COLUMNS, RATES, write_detection
-from dgs.analysis.verify import compare_results
+from dgs.analysis.verify import TABLES, compare_results
 from dgs.errors import UserError
 
 METHODS = ("probe", "dgs")
+NAMES = ("detection.csv", "forgetting.csv", "gradient_angles.csv", "training.csv")
 
 
 def metrics() -> dict[str, Any]:
@@ -77,6 +78,14 @@ def write(folder: Path, rho: float | None = 0.9) -> Path:
             for step in (0, 10)
         ]
     ).to_csv(folder / "gradient_angles.csv", index=False)
+    pd.DataFrame(
+        [
+            {"rho": rho, "method": method, "seed": seed, "epoch": 0, "step": step, "loss": 0.69, "loss_task": 0.6}
+            | {"val_balanced_acc": 0.75 if step else None}
+            for method, seed in runs
+            for step in (0, 10)
+        ]
+    ).to_csv(folder / "training.csv", index=False)
     return folder
 
 
@@ -126,7 +135,7 @@ class TestAgreement:
         assert compare_results(pair[0], pair[0]) == []
         assert compare_results(*pair) == []
 
-    @pytest.mark.parametrize("name", ["detection.csv", "forgetting.csv", "gradient_angles.csv"])
+    @pytest.mark.parametrize("name", NAMES)
     def test_the_order_of_rows_does_not_matter(self, pair: tuple[Path, Path], name: str) -> None:
         table = read_text(pair[1] / name)
         table.sample(frac=1, random_state=1).to_csv(pair[1] / name, index=False)
@@ -221,7 +230,7 @@ class TestTables:
         edit(pair[side], name, 1, column, "")
         assert f" {column}:" in only(compare_results(*pair))
 
-    @pytest.mark.parametrize("name", ["detection.csv", "forgetting.csv", "gradient_angles.csv"])
+    @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize(("side", "where"), [(0, "reproduced"), (1, "committed")])
     def test_a_row_that_only_one_table_has(self, pair: tuple[Path, Path], name: str, side: int, where: str) -> None:
         table = read_text(pair[side] / name)
@@ -260,7 +269,7 @@ class TestDataWithoutRho:
     def pair(self, tmp_path: Path) -> tuple[Path, Path]:
         return write(tmp_path / "committed", None), write(tmp_path / "reproduced", None)
 
-    @pytest.mark.parametrize("name", ["detection.csv", "forgetting.csv", "gradient_angles.csv"])
+    @pytest.mark.parametrize("name", NAMES)
     def test_equal_tables_agree_in_any_order(self, pair: tuple[Path, Path], name: str) -> None:
         assert compare_results(*pair) == []
         read_text(pair[1] / name).iloc[::-1].to_csv(pair[1] / name, index=False)
@@ -287,15 +296,120 @@ class TestDataWithoutRho:
         assert "1 rows" in line and f"only in the {where}" in line and "probe" in line
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "detection.csv", "forgetting.csv", "gradient_angles.csv"])
-@pytest.mark.parametrize("side", [0, 1])
-def test_a_missing_file_is_named_with_its_folder(tmp_path: Path, name: str, side: int) -> None:
-    folders = [write(tmp_path / "committed"), write(tmp_path / "reproduced")]
-    (folders[side] / name).unlink()
-    with pytest.raises(UserError) as error:
-        compare_results(*folders)
-    message = str(error.value)
-    assert name in message and str(folders[side]) in message and "make repro" in message and "\n" not in message
+class TestFiles:
+    others = ("REPORT.md", "figures/evaluate/detection.png", "notebooks/evaluate.ipynb", "notes/my own.txt")
+
+    def fill(self, folder: Path, content: str) -> None:
+        for name in self.others:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(content)
+
+    def test_files_that_both_have_may_differ_in_their_bytes(self, pair: tuple[Path, Path]) -> None:
+        for folder, content in zip(pair, ("one", "two"), strict=True):
+            self.fill(folder, content)
+        assert compare_results(*pair) == []
+
+    @pytest.mark.parametrize("name", [*others, "training.csv"])
+    @pytest.mark.parametrize(("side", "where"), [(0, "reproduced"), (1, "committed")])
+    def test_a_file_that_only_one_folder_has_is_named(
+        self, pair: tuple[Path, Path], name: str, side: int, where: str
+    ) -> None:
+        for folder in pair:
+            self.fill(folder, "same")
+        (pair[side] / name).unlink()
+        assert only(compare_results(*pair)) == f"{name}: only in the {where} folder"
+
+    def test_a_table_that_neither_has_is_no_difference(self, pair: tuple[Path, Path]) -> None:
+        for folder in pair:
+            (folder / "gradient_angles.csv").unlink()
+        assert compare_results(*pair) == []
+
+    def test_what_tools_leave_behind_is_passed_over(self, pair: tuple[Path, Path]) -> None:
+        (pair[1] / "notebooks/.ipynb_checkpoints").mkdir(parents=True)
+        (pair[1] / "notebooks/.ipynb_checkpoints/evaluate-checkpoint.ipynb").write_text("{}")
+        (pair[0] / ".DS_Store").write_text("")
+        assert compare_results(*pair) == []
+
+    @pytest.mark.parametrize("name", ["metrics.json", "detection.csv", "forgetting.csv", "gradient_angles.csv"])
+    @pytest.mark.parametrize("side", [0, 1])
+    def test_a_missing_table_is_named_with_its_folder(self, pair: tuple[Path, Path], name: str, side: int) -> None:
+        (pair[side] / name).unlink()
+        with pytest.raises(UserError) as error:
+            compare_results(*pair)
+        message = str(error.value)
+        assert name in message and str(pair[side]) in message and "make repro" in message
+        assert "\n" not in message
+
+    @pytest.mark.parametrize("name", ["metrics.json", "forgetting.csv", "training.csv"])
+    @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x80", b'a\n1,"2\n3\n'])
+    @pytest.mark.parametrize(("side", "where"), [(0, "committed"), (1, "reproduced")])
+    def test_a_broken_file_is_one_line(
+        self, pair: tuple[Path, Path], name: str, content: bytes, side: int, where: str
+    ) -> None:
+        (pair[side] / name).write_bytes(content)
+        line = only(compare_results(*pair))
+        assert line.startswith(f"{name}: the {where} file is no ")
+
+
+class TestRepeatedRows:
+    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("rho", [0.9, None])
+    @pytest.mark.parametrize(("side", "where"), [(0, "committed"), (1, "reproduced")])
+    def test_a_row_twice_is_one_sentence_with_table_and_key(
+        self, tmp_path: Path, name: str, rho: float | None, side: int, where: str
+    ) -> None:
+        folders = write(tmp_path / "a", rho), write(tmp_path / "b", rho)
+        table = read_text(folders[side] / name)
+        pd.concat([table, table.iloc[[1]]]).to_csv(folders[side] / name, index=False)
+        line = only(compare_results(*folders))
+        assert line.startswith(f"{name} [") and f"2 times in the {where} file" in line
+        row = table.iloc[1]
+        assert all(str(row[key]) in line for key in TABLES[name] if key in table.columns and row[key]), line
+
+    def test_many_are_counted_and_the_other_rows_are_compared(self, pair: tuple[Path, Path]) -> None:
+        edit(pair[1], "forgetting.csv", 5, "after", lambda value: value + 0.02)
+        table = read_text(pair[1] / "forgetting.csv")
+        pd.concat([table, table.iloc[:3]]).to_csv(pair[1] / "forgetting.csv", index=False)
+        first, second = compare_results(*pair)
+        assert "and 2 other rows more than once" in first and " after:" in second
+
+
+class TestTraining:
+    @pytest.mark.parametrize("column", ["loss", "loss_task", "val_balanced_acc"])
+    def test_a_change_beyond_the_tolerance(self, pair: tuple[Path, Path], column: str) -> None:
+        row = edit(pair[1], "training.csv", 1, column, lambda value: value + 0.02)
+        line = only(compare_results(*pair))
+        assert line.startswith("training.csv [") and f" {column}:" in line and str(row[column]) in line
+        assert all(str(row[key]) in line for key in ("method", "seed", "epoch", "step"))
+
+    def test_the_tolerance_is_absolute(self, pair: tuple[Path, Path]) -> None:
+        for folder in pair:
+            edit(folder, "training.csv", 1, "loss", "1000.0")
+        edit(pair[1], "training.csv", 1, "loss", lambda value: value + 0.009)
+        assert compare_results(*pair) == []
+        edit(pair[1], "training.csv", 1, "loss", lambda value: value + 0.009)
+        assert " loss:" in only(compare_results(*pair))
+
+    def test_a_missing_value_equals_a_missing_value_alone(self, pair: tuple[Path, Path]) -> None:
+        assert read_text(pair[0] / "training.csv")["val_balanced_acc"].tolist().count("") == 4
+        edit(pair[1], "training.csv", 0, "val_balanced_acc", "0.5")
+        assert " val_balanced_acc:" in only(compare_results(*pair))
+
+    def test_a_log_without_rho(self, pair: tuple[Path, Path]) -> None:
+        for folder in pair:
+            read_text(folder / "training.csv").drop(columns="rho").to_csv(folder / "training.csv", index=False)
+        assert compare_results(*pair) == []
+        edit(pair[1], "training.csv", 1, "loss", lambda value: value + 0.02)
+        assert " loss:" in only(compare_results(*pair))
+
+    def test_a_log_where_one_side_alone_has_rho(self, pair: tuple[Path, Path]) -> None:
+        read_text(pair[0] / "training.csv").drop(columns="rho").to_csv(pair[0] / "training.csv", index=False)
+        assert only(compare_results(*pair)) == "training.csv: column rho only in the reproduced file"
+
+
+def test_text_where_a_number_was_is_reported(pair: tuple[Path, Path]) -> None:
+    edit(pair[1], "forgetting.csv", 2, "after", "much")
+    assert any(" after: committed 0.7, reproduced much" in line for line in compare_results(*pair))
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Figures of a run: each takes tables and returns a matplotlib Figure; no inference, no files, no pyplot state.
 
-Titles state what the data show and are computed from them. A method has one colour and one marker everywhere. Sizes
-suit a README column: at half width (some 430 px) the smallest text is still about 9 px high. In a notebook,
-`%matplotlib inline` once makes a returned figure show.
+Titles state what the data show and are computed from them. A method has one colour and one marker everywhere, and no
+kind of image has a method's colour. Sizes suit a README column: at half width (some 400 px) the smallest text is still
+about 9 px high; names longer than 20 characters are shortened in the middle. In a notebook, `%matplotlib inline` once
+makes a returned figure show.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 import textwrap
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from dgs.analysis.intervals import Interval, paired_difference, seed_interval
+from dgs.analysis.intervals import Interval, paired_difference, rounded_text, seed_interval
 from dgs.analysis.metrics import generators_in_order, headline, in_order, one_rho, per_seed_values
 from dgs.errors import UserError
 
@@ -42,8 +43,13 @@ _MEMORY = {
 }
 CHANCE = 50.0  # per cent balanced accuracy
 HARMFUL = "task-harmful"  # the pair whose angle says what suppression can remove
+APPLIED = "task-applied"  # by how much a method turned the gradient: 0 without surgery
+TURNED = 0.01  # degrees; less is the noise of arccos near 1
 KEEPS = 90.0  # per cent of the frozen model's accuracy that counts as kept in a title
 NEIGHBOURS = 10  # of a point in a t-SNE panel
+FEWEST = 5  # images that make a t-SNE map
+LONGEST = 20  # characters of a name in a figure
+WIDE = 9  # generators beside each other in a heat map; more are drawn below each other
 
 # Okabe & Ito's colours and three more of similar spacing; told apart under red-green blindness, and by marker besides.
 METHOD_COLOURS: dict[str, str] = {
@@ -58,12 +64,12 @@ METHOD_COLOURS: dict[str, str] = {
     "dgs_plus": "#332288",
 }
 METHOD_MARKERS: dict[str, str] = dict(zip(METHOD_COLOURS, "sDoP^vX<>", strict=True))
-_SPARE_COLOURS = ("#882255", "#117733", "#999933", "#44aa99", "#aa4466", "#000000")
-_REAL_COLOUR = "#9a9a9a"
-_GENERATOR_COLOURS = (
-    "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288", "#882255", "#999933", "#000000",
-)  # fmt: skip
-_GENERATOR_MARKERS = "^vD<>PXs"
+_SPARE_COLOURS = ("#882255", "#117733", "#999933", "#44aa99", "#aa4466", "#8a5cff")
+# Kinds of image (real, generators) are no methods: black and eight colours that no method has, and other markers.
+_REAL_COLOUR = "#000000"
+_REAL_MARKER = "o"
+_GENERATOR_COLOURS = ("#d400d4", "#a8b400", "#7a0000", "#00cfe8", "#ff7f86", "#144729", "#6b0f5b", "#5c7000")
+_GENERATOR_MARKERS = "^vD<>PX"
 
 _RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # shipped with matplotlib: the same glyphs on every machine
@@ -153,6 +159,8 @@ def detection_bars(detection: pd.DataFrame) -> Figure:
                 methods,
                 start=CHANCE,
             )
+            short = short_names(rows["generator"])
+            ax.set_yticks(range(len(generators)), [short[name] for name in generators])
             ax.set_title(title)
             ax.axvline(CHANCE, color="#333333", linewidth=1.0, linestyle="--", zorder=3)
         values = 100.0 * rows["balanced_acc"]
@@ -166,7 +174,8 @@ def detection_bars(detection: pd.DataFrame) -> Figure:
 def detection_heatmap(detection: pd.DataFrame) -> Figure:
     """Balanced accuracy (%) as methods x generators: mean over seeds, and half the 95 % interval where there is one.
 
-    From the `headline` rows; a line parts seen from unseen generators. Raises UserError as `headline` does.
+    From the `headline` rows; a line parts seen from unseen generators. More than 9 generators are drawn as rows, so
+    that the figure keeps its width. Raises UserError as `headline` does.
     """
     rows = headline(detection)
     methods, generators = in_order(rows["method"]), generators_in_order(rows)
@@ -175,18 +184,21 @@ def detection_heatmap(detection: pd.DataFrame) -> Figure:
     for (method, generator), cell in rows.groupby(["method", "generator"], sort=False):
         interval = seed_interval(100.0 * cell["balanced_acc"].to_numpy())
         means.loc[method, generator] = interval.mean
-        spread = f"\n±{interval.high - interval.mean:.1f}" if interval.known else ""
-        notes.loc[method, generator] = f"{interval.mean:.1f}{spread}"
+        spread = f"\n±{rounded_text(interval.high - interval.mean)}" if interval.known else ""
+        notes.loc[method, generator] = f"{rounded_text(interval.mean)}{spread}"
     n_seen = rows.loc[rows["seen"], "generator"].nunique()
     weakest = 100.0 * rows.groupby(["method", "seed"], sort=False)["balanced_acc"].min()
+    names, short = [_name(method) for method in methods], short_names(generators)
+    labels = [short[name] for name in generators]
+    tall = len(generators) > WIDE
     with style(), mpl.rc_context({"axes.grid": False}):
-        width = max(WIDTH, 1.5 + 0.5 * len(generators))
-        fig = Figure(figsize=(width, 2.6 + 0.5 * len(methods)), layout="constrained")
+        height = 3.1 + 0.42 * len(generators) if tall else 2.6 + 0.5 * len(methods)
+        fig = Figure(figsize=(WIDTH, height), layout="constrained")
         ax = fig.subplots()
         sns.heatmap(
-            means,
+            means.T if tall else means,
             ax=ax,
-            annot=notes,
+            annot=notes.T if tall else notes,
             fmt="",
             annot_kws={"fontsize": 10, "linespacing": 1.05},
             cmap="YlGnBu",
@@ -196,16 +208,20 @@ def detection_heatmap(detection: pd.DataFrame) -> Figure:
             linecolor="white",
             cbar=False,  # the cells name their values
         )
-        ax.set_yticks(np.arange(len(methods)) + 0.5, [_name(method) for method in methods], rotation=0)
-        ax.set_xticks(np.arange(len(generators)) + 0.5, generators, rotation=40, ha="right", rotation_mode="anchor")
+        down, across = (labels, names) if tall else (names, labels)
+        ax.set_yticks(np.arange(len(down)) + 0.5, down, rotation=0)
+        ax.set_xticks(np.arange(len(across)) + 0.5, across, rotation=40, ha="right", rotation_mode="anchor")
         spreads = notes.stack().str.contains("±").any()
         ax.set_xlabel("Balanced accuracy (%)" + ("; ± half the 95 % interval" if spreads else ""))
         ax.tick_params(length=0)
         if 0 < n_seen < len(generators):
-            ax.axvline(n_seen, color="black", linewidth=2.5)
-        for title, left, right in (("seen", 0, n_seen), ("unseen", n_seen, len(generators))):
-            if right > left:
-                ax.text((left + right) / 2, -0.08, title, ha="center", va="bottom", fontsize=11)
+            (ax.axhline if tall else ax.axvline)(n_seen, color="black", linewidth=2.5)
+        for title, first, last in (("seen", 0, n_seen), ("unseen", n_seen, len(generators))):
+            middle = (first + last) / 2
+            if last > first and tall:
+                ax.text(len(methods) + 0.05, middle, title, ha="left", va="center", rotation=270, fontsize=11)
+            elif last > first:
+                ax.text(middle, -0.08, title, ha="center", va="bottom", fontsize=11)
         _headline(fig, _comparison("On its weakest generator", weakest, "balanced accuracy"))
     return fig
 
@@ -303,39 +319,45 @@ def tsne(features_by_method: Mapping[str, tuple[np.ndarray, pd.DataFrame]], seed
 
     `features_by_method`: method -> (features, rows), (N, D) floats and a table of the same N images with the columns
     generator and label (0 real, 1 fake). Returns columns method, generator, label, x, y (float64, arbitrary units).
-    One thread and one seed: the same points each time. Raises ValueError for fewer than 5 images or lengths that
-    differ.
+    Fewer than 5 images make no map: their rows are kept with NaN for x and y, and `tsne_panels` says so in their
+    place. One thread and one seed: the same points each time. Raises ValueError for lengths that differ.
     """
     parts = []
     for method, (features, rows) in features_by_method.items():
         data = np.asarray(features, dtype=np.float64)
         if data.ndim != 2 or len(data) != len(rows):
             raise ValueError(f"expected (N, D) features of {len(rows)} rows, found {data.shape}")
-        if len(data) < 5:
-            raise ValueError(f"expected at least 5 images, found {len(data)}")
-        with threadpool_limits(limits=1):  # sums over threads depend on their number
-            perplexity = min(30.0, (len(data) - 1) / 3.0)
-            map_of = TSNE(n_components=2, init="pca", perplexity=perplexity, random_state=seed)
-            place = map_of.fit_transform(data).astype(np.float64)
+        place = np.full((len(data), 2), np.nan)
+        if len(data) >= FEWEST and (data == data[0]).all():
+            place[:] = 0.0  # a collapsed tower: the PCA start would divide by a variance of 0
+        elif len(data) >= FEWEST:
+            with threadpool_limits(limits=1):  # sums over threads depend on their number
+                perplexity = min(30.0, (len(data) - 1) / 3.0)
+                map_of = TSNE(n_components=2, init="pca", perplexity=perplexity, random_state=seed)
+                place = map_of.fit_transform(data).astype(np.float64)
         points = rows[["generator", "label"]].reset_index(drop=True)
         parts.append(points.assign(method=method, x=place[:, 0], y=place[:, 1]))
     return pd.concat(parts, ignore_index=True)[["method", "generator", "label", "x", "y"]]
 
 
 def tsne_panels(points: pd.DataFrame) -> Figure:
-    """t-SNE maps side by side, a panel a method (the paper's figure 1): reals grey, each generator a colour and marker.
+    """t-SNE maps side by side, a panel a method (the paper's figure 1): reals black dots, each generator its own look.
 
     `points`: columns method, generator, label (0 real, 1 fake), x, y, as `tsne` returns them. A panel's number is the
     share of the 10 nearest neighbours in the map that are of a point's own class, averaged over reals and over fakes:
-    50 % = mixed, 100 % = apart.
+    50 % = mixed, 100 % = apart. A method without a map (NaN: fewer than 5 images) gets a panel that says so. Colours
+    and markers of kinds are no method's, so that a colour means one thing in all figures.
     """
     methods = in_order(points["method"])
     generators = in_order(points.loc[points["label"] == 1, "generator"])
-    apart = {method: _neighbour_agreement(points[points["method"] == method]) for method in methods}
+    short = short_names(generators)
+    mapped = points.dropna(subset=["x", "y"])
+    apart = {method: _neighbour_agreement(mapped[mapped["method"] == method]) for method in in_order(mapped["method"])}
     columns = min(3, len(methods))
     lines = -(-len(methods) // columns)
+    in_legend = 3 if max(map(len, short.values()), default=0) < 16 else 2
     with style(), mpl.rc_context({"axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}):
-        legend_lines = -(-(len(generators) + 1) // 3)
+        legend_lines = -(-(len(generators) + 1) // in_legend)
         fig = Figure(
             figsize=(WIDTH, 0.95 + (2.2 if columns == 3 else 2.8) * lines + 0.24 * legend_lines), layout="constrained"
         )
@@ -343,36 +365,34 @@ def tsne_panels(points: pd.DataFrame) -> Figure:
         for ax in axes[len(methods) :]:
             ax.set_axis_off()
         for ax, method in zip(axes, methods, strict=False):
-            part = points[points["method"] == method]
+            part = mapped[mapped["method"] == method]
             real = part[part["label"] == 0]
-            ax.scatter(real["x"], real["y"], s=9, c=_REAL_COLOUR, marker="o", alpha=0.55, linewidths=0)
+            ax.scatter(real["x"], real["y"], s=5, c=_REAL_COLOUR, marker=_REAL_MARKER, alpha=0.7, linewidths=0)
             for i, generator in enumerate(generators):
                 fake = part[(part["label"] == 1) & (part["generator"] == generator)]
                 ax.scatter(fake["x"], fake["y"], s=13, alpha=0.75, linewidths=0, **_generator_look(i))
-            ax.set_title(f"{_name(method)}: {apart[method]:.0f} %", loc="center")
+            if method in apart:
+                ax.set_title(f"{_name(method)}: {rounded_text(apart[method], 0)} %", loc="center")
+            else:
+                ax.set_title(_name(method), loc="center")
+                ax.text(0.5, 0.5, f"fewer than\n{FEWEST} images", transform=ax.transAxes, ha="center", va="center")
             ax.set_xticks([])
             ax.set_yticks([])
             ax.set_box_aspect(1.0)
-        handles = [Line2D([], [], linestyle="", marker="o", color=_REAL_COLOUR, label="real")]
+        handles = [Line2D([], [], linestyle="", marker=_REAL_MARKER, markersize=4, color=_REAL_COLOUR, label="real")]
         for i, generator in enumerate(generators):
             look = _generator_look(i)
-            handles.append(Line2D([], [], linestyle="", marker=look["marker"], color=look["color"], label=generator))
+            handles.append(
+                Line2D([], [], linestyle="", marker=look["marker"], color=look["color"], label=short[generator])
+            )
         fig.legend(
             handles=handles,
             loc="outside lower center",
-            ncols=min(3, len(handles)),
+            ncols=min(in_legend, len(handles)),
             title="t-SNE axes have no unit",
             title_fontsize=10,
         )
-        best = max(apart, key=lambda method: apart[method])
-        others = ", ".join(f"{_name(m)} {apart[m]:.0f} %" for m in methods if m != best)
-        rest = f" ({others})" if others else ""
-        _headline(
-            fig,
-            f"Neighbours of the same class: most in {_name(best)}, {apart[best]:.0f} %{rest}"
-            if rest
-            else f"{_name(best)}: {apart[best]:.0f} % of neighbours are of the same class",
-        )
+        _headline(fig, _neighbours_takeaway(apart))
     return fig
 
 
@@ -429,25 +449,25 @@ def angles_over_training(angles: pd.DataFrame) -> Figure:
     """Angle between two gradients (degrees) over optimiser steps, a panel a pair: mean line, 5-95 % band of samples.
 
     `angles`: columns rho, method, seed, step, layer, pair, mean, p05, p95 (degrees); seeds and layers are averaged,
-    the band's ends too. 90 degrees = the gradients do not touch each other, more = they oppose. Raises UserError for
-    mixed rho.
+    the band's ends too. The title's mean is over all logged steps of a seed, then over seeds, with the 95 % interval
+    over seeds. 90 degrees = the gradients do not touch each other, more = they oppose. Raises UserError for mixed rho.
     """
     one_rho(angles, "table of gradient angles")
     pairs, methods = in_order(angles["pair"]), in_order(angles["method"])
     columns = len(pairs) if len(pairs) <= 3 else 2
     lines = -(-len(pairs) // columns)
     band = min(0.18, 0.36 / len(methods))  # many bands on top of each other would hide the lines' colours
-    late = angles[angles["step"] >= angles["step"].max() * 0.75].groupby(["pair", "method"], sort=False)["mean"].mean()
     with style():
         fig = Figure(figsize=(WIDTH, 1.5 + 2.4 * lines + 0.25 * (len(methods) // 3)), layout="constrained")
         axes = fig.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         for ax in axes.ravel()[len(pairs) :]:
             ax.set_axis_off()
         for ax, pair in zip(axes.ravel(), pairs, strict=False):
-            for method in methods:
+            for method, linewidth in zip(methods, np.linspace(4.5, 1.8, len(methods)), strict=True):
                 part = angles[(angles["pair"] == pair) & (angles["method"] == method)]
                 line = part.groupby("step")[["mean", "p05", "p95"]].mean()
-                ax.plot(line.index, line["mean"], color=colour(method), linewidth=2.0, zorder=3)
+                # Broad below narrow: methods whose angles agree are all seen.
+                ax.plot(line.index, line["mean"], color=colour(method), linewidth=linewidth, zorder=3)
                 ax.fill_between(line.index, line["p05"], line["p95"], color=colour(method), alpha=band, linewidth=0)
             ax.axhline(90.0, color="#333333", linewidth=1.0, linestyle="--", zorder=2)
             ax.set_title(_pair_name(pair), fontsize=11)
@@ -459,23 +479,7 @@ def angles_over_training(angles: pd.DataFrame) -> Figure:
         for ax in axes[:, 0]:
             ax.set_ylabel("Angle (degrees)")
         _method_legend(fig, methods, bars=False, lines=True, title="dashed: orthogonal; band: 5th to 95th percentile")
-        far_pair, far_method = (late - 90.0).abs().idxmax()
-        if HARMFUL in pairs:
-            degrees = float(late[HARMFUL, methods[-1]])
-            share = 100.0 * np.cos(np.radians(degrees)) ** 2
-            _headline(
-                fig,
-                f"Late in {_name(methods[-1])}, task and harm are {degrees:.0f}° apart: "
-                f"suppression can take about {share:.1f} % of the energy",
-            )
-        elif (late - 90.0).abs().max() < 1.0:
-            _headline(fig, "Late in training, the gradients are orthogonal to within 1° on average")
-        else:
-            angle = f"{late[far_pair, far_method]:.0f}° on average"
-            _headline(
-                fig,
-                f"Late in training, {_pair_name(far_pair)} is farthest from orthogonal in {_name(far_method)}: {angle}",
-            )
+        _headline(fig, _angles_takeaway(angles))
     return fig
 
 
@@ -518,6 +522,7 @@ def patches_figure(image: np.ndarray, canvas: np.ndarray) -> Figure:
 def contact_sheet(images: Mapping[str, Sequence[np.ndarray]]) -> Figure:
     """A row of examples a kind of image, named at its left: `images` = {name: (H, W, 3) uint8 arrays}."""
     columns = max(len(row) for row in images.values())
+    short = short_names(images)
     with style(), mpl.rc_context({"axes.grid": False}):
         fig = Figure(figsize=(WIDTH, 0.5 + 0.68 * len(images)), layout="constrained")
         axes = fig.subplots(len(images), columns, squeeze=False)
@@ -526,9 +531,27 @@ def contact_sheet(images: Mapping[str, Sequence[np.ndarray]]) -> Figure:
                 ax.axis("off")
             for ax, pixels in zip(line, row, strict=False):
                 ax.imshow(pixels, interpolation="nearest")
-            line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=10)
+            line[0].text(-0.15, 0.5, short[name], transform=line[0].transAxes, ha="right", va="center", fontsize=10)
         _headline(fig, "Test images: real above, each generator's fakes below")
     return fig
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Names as figures print them: {name: at most 20 characters}, long ones cut in the middle ("…"), all distinct.
+
+    Names alike at both ends are numbered in order: "diffusion-model-…2".
+    """
+    given = in_order(names)
+    short = {name: name for name in given if len(name) <= LONGEST}
+    for name in given:
+        if name in short:
+            continue
+        label, number = f"{name[:12]}…{name[-7:]}", 1
+        while label in short.values():
+            number += 1
+            label = f"{name[: LONGEST - 1 - len(str(number))]}…{number}"
+        short[name] = label
+    return {name: short[name] for name in given}
 
 
 def _horizontal_bars(
@@ -622,42 +645,50 @@ def _comparison(where: str, values: pd.Series, what: str) -> str:
     best = str(means.index[0])
     if len(means) == 1:
         interval = seed_interval(values.to_numpy())
-        ends = f" [{interval.low:.1f},\u00a0{interval.high:.1f}]" if interval.known else " (one seed)"
-        return f"{where}, {_name(best)} reaches {interval.mean:.1f} % {what}{ends}"
+        return f"{where}, {_name(best)} reaches {rounded_text(interval.mean)} % {what}{_ends(interval)}"
     second = str(means.index[1])
     both = pd.concat([values[best], values[second]], axis=1, keys=["a", "b"]).dropna()
     if both.empty:
-        return f"{where}, {_name(best)} {means.iloc[0]:.1f} % and {_name(second)} {means.iloc[1]:.1f} % share no seed"
+        first, other = rounded_text(means.iloc[0]), rounded_text(means.iloc[1])
+        return f"{where}, {_name(best)} {first} % and {_name(second)} {other} % share no seed"
     gap = paired_difference(both["a"].to_numpy(), both["b"].to_numpy())
+    points = rounded_text(gap.mean)
     if not gap.known:
-        return (
-            f"{where}, {_name(best)} is {gap.mean:.1f} points above {_name(second)} in {what} (one seed: no interval)"
-        )
-    ends = f"[{_signed(gap.low)},\u00a0{_signed(gap.high)}]"
+        return f"{where}, {_name(best)} is {points} points above {_name(second)} in {what} (one seed: no interval)"
+    ends = _ends(gap, sign=True)
     if gap.spans_zero:
-        pair = f"{_name(best)} over {_name(second)} {_signed(gap.mean)} points {ends}"
+        pair = f"{_name(best)} over {_name(second)} {rounded_text(gap.mean, sign=True)} points{ends}"
         return f"{where}, no difference shown between the top two: {pair}"
-    return f"{where}, {_name(best)} leads {_name(second)} by {gap.mean:.1f} points {ends} of {what}"
+    return f"{where}, {_name(best)} leads {_name(second)} by {points} points{ends} of {what}"
+
+
+def _ends(interval: Interval, sign: bool = False) -> str:
+    """The interval in brackets, unbroken, after a space."""
+    if not interval.known:
+        return " (one seed)"
+    return f" [{rounded_text(interval.low, sign=sign)},\u00a0{rounded_text(interval.high, sign=sign)}]"
 
 
 def _plane_takeaway(kept: Mapping[str, float], detected: Mapping[str, float], where: str, what: str) -> str:
+    share = {method: f"{rounded_text(value, 0)} %" for method, value in kept.items()}
+    rate = {method: f"{rounded_text(value)} %" for method, value in detected.items()}
+    bar = f"{KEEPS:.0f} %"
     if len(kept) == 1:
         only = next(iter(kept))
-        return f"{_name(only)} keeps {kept[only]:.0f} % of {what} and reaches {detected[only]:.1f} % on {where}"
+        return f"{_name(only)} keeps {share[only]} of {what} and reaches {rate[only]} on {where}"
     keepers = [method for method in kept if kept[method] >= KEEPS]
     if not keepers:
         closest = max(kept, key=lambda method: kept[method])
-        return f"No method keeps {KEEPS:.0f} % of {what}; {_name(closest)} comes closest: {kept[closest]:.0f} %"
+        return f"No method keeps {bar} of {what}; {_name(closest)} comes closest: {share[closest]}"
     best = max(keepers, key=lambda method: detected[method])
     overall = max(detected, key=lambda method: detected[method])
     if len(keepers) == 1:
-        first = f"Only {_name(best)} keeps {KEEPS:.0f} % of {what} ({where}: {detected[best]:.1f} %)"
+        first = f"Only {_name(best)} keeps {bar} of {what} ({where}: {rate[best]})"
     else:
-        rate = f"{detected[best]:.1f} %"
-        first = f"Of methods that keep {KEEPS:.0f} % of {what}, {_name(best)} has the highest mean on {where}: {rate}"
+        first = f"Of methods that keep {bar} of {what}, {_name(best)} has the highest mean on {where}: {rate[best]}"
     if overall in keepers:
         return first
-    return f"{first}; {_name(overall)} reaches {detected[overall]:.1f} % but keeps {kept[overall]:.0f} %"
+    return f"{first}; {_name(overall)} reaches {rate[overall]} but keeps {share[overall]}"
 
 
 def _forgetting_takeaway(rows: pd.DataFrame) -> str:
@@ -665,12 +696,48 @@ def _forgetting_takeaway(rows: pd.DataFrame) -> str:
     part, what = (zero_shot, "zero-shot accuracy") if not zero_shot.empty else (rows, "what was measured")
     ratio = 100.0 * (part["after"] / part["before"]).where(part["before"] != 0)
     kept = ratio.groupby(part["method"], sort=False).mean().sort_values(kind="stable")
-    worst, best = str(kept.index[0]), str(kept.index[-1])
+    least, most = f"{rounded_text(kept.iloc[0], 0)} %", f"{rounded_text(kept.iloc[-1], 0)} %"
+    worst, best = _name(str(kept.index[0])), _name(str(kept.index[-1]))
     if len(kept) == 1:
-        return f"{_name(best)} keeps {kept.iloc[0]:.0f} % of {what}"
+        return f"{best} keeps {most} of {what}"
     if kept.iloc[-1] - kept.iloc[0] < 1.0:
-        return f"All methods keep about {kept.mean():.0f} % of {what}"
-    return f"Of {what}, {_name(worst)} keeps {kept.iloc[0]:.0f} % and {_name(best)} {kept.iloc[-1]:.0f} %"
+        return f"All methods keep about {rounded_text(kept.mean(), 0)} % of {what}"
+    return f"Of {what}, {worst} keeps {least} and {best} {most}"
+
+
+def _neighbours_takeaway(apart: Mapping[str, float]) -> str:
+    """One sentence on the shares (%) of neighbours of the same class, {method: share}."""
+    if not apart:
+        return f"No map of features: fewer than {FEWEST} images"
+    share = {method: f"{rounded_text(value, 0)} %" for method, value in apart.items()}
+    best = max(apart, key=lambda method: apart[method])
+    others = ", ".join(f"{_name(method)} {share[method]}" for method in apart if method != best)
+    if not others:
+        return f"{_name(best)}: {share[best]} of neighbours are of the same class"
+    return f"Neighbours of the same class: most in {_name(best)}, {share[best]} ({others})"
+
+
+def _angles_takeaway(angles: pd.DataFrame) -> str:
+    """One sentence on mean angles in degrees: over the logged steps of each seed, then over seeds."""
+    per_seed = {
+        (str(pair), str(method)): seed_interval(part.groupby("seed")["mean"].mean().to_numpy())
+        for (pair, method), part in angles.groupby(["pair", "method"], sort=False)
+    }
+    methods = [method for pair, method in per_seed if pair == HARMFUL]
+    if methods:
+        none = Interval(0.0, 0.0, 0.0)
+        operated = [method for method in methods if per_seed.get((APPLIED, method), none).mean > TURNED]
+        named = "dgs" if "dgs" in (operated or methods) else [*operated, *methods][0]
+        angle = _degrees(per_seed[HARMFUL, named])
+        return f"Over training, task and harmful gradient are {angle} apart in {_name(named)}"
+    (pair, method), farthest = max(per_seed.items(), key=lambda item: abs(item[1].mean - 90.0))
+    if abs(farthest.mean - 90.0) < 1.0:
+        return "Over training, the gradients are orthogonal to within 1° on average"
+    return f"Over training, {_pair_name(pair)} is farthest from orthogonal in {_name(method)}: {_degrees(farthest)}"
+
+
+def _degrees(interval: Interval) -> str:
+    return f"{rounded_text(interval.mean)}°{_ends(interval)}"
 
 
 def _neighbour_agreement(part: pd.DataFrame) -> float:
@@ -693,16 +760,14 @@ def _half(interval: Interval) -> float:
     return interval.high - interval.mean if interval.known else 0.0
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−")
-
-
 def _name(method: str) -> str:
     return method.replace("_", " ")
 
 
 def _measure_name(measure: str) -> str:
-    return measure.replace("zero_shot:", "zero-shot\n").replace("cka_", "CKA ").replace("_", " ")
+    kind, _, attribute = measure.rpartition(":")
+    shown = f"{kind}:{short_names([attribute])[attribute]}"
+    return shown.removeprefix(":").replace("zero_shot:", "zero-shot\n").replace("cka_", "CKA ").replace("_", " ")
 
 
 def _pair_name(pair: str) -> str:

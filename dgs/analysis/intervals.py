@@ -1,9 +1,10 @@
-"""How sure a mean over seeds is."""
+"""How sure a mean over seeds is, and how it is printed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import ROUND_HALF_UP, Decimal
 from typing import NamedTuple
 
 import numpy as np
@@ -64,3 +65,22 @@ def paired_difference(
     if first.shape != second.shape:
         raise ValueError(f"expected the same seeds in both, found shapes {first.shape} and {second.shape}")
     return seed_interval(first - second, level)
+
+
+def rounded_text(value: float, digits: int = 1, sign: bool = False) -> str:
+    """`value` with `digits` decimals, as every report and figure prints per cent, points and degrees.
+
+    Rounded first to 4 decimals (a fraction's 6, which metrics.json keeps), so that equal numbers print alike however
+    they were summed; then half away from zero, as by hand: 69.55 -> "69.6". A minus is U+2212, zero has none; `sign`
+    puts a plus before what prints as zero or more. Raises ValueError for a value that is not finite.
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite number to print, found {value}")
+    shown = Decimal(repr(round(float(value), 4))).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)
+    text = f"{abs(shown):f}"
+    return f"−{text}" if shown < 0 else f"+{text}" if sign else text
+
+
+def percent_text(fraction: float, digits: int = 1, sign: bool = False) -> str:
+    """A fraction in per cent without the sign "%", as `rounded_text` prints it: 0.6955 -> "69.6"."""
+    return rounded_text(100.0 * fraction, digits, sign)

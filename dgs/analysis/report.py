@@ -9,8 +9,15 @@ from typing import Any
 
 import pandas as pd
 
-from dgs.analysis.intervals import Interval, paired_difference, seed_interval
-from dgs.analysis.metrics import CELL_METRICS, cells_table, generators_in_order, headline, in_order
+from dgs.analysis.intervals import Interval, paired_difference, percent_text, rounded_text, seed_interval
+from dgs.analysis.metrics import (
+    CELL_METRICS,
+    cells_table,
+    generators_in_order,
+    headline,
+    in_order,
+    per_seed_values,
+)
 
 BASELINE = "lora"
 METRIC_NAMES = {
@@ -50,6 +57,14 @@ CAPTIONS = {
     "angles_over_training": "Angles between gradients over training",
     "patches_figure": "Patch selection",
 }
+# Settings that may differ between checkpoints without making their training differ.
+NOT_OF_TRAINING = (
+    "methods", "train.log_every", "compute.batch_size", "compute.jobs", "compute.workers", "evaluate.",
+    "gradient_angles.",
+)  # fmt: skip
+DIFFERENT_SETTINGS = (
+    "**Methods were trained with different settings** (named below): their differences are not of the method alone."
+)
 
 
 def write_report(
@@ -57,24 +72,27 @@ def write_report(
     summary: Mapping[str, Any],
     detection: pd.DataFrame,
     forgetting: pd.DataFrame | None,
-    params: Mapping[str, Any],
+    settings: Mapping[str, Mapping[str, Any]],
     figures: Sequence[str | PurePath] = (),
 ) -> Path:
     """Writes REPORT.md: settings, headline numbers with intervals, differences to lora, tables, figures, a guide.
 
-    `summary`: as `metrics.summary` returns it; `detection`, `forgetting`: the tables it was made from; `params`: the
-    settings to print, nested or flat; `figures`: image paths relative to the report's folder, shown in that order.
-    The same input gives the same bytes: no time, no machine. Returns the path; parent folders are made. Raises
-    UserError as `metrics.headline` does, ValueError for an absolute figure path.
+    `summary`: as `metrics.summary` returns it; `detection`, `forgetting`: the tables it was made from; `settings`:
+    method -> the settings its checkpoints were trained with, nested or flat, in method order; `figures`: image paths
+    relative to the report's folder, shown in that order. A setting that methods share is printed once; where they
+    differ each method's value is, and a line warns that methods differ by more than the method. Rates are printed in
+    per cent, and equal ones alike (`intervals.rounded_text`). The same input gives the same bytes: no time, no
+    machine. Returns the path; parent folders are made. Raises UserError as `metrics.headline` does, ValueError for an
+    absolute figure path and for settings that are not one mapping a method.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(
         part
         for part in (
-            _what_was_run(summary, detection, params),
+            _what_was_run(summary, detection, settings),
             _headline_section(summary),
-            _difference_section(summary),
+            _difference_section(per_seed_values(detection, forgetting)),
             _operating_points(detection),
             _generator_section(detection),
             _robustness_section(detection),
@@ -94,7 +112,9 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _what_was_run(summary: Mapping[str, Any], detection: pd.DataFrame, params: Mapping[str, Any]) -> str:
+def _what_was_run(
+    summary: Mapping[str, Any], detection: pd.DataFrame, settings: Mapping[str, Mapping[str, Any]]
+) -> str:
     rows = headline(detection)
     seeds = sorted(rows["seed"].unique())
     generators = generators_in_order(rows)
@@ -112,10 +132,28 @@ def _what_was_run(summary: Mapping[str, Any], detection: pd.DataFrame, params: M
     if len(rho):
         facts.append(("rho, the semantic shortcut in training (0.5 = none)", f"{rho[0]:g}"))
     parts = ["# Report", "## What was run", markdown_table(("", ""), facts).replace("---:", "---")]
-    settings = [(f"`{key}`", f"`{value}`") for key, value in _flat(params)]
-    if settings:
-        parts += ["Settings:", markdown_table(("setting", "value"), settings).replace("---:", "---")]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *_settings_section(settings)])
+
+
+def _settings_section(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The table of settings: one value where all methods agree, else each method's own."""
+    for method, own in settings.items():
+        if not isinstance(own, Mapping):
+            raise ValueError(f"expected the settings of each method, {{method: {{setting: value}}}}, found {method!r}")
+    flat = {method: dict(_flat(own)) for method, own in settings.items()}
+    rows, different = [], False
+    for key in dict.fromkeys(key for own in flat.values() for key in own):
+        values = [str(own.get(key, "–")) for own in flat.values()]
+        if len(set(values)) == 1:
+            rows.append((f"`{key}`", f"`{values[0]}`"))
+            continue
+        named = "; ".join(f"{method}: {value}" for method, value in zip(flat, values, strict=True))
+        rows.append((f"`{key}`", f"`{named}`"))
+        different = different or not key.startswith(NOT_OF_TRAINING)
+    if not rows:
+        return []
+    table = markdown_table(("setting", "value"), rows).replace("---:", "---")
+    return [*([DIFFERENT_SETTINGS] if different else []), "Settings:", table]
 
 
 def _test_images(rows: pd.DataFrame) -> str:
@@ -135,7 +173,9 @@ def _headline_section(summary: Mapping[str, Any]) -> str:
     ]
     table = markdown_table(["method", *(METRIC_NAMES[metric] for metric in metrics)], rows)
     note = "Per cent: mean over seeds [95 % interval]; plain means over generators, unperturbed images, threshold 0.5."
-    macc = [f"`{name}` {100 * numbers['mAcc']['mean']:.1f}" for name, numbers in methods.items() if "mAcc" in numbers]
+    macc = [
+        f"`{name}` {percent_text(numbers['mAcc']['mean'])}" for name, numbers in methods.items() if "mAcc" in numbers
+    ]
     paper = (
         f"The paper's mean accuracy (mAcc: one Real column and one F.Acc column a generator, so for the most part fake "
         f"recall): {', '.join(macc)}."
@@ -143,21 +183,22 @@ def _headline_section(summary: Mapping[str, Any]) -> str:
     return "\n\n".join(["## Headline", note, table, paper])
 
 
-def _difference_section(summary: Mapping[str, Any]) -> str:
-    methods = summary["methods"]
+def _difference_section(values: pd.DataFrame) -> str:
+    """Paired differences to the baseline, from `per_seed_values` (not from metrics.json, whose seeds are rounded)."""
+    methods = in_order(values["method"])
     if BASELINE not in methods or len(methods) < 2:
         return ""
+    by_seed = values.set_index(["method", "metric", "seed"])["value"].sort_index()
     rows = []
-    for name, numbers in methods.items():
+    for name in methods:
         for metric in DIFFERENCES:
-            if name == BASELINE or metric not in numbers or metric not in methods[BASELINE]:
+            if name == BASELINE or (name, metric) not in by_seed or (BASELINE, metric) not in by_seed:
                 continue
-            mine, theirs = numbers[metric]["per_seed"], methods[BASELINE][metric]["per_seed"]
-            seeds = [seed for seed in mine if seed in theirs]
-            if not seeds:
+            both = pd.concat([by_seed[name, metric], by_seed[BASELINE, metric]], axis=1, join="inner")
+            if both.empty:
                 continue
-            gap = paired_difference([100 * mine[seed] for seed in seeds], [100 * theirs[seed] for seed in seeds])
-            rows.append([f"`{name}`", METRIC_NAMES[metric], _gap(gap), str(len(seeds)), _verdict(gap)])
+            gap = paired_difference(*(100 * both.to_numpy(dtype=float).T))
+            rows.append([f"`{name}`", METRIC_NAMES[metric], _gap(gap), str(len(both)), _verdict(gap)])
     note = (
         f"Percentage points above `{BASELINE}`, seed by seed: mean [95 % interval]. An interval that spans zero reads "
         f'"no difference shown", which is not "no difference".'
@@ -253,7 +294,7 @@ def _forgetting_section(forgetting: pd.DataFrame | None) -> str:
     table = []
     for measure in measures:
         of_measure = forgetting[forgetting["measure"] == measure]
-        line = [measure, _percent(of_measure["before"].mean())]
+        line = [measure, percent_text(of_measure["before"].mean())]
         line += [_plus_minus(of_measure.loc[of_measure["method"] == method, "after"]) for method in methods]
         table.append(line)
     note = (
@@ -297,8 +338,8 @@ def _how_to_read(summary: Mapping[str, Any]) -> str:
 
 def _entry(entry: Mapping[str, Any]) -> str:
     if entry["low"] is None:
-        return f"{100 * entry['mean']:.1f}"
-    return f"{100 * entry['mean']:.1f} [{_minus(100 * entry['low'])}, {_minus(100 * entry['high'])}]"
+        return percent_text(entry["mean"])
+    return f"{percent_text(entry['mean'])} [{percent_text(entry['low'])}, {percent_text(entry['high'])}]"
 
 
 def _plus_minus(values: pd.Series) -> str:
@@ -309,19 +350,16 @@ def _plus_minus(values: pd.Series) -> str:
 
 
 def _interval_pm(interval: Interval) -> str:
-    spread = f" ±{100 * (interval.high - interval.mean):.1f}" if interval.known else ""
-    return f"{_percent(interval.mean)}{spread}"
-
-
-def _percent(fraction: float) -> str:
-    # First to fewer digits than a mean is good for, so that equal values print alike however they were summed.
-    return f"{round(100 * fraction, 6) + 0.0:.1f}"
+    spread = f" ±{percent_text(interval.high - interval.mean)}" if interval.known else ""
+    return f"{percent_text(interval.mean)}{spread}"
 
 
 def _gap(gap: Interval) -> str:
     if not gap.known:
-        return _minus(gap.mean, sign=True)
-    return f"{_minus(gap.mean, sign=True)} [{_minus(gap.low, sign=True)}, {_minus(gap.high, sign=True)}]"
+        return rounded_text(gap.mean, sign=True)
+    return (
+        f"{rounded_text(gap.mean, sign=True)} [{rounded_text(gap.low, sign=True)}, {rounded_text(gap.high, sign=True)}]"
+    )
 
 
 def _verdict(gap: Interval) -> str:
@@ -330,11 +368,6 @@ def _verdict(gap: Interval) -> str:
     if gap.spans_zero:
         return "no difference shown"
     return "higher" if gap.mean > 0 else "lower"
-
-
-def _minus(value: float, sign: bool = False) -> str:
-    rounded = round(value, 1) + 0.0  # turns -0.0 into 0.0
-    return f"{rounded:{'+' if sign else ''}.1f}".replace("-", "−")
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

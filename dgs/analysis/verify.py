@@ -11,11 +11,14 @@ import pandas as pd
 
 from dgs.errors import UserError
 
+METRICS = "metrics.json"
 TABLES = {
     "detection.csv": ["rho", "method", "seed", "generator", "seen", "condition", "applied_to", "threshold_rule"],
     "forgetting.csv": ["rho", "method", "seed", "measure"],
     "gradient_angles.csv": ["rho", "method", "seed", "step", "layer", "pair"],
+    "training.csv": ["rho", "method", "seed", "epoch", "step"],
 }
+LOGS = ("training.csv",)  # compared where both have it; without the other tables there is nothing to compare
 COUNTS = ("n_real", "n_fake")
 DEGREES = 180.0  # angles are compared as fractions of a half turn
 SHOWN = 20  # differences listed for one table
@@ -33,8 +36,14 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _metrics(committed: Path, reproduced: Path, tolerance: float) -> Iterator[str]:
-    old = dict(_leaves(json.loads((committed / "metrics.json").read_text())))
-    new = dict(_leaves(json.loads((reproduced / "metrics.json").read_text())))
+    contents = []
+    for folder, side in ((committed, "committed"), (reproduced, "reproduced")):
+        try:
+            contents.append(dict(_leaves(json.loads((folder / METRICS).read_text(encoding="utf-8")))))
+        except ValueError as error:
+            yield f"{METRICS}: the {side} file is no JSON ({_one_line(error)})"
+            return
+    old, new = contents
     for name in sorted(set(old) ^ set(new)):
         yield f"metrics.json {name}: only in the {'committed' if name in old else 'reproduced'} file"
     for name in sorted(set(old) & set(new)):
@@ -44,10 +53,42 @@ def _metrics(committed: Path, reproduced: Path, tolerance: float) -> Iterator[st
             yield f"metrics.json {name}: committed {a}, reproduced {b}"
 
 
-def _table(name: str, keys: list[str], committed: Path, reproduced: Path, tolerance: float) -> Iterator[str]:
-    read = {"dtype": {"threshold_rule": str, "seen": str}, "keep_default_na": True}
-    old = pd.read_csv(committed / name, **read).set_index(keys)  # type: ignore[call-overload]
-    new = pd.read_csv(reproduced / name, **read).set_index(keys)  # type: ignore[call-overload]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def _row(key: object) -> str:
+    return ", ".join(str(part) for part in key) if isinstance(key, tuple) else str(key)
+
+
+def _table(name: str, wanted: list[str], committed: Path, reproduced: Path, tolerance: float) -> Iterator[str]:
+    tables = []
+    for folder, side in ((committed, "committed"), (reproduced, "reproduced")):
+        try:
+            tables.append(pd.read_csv(folder / name, dtype={"threshold_rule": str, "seen": str}))
+        except ValueError as error:  # empty, no text, or lines of unequal length
+            yield f"{name}: the {side} file is no table ({_one_line(error)})"
+            return
+    old, new = tables
+    for column in sorted(set(old.columns) ^ set(new.columns)):
+        yield f"{name}: column {column} only in the {'committed' if column in old.columns else 'reproduced'} file"
+    keys = [key for key in wanted if key in old.columns and key in new.columns]
+    if not keys:
+        yield f"{name}: expected the columns {', '.join(wanted)} in both files, found none of them"
+        return
+    old, new = old.set_index(keys), new.set_index(keys)
+    repeated = [table.index[table.index.duplicated()].unique() for table in (old, new)]
+    for table, several, side in zip((old, new), repeated, ("committed", "reproduced"), strict=True):
+        if len(several):
+            more = f", and {len(several) - 1} other rows more than once" if len(several) > 1 else ""
+            yield f"{name} [{_row(several[0])}]: {len(table.loc[[several[0]]])} times in the {side} file{more}"
+    for several in repeated:  # which of them to compare nobody can say
+        old, new = old[~old.index.isin(several)], new[~new.index.isin(several)]
+    yield from _moved(name, old, new, tolerance)
+
+
+def _moved(name: str, old: pd.DataFrame, new: pd.DataFrame, tolerance: float) -> Iterator[str]:
+    """Rows of one table alone, and values that differ; both tables are indexed by the same keys, each key once."""
     for missing, where in (
         (old.index.difference(new.index), "committed"),
         (new.index.difference(old.index), "reproduced"),
@@ -58,32 +99,49 @@ def _table(name: str, keys: list[str], committed: Path, reproduced: Path, tolera
     old, new = old.loc[shared].sort_index(), new.loc[shared].sort_index()
     for column in old.columns.intersection(new.columns):
         allowed = 0.0 if column in COUNTS else tolerance * (DEGREES if name.startswith("gradient") else 1.0)
-        difference = (old[column] - new[column]).abs()
-        moved = difference[(difference > allowed) | (old[column].isna() != new[column].isna())]
-        for key in moved.index[:SHOWN]:
-            row = ", ".join(str(part) for part in key)
-            yield f"{name} [{row}] {column}: committed {old.loc[key, column]}, reproduced {new.loc[key, column]}"
+        a, b = old[column], new[column]
+        if pd.api.types.is_numeric_dtype(a) and pd.api.types.is_numeric_dtype(b):
+            other = (a - b).abs() > allowed
+        else:
+            other = a.notna() & b.notna() & (a.astype(str) != b.astype(str))
+        moved = a.index[other | (a.isna() != b.isna())]
+        for key in moved[:SHOWN]:
+            yield f"{name} [{_row(key)}] {column}: committed {a[key]}, reproduced {b[key]}"
         if len(moved) > SHOWN:
             yield f"{name} {column}: and {len(moved) - SHOWN} rows more"
-    for column in sorted(set(old.columns) ^ set(new.columns)):
-        yield f"{name}: column {column} only in one file"
+
+
+def _files(folder: Path) -> set[str]:
+    """Names of all files below `folder`, relative to it, "/" between parts; hidden ones belong to tools."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)}
 
 
 def compare_results(committed: Path, reproduced: Path, tolerance: float = 0.01) -> list[str]:
     """What differs between two results folders, one line each; empty where they agree.
 
+    metrics.json and the tables (detection, forgetting, gradient_angles, training) are compared number by number:
+    missing values are equal to each other alone, and a row that a table has twice is reported and left out. Of all
+    other files (report, figures, notebooks) only the names are compared, since their bytes hold times and fonts;
+    hidden files and folders are passed over.
+
     Args:
-        committed, reproduced: folders with metrics.json, detection.csv, forgetting.csv, gradient_angles.csv.
-        tolerance: for rates, as a fraction (0.01 = 1 point); counts, names and hashes must be equal.
+        committed, reproduced: results folders.
+        tolerance: for rates, as a fraction (0.01 = 1 point); for angles, of 180 degrees; for losses, absolute;
+            counts, names and hashes must be equal.
 
     Raises:
-        UserError: a file is missing on either side.
+        UserError: a folder has no metrics.json, so it holds no results; or one of the two alone has the table of
+            detection, forgetting or angles.
     """
-    for folder in (committed, reproduced):
-        for name in ("metrics.json", *TABLES):
-            if not (folder / name).exists():
+    old, new = _files(committed), _files(reproduced)
+    for folder, mine, other in ((committed, old, new), (reproduced, new, old)):
+        for name in (METRICS, *TABLES):
+            if name not in mine and (name == METRICS or (name in other and name not in LOGS)):
                 raise UserError(f"Expected {name} in {folder}, found none. Run make repro first.")
-    lines = list(_metrics(committed, reproduced, tolerance))
+    lines = [f"{name}: only in the {'committed' if name in old else 'reproduced'} folder" for name in sorted(old ^ new)]
+    lines += _metrics(committed, reproduced, tolerance)
     for name, keys in TABLES.items():
-        lines += _table(name, keys, committed, reproduced, tolerance)
+        if name in old & new:
+            lines += _table(name, keys, committed, reproduced, tolerance)
     return lines

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,38 @@ class UnreadableImage(UserError):
 def is_image_name(path: Path) -> bool:
     """True where the last suffix is an image's, whatever its case."""
     return path.suffix.lower() in EXTENSIONS
+
+
+def _names(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith("."))
+
+
+def files_under(paths: Iterable[Path]) -> Iterator[Path]:
+    """Every file under `paths`, in the order of names; what cannot be looked at is passed on, reading it says why.
+
+    In folders, whatever begins with a dot is left out, and so are pipes and devices. Links are followed, but no folder
+    is entered twice. Kept in memory: the names in the folders that lead to the current file.
+    """
+    for top in paths:
+        entered: set[Path] = set()
+        branches: list[Iterator[Path]] = [iter([top])]
+        while branches:
+            path = next(branches[-1], None)
+            if path is None:
+                branches.pop()
+                continue
+            try:
+                if path.is_dir():
+                    real = path.resolve()
+                    branches.append(map(path.joinpath, () if real in entered else _names(path)))
+                    entered.add(real)
+                    continue
+                special = path != top and path.exists() and not path.is_file()
+            except OSError:
+                special = False
+            if not special:
+                yield path
 
 
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:

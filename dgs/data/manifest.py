@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,10 +12,10 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from dgs.data.captions import assign_captions, read_captions, template_caption
-from dgs.data.images import UnreadableImage, decode, is_image_name, read
+from dgs.data.images import UnreadableImage, decode, files_under, is_image_name, read
 from dgs.errors import UserError, did_you_mean
 from dgs.params import DataParams
 from dgs.workspace import require_data_root
@@ -105,23 +104,9 @@ def _label_folders(generator: Path) -> Iterator[tuple[Path, str]]:
         raise UserError(f"Expected label folders 0_real and 1_fake in {generator}, found none.")
 
 
-def _files(folder: Path) -> list[Path]:
-    """Every file under a folder, links followed (a loop of links once), without hidden ones, sorted."""
-    seen: set[str] = set()
-    found: list[Path] = []
-    for here, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(here)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(here, name) for name in names if not name.startswith(".")]
-    return sorted(found)
-
-
 def ignored_files(root: Path) -> dict[str, int]:
     """How many files under the label folders of a "folders" root were passed over, by suffix: {".heic": 3}."""
-    files = (path for path in _files(root) if not is_image_name(path) or not path.is_file())
+    files = (path for path in files_under([root]) if not is_image_name(path) or not path.is_file())
     named = Counter(path.suffix.lower() or path.name for path in files if LABELS.keys() & set(path.parts))
     return dict(sorted(named.items()))
 
@@ -159,7 +144,7 @@ def _folder_rows(root: Path) -> list[dict[str, Any]]:
             for holder, words in _label_folders(generator):
                 for name, label in LABELS.items():
                     folder = holder / name
-                    files = [p for p in _files(folder) if p.is_file() and is_image_name(p)]
+                    files = sorted(p for p in files_under([folder]) if p.is_file() and is_image_name(p))
                     found[name] += len(files)
                     rows += [
                         {
@@ -288,6 +273,8 @@ def cautions(manifest: pd.DataFrame, ignored: Mapping[str, int]) -> list[str]:
     if ignored:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in ignored.items())
         notes.append(f"Files passed over, not images that can be read here: {kinds}.")
+    if manifest["caption"].nunique() < 2:
+        notes.append("All images have the same caption: the text side has nothing to reveal, so surgery has no use.")
     smallest = int(manifest[manifest["split"] == "val"].groupby("label").size().min())
     if smallest < FEW:
         notes.append(

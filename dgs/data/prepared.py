@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from dgs.data.manifest import ImageSource, open_image
 from dgs.data.patches import patch_entropy, select_indices

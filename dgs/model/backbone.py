@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from dgs.errors import UserError, did_you_mean
 from dgs.minibench import stem
@@ -131,7 +131,7 @@ def _from_name(params: ModelParams, image_size: int, seed: int) -> tuple[Any, di
     if params.clip not in names:
         raise UserError(
             f"Expected model.clip to be a folder or an open_clip name, found '{params.clip}'."
-            f"{did_you_mean(params.clip, names)}"
+            f"{did_you_mean(params.clip, names)}{' The embedded one is sample/clip.' if '/' in params.clip else ''}"
         )
     if params.pretrained is None:
         raise UserError(f"Expected model.pretrained for '{params.clip}': an open_clip tag such as openai, or a file.")
@@ -145,9 +145,10 @@ def _from_name(params: ModelParams, image_size: int, seed: int) -> tuple[Any, di
         model: Any = open_clip.create_model(params.clip, pretrained=None, force_image_size=image_size)
     else:
         try:
-            model = open_clip.create_model(params.clip, pretrained=params.pretrained, force_image_size=image_size)
+            with _quiet():  # a hub that cannot be reached is retried for a minute, each time with a page of log
+                model = open_clip.create_model(params.clip, pretrained=params.pretrained, force_image_size=image_size)
         except Exception as error:  # offline hubs and wrong tags fail in many ways
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split()).split(". ")[0][:200]
             raise UserError(
                 f"Cannot load the weights '{params.pretrained}' of {params.clip} ({type(error).__name__}: {reason}). "
                 f"With network: python -c \"import open_clip; open_clip.create_model('{params.clip}', "
@@ -169,6 +170,11 @@ def load_clip(params: ModelParams, root: Path, image_size: int, seed: int = 0) -
     """
     folder = (root / params.clip).resolve()
     if folder.is_dir():
+        if params.pretrained is not None:
+            raise UserError(
+                f"model.clip = {params.clip} is a folder and brings its weights, found model.pretrained = "
+                f"{params.pretrained} too. Set model.pretrained: null."
+            )
         model, preprocess = _from_folder(folder, image_size)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     else:

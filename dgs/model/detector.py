@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -17,7 +16,7 @@ from scipy.special import expit
 from torch import nn
 from tqdm.auto import tqdm
 
-from dgs.data.images import UnreadableImage, decode, read, to_rgb
+from dgs.data.images import UnreadableImage, decode, files_under, read, to_rgb
 from dgs.data.patches import patch_entropy, select_indices
 from dgs.data.views import EVALUATION, make_view
 from dgs.errors import UserError
@@ -143,38 +142,6 @@ def _read(path: Path) -> bytes:
     return read(path)
 
 
-def _names(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith("."))
-
-
-def _files(paths: Iterable[Path]) -> Iterator[Path]:
-    """Every file under `paths`, in the order of names; what cannot be looked at is passed on, reading it says why.
-
-    In folders, whatever begins with a dot is left out, and so are pipes and devices. Links are followed, but no folder
-    is entered twice. Kept in memory: the names in the folders that lead to the current file.
-    """
-    for top in paths:
-        entered: set[Path] = set()
-        branches: list[Iterator[Path]] = [iter([top])]
-        while branches:
-            path = next(branches[-1], None)
-            if path is None:
-                branches.pop()
-                continue
-            try:
-                if path.is_dir():
-                    real = path.resolve()
-                    branches.append(map(path.joinpath, () if real in entered else _names(path)))
-                    entered.add(real)
-                    continue
-                special = path != top and path.exists() and not path.is_file()
-            except OSError:
-                special = False
-            if not special:
-                yield path
-
-
 def _is_there(path: Path) -> bool:
     try:
         return path.exists()
@@ -206,7 +173,7 @@ def score_files(
     paths = list(paths)
     if paths and not any(map(_is_there, paths)):
         raise UserError(f"Expected a file or folder at {_named(paths)}, found none.")
-    files = _files(paths)
+    files = files_under(paths)
     first = next(files, None)
     if first is None:
         raise UserError(f"Expected a file to score in {_named(paths) if paths else 'no path'}, found none.")
@@ -215,13 +182,17 @@ def score_files(
     threshold = detector.info["thresholds"].get("val")
     if threshold is None:
         raise damaged(folder / "dgs.json", "expected the threshold 'val', found none")
+    warn(
+        f"checkpoint {folder}: 'generated' above a probability of {float(probability(np.array(threshold))):.3f}, "
+        f"the best threshold on its validation images."
+    )
     if detector.params.data.layout == "minibench":
         warn(f"warning: {folder} was trained on the embedded 64 px benchmark; its verdicts on photographs mean little.")
     pending: list[tuple[Path, NDArray[np.uint8] | None, str]] = []
 
     def flush() -> Iterator[dict[str, Any]]:
         views = [view for _, view, _ in pending if view is not None]
-        logits = detector.logits(np.stack(views)) if views else np.zeros(0, np.float32)
+        logits = detector.logits(np.stack(views)).astype(np.float64) if views else np.zeros(0)
         scored = iter(zip(logits > threshold, probability(logits), strict=True))
         for path, view, error in pending:
             if view is None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from dgs.data.prepared import load_prepared
 from dgs.model.journal import Journal
@@ -101,7 +101,7 @@ def train_seeds(method: str, params: Params, root: Path, prepared_folder: Path, 
     with (
         _silent_workers(),
         ProcessPoolExecutor(jobs, context, initializer=_share, initargs=(counter,)) as pool,
-        tqdm(total=steps, desc=f"{method}, {len(params.seeds)} seeds", unit="step") as progress,
+        tqdm(total=steps, desc=f"{method}, all seeds", unit="step") as progress,
     ):
         futures: list[Future[Journal]] = [pool.submit(train_seed, method, seed, *rest) for seed in params.seeds]
         try:

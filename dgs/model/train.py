@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from dgs.analysis.metrics import best_threshold, detection_row
 from dgs.data.prepared import Prepared
@@ -114,6 +114,7 @@ def stage1(
     head = new_head(features.shape[2], seed, features.device)
     optimizer = _adam(list(head.parameters()), params.train.stage1.lr)
     size, step = params.train.batch_size, 0
+    steps = params.train.stage1.epochs * -(-len(labels) // size)
     for epoch in range(params.train.stage1.epochs):
         view = features[epoch % len(features)]
         order = torch.tensor(batch_order(len(labels), seed, epoch), device=features.device)
@@ -122,7 +123,7 @@ def stage1(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if journal is not None and step % params.train.log_every == 0:
+            if journal is not None and (step % params.train.log_every == 0 or step == steps - 1):
                 journal.loss(epoch, step, loss=loss.item(), loss_task=loss.item())
             step += 1
             on_step()
@@ -242,10 +243,8 @@ def stage2(
     journal = Journal(method.name, seed)
     torch.manual_seed(seed)  # dropout masks
     backbone.train()
-    epochs, step = params.train.stage2.epochs, 0
-    with tqdm(
-        total=total_steps(method, len(rows), params), desc=f"{method.name}, seed {seed}", unit="step"
-    ) as progress:
+    epochs, step, steps = params.train.stage2.epochs, 0, total_steps(method, len(rows), params)
+    with tqdm(total=steps, desc=f"{method.name}, seed {seed}", unit="step") as progress:
         for epoch in range(epochs):
             view = epoch % params.train.views
             order = batch_order(len(rows), seed, epoch)
@@ -262,7 +261,7 @@ def stage2(
                     raise _diverged(str(error), step, rows, index.tolist()) from None
                 features.backward(applied)
                 optimizer.step()
-                if step % params.train.log_every == 0:
+                if step % params.train.log_every == 0 or step == steps - 1:
                     journal.loss(epoch, step, loss=sum(losses.values()), **losses)
                     for other in ("harmful", "beneficial", "applied"):
                         journal.angle(step, "features", f"task-{other}", angles(gradients["task"], gradients[other]))

@@ -1,0 +1,177 @@
+"""Checkpoints: whole ones come back to the bit, damaged ones are refused in one sentence that says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from clips import write_random_clip
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dgs.errors import UserError
+from dgs.model.backbone import Backbone, Clip, load_clip
+from dgs.model.checkpoint import load_checkpoint, load_heads, read_info, save_checkpoint
+from dgs.params import LoraParams, Params, validate
+
+LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0)
+WIDTH = 24  # features of the random CLIP
+
+
+def settings(clip: Path, **groups: object) -> Params:
+    """Parameters of a run on the random CLIP at `clip`, for images of 32 px."""
+    model = {"clip": str(clip), "image_size": 32, "lora": LORA.model_dump()}
+    return validate({"data": {"layout": "folders", "rho": None}, "model": model, **groups})
+
+
+def write_checkpoint(folder: Path, clip_folder: Path, params: Params | None = None, scale: float = 1.0) -> Path:
+    """A checkpoint with random adapters and heads on the random CLIP at `clip_folder`.
+
+    scale: of the image head; large ones give logits far from 0.
+    """
+    params = params or settings(clip_folder)
+    clip = load_clip(params.model, Path(), params.image_size)
+    torch.manual_seed(0)
+    backbone = Backbone(clip, LORA)
+    for parameter in backbone.adapter_parameters():  # B is zero at first, which would hide a lost adapter
+        nn.init.normal_(parameter, std=0.3)
+    heads = {name: nn.Linear(WIDTH, 1) for name in ("image", "text", "teacher")}
+    heads["image"].weight.data *= scale
+    save_checkpoint(folder, backbone, heads, clip, params, "dgs", 0, {"0.5": 0.0, "val": 0.0}, "d")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_clip(tmp_path_factory.mktemp("clip") / "clip")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "seed-0", clip_folder)
+
+
+@pytest.fixture
+def checkpoint(whole: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(whole, tmp_path / "seed-0")
+
+
+@pytest.fixture
+def clip(clip_folder: Path) -> Clip:
+    return load_clip(settings(clip_folder).model, Path(), 32)
+
+
+def edit_tensors(file: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
+
+
+def edit_json(file: Path, edit: Callable[[dict], object]) -> None:
+    content = json.loads(file.read_text())
+    edit(content)
+    file.write_text(json.dumps(content))
+
+
+ADAPTER, CONFIG, HEADS, INFO = "adapter_model.safetensors", "adapter_config.json", "heads.safetensors", "dgs.json"
+MATRIX = "base_model.model.transformer.resblocks.1.attn.v_proj.lora_B.weight"
+TENSORS: list[tuple[str, str, Callable[[dict[str, torch.Tensor]], object]]] = [
+    ("an adapter without one matrix", ADAPTER, lambda t: t.pop(MATRIX)),
+    ("an adapter that is not a number", ADAPTER, lambda t: t[MATRIX].fill_(torch.nan)),
+    ("heads without one tensor", HEADS, lambda t: t.pop("text_head.bias")),
+    ("no image head", HEADS, lambda t: [t.pop(f"image_head.{part}") for part in ("weight", "bias")]),
+    ("a head for other features", HEADS, lambda t: t.update({"image_head.weight": torch.zeros(1, 7)})),
+    ("a head of two classes", HEADS, lambda t: t.update({"image_head.weight": torch.zeros(2, WIDTH)})),
+    ("a head of one dimension", HEADS, lambda t: t.update({"image_head.weight": torch.zeros(WIDTH)})),
+]
+SETTINGS: list[tuple[str, str, Callable[[dict], object]]] = [
+    ("adapter settings of another rank", CONFIG, lambda c: c.update(r=3)),
+    ("adapter settings for no such layer", CONFIG, lambda c: c.update(target_modules=["x"])),
+    ("adapter settings without a type", CONFIG, lambda c: c.pop("peft_type")),
+    ("dgs.json of another format", INFO, lambda c: c.update(format=99)),
+    ("dgs.json without the hash of the CLIP", INFO, lambda c: c["clip"].pop("weights_sha256")),
+    ("dgs.json with a word for a threshold", INFO, lambda c: c["thresholds"].update(val="0.5")),
+]
+TEXTS = {"not JSON": "{", "a list": "[]", "an object without keys": "{}", "a format alone": '{"format": 1}'}
+# What is wrong -> the file to blame, and how to make it so.
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    **{f"no {name}": (name, Path.unlink) for name in (ADAPTER, CONFIG, HEADS)},
+    **{f"{name} is a folder": (name, lambda file: (file.unlink(), file.mkdir())) for name in (ADAPTER, CONFIG, HEADS)},
+    **{f"{name} is empty": (name, lambda file: file.write_bytes(b"")) for name in (ADAPTER, CONFIG, HEADS, INFO)},
+    **{f"{name} is cut short": (name, lambda file: os.truncate(file, 200)) for name in (ADAPTER, CONFIG, HEADS, INFO)},
+    **{f"{name} is not text": (name, lambda file: file.write_bytes(b"\xff\xfe")) for name in (CONFIG, INFO)},
+    **{
+        f"{name} is {what}": (name, partial(Path.write_text, data=t))
+        for name in (CONFIG, INFO)
+        for what, t in TEXTS.items()
+    },
+    **{what: (name, partial(edit_tensors, edit=edit)) for what, name, edit in TENSORS},
+    **{what: (name, partial(edit_json, edit=edit)) for what, name, edit in SETTINGS},
+}
+
+
+def assert_helpful(sentence: str, file: Path) -> None:
+    """One line that names the file and says what to do."""
+    assert "\n" not in sentence and len(sentence) < 1000
+    assert str(file) in sentence
+    assert "train it again, or give another --checkpoint" in sentence.replace("Train", "train")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_one_sentence_and_asks_no_hub(
+    damage: str, checkpoint: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise AssertionError("a damaged checkpoint must not be looked up on a hub")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    name, break_it = DAMAGES[damage]
+    break_it(checkpoint / name)
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(checkpoint, clip)
+    assert_helpful(str(caught.value), checkpoint / name)
+    assert "looked up on a hub" not in str(caught.value)
+
+
+def test_adapters_for_other_layers_than_the_settings_say_are_not_dropped_silently(checkpoint: Path, clip: Clip) -> None:
+    edit_json(checkpoint / CONFIG, lambda settings: settings.update(target_modules=["q_proj"]))
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(checkpoint, clip)
+    assert_helpful(str(caught.value), checkpoint / ADAPTER)
+
+
+def test_a_whole_one_comes_back_to_the_bit(whole: Path, clip: Clip) -> None:
+    backbone, heads, info = load_checkpoint(whole, clip)
+    loaded = {name: parameter for name, parameter in backbone.named_parameters() if "lora_" in name}
+    saved = load_file(whole / ADAPTER)
+    assert len(loaded) == len(saved) == 12, "A and B of q, k and v in 2 blocks"
+    for name, tensor in saved.items():
+        assert torch.equal(loaded[f"visual.{name.replace('.weight', '.default.weight')}"], tensor), name
+    assert set(heads) == {"image", "text", "teacher"}
+    assert not backbone.training and info == read_info(whole)
+
+
+def test_heads_are_read_without_the_rest(whole: Path, tmp_path: Path) -> None:
+    shutil.copy(whole / HEADS, tmp_path)
+    heads = load_heads(tmp_path)
+    assert torch.equal(heads["image"].weight, load_file(whole / HEADS)["image_head.weight"])
+    assert not any(parameter.requires_grad for head in heads.values() for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("what", ["a missing folder", "an empty folder", "a file"])
+def test_no_checkpoint_is_one_sentence(what: str, tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    if what == "a file":
+        folder.write_text("")
+    elif what == "an empty folder":
+        folder.mkdir()
+    with pytest.raises(UserError, match=r"Expected a checkpoint folder \(with dgs\.json\) at .*/x, found none\."):
+        read_info(folder)

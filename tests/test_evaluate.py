@@ -1,0 +1,171 @@
+"""Scores of checkpoints on images: each with what it was trained on and with, or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from clips import write_random_clip
+from conftest import ImageTree
+
+from dgs.analysis.evaluate import checkpoints, evaluate, settings, tsne_rows
+from dgs.data.manifest import build_manifest, data_hash
+from dgs.data.prepared import Prepared, load_prepared, save_prepared
+from dgs.errors import UserError
+from dgs.model.backbone import Clip, encode_texts, load_clip
+from dgs.model.checkpoint import save_checkpoint
+from dgs.model.detector import Detector
+from dgs.model.methods import get_method
+from dgs.model.train import Trained, train
+from dgs.params import Params, validate
+from dgs.workspace import Workspace
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def params(image_tree: ImageTree, tmp_path: Path) -> Params:
+    return validate(
+        {
+            "seeds": [0],
+            "data": {"layout": "folders", "root": str(image_tree()), "rho": None},
+            "model": {
+                "clip": str(write_random_clip(tmp_path / "clip")),
+                "image_size": 32,
+                "lora": {"rank": 2, "dropout": 0.0},
+            },
+            "train": {"batch_size": 6, "stage1": {"lr": 0.01}, "stage2": {"lr": 0.01}},
+            "evaluate": {"retrieval_pool": 4},
+        }
+    )
+
+
+@pytest.fixture
+def clip(params: Params) -> Clip:
+    return load_clip(params.model, Path(), params.image_size)
+
+
+@pytest.fixture
+def prepared(params: Params, clip: Clip, tmp_path: Path) -> Prepared:
+    folder = tmp_path / "scratch/build/mini/prepare"
+    folder.mkdir(parents=True)
+    manifest = build_manifest(Path(params.data.root), params.data)
+    texts = sorted(manifest["caption"].unique())
+    info = {"data_hash": data_hash(manifest), "rho": None, "seen": ["alpha", "beta"]}
+    captions = dict(zip(texts, encode_texts(clip, texts), strict=True))
+    save_prepared(folder, manifest, info, captions, {}, None, params)
+    return load_prepared(folder, Path())
+
+
+def trained(method: str, clip: Clip, prepared: Prepared, params: Params, folder: Path) -> Path:
+    def keep(run: Trained) -> None:
+        data = prepared.info["data_hash"]
+        save_checkpoint(folder, run.backbone, run.heads, clip, params, method, 0, run.thresholds, data)
+
+    train(get_method(method), clip, prepared, params, 0, CPU, keep)
+    return folder
+
+
+def test_scores_are_those_of_the_detector_on_the_same_files(
+    params: Params, clip: Clip, prepared: Prepared, tmp_path: Path
+) -> None:
+    found = {(name, 0): trained(name, clip, prepared, params, tmp_path / name) for name in ("probe", "dgs")}
+    scores, forgetting, panels = evaluate(found, clip, prepared, params, CPU)
+    rows = prepared.manifest[prepared.manifest["split"] != "train"]
+    assert len(scores) == 2 * len(rows)
+    for name in ("probe", "dgs"):
+        own = scores[scores["method"] == name]
+        assert own["id"].tolist() == rows["id"].tolist()
+        expected = Detector.load(found[name, 0]).score([Path(params.data.root) / file for file in rows["file"]])
+        assert np.allclose(1 / (1 + np.exp(-own["logit"].to_numpy())), expected, rtol=0, atol=1e-6)
+    drift = forgetting[forgetting["measure"] == "cosine_drift"].set_index("method")["after"]
+    assert 0.0 <= drift["probe"] < 1e-12 < drift["dgs"], "a frozen tower forgets nothing, a trained one moved"
+    assert set(panels) == {"frozen", "dgs"}
+
+
+def test_a_checkpoint_of_other_data_is_refused(params: Params, clip: Clip, prepared: Prepared, tmp_path: Path) -> None:
+    found = {("probe", 0): trained("probe", clip, prepared, params, tmp_path / "probe")}
+    prepared.info["data_hash"] = "another"
+    with pytest.raises(UserError, match=r"was trained on other data .*dvc repro train@probe"):
+        evaluate(found, clip, prepared, params, CPU)
+
+
+def test_a_checkpoint_that_saw_images_otherwise_is_refused_and_leaves_the_clip_as_it_was(
+    params: Params, clip: Clip, prepared: Prepared, tmp_path: Path
+) -> None:
+    found = {("dgs", 0): trained("dgs", clip, prepared, params, tmp_path / "dgs")}
+    before = {name: value.clone() for name, value in clip.model.state_dict().items()}
+    resized = params.model_copy(update={"data": params.data.model_copy(update={"fit": "resize"})})
+    with pytest.raises(UserError, match="was trained with fit crop, found resize"):
+        evaluate(found, clip, prepared, resized, CPU)
+    after = clip.model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_settings_are_what_each_method_was_trained_with_not_what_the_file_says_now(
+    params: Params, clip: Clip, prepared: Prepared, tmp_path: Path
+) -> None:
+    stage2 = params.train.stage2.model_copy(update={"lr": 0.05})
+    by_hand = params.model_copy(update={"train": params.train.model_copy(update={"stage2": stage2})})
+    found = {
+        ("probe", 0): trained("probe", clip, prepared, params, tmp_path / "probe"),
+        ("dgs", 0): trained("dgs", clip, prepared, by_hand, tmp_path / "dgs"),
+    }
+    now = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"tsne_images": 3})})
+    chosen = settings(found, now)
+    assert {method: own["train"]["stage2"]["lr"] for method, own in chosen.items()} == {"probe": 0.01, "dgs": 0.05}
+    assert all(own["evaluate"]["tsne_images"] == 3 for own in chosen.values())
+
+
+class TestWhichCheckpoints:
+    @pytest.fixture
+    def workspace(self, tmp_path: Path) -> Workspace:
+        return Workspace(tmp_path / "repo", tmp_path / "scratch", "own")
+
+    @staticmethod
+    def make(base: Path, method: str, *seeds: int) -> None:
+        for seed in seeds:
+            (base / "build/own/train" / method / f"seed-{seed}").mkdir(parents=True)
+
+    def test_the_newer_of_scratch_and_pipeline_is_taken(self, workspace: Workspace) -> None:
+        for newer, older in ((workspace.out, workspace.root), (workspace.root, workspace.out)):
+            for base, made_at in ((newer, 2_000), (older, 1_000)):
+                (base / "build/own/train/lora/seed-0").mkdir(parents=True, exist_ok=True)
+                os.utime(base / "build/own/train/lora", (made_at, made_at))
+            assert checkpoints(workspace, ["lora"], [0])["lora", 0].is_relative_to(newer)
+
+    def test_a_method_that_was_not_trained_is_left_out_a_missing_seed_is_an_error(self, workspace: Workspace) -> None:
+        self.make(workspace.root, "lora", 0, 1)
+        assert list(checkpoints(workspace, ["probe", "lora"], [1])) == [("lora", 1)]
+        with pytest.raises(UserError, match="lora with seed 7, found seeds 0, 1"):
+            checkpoints(workspace, ["lora"], [7])
+
+    def test_none_at_all_names_what_to_run_for_this_profile(self, workspace: Workspace) -> None:
+        with pytest.raises(UserError, match="Expected checkpoints of lora, found none"):
+            checkpoints(workspace, ["lora"], [0])
+        with pytest.raises(UserError, match="make repro PROFILE=own"):
+            workspace.find("prepare", made_by="prepare")
+
+
+def test_paths_are_shown_as_a_reader_finds_them(tmp_path: Path) -> None:
+    by_hand = Workspace(tmp_path, tmp_path / "scratch", "own")
+    assert by_hand.shown(by_hand.build("prepare")) == "scratch/build/own/prepare"
+    assert by_hand.shown(tmp_path / "build/own/prepare") == "build/own/prepare"
+    stage = Workspace(tmp_path, tmp_path / "build/own/.prepare-x1", "own")
+    assert stage.shown(stage.build("prepare")) == "build/own/prepare", "a draft's name differs from run to run"
+    elsewhere = Workspace(tmp_path, Path("/elsewhere"), "own")
+    assert elsewhere.shown(elsewhere.build("prepare")) == "/elsewhere/build/own/prepare"
+
+
+def test_tsne_shows_two_seen_and_two_unseen_generators_and_as_many_reals() -> None:
+    rows = pd.DataFrame(
+        [{"generator": name, "label": 1, "seen": name in "ab"} for name in "abcdef" for _ in range(9)]
+        + [{"generator": "real", "label": 0, "seen": False} for _ in range(50)]
+    )
+    chosen = tsne_rows(rows, 5)
+    assert chosen.loc[chosen["label"] == 1, "generator"].value_counts().to_dict() == dict.fromkeys("abcd", 5)
+    assert (chosen["label"] == 0).sum() == 20
