@@ -263,7 +263,8 @@ class TestScore:
             assert "000.txt" in process.stdout.readline()
             process.stdout.close()
             stderr = process.stderr.read()
-        assert all(line.startswith(("checkpoint ", "scoring: ")) for line in stderr.splitlines() if line.strip()), stderr
+        said = [line for line in stderr.splitlines() if line.strip()]
+        assert all(line.startswith(("checkpoint ", "scoring: ")) for line in said), stderr
         assert process.returncode == 1
 
 

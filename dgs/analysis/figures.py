@@ -38,17 +38,23 @@ WIDTH = 6.0  # inches; at 150 dpi 900 px, shown at half of it or less
 DPI = 150
 # What the memory axis shows, the first that was measured: its name in a title, its axis label.
 _MEMORY = {
-    "zero_shot_kept": ("zero-shot", "Zero-shot accuracy kept (% of the frozen model's)"),
-    "cka_to_frozen": ("its frozen features", "Similarity to the frozen features (CKA, %)"),
+    "zero_shot_kept": ("zero-shot kept", "Zero-shot accuracy kept (% of the frozen model's)"),
+    "cka_to_frozen": ("CKA to frozen", "Similarity to the frozen features (CKA, %)"),
 }
+SUBJECT, BASELINE = "dgs", "lora"  # what titles compare where both are there
 CHANCE = 50.0  # per cent balanced accuracy
 HARMFUL = "task-harmful"  # the pair whose angle says what suppression can remove
 APPLIED = "task-applied"  # by how much a method turned the gradient: 0 without surgery
+_PAIR_TITLES = {
+    HARMFUL: "task vs harmful",
+    "task-beneficial": "task vs beneficial",
+    APPLIED: "task vs applied:\nhow far it was turned",
+}
 TURNED = 0.01  # degrees; less is the noise of arccos near 1
-KEEPS = 90.0  # per cent of the frozen model's accuracy that counts as kept in a title
 NEIGHBOURS = 10  # of a point in a t-SNE panel
 FEWEST = 5  # images that make a t-SNE map
 LONGEST = 20  # characters of a name in a figure
+CURVE = 3  # points that make a curve; fewer get markers
 WIDE = 9  # generators beside each other in a heat map; more are drawn below each other
 
 # Okabe & Ito's colours and three more of similar spacing; told apart under red-green blindness, and by marker besides.
@@ -130,8 +136,9 @@ def save(fig: Figure, path: str | Path) -> Path:
 def detection_bars(detection: pd.DataFrame) -> Figure:
     """Balanced accuracy (%) of each method on each generator, seen and unseen apart, from the `headline` rows.
 
-    Bars start at chance and end at the mean over seeds; whiskers are 95 % intervals over seeds, dots single seeds.
-    Raises UserError as `headline` does.
+    Bars start at chance and end at the mean over seeds; whiskers are 95 % intervals over seeds, cut at 0 and 100 %,
+    dots single seeds. The title is about dgs against lora where both are there, else about the best two. Raises
+    UserError as `headline` does.
     """
     rows = headline(detection)
     methods = in_order(rows["method"])
@@ -145,9 +152,10 @@ def detection_bars(detection: pd.DataFrame) -> Figure:
     with style():
         fig = Figure(figsize=(WIDTH, 1.75 + 0.35 * len(groups) + row_height * sum(counts)), layout="constrained")
         axes = fig.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=counts)[:, 0]
+        intervals = []
         for ax, (title, part) in zip(axes, groups, strict=True):
             generators = in_order(part["generator"])
-            _horizontal_bars(
+            intervals += _horizontal_bars(
                 ax,
                 {
                     (generator, method): 100.0
@@ -163,10 +171,10 @@ def detection_bars(detection: pd.DataFrame) -> Figure:
             ax.set_yticks(range(len(generators)), [short[name] for name in generators])
             ax.set_title(title)
             ax.axvline(CHANCE, color="#333333", linewidth=1.0, linestyle="--", zorder=3)
-        values = 100.0 * rows["balanced_acc"]
-        axes[0].set_xlim(max(0.0, min(CHANCE, float(values.min())) - 3.0), min(101.0, float(values.max()) + 4.0))
+        values = [*(100.0 * rows["balanced_acc"]), *(end for interval in intervals for end in _ends_drawn(interval))]
+        axes[0].set_xlim(max(0.0, min(CHANCE, *values) - 3.0), min(101.0, max(values) + 4.0))
         axes[-1].set_xlabel("Balanced accuracy (%); dashed line: chance")
-        _method_legend(fig, methods, bars=True)
+        _method_legend(fig, methods, bars=True, title=_whisker_note(intervals))
         _headline(fig, _detection_takeaway(rows))
     return fig
 
@@ -229,7 +237,8 @@ def detection_heatmap(detection: pd.DataFrame) -> Figure:
 def forgetting_plane(detection: pd.DataFrame, forgetting: pd.DataFrame) -> Figure:
     """Detection against memory: balanced accuracy (%) on unseen generators over the share of zero-shot accuracy kept.
 
-    One marker a method (mean over seeds) with 95 % intervals both ways, and a faint dot a seed. Without unseen
+    One marker a method (mean over seeds) with 95 % intervals both ways, cut at 0 and 100 %, and a faint dot a seed. The
+    title gives paired differences, dgs to lora where both are there, else between the two that keep most. Without unseen
     generators the seen ones are used, and without zero_shot:* measures (data without named classes) the similarity to
     the frozen features; the axes say so. Methods that were not measured are named in the axis label. Raises UserError
     where no method has either.
@@ -247,18 +256,18 @@ def forgetting_plane(detection: pd.DataFrame, forgetting: pd.DataFrame) -> Figur
     with style():
         fig = Figure(figsize=(WIDTH, 4.9 + 0.25 * (len(measured) // 3)), layout="constrained")
         ax = fig.subplots()
-        kept_means, detected_means = {}, {}
+        intervals = []
         for method in measured:
             part = table.loc[method]
             kept, detected = part[memory].to_numpy(), part[metric].to_numpy()
             x, y = seed_interval(kept), seed_interval(detected)
-            kept_means[method], detected_means[method] = x.mean, y.mean
+            intervals += [x, y]
             ax.scatter(kept, detected, s=14, color=colour(method), alpha=0.45, linewidths=0, zorder=2)
             ax.errorbar(
                 x.mean,
                 y.mean,
-                xerr=_half(x),
-                yerr=_half(y),
+                xerr=_whisker(x),
+                yerr=_whisker(y),
                 fmt=marker(method),
                 markersize=9,
                 color=colour(method),
@@ -270,21 +279,23 @@ def forgetting_plane(detection: pd.DataFrame, forgetting: pd.DataFrame) -> Figur
         ax.margins(0.08)
         low, high = ax.get_ylim()
         room = max(0.0, 5.0 - (high - low)) / 2.0  # points: closer up, noise would look like a gap
-        ax.set_ylim(low - room, high + room)
+        ax.set_ylim(max(low - room, -3.0), min(high + room, 103.0))
+        low, high = ax.get_xlim()
+        ax.set_xlim(max(low, -3.0), min(high, max(103.0, table[memory].max() + 3.0)))
         note = f"\nnot measured: {', '.join(absent)}" if absent else ""
         what, axis = _MEMORY[memory]
         ax.set_xlabel(f"{axis}{note}")
         ax.set_ylabel(f"Balanced accuracy,\n{where} generators (%)")
-        _method_legend(fig, measured, bars=False)
-        _headline(fig, _plane_takeaway(kept_means, detected_means, where, what))
+        _method_legend(fig, measured, bars=False, title=_whisker_note(intervals))
+        _headline(fig, _plane_takeaway(table[memory], table[metric], where, what))
     return fig
 
 
 def forgetting_bars(forgetting: pd.DataFrame) -> Figure:
     """What each method still knows: every measure before (black tick) and after fine-tuning (bar), in per cent.
 
-    Bars are means over seeds, whiskers 95 % intervals, dots single seeds. Measures whose `before` is 0 everywhere
-    (drifts) have nothing to keep and are left out. Raises UserError where no measure is left, or for mixed rho.
+    Bars are means over seeds, whiskers 95 % intervals cut at 0 and 100 %, dots single seeds. The title compares as that
+    of `detection_bars` does, where two methods are there. Measures whose `before` is 0 everywhere (drifts) have nothing to keep and are left out. Raises UserError where no measure is left, or for mixed rho.
     """
     one_rho(forgetting, "forgetting table")
     known = forgetting.groupby("measure", sort=False)["before"].transform(lambda before: (before != 0).any())
@@ -302,14 +313,14 @@ def forgetting_bars(forgetting: pd.DataFrame) -> Figure:
             for measure in measures
             for method in methods
         }
-        _horizontal_bars(ax, cells, measures, methods, start=0.0)
+        intervals = _horizontal_bars(ax, cells, measures, methods, start=0.0)
         for i, measure in enumerate(measures):
             before = 100.0 * rows.loc[rows["measure"] == measure, "before"].mean()
             ax.plot([before, before], [i - 0.45, i + 0.45], color="black", linewidth=2.2, zorder=5)
         ax.set_yticks(range(len(measures)), [_measure_name(measure) for measure in measures])
         ax.set_xlim(0.0, max(101.0, float(100.0 * rows["before"].max()) + 1.0))
         ax.set_xlabel("After fine-tuning (%); black: before")
-        _method_legend(fig, methods, bars=True)
+        _method_legend(fig, methods, bars=True, title=_whisker_note(intervals))
         _headline(fig, _forgetting_takeaway(rows))
     return fig
 
@@ -340,10 +351,11 @@ def tsne(features_by_method: Mapping[str, tuple[np.ndarray, pd.DataFrame]], seed
     return pd.concat(parts, ignore_index=True)[["method", "generator", "label", "x", "y"]]
 
 
-def tsne_panels(points: pd.DataFrame) -> Figure:
+def tsne_panels(points: pd.DataFrame, seed: int | None = None) -> Figure:
     """t-SNE maps side by side, a panel a method (the paper's figure 1): reals black dots, each generator its own look.
 
-    `points`: columns method, generator, label (0 real, 1 fake), x, y, as `tsne` returns them. A panel's number is the
+    `points`: columns method, generator, label (0 real, 1 fake), x, y, as `tsne` returns them; `seed`: of the checkpoints
+    whose features they are, named in the title ("one seed" where it is not given). A panel's number is the
     share of the 10 nearest neighbours in the map that are of a point's own class, averaged over reals and over fakes:
     50 % = mixed, 100 % = apart. A method without a map (NaN: fewer than 5 images) gets a panel that says so. Colours
     and markers of kinds are no method's, so that a colour means one thing in all figures.
@@ -392,48 +404,56 @@ def tsne_panels(points: pd.DataFrame) -> Figure:
             title="t-SNE axes have no unit",
             title_fontsize=10,
         )
-        _headline(fig, _neighbours_takeaway(apart))
+        _headline(fig, _neighbours_takeaway(apart, "one seed" if seed is None else f"seed {seed}"))
     return fig
 
 
 def training_curves(training: pd.DataFrame, points: int = 60) -> Figure:
     """Training loss and validation balanced accuracy (%) over optimiser steps, mean over seeds with 95 % intervals.
 
-    `training`: columns method, seed, step, loss_task, val_balanced_acc (NaN but at epoch ends). The task's loss alone:
-    totals hold other terms for other methods. Long logs are averaged to
-    at most `points` bins of steps; the axis says how wide one is. The second panel is left out where nothing was
-    validated.
+    `training`: columns method, seed, step, loss_task, val_balanced_acc (NaN but at epoch ends), and where known
+    loss_text and rho. The task's loss alone: totals hold other terms for other methods. A method whose loss_text was
+    never logged trained the head alone (stage 1); where others trained adapters, it has panels with steps of its own.
+    Logs of more than `points` steps are averaged to at most that many bins; the axis says how wide one is. The second
+    row is left out where nothing was validated. The title says that validation images are of seen generators and,
+    for a rho above 0.5, carry the shortcut of the training set.
     """
     methods = in_order(training["method"])
+    text = training.groupby("method")["loss_text"].count() if "loss_text" in training else None
+    head_only = [method for method in methods if text is not None and text[method] == 0]
     validated = training.dropna(subset=["val_balanced_acc"])
     losses = training.dropna(subset=["loss_task"])
-    width = max(1, int(np.ceil((losses["step"].max() - losses["step"].min() + 1) / points)))
-    losses = losses.assign(step=(losses["step"] // width) * width + (width - 1) / 2)
+    stages = {"Stage 1: head": head_only, "Stage 2: adapters": [m for m in methods if m not in head_only]}
+    stages = {stage: members for stage, members in stages.items() if members}
     panels = 1 if validated.empty else 2
     with style():
-        fig = Figure(figsize=(WIDTH, 1.4 + 2.1 * panels + 0.25 * (len(methods) // 3)), layout="constrained")
-        axes = fig.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
-        for method in methods:
-            _mean_line(axes[0], losses[losses["method"] == method], "loss_task", 1.0, method)
-            if panels == 2:
-                _mean_line(
-                    axes[1], validated[validated["method"] == method], "val_balanced_acc", 100.0, method, dots=True
-                )
-        axes[0].set_ylabel("Training loss")
-        bins = f", means over {width} steps" if width > 1 else ""
-        axes[-1].set_xlabel("Optimiser steps")
-        axes[0].set_title(f"Task loss{bins}")
+        fig = Figure(figsize=(WIDTH, 1.7 + 1.9 * panels + 0.25 * (len(methods) // 3)), layout="constrained")
+        axes = fig.subplots(
+            panels,
+            len(stages),
+            sharex="col",
+            sharey="row",
+            squeeze=False,
+            width_ratios=[1.0, 1.6] if len(stages) == 2 else None,
+        )
+        for column, (stage, members) in zip(axes.T, stages.items(), strict=True):
+            own, width = _binned(losses[losses["method"].isin(members)], points)
+            for method in members:
+                _mean_line(column[0], own[own["method"] == method], "loss_task", 1.0, method)
+                if panels == 2:
+                    rates = validated[validated["method"] == method]
+                    _mean_line(column[1], rates, "val_balanced_acc", 100.0, method, dots=True, top=100.0)
+            column[0].set_title(stage)
+            column[-1].set_xlabel("Optimiser steps" + (f"\n(loss: means over {width})" if width > 1 else ""))
+            column[-1].xaxis.set_major_locator(MaxNLocator(4 if len(stages) == 2 else 6, integer=True))
+        axes[0, 0].set_ylabel("Training loss\nof the task")
         _method_legend(fig, methods, bars=False, lines=True)
         if panels == 2:
-            axes[1].set_ylabel("Balanced\naccuracy (%)")
-            axes[1].set_title("Validation, at epoch ends")
+            axes[1, 0].set_ylabel("Validation bal.\naccuracy (%)")
             final = validated.sort_values("step", kind="stable").groupby(["method", "seed"], sort=False).last()
-            _headline(
-                fig,
-                _comparison(
-                    "At the end of training", 100.0 * final["val_balanced_acc"], "validation balanced accuracy"
-                ),
-            )
+            shortcut = "rho" in training and bool((training["rho"] > 0.5).any())
+            where = "On validation images (seen generators" + (", training set's shortcut)" if shortcut else ")")
+            _headline(fig, _comparison(where, 100.0 * final["val_balanced_acc"], "balanced accuracy"))
         else:
             last = losses.sort_values("step", kind="stable").groupby(["method", "seed"], sort=False)["loss_task"].last()
             means = last.groupby("method").mean()
@@ -457,28 +477,42 @@ def angles_over_training(angles: pd.DataFrame) -> Figure:
     columns = len(pairs) if len(pairs) <= 3 else 2
     lines = -(-len(pairs) // columns)
     band = min(0.18, 0.36 / len(methods))  # many bands on top of each other would hide the lines' colours
+    steps = np.sort(angles["step"].unique())
+    reach = max(1.0, float(steps[-1] - steps[0]))  # of the x axis
+    few = len(steps) < CURVE
     with style():
-        fig = Figure(figsize=(WIDTH, 1.5 + 2.4 * lines + 0.25 * (len(methods) // 3)), layout="constrained")
+        fig = Figure(figsize=(WIDTH, 1.9 + 2.4 * lines + 0.25 * (len(methods) // 3)), layout="constrained")
         axes = fig.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         for ax in axes.ravel()[len(pairs) :]:
             ax.set_axis_off()
         for ax, pair in zip(axes.ravel(), pairs, strict=False):
-            for method, linewidth in zip(methods, np.linspace(4.5, 1.8, len(methods)), strict=True):
+            for j, (method, linewidth) in enumerate(zip(methods, np.linspace(4.5, 1.8, len(methods)), strict=True)):
                 part = angles[(angles["pair"] == pair) & (angles["method"] == method)]
                 line = part.groupby("step")[["mean", "p05", "p95"]].mean()
+                if few:  # side by side, with the percentiles as bars: a band of one step has no width
+                    at = line.index + (j - (len(methods) - 1) / 2) * 0.3 * reach / len(methods)
+                    ax.vlines(at, line["p05"], line["p95"], color=colour(method), linewidth=1.5, zorder=3)
+                    ax.plot(at, line["mean"], marker(method), color=colour(method), markersize=7, zorder=4)
+                    continue
                 # Broad below narrow: methods whose angles agree are all seen.
                 ax.plot(line.index, line["mean"], color=colour(method), linewidth=linewidth, zorder=3)
                 ax.fill_between(line.index, line["p05"], line["p95"], color=colour(method), alpha=band, linewidth=0)
             ax.axhline(90.0, color="#333333", linewidth=1.0, linestyle="--", zorder=2)
-            ax.set_title(_pair_name(pair), fontsize=11)
-            ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+            ax.set_title(_PAIR_TITLES.get(pair, _pair_name(pair)), fontsize=10)
+            if few:
+                ax.set_xticks(steps)
+            else:
+                ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        if few:
+            axes[0, 0].set_xlim(steps[0] - 0.6 * reach, steps[-1] + 0.6 * reach)
         for column in range(columns):
             lowest = axes[(len(pairs) - 1 - column) // columns, column]
             lowest.tick_params(labelbottom=True)  # shared axes hide it above an empty place
             lowest.set_xlabel("Optimiser steps")
         for ax in axes[:, 0]:
             ax.set_ylabel("Angle (degrees)")
-        _method_legend(fig, methods, bars=False, lines=True, title="dashed: orthogonal; band: 5th to 95th percentile")
+        note = f"{'bar' if few else 'band'}: 5th to 95th percentile of samples, mean over seeds\ndashed: orthogonal"
+        _method_legend(fig, methods, bars=False, lines=True, title=note)
         _headline(fig, _angles_takeaway(angles))
     return fig
 
@@ -556,9 +590,13 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 
 def _horizontal_bars(
     ax: Axes, cells: Mapping[tuple[str, str], np.ndarray], rows: Sequence[str], methods: Sequence[str], start: float
-) -> None:
-    """Grouped bars from `start` to the mean of each cell's seeds, first row on top, with whiskers and seed dots."""
+) -> list[Interval]:
+    """Grouped bars from `start` to the mean of each cell's seeds, first row on top, with whiskers and seed dots.
+
+    Returns the intervals of the whiskers, as they are before `_whisker` cuts them.
+    """
     height = 0.84 / len(methods)
+    intervals = []
     for i, row in enumerate(rows):
         for j, method in enumerate(methods):
             values = cells[row, method]
@@ -566,9 +604,12 @@ def _horizontal_bars(
                 continue
             y = i + (j - (len(methods) - 1) / 2) * height
             interval = seed_interval(values)
+            intervals.append(interval)
             ax.barh(y, interval.mean - start, left=start, height=height * 0.92, color=colour(method), zorder=2)
             if interval.known:
-                ax.errorbar(interval.mean, y, xerr=_half(interval), color="#222222", linewidth=1.3, capsize=2, zorder=4)
+                ax.errorbar(
+                    interval.mean, y, xerr=_whisker(interval), color="#222222", linewidth=1.3, capsize=2, zorder=4
+                )
             ax.scatter(
                 values, np.full(len(values), y), s=7, color="white", edgecolors="#222222", linewidths=0.5, zorder=5
             )
@@ -576,27 +617,45 @@ def _horizontal_bars(
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
+    return intervals
 
 
-def _mean_line(ax: Axes, part: pd.DataFrame, column: str, scale: float, method: str, dots: bool = False) -> None:
-    """Mean over seeds at each step with a 95 % band; a step that one seed alone reached gets no band."""
+def _binned(losses: pd.DataFrame, points: int) -> tuple[pd.DataFrame, int]:
+    """The log with steps moved to the middles of at most `points` bins, and a bin's width; short logs as they are."""
+    if losses["step"].nunique() <= points:
+        return losses, 1
+    width = int(np.ceil((losses["step"].max() - losses["step"].min() + 1) / points))
+    return losses.assign(step=(losses["step"] // width) * width + (width - 1) / 2), width
+
+
+def _mean_line(
+    ax: Axes, part: pd.DataFrame, column: str, scale: float, method: str, dots: bool = False, top: float = np.inf
+) -> None:
+    """Mean over seeds at each step with a 95 % band within [0, top]; one seed alone gets no band.
+
+    Fewer than 3 points are marked, with the interval as a bar.
+    """
     if part.empty:
         return
     by_seed = part.groupby(["step", "seed"])[column].mean() * scale
     line = pd.DataFrame(
         {step: seed_interval(values.to_numpy())._asdict() for step, values in by_seed.groupby("step")}
     ).T.sort_index()
+    low, high = line["low"].clip(lower=0.0), line["high"].clip(upper=top)
+    few = len(line) < CURVE
     ax.plot(
         line.index,
         line["mean"],
         color=colour(method),
         linewidth=2.0,
-        marker=marker(method) if dots else None,
+        marker=marker(method) if dots or few else None,
         markersize=6,
         zorder=3,
     )
-    ax.fill_between(line.index, line["low"], line["high"], color=colour(method), alpha=0.18, linewidth=0)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if few:
+        ax.vlines(line.index, low, high, color=colour(method), linewidth=1.5, zorder=2)
+    else:
+        ax.fill_between(line.index, low, high, color=colour(method), alpha=0.18, linewidth=0)
 
 
 def _method_legend(
@@ -633,10 +692,50 @@ def _headline(fig: Figure, text: str) -> None:
 
 def _detection_takeaway(rows: pd.DataFrame) -> str:
     unseen = rows[~rows["seen"]]
-    part, where = (unseen, "On unseen generators") if not unseen.empty else (rows, "On seen generators")
-    return _comparison(
-        where, 100.0 * part.groupby(["method", "seed"], sort=False)["balanced_acc"].mean(), "balanced accuracy"
-    )
+    part, where = (unseen, "unseen") if not unseen.empty else (rows, "seen")
+    values = 100.0 * part.groupby(["method", "seed"], sort=False)["balanced_acc"].mean()
+    return _to_baseline(values, where) or _comparison(f"On {where} generators", values, "balanced accuracy")
+
+
+def _to_baseline(values: pd.Series, what: str) -> str:
+    """One sentence on dgs and the best other method, each minus lora; "" where dgs or lora is absent.
+
+    `values`: per cent, index (method, seed). Differences are paired by seed.
+    """
+    methods = in_order(values.index.get_level_values("method"))
+    gap = _gap(values, SUBJECT, BASELINE) if {SUBJECT, BASELINE} <= set(methods) else None
+    if gap is None:
+        return ""
+    subject, baseline = _name(SUBJECT), _name(BASELINE)
+    text = f"{subject}: {_verdict(gap)} {baseline} ({what} {_points(gap)})"
+    if not gap.known:
+        text = f"{subject} to {baseline}: {what} {_points(gap)}, no interval"
+    others = {
+        method: other
+        for method in methods
+        if method not in (SUBJECT, BASELINE)
+        if (other := _gap(values, method, BASELINE)) is not None
+    }
+    if others:
+        best = max(others, key=lambda method: others[method].mean)
+        text += f"; {_name(best)} {_points(others[best], '')}"
+    return text
+
+
+def _gap(values: pd.Series, first: str, second: str) -> Interval | None:
+    """The paired difference over the seeds that both methods have; None without any."""
+    both = pd.concat([values[first], values[second]], axis=1, keys=["a", "b"]).dropna()
+    return None if both.empty else paired_difference(both["a"].to_numpy(), both["b"].to_numpy())
+
+
+def _verdict(gap: Interval) -> str:
+    if gap.spans_zero:
+        return "no difference shown to"
+    return "higher than" if gap.mean > 0 else "lower than"
+
+
+def _points(gap: Interval, unit: str = " points") -> str:
+    return f"{rounded_text(gap.mean, sign=True)}{unit}{_ends(gap, sign=True)}"
 
 
 def _comparison(where: str, values: pd.Series, what: str) -> str:
@@ -647,19 +746,17 @@ def _comparison(where: str, values: pd.Series, what: str) -> str:
         interval = seed_interval(values.to_numpy())
         return f"{where}, {_name(best)} reaches {rounded_text(interval.mean)} % {what}{_ends(interval)}"
     second = str(means.index[1])
-    both = pd.concat([values[best], values[second]], axis=1, keys=["a", "b"]).dropna()
-    if both.empty:
+    gap = _gap(values, best, second)
+    if gap is None:
         first, other = rounded_text(means.iloc[0]), rounded_text(means.iloc[1])
-        return f"{where}, {_name(best)} {first} % and {_name(second)} {other} % share no seed"
-    gap = paired_difference(both["a"].to_numpy(), both["b"].to_numpy())
+        return f"{where}, {_name(best)} {first} % and {_name(second)} {other} % {what} share no seed"
     points = rounded_text(gap.mean)
     if not gap.known:
         return f"{where}, {_name(best)} is {points} points above {_name(second)} in {what} (one seed: no interval)"
-    ends = _ends(gap, sign=True)
     if gap.spans_zero:
-        pair = f"{_name(best)} over {_name(second)} {rounded_text(gap.mean, sign=True)} points{ends}"
-        return f"{where}, no difference shown between the top two: {pair}"
-    return f"{where}, {_name(best)} leads {_name(second)} by {points} points{ends} of {what}"
+        pair = f"{_name(best)} over {_name(second)} {_points(gap)}"
+        return f"{where}, no difference shown in {what} between the top two: {pair}"
+    return f"{where}, {_name(best)} leads {_name(second)} by {points} points{_ends(gap, sign=True)} of {what}"
 
 
 def _ends(interval: Interval, sign: bool = False) -> str:
@@ -669,52 +766,47 @@ def _ends(interval: Interval, sign: bool = False) -> str:
     return f" [{rounded_text(interval.low, sign=sign)},\u00a0{rounded_text(interval.high, sign=sign)}]"
 
 
-def _plane_takeaway(kept: Mapping[str, float], detected: Mapping[str, float], where: str, what: str) -> str:
-    share = {method: f"{rounded_text(value, 0)} %" for method, value in kept.items()}
-    rate = {method: f"{rounded_text(value)} %" for method, value in detected.items()}
-    bar = f"{KEEPS:.0f} %"
-    if len(kept) == 1:
-        only = next(iter(kept))
-        return f"{_name(only)} keeps {share[only]} of {what} and reaches {rate[only]} on {where}"
-    keepers = [method for method in kept if kept[method] >= KEEPS]
-    if not keepers:
-        closest = max(kept, key=lambda method: kept[method])
-        return f"No method keeps {bar} of {what}; {_name(closest)} comes closest: {share[closest]}"
-    best = max(keepers, key=lambda method: detected[method])
-    overall = max(detected, key=lambda method: detected[method])
-    if len(keepers) == 1:
-        first = f"Only {_name(best)} keeps {bar} of {what} ({where}: {rate[best]})"
-    else:
-        first = f"Of methods that keep {bar} of {what}, {_name(best)} has the highest mean on {where}: {rate[best]}"
-    if overall in keepers:
-        return first
-    return f"{first}; {_name(overall)} reaches {rate[overall]} but keeps {share[overall]}"
+def _plane_takeaway(kept: pd.Series, detected: pd.Series, where: str, what: str) -> str:
+    """Paired differences of dgs to lora, else of the two that keep most, from per-seed per cent (method, seed)."""
+    means = kept.groupby("method", sort=False).mean().sort_values(ascending=False, kind="stable")
+    first, *others = [str(method) for method in means.index]
+    if not others:
+        memory, found = (seed_interval(values.to_numpy()) for values in (kept, detected))
+        texts = [f"{rounded_text(interval.mean)} %{_ends(interval)}" for interval in (memory, found)]
+        return f"{_name(first)}: {what} {texts[0]}, balanced accuracy on {where} {texts[1]}"
+    second = others[0]
+    if {SUBJECT, BASELINE} <= {first, *others}:
+        first, second = SUBJECT, BASELINE
+    parts = []
+    for name, values in ((what, kept), (where, detected)):
+        gap = _gap(values, first, second)
+        if gap is None:
+            return f"{_name(first)} and {_name(second)} share no seed"
+        none_shown = "no difference shown, " if gap.known and gap.spans_zero else ""
+        parts.append(f"{name} {none_shown}{_points(gap)}")
+    return f"{_name(first)} to {_name(second)}: {'; '.join(parts)}"
 
 
 def _forgetting_takeaway(rows: pd.DataFrame) -> str:
     zero_shot = rows[rows["measure"].astype(str).str.startswith("zero_shot:")]
-    part, what = (zero_shot, "zero-shot accuracy") if not zero_shot.empty else (rows, "what was measured")
+    part, what = (zero_shot, "zero-shot kept") if not zero_shot.empty else (rows, "share kept")
     ratio = 100.0 * (part["after"] / part["before"]).where(part["before"] != 0)
-    kept = ratio.groupby(part["method"], sort=False).mean().sort_values(kind="stable")
-    least, most = f"{rounded_text(kept.iloc[0], 0)} %", f"{rounded_text(kept.iloc[-1], 0)} %"
-    worst, best = _name(str(kept.index[0])), _name(str(kept.index[-1]))
-    if len(kept) == 1:
-        return f"{best} keeps {most} of {what}"
-    if kept.iloc[-1] - kept.iloc[0] < 1.0:
-        return f"All methods keep about {rounded_text(kept.mean(), 0)} % of {what}"
-    return f"Of {what}, {worst} keeps {least} and {best} {most}"
+    kept = ratio.groupby([part["method"], part["seed"]], sort=False).mean()
+    if kept.index.get_level_values("method").nunique() == 1:
+        interval = seed_interval(kept.to_numpy())
+        return f"{_name(str(kept.index[0][0]))}: {what} {rounded_text(interval.mean)} %{_ends(interval)}"
+    return _to_baseline(kept, what) or _comparison("After fine-tuning", kept, what)
 
 
-def _neighbours_takeaway(apart: Mapping[str, float]) -> str:
-    """One sentence on the shares (%) of neighbours of the same class, {method: share}."""
+def _neighbours_takeaway(apart: Mapping[str, float], seed: str) -> str:
+    """One sentence on the shares (%) of neighbours of the same class, {method: share}: numbers, no winner."""
     if not apart:
         return f"No map of features: fewer than {FEWEST} images"
-    share = {method: f"{rounded_text(value, 0)} %" for method, value in apart.items()}
-    best = max(apart, key=lambda method: apart[method])
-    others = ", ".join(f"{_name(method)} {share[method]}" for method in apart if method != best)
-    if not others:
-        return f"{_name(best)}: {share[best]} of neighbours are of the same class"
-    return f"Neighbours of the same class: most in {_name(best)}, {share[best]} ({others})"
+    shares = [f"{_name(method)}\u00a0{rounded_text(value, 0)}\u00a0%" for method, value in apart.items()]
+    if len(shares) <= 4:  # more do not fit into two lines, and stand above the panels
+        return f"Neighbours of the same class: {', '.join(shares)} ({seed})"
+    low, high = (rounded_text(end, 0) for end in (min(apart.values()), max(apart.values())))
+    return f"Neighbours of the same class: {low} to {high} % in {len(shares)} maps ({seed})"
 
 
 def _angles_takeaway(angles: pd.DataFrame) -> str:
@@ -756,8 +848,22 @@ def _generator_look(i: int) -> dict[str, str]:
     }
 
 
-def _half(interval: Interval) -> float:
-    return interval.high - interval.mean if interval.known else 0.0
+def _ends_drawn(interval: Interval) -> tuple[float, float]:
+    """Where the whisker of a per cent ends: the interval cut to [0, 100], and never short of the mean itself."""
+    if not interval.known:
+        return interval.mean, interval.mean
+    low, high = max(interval.low, 0.0), min(interval.high, 100.0)
+    return min(low, interval.mean), max(high, interval.mean)
+
+
+def _whisker(interval: Interval) -> list[list[float]]:
+    low, high = _ends_drawn(interval)
+    return [[interval.mean - low], [high - interval.mean]]
+
+
+def _whisker_note(intervals: Iterable[Interval]) -> str:
+    past = any(interval.known and _ends_drawn(interval) != (interval.low, interval.high) for interval in intervals)
+    return "dots: seeds; whiskers: 95 % interval" + (", cut at 0 and 100 %" if past else "")
 
 
 def _name(method: str) -> str:
@@ -767,8 +873,14 @@ def _name(method: str) -> str:
 def _measure_name(measure: str) -> str:
     kind, _, attribute = measure.rpartition(":")
     shown = f"{kind}:{short_names([attribute])[attribute]}"
-    return shown.removeprefix(":").replace("zero_shot:", "zero-shot\n").replace("cka_", "CKA ").replace("_", " ")
+    return (
+        shown.removeprefix(":")
+        .replace("zero_shot:", "zero-shot\n")
+        .replace("retrieval_", "caption\nretrieval_")
+        .replace("cka_", "CKA ")
+        .replace("_", " ")
+    )
 
 
 def _pair_name(pair: str) -> str:
-    return pair.replace("_", " ")
+    return pair.replace("_", " ").replace("-", " vs ")

@@ -16,6 +16,7 @@ from scipy.special import expit
 from sklearn.metrics import auc, average_precision_score, roc_curve
 
 from dgs.analysis.intervals import seed_interval
+from dgs.data.manifest import SHARED_REALS
 from dgs.errors import UserError
 
 RUN = ["rho", "method", "seed"]
@@ -25,7 +26,6 @@ DETECTION_COLUMNS = [
 ]  # fmt: skip
 SCORE_COLUMNS = ["split", "generator", "label", "condition", "applied_to", "logit", "method", "seed"]
 CELL_METRICS = ("acc", "balanced_acc", "r_acc", "f_acc", "ap")
-SHARED_REALS = "real"
 ECE_BINS = 15
 DECIMALS = 6  # what files keep: far below what any test set can resolve, far above the noise of summation order
 
