@@ -60,15 +60,18 @@ def make_forgetting(methods: tuple[str, ...] = METHODS, seeds: int = 5, noise: f
 
 
 def make_training(methods: tuple[str, ...] = METHODS, seeds: int = 5, validated: bool = True) -> pd.DataFrame:
-    """A training log of 120 steps in 3 epochs."""
+    """A training log of 120 steps in 3 epochs; the probe's of 400, without losses of adapters, validated at its end."""
     rng = np.random.default_rng(2)
     rows = []
     for method in methods:
         for seed in range(seeds):
-            for step in range(120):
-                rate = LEVEL.get(method, 0.7) + rng.normal(0, 0.02) if validated and step % 40 == 39 else np.nan
+            probe = method == "probe"
+            for step in range(400 if probe else 120):
+                check = validated and (step == 399 if probe else step % 40 == 39)
+                rate = LEVEL.get(method, 0.7) + rng.normal(0, 0.02) if check else np.nan
                 loss = 0.7 * np.exp(-step / 60) + rng.normal(0, 0.02)
-                rows.append((method, seed, step // 40, step, loss, loss, 0.5, 0.01, rate))
+                others = (np.nan, np.nan) if probe else (0.5, 0.01)
+                rows.append((method, seed, step // 40, step, loss, loss, *others, rate))
     names = ["method", "seed", "epoch", "step", "loss", "loss_task", "loss_text", "loss_alignment", "val_balanced_acc"]
     return pd.DataFrame(rows, columns=names)
 
@@ -83,6 +86,12 @@ def make_angles(methods: tuple[str, ...] = ("lora", "dgs"), seeds: int = 5, pair
         for i in range(pairs)
     ]
     return pd.DataFrame(rows, columns=["rho", "method", "seed", "step", "layer", "pair", "mean", "p05", "p95"])
+
+
+def named_angles() -> pd.DataFrame:
+    """`make_angles` with the names of the pairs that training logs."""
+    names = {"task_a": "task-harmful", "task_b": "task-beneficial", "task_c": "task-applied"}
+    return make_angles().replace({"pair": names})
 
 
 def make_points(
@@ -149,6 +158,16 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "training": lambda: figures.training_curves(make_training()),
     "training, one": lambda: figures.training_curves(make_training(("dgs",), 1)),
     "training, not validated": lambda: figures.training_curves(make_training(validated=False)),
+    "training, two steps": lambda: figures.training_curves(make_training(seeds=2).query("step < 2 or step == 399")),
+    "training, probe alone": lambda: figures.training_curves(make_training(("probe",))),
+    "angles, real pairs": lambda: figures.angles_over_training(named_angles()),
+    "angles, one step": lambda: figures.angles_over_training(named_angles().query("step == 0")),
+    "angles, two steps": lambda: figures.angles_over_training(named_angles().query("step <= 10")),
+    "bars, two seeds": lambda: figures.detection_bars(make_detection(seeds=2, noise=0.2)),
+    "plane, two seeds": lambda: figures.forgetting_plane(
+        make_detection(seeds=2, noise=0.2), make_forgetting(seeds=2, noise=0.2)
+    ),
+    "forgetting, two seeds": lambda: figures.forgetting_bars(make_forgetting(seeds=2, noise=0.2)),
     "angles": lambda: figures.angles_over_training(make_angles()),
     "angles, one": lambda: figures.angles_over_training(make_angles(("dgs",), 1, 1)),
     "patches": lambda: figures.patches_figure(image(256, 320), image(224, 224)),
@@ -310,31 +329,99 @@ def test_the_style_ends_with_its_context() -> None:
 class TestHeadlines:
     """A headline is a claim, so it follows the data."""
 
-    def test_a_clear_lead_is_named_with_its_interval(self) -> None:
+    def test_detection_is_about_dgs_against_lora(self) -> None:
         made = make_detection(noise=1e-4)
-        assert title(figures.detection_bars(made)).startswith("On unseen generators, dgs leads lora by 2.0 points [+")
+        found = title(figures.detection_bars(made))
+        assert found == "dgs: higher than lora (unseen +2.0 [+2.0, +2.0]); probe −10.0 [−10.0, −10.0]"
         swapped = made.assign(method=made["method"].map({"probe": "probe", "lora": "dgs", "dgs": "lora"}))
-        assert title(figures.detection_bars(swapped)).startswith("On unseen generators, lora leads dgs by 2.0 points")
+        found = title(figures.detection_bars(swapped))
+        assert found == "dgs: lower than lora (unseen −2.0 [−2.0, −2.0]); probe −12.0 [−12.0, −12.0]"
+        alone = title(figures.detection_bars(made[made["method"] != "probe"]))
+        assert alone == "dgs: higher than lora (unseen +2.0 [+2.0, +2.0])"
+
+    def test_detection_names_the_best_of_the_others(self) -> None:
+        made = make_detection((*METHODS, "leace"), noise=1e-4)
+        made.loc[made["method"] == "leace", "balanced_acc"] += 0.05  # 75 less 1 a generator
+        assert "; leace +3.0 [" in title(figures.detection_bars(made))
 
     def test_an_interval_across_zero_is_no_difference_shown(self) -> None:
-        assert "no difference shown between the top two" in title(figures.detection_bars(make_detection(noise=0.2)))
+        gap = {0: 0.0, 1: 0.02, 2: -0.02}  # t(0.975, 2) * 2 / sqrt(3) = 4.97 points
+        made = make_detection(("lora", "dgs"), seeds=3, noise=0.0).assign(balanced_acc=0.7)
+        made["balanced_acc"] += made["seed"].map(gap).where(made["method"] == "dgs", 0.0) + 0.0
+        assert title(figures.detection_bars(made)) == "dgs: no difference shown to lora (unseen +0.0 [−5.0, +5.0])"
+
+    def test_differences_are_paired_by_seed(self) -> None:
+        made = make_detection(("lora", "dgs"), noise=0.0)
+        made["balanced_acc"] += 0.05 * made["seed"]  # moves both alike
+        assert title(figures.detection_bars(made)) == "dgs: higher than lora (unseen +2.0 [+2.0, +2.0])"
+
+    def test_without_dgs_or_lora_the_best_two_are_compared(self) -> None:
+        made = make_detection(("probe", "lora"), noise=1e-4)
+        found = title(figures.detection_bars(made))
+        assert found.startswith("On unseen generators, lora leads probe by 10.0 points [+")
+        assert "no difference shown in balanced accuracy: " in title(
+            figures.detection_bars(make_detection(("probe", "mine"), noise=0.5))
+        )
 
     def test_one_seed_claims_no_interval(self) -> None:
-        assert "(one seed: no interval)" in title(figures.detection_bars(make_detection(seeds=1)))
+        found = title(figures.detection_bars(make_detection(seeds=1, noise=0.0)))
+        assert found == "dgs to lora: unseen +2.0 (one seed: no interval); probe −10.0 (one seed)"
+        assert "(one seed: no interval)" in title(figures.detection_bars(make_detection(("probe", "lora"), seeds=1)))
+
+    def test_without_a_seed_in_common_nothing_is_compared(self) -> None:
+        made = make_detection(("lora", "dgs"))
+        apart = made[(made["method"] == "lora") == (made["seed"] < 2)]
+        assert "share no seed" in title(figures.detection_bars(apart))
 
     def test_without_unseen_generators_it_says_seen(self) -> None:
-        assert title(figures.detection_bars(make_detection(n_seen=8))).startswith("On seen generators")
+        assert "(seen +" in title(figures.detection_bars(make_detection(n_seen=8, noise=1e-4)))
+
+    def test_the_longest_still_fit_two_lines(self) -> None:
+        made = make_detection(("lora", "dgs", "product_of_experts"), seeds=2, noise=0.0).assign(balanced_acc=0.6)
+        worst = made.assign(balanced_acc=lambda t: t["balanced_acc"] - 0.2 * t["seed"] * (t["method"] != "lora"))
+        fig = figures.detection_bars(worst)
+        assert fig.get_suptitle().count("\n") <= 1
+        assert title(fig) == "dgs: no difference shown to lora (unseen −10.0 [−137.1, +117.1])"
+        assert figures.tsne_panels(make_points(MANY)).get_suptitle().count("\n") <= 1
 
     def test_forgetting(self) -> None:
         found = title(figures.forgetting_bars(make_forgetting(noise=0.0)))
-        assert found == "Of zero-shot accuracy, dgs keeps 50 % and probe 100 %"
-        assert "about 100 %" in title(figures.forgetting_bars(make_forgetting().assign(after=lambda t: t["before"])))
+        assert found == "dgs: lower than lora (zero-shot kept −10.0 [−10.0, −10.0]); probe +40.0 [+40.0, +40.0]"
+        same = title(figures.forgetting_bars(make_forgetting().assign(after=lambda t: t["before"])))
+        assert same.startswith("dgs: no difference shown to lora (zero-shot kept +0.0 [+0.0, +0.0])")
+        other = title(figures.forgetting_bars(make_forgetting(("probe", "lora"), noise=0.0)))
+        assert other == "After fine-tuning, probe leads lora by 40.0 points [+40.0, +40.0] of zero-shot kept"
+        alone = title(figures.forgetting_bars(make_forgetting(("dgs",), noise=0.0)))
+        assert alone == "dgs: zero-shot kept 50.0 % [50.0, 50.0]"
+
+    def test_forgetting_across_zero_is_no_difference_shown(self) -> None:
+        assert "no difference shown" in title(figures.forgetting_bars(make_forgetting(seeds=2, noise=0.3)))
 
     def test_plane(self) -> None:
         found = title(figures.forgetting_plane(make_detection(noise=0.0), make_forgetting(noise=0.0)))
-        assert found == "Only probe keeps 90 % of zero-shot (unseen: 57.5 %); dgs reaches 69.5 % but keeps 50 %"
-        nobody = figures.forgetting_plane(make_detection(("lora", "dgs")), make_forgetting(("lora", "dgs"), noise=0.0))
-        assert title(nobody) == "No method keeps 90 % of zero-shot; lora comes closest: 60 %"
+        assert found == "dgs to lora: zero-shot kept −10.0 [−10.0, −10.0]; unseen +2.0 [+2.0, +2.0]"
+        other = figures.forgetting_plane(
+            make_detection(("probe", "lora"), noise=0.0), make_forgetting(("lora", "probe"), noise=0.0)
+        )
+        assert title(other) == "probe to lora: zero-shot kept +40.0 [+40.0, +40.0]; unseen −10.0 [−10.0, −10.0]"
+        alone = figures.forgetting_plane(make_detection(("dgs",), 1, noise=0.0), make_forgetting(("dgs",), 1, 0.0))
+        assert title(alone) == "dgs: zero-shot kept 50.0 % (one seed), balanced accuracy on unseen 69.5 % (one seed)"
+
+    def test_plane_across_zero_is_no_difference_shown(self) -> None:
+        found = title(figures.forgetting_plane(make_detection(noise=0.5), make_forgetting(noise=0.0)))
+        assert "; unseen no difference shown, " in found and "kept −10.0" in found
+        found = title(figures.forgetting_plane(make_detection(noise=0.0), make_forgetting(seeds=2, noise=0.5)))
+        assert "zero-shot kept no difference shown, " in found
+
+    def test_training_says_what_was_validated(self) -> None:
+        made = make_training(("lora", "dgs"))
+        found = title(figures.training_curves(made.assign(rho=0.9)))
+        assert found.startswith("Final validation (seen generators, training's shortcut), ")
+        for none in (made, made.assign(rho=0.5), made.assign(rho=np.nan)):
+            assert title(figures.training_curves(none)).startswith("Final validation (seen generators), ")
+        close = made.assign(val_balanced_acc=made["val_balanced_acc"].where(made["method"] == "x", 0.7))
+        found = title(figures.training_curves(close))
+        assert "no difference shown in balanced accuracy: " in found
 
     def test_angles(self) -> None:
         found = title(figures.angles_over_training(make_angles()))
@@ -377,16 +464,129 @@ class TestHeadlines:
             assert not any("69.5" in text.get_text() for text in heat.axes[0].texts)
             pair = make_detection(("lora", "dgs"), noise=0.0)
             pair["balanced_acc"] = pair["method"].map({"lora": 0.5, "dgs": 0.5205 + noise})
-            assert "by 2.1 points [+2.1, +2.1]" in title(figures.detection_bars(pair))
+            assert "+2.1 [+2.1, +2.1]" in title(figures.detection_bars(pair))
 
     def test_maps(self) -> None:
-        found = title(figures.tsne_panels(make_points()))
-        assert found.startswith("Neighbours of the same class: most in dgs, ")
+        made = figures.tsne_panels(make_points(), seed=3)
+        shares = [ax.get_title("center").replace(":", "") for ax in made.axes]  # "dgs: 70 %"
+        assert title(made) == f"Neighbours of the same class: {', '.join(shares)} (seed 3)"
+        assert shares[0].startswith("frozen ") and shares[2].startswith("dgs ")
+        assert made.get_suptitle().count("\n") <= 1
+        assert title(figures.tsne_panels(make_points())).endswith(" (one seed)")
+        many = title(figures.tsne_panels(make_points(MANY)))
+        assert " % in 9 maps (one seed)" in many and "dgs" not in many
 
     def test_patches(self) -> None:
         found = title(figures.patches_figure(image(256, 256), image(224, 224)))
         assert found == "Patch selection shows the model 49 of 64 patches of 32 × 32 px, in a new order"
         assert "from only 6 patches" in title(figures.patches_figure(image(64, 96), image(224, 224)))
+
+
+def lines(ax: mpl.axes.Axes) -> dict[str, mpl.lines.Line2D]:
+    """{colour: the curve in it}."""
+    return {mpl.colors.to_hex(line.get_color()): line for line in ax.lines}
+
+
+class TestCurves:
+    def test_steps_of_the_head_do_not_squeeze_the_adapters(self) -> None:
+        fig = figures.training_curves(make_training())
+        head, adapters, *_ = fig.axes
+        assert [ax.get_title() or ax.get_title("left") for ax in (head, adapters)] == [
+            "Stage 1: head", "Stage 2: adapters",
+        ]  # fmt: skip
+        assert head.get_xlim()[1] > 390 and adapters.get_xlim()[1] < 130
+        assert set(lines(head)) == {figures.colour("probe")}
+        assert set(lines(adapters)) == {figures.colour("lora"), figures.colour("dgs")}
+        assert "means over 7" in fig.axes[2].get_xlabel() and "means over 2" in fig.axes[3].get_xlabel()
+
+    def test_one_stage_has_no_empty_panels(self) -> None:
+        assert len(figures.training_curves(make_training(("probe",))).axes) == 2
+        assert len(figures.training_curves(make_training().drop(columns="loss_text")).axes) == 2
+
+    def test_a_short_log_is_not_averaged(self) -> None:
+        every = make_training(("dgs",))
+        fig = figures.training_curves(every[every["step"] % 10 == 9])
+        assert "means" not in fig.axes[1].get_xlabel()
+        assert np.asarray(lines(fig.axes[0])[figures.colour("dgs")].get_xdata()).tolist()[:2] == [9, 19]
+
+    @pytest.mark.parametrize(("steps", "marked"), [(1, True), (2, True), (3, False)])
+    def test_fewer_than_3_points_are_marked(self, steps: int, marked: bool) -> None:
+        made = make_training(("dgs",), validated=False)
+        curve = figures.training_curves(made[made["step"] < steps]).axes[0].lines[0]
+        assert (curve.get_marker() != "None") == marked
+
+    @pytest.mark.parametrize("steps", [1, 2])
+    def test_few_steps_of_angles_are_marked_in_a_sensible_range(self, steps: int) -> None:
+        fig = figures.angles_over_training(make_angles().query(f"step < {10 * steps}"))
+        low, high = fig.axes[0].get_xlim()
+        assert -10 < low < 0 and 10 * (steps - 1) < high < 10 * steps
+        curves = [line for line in fig.axes[0].lines if mpl.colors.to_hex(line.get_color()) != "#333333"]
+        assert {line.get_marker() for line in curves} == {figures.marker("lora"), figures.marker("dgs")}
+        assert len({float(np.asarray(line.get_xdata())[0]) for line in curves}) == 2, "side by side"
+        assert fig.axes[0].collections, "the percentiles"
+        assert fig.legends[0].get_title().get_text().startswith("bar: 5th to 95th percentile of samples, mean over")
+
+    def test_angles_are_named_in_words(self) -> None:
+        fig = figures.angles_over_training(named_angles())
+        assert [ax.get_title("left") for ax in fig.axes] == [
+            "task vs harmful", "task vs beneficial", "task vs applied:\nhow far it was turned",
+        ]  # fmt: skip
+        note = fig.legends[0].get_title().get_text()
+        assert note.startswith("band: 5th to 95th percentile of samples, mean over seeds")
+        assert fig.axes[0].lines[0].get_marker() == "None"
+
+
+class TestWhiskers:
+    """Two seeds give intervals far beyond 0 and 100 %; axes of per cent do not follow them."""
+
+    two = (
+        make_detection(seeds=2, noise=0.2).assign(balanced_acc=lambda t: t["balanced_acc"].clip(0.0, 1.0)),
+        make_forgetting(seeds=2, noise=0.2).assign(after=lambda t: t["after"].clip(0.0, t["before"])),
+    )
+
+    def drawn(self, fig: Figure) -> list[tuple[float, float]]:
+        """Ends of all horizontal whiskers."""
+        return [
+            (segment[0][0], segment[-1][0])
+            for ax in fig.axes
+            for bars in ax.containers
+            if isinstance(bars, mpl.container.ErrorbarContainer)
+            for segment in bars.lines[2][0].get_segments()
+        ]
+
+    @pytest.mark.parametrize("name", ["bars", "plane", "forgetting"])
+    def test_are_cut_and_said_to_be(self, name: str) -> None:
+        detection, forgetting = self.two
+        fig = {
+            "bars": lambda: figures.detection_bars(detection),
+            "plane": lambda: figures.forgetting_plane(detection, forgetting),
+            "forgetting": lambda: figures.forgetting_bars(forgetting),
+        }[name]()
+        FigureCanvasAgg(fig).draw()
+        ends = np.array(self.drawn(fig))
+        assert len(ends) and ends.min() >= -1e-9 and ends.max() <= 100.0 + 1e-9
+        assert ends.min() < 1e-9 or ends.max() > 100.0 - 1e-9
+        limits = np.array([ax.get_xlim() for ax in fig.axes] + ([fig.axes[0].get_ylim()] if name == "plane" else []))
+        assert limits.min() >= -4.0 and limits.max() <= 104.0
+        assert fig.legends[0].get_title().get_text().endswith("95 % interval, cut at 0 and 100 %")
+
+    def test_that_stay_within_are_drawn_whole(self) -> None:
+        fig = figures.detection_bars(make_detection())
+        assert fig.legends[0].get_title().get_text() == "dots: seeds; whiskers: 95 % interval"
+        low, high = fig.axes[0].get_xlim()
+        ends = np.array(self.drawn(fig))
+        assert low < ends.min() and ends.max() < high
+
+    def test_what_is_kept_beyond_100_is_drawn(self) -> None:
+        more = make_forgetting(noise=0.0).assign(after=lambda t: t["before"] * 1.2)
+        fig = figures.forgetting_plane(make_detection(), more)
+        assert fig.axes[0].get_xlim()[1] > 120.0
+
+    def test_bands_of_validation_are_cut(self) -> None:
+        made = make_training(("dgs",), seeds=2)
+        made["val_balanced_acc"] += 0.25 * (made["seed"] - 0.5)
+        low, high = figures.training_curves(made).axes[1].get_ylim()
+        assert low > -10.0 and high < 110.0
 
 
 def test_a_map_repeats_and_keeps_its_rows() -> None:

@@ -12,7 +12,7 @@ import pytest
 from test_figures import GENERATORS, METHODS, make_detection, make_forgetting
 
 from dgs.analysis.metrics import summary
-from dgs.analysis.report import markdown_table, write_report
+from dgs.analysis.report import markdown_table, summary_sections, write_report
 
 PARAMS = {"train": {"lr": 0.003, "epochs": 1}, "seeds": [0, 1]}
 WARNING = (
@@ -36,12 +36,13 @@ def test_everything_a_reader_asks_for_is_there(tmp_path: Path) -> None:
     text = report(tmp_path, make_detection(), make_forgetting(), figures=["figures/detection_bars.png"])
     sections = [line[3:] for line in text.splitlines() if line.startswith("## ")]
     assert sections == [
-        "What was run", "Headline", "Differences to lora", "Operating points", "By generator", "Forgetting", "Figures",
-        "How to read this",
+        "Headline", "Differences to lora", "Operating points", "By generator", "Forgetting", "Figures",
+        "How to read this", "What was run",
     ]  # fmt: skip
     assert "| profile | `mini` |" in text and "| data hash | `abc123` |" in text
     assert "| `train.lr` | `0.003` |" in text and "| `seeds` | `[0, 1]` |" in text
     assert "![Balanced accuracy by generator](figures/detection_bars.png)" in text
+    assert text.startswith("# Report\n\n## Headline\n") and text.index("Settings:") > text.index("## What was run")
     for generator in GENERATORS:
         assert text.count(f"\n| {generator} | ") == 5, "one row in each of Acc, balanced Acc, R.Acc, F.Acc, AP"
     assert "nan" not in text and "None" not in text
@@ -73,8 +74,55 @@ def test_an_interval_across_zero_reads_no_difference_shown(tmp_path: Path) -> No
 def test_one_seed_is_said_to_be_one_seed(tmp_path: Path) -> None:
     text = report(tmp_path, make_detection(seeds=1), make_forgetting(seeds=1))
     assert "one seed: no interval" in text and "comes from one seed" in text
-    assert "±" not in text.split("## How to read")[0].replace("± half the 95 % interval", "")
+    assert "±" not in text.replace("± half the 95 % interval", "")
     assert "nan" not in text
+
+
+@pytest.mark.parametrize(("seeds", "words"), [(1, "**One seed only:** "), (2, "**Only 2 seeds:** "), (3, None)])
+def test_fewer_than_3_seeds_are_said_at_the_top(tmp_path: Path, seeds: int, words: str | None) -> None:
+    top = report(tmp_path, make_detection(seeds=seeds)).split("\n## ")[0]
+    assert top.strip() == "# Report" if words is None else f"# Report\n\n{words}" in top
+
+
+def test_the_method_with_the_fewest_seeds_counts(tmp_path: Path) -> None:
+    made = make_detection()
+    text = report(tmp_path, made[(made["method"] != "dgs") | (made["seed"] < 2)])
+    assert "**Only 2 seeds:** " in text.split("\n## ")[0]
+
+
+def test_the_summary_is_the_top_headline_and_differences(tmp_path: Path) -> None:
+    text = report(tmp_path, make_detection(seeds=2), make_forgetting(seeds=2))
+    found = summary_sections(text)
+    assert [line for line in found.splitlines() if line.startswith("#")] == [
+        "# Report", "## Headline", "## Differences to lora",
+    ]  # fmt: skip
+    assert text.startswith(found.rstrip("\n")) and "Only 2 seeds" in found
+    assert found.rstrip().endswith("|")
+    alone = summary_sections(report(tmp_path, make_detection(("dgs",))))
+    assert "## Headline" in alone and "## Differences" not in alone and "## Operating" not in alone
+
+
+def test_measures_are_named_in_words_beside_their_keys(tmp_path: Path) -> None:
+    forgetting = make_forgetting(noise=0.0)
+    drift = forgetting["measure"] == "cosine_drift"
+    forgetting.loc[drift, "after"] = forgetting.loc[drift, "after"].where(forgetting["method"] != "probe", -1e-9)
+    text = report(tmp_path, make_detection(), forgetting)
+    assert "| zero-shot shape (`zero_shot:shape`) | 90.0 | 90.0 ±0.0 | 54.0 ±0.0 | 45.0 ±0.0 |" in text
+    assert "| caption retrieval at 1 (`retrieval_at_1`) | 80.0 |" in text
+    assert "| CKA to frozen (`cka_to_frozen`) | 100.0 |" in text
+    assert "| cosine drift (`cosine_drift`) | 0.0 | 0.0 ±0.0 |" in text
+    assert not re.search(r"[-−]0\.0\b", text)
+
+
+def test_macc_has_its_interval(tmp_path: Path) -> None:
+    text = report(tmp_path, make_detection(noise=0.0))
+    line = next(line for line in text.splitlines() if "(mAcc" in line)
+    # 74 % less 1 point a generator: the mean of 8 is 70.5, and so is that of R.Acc: (70.5 + 8 * 70.5) / 9
+    assert "mean [95 % interval]" in line and "`dgs` 70.5 [70.5, 70.5]." in line
+    assert (
+        "±" not in line
+        and "[" not in report(tmp_path, make_detection(seeds=1)).split("(mAcc")[1].split(": `")[1].split("\n")[0]
+    )
 
 
 def test_a_users_own_folder_has_no_unseen_columns(tmp_path: Path) -> None:
@@ -120,7 +168,7 @@ class TestRounding:
         text = report(tmp_path, pd.concat([detection, jpeg]))
         tables = text.split("## Headline")[1].split("## How to read")[0]
         cells = re.findall(r"(?<![\d.±+−\[])(\d+\.\d)(?= [±\[])", tables)
-        assert len(cells) == 4 * 3 + 6 * 3 + 5 * 10 * 3 + 2 * 3 and set(cells) == {printed}
+        assert len(cells) == (4 + 1) * 3 + 6 * 3 + 5 * 10 * 3 + 2 * 3 and set(cells) == {printed}
         macc = next(line for line in text.splitlines() if "(mAcc" in line)
         assert [macc.count(f"`{method}` {printed}") for method in METHODS] == [1, 1, 1]
         assert len(set(re.findall(r"±(\d+\.\d)", tables))) == 1, "half intervals print alike too"
@@ -148,7 +196,8 @@ class TestSettings:
         text = report(tmp_path, make_detection(), settings={"lora": PARAMS, "dgs": other})
         assert "| `train.lr` | `lora: 0.003; dgs: 0.05` |" in text and "| `train.epochs` | `1` |" in text
         lines = text.splitlines()
-        assert lines.index(WARNING) < lines.index("| setting | value |")
+        assert lines.index(WARNING) < lines.index("## Headline") < lines.index("| setting | value |")
+        assert text.count(WARNING) == 1
 
     def test_the_order_is_that_of_the_methods(self, tmp_path: Path) -> None:
         other = {"train": {"lr": 0.05}}

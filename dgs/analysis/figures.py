@@ -237,11 +237,11 @@ def detection_heatmap(detection: pd.DataFrame) -> Figure:
 def forgetting_plane(detection: pd.DataFrame, forgetting: pd.DataFrame) -> Figure:
     """Detection against memory: balanced accuracy (%) on unseen generators over the share of zero-shot accuracy kept.
 
-    One marker a method (mean over seeds) with 95 % intervals both ways, cut at 0 and 100 %, and a faint dot a seed. The
-    title gives paired differences, dgs to lora where both are there, else between the two that keep most. Without unseen
-    generators the seen ones are used, and without zero_shot:* measures (data without named classes) the similarity to
-    the frozen features; the axes say so. Methods that were not measured are named in the axis label. Raises UserError
-    where no method has either.
+    One marker a method (mean over seeds) with 95 % intervals both ways, cut at 0 and 100 %, and a faint dot a seed.
+    The title gives paired differences, dgs to lora where both are there, else between the two that keep most. Without
+    unseen generators the seen ones are used, and without zero_shot:* measures (data without named classes) the
+    similarity to the frozen features; the axes say so. Methods that were not measured are named in the axis label.
+    Raises UserError where no method has either.
     """
     values = per_seed_values(detection, forgetting)
     metric = "balanced_acc_unseen" if (values["metric"] == "balanced_acc_unseen").any() else "balanced_acc_seen"
@@ -295,7 +295,8 @@ def forgetting_bars(forgetting: pd.DataFrame) -> Figure:
     """What each method still knows: every measure before (black tick) and after fine-tuning (bar), in per cent.
 
     Bars are means over seeds, whiskers 95 % intervals cut at 0 and 100 %, dots single seeds. The title compares as that
-    of `detection_bars` does, where two methods are there. Measures whose `before` is 0 everywhere (drifts) have nothing to keep and are left out. Raises UserError where no measure is left, or for mixed rho.
+    of `detection_bars`. Measures whose `before` is 0 everywhere (drifts) have nothing to keep and are left out. Raises
+    UserError where no measure is left, or for mixed rho.
     """
     one_rho(forgetting, "forgetting table")
     known = forgetting.groupby("measure", sort=False)["before"].transform(lambda before: (before != 0).any())
@@ -354,8 +355,8 @@ def tsne(features_by_method: Mapping[str, tuple[np.ndarray, pd.DataFrame]], seed
 def tsne_panels(points: pd.DataFrame, seed: int | None = None) -> Figure:
     """t-SNE maps side by side, a panel a method (the paper's figure 1): reals black dots, each generator its own look.
 
-    `points`: columns method, generator, label (0 real, 1 fake), x, y, as `tsne` returns them; `seed`: of the checkpoints
-    whose features they are, named in the title ("one seed" where it is not given). A panel's number is the
+    `points`: columns method, generator, label (0 real, 1 fake), x, y, as `tsne` returns them; `seed`: that of the
+    checkpoints whose features they are, named in the title ("one seed" where it is not given). A panel's number is the
     share of the 10 nearest neighbours in the map that are of a point's own class, averaged over reals and over fakes:
     50 % = mixed, 100 % = apart. A method without a map (NaN: fewer than 5 images) gets a panel that says so. Colours
     and markers of kinds are no method's, so that a colour means one thing in all figures.
@@ -452,7 +453,7 @@ def training_curves(training: pd.DataFrame, points: int = 60) -> Figure:
             axes[1, 0].set_ylabel("Validation bal.\naccuracy (%)")
             final = validated.sort_values("step", kind="stable").groupby(["method", "seed"], sort=False).last()
             shortcut = "rho" in training and bool((training["rho"] > 0.5).any())
-            where = "On validation images (seen generators" + (", training set's shortcut)" if shortcut else ")")
+            where = "Final validation (seen generators" + (", training's shortcut)" if shortcut else ")")
             _headline(fig, _comparison(where, 100.0 * final["val_balanced_acc"], "balanced accuracy"))
         else:
             last = losses.sort_values("step", kind="stable").groupby(["method", "seed"], sort=False)["loss_task"].last()
@@ -512,7 +513,7 @@ def angles_over_training(angles: pd.DataFrame) -> Figure:
         for ax in axes[:, 0]:
             ax.set_ylabel("Angle (degrees)")
         note = f"{'bar' if few else 'band'}: 5th to 95th percentile of samples, mean over seeds\ndashed: orthogonal"
-        _method_legend(fig, methods, bars=False, lines=True, title=note)
+        _method_legend(fig, methods, bars=False, lines=not few, title=note)
         _headline(fig, _angles_takeaway(angles))
     return fig
 
@@ -674,7 +675,7 @@ def _method_legend(
                 )
             )
     if title is None:
-        title = "dots: seeds; whiskers: 95 % interval" if not lines else "mean over seeds; band: 95 % interval"
+        title = "dots: seeds; whiskers: 95 % interval" if not lines else "mean over seeds; band or bar: 95 % interval"
     fig.legend(
         handles=handles,
         loc="outside lower center",
@@ -685,9 +686,13 @@ def _method_legend(
 
 
 def _headline(fig: Figure, text: str) -> None:
-    per_line = int(fig.get_figwidth() * 9.0)  # characters of the bold title font that fit into an inch
+    fig.suptitle("\n".join(_title_lines(text, fig.get_figwidth())), x=0.01, ha="left")
+
+
+def _title_lines(text: str, inches: float = WIDTH) -> list[str]:
+    per_line = int(inches * 9.0)  # characters of the bold title font that fit into an inch
     unbroken = re.sub(r" (%|points|px|×)", "\u00a0\\1", text).replace("× ", "×\u00a0")  # no unit on a line of its own
-    fig.suptitle("\n".join(textwrap.wrap(unbroken, per_line)), x=0.01, ha="left")
+    return textwrap.wrap(unbroken, per_line)
 
 
 def _detection_takeaway(rows: pd.DataFrame) -> str:
@@ -700,16 +705,17 @@ def _detection_takeaway(rows: pd.DataFrame) -> str:
 def _to_baseline(values: pd.Series, what: str) -> str:
     """One sentence on dgs and the best other method, each minus lora; "" where dgs or lora is absent.
 
-    `values`: per cent, index (method, seed). Differences are paired by seed.
+    `values`: per cent, index (method, seed). Differences are paired by seed. The other is left out where it would take
+    a third line.
     """
     methods = in_order(values.index.get_level_values("method"))
     gap = _gap(values, SUBJECT, BASELINE) if {SUBJECT, BASELINE} <= set(methods) else None
     if gap is None:
         return ""
     subject, baseline = _name(SUBJECT), _name(BASELINE)
-    text = f"{subject}: {_verdict(gap)} {baseline} ({what} {_points(gap)})"
+    text = f"{subject}: {_verdict(gap)} {baseline} ({what} {_signed(gap)})"
     if not gap.known:
-        text = f"{subject} to {baseline}: {what} {_points(gap)}, no interval"
+        text = f"{subject} to {baseline}: {what} {rounded_text(gap.mean, sign=True)} (one seed: no interval)"
     others = {
         method: other
         for method in methods
@@ -718,7 +724,8 @@ def _to_baseline(values: pd.Series, what: str) -> str:
     }
     if others:
         best = max(others, key=lambda method: others[method].mean)
-        text += f"; {_name(best)} {_points(others[best], '')}"
+        longer = f"{text}; {_name(best)} {_signed(others[best])}"
+        text = longer if len(_title_lines(longer)) <= 2 else text
     return text
 
 
@@ -734,7 +741,7 @@ def _verdict(gap: Interval) -> str:
     return "higher than" if gap.mean > 0 else "lower than"
 
 
-def _points(gap: Interval, unit: str = " points") -> str:
+def _signed(gap: Interval, unit: str = "") -> str:
     return f"{rounded_text(gap.mean, sign=True)}{unit}{_ends(gap, sign=True)}"
 
 
@@ -754,8 +761,8 @@ def _comparison(where: str, values: pd.Series, what: str) -> str:
     if not gap.known:
         return f"{where}, {_name(best)} is {points} points above {_name(second)} in {what} (one seed: no interval)"
     if gap.spans_zero:
-        pair = f"{_name(best)} over {_name(second)} {_points(gap)}"
-        return f"{where}, no difference shown in {what} between the top two: {pair}"
+        pair = f"{_name(best)} over {_name(second)} {_signed(gap, ' points')}"
+        return f"{where}, no difference shown in {what}: {pair}"
     return f"{where}, {_name(best)} leads {_name(second)} by {points} points{_ends(gap, sign=True)} of {what}"
 
 
@@ -783,7 +790,7 @@ def _plane_takeaway(kept: pd.Series, detected: pd.Series, where: str, what: str)
         if gap is None:
             return f"{_name(first)} and {_name(second)} share no seed"
         none_shown = "no difference shown, " if gap.known and gap.spans_zero else ""
-        parts.append(f"{name} {none_shown}{_points(gap)}")
+        parts.append(f"{name} {none_shown}{_signed(gap)}")
     return f"{_name(first)} to {_name(second)}: {'; '.join(parts)}"
 
 
@@ -803,8 +810,9 @@ def _neighbours_takeaway(apart: Mapping[str, float], seed: str) -> str:
     if not apart:
         return f"No map of features: fewer than {FEWEST} images"
     shares = [f"{_name(method)}\u00a0{rounded_text(value, 0)}\u00a0%" for method, value in apart.items()]
-    if len(shares) <= 4:  # more do not fit into two lines, and stand above the panels
-        return f"Neighbours of the same class: {', '.join(shares)} ({seed})"
+    text = f"Neighbours of the same class: {', '.join(shares)} ({seed})"
+    if len(_title_lines(text)) <= 2:
+        return text  # else the panels name them
     low, high = (rounded_text(end, 0) for end in (min(apart.values()), max(apart.values())))
     return f"Neighbours of the same class: {low} to {high} % in {len(shares)} maps ({seed})"
 
@@ -862,7 +870,8 @@ def _whisker(interval: Interval) -> list[list[float]]:
 
 
 def _whisker_note(intervals: Iterable[Interval]) -> str:
-    past = any(interval.known and _ends_drawn(interval) != (interval.low, interval.high) for interval in intervals)
+    ends = [(interval, *_ends_drawn(interval)) for interval in intervals if interval.known]
+    past = any(low - interval.low > 0.01 or interval.high - high > 0.01 for interval, low, high in ends)
     return "dots: seeds; whiskers: 95 % interval" + (", cut at 0 and 100 %" if past else "")
 
 

@@ -47,7 +47,14 @@ CELL_NAMES = {
     "f_acc": "Accuracy on fakes (F.Acc)",
     "ap": "Average precision (AP)",
 }
+# The evaluate notebook's names, then those of the functions.
 CAPTIONS = {
+    "detection": "Balanced accuracy by generator",
+    "heatmap": "Balanced accuracy, methods by generators",
+    "plane": "Detection against zero-shot accuracy kept",
+    "forgetting": "What each method still knows",
+    "tsne": "t-SNE of image features",
+    "training": "Training loss and validation accuracy",
     "detection_bars": "Balanced accuracy by generator",
     "detection_heatmap": "Balanced accuracy, methods by generators",
     "forgetting_plane": "Detection against zero-shot accuracy kept",
@@ -65,6 +72,7 @@ NOT_OF_TRAINING = (
 DIFFERENT_SETTINGS = (
     "**Methods were trained with different settings** (named below): their differences are not of the method alone."
 )
+FEW_SEEDS = 3  # fewer say next to nothing about how far a number would move
 
 
 def write_report(
@@ -75,12 +83,13 @@ def write_report(
     settings: Mapping[str, Mapping[str, Any]],
     figures: Sequence[str | PurePath] = (),
 ) -> Path:
-    """Writes REPORT.md: settings, headline numbers with intervals, differences to lora, tables, figures, a guide.
+    """Writes REPORT.md: headline numbers with intervals, differences to lora, tables, figures, a guide, the settings.
 
     `summary`: as `metrics.summary` returns it; `detection`, `forgetting`: the tables it was made from; `settings`:
     method -> the settings its checkpoints were trained with, nested or flat, in method order; `figures`: image paths
     relative to the report's folder, shown in that order. A setting that methods share is printed once; where they
-    differ each method's value is, and a line warns that methods differ by more than the method. Rates are printed in
+    differ each method's value is, and a line at the top warns that methods differ by more than the method; another
+    warns of fewer than 3 seeds. Rates are printed in
     per cent, and equal ones alike (`intervals.rounded_text`). The same input gives the same bytes: no time, no
     machine. Returns the path; parent folders are made. Raises UserError as `metrics.headline` does, ValueError for an
     absolute figure path and for settings that are not one mapping a method.
@@ -90,7 +99,8 @@ def write_report(
     text = "\n\n".join(
         part
         for part in (
-            _what_was_run(summary, detection, settings),
+            "# Report",
+            *_cautions(detection, settings),
             _headline_section(summary),
             _difference_section(per_seed_values(detection, forgetting)),
             _operating_points(detection),
@@ -99,11 +109,19 @@ def write_report(
             _forgetting_section(forgetting),
             _figure_section(figures),
             _how_to_read(summary),
+            _what_was_run(summary, detection, settings),
         )
         if part
     )
     target.write_text(text + "\n", encoding="utf-8", newline="\n")
     return target
+
+
+def summary_sections(text: str) -> str:
+    """The top of a report's text: its title, the cautions below it, Headline and, if there is one, Differences."""
+    top, *sections = ("\n" + text).split("\n## ")
+    chosen = [f"## {part}" for part in sections if part.startswith(("Headline", "Differences"))]
+    return "\n\n".join(part.strip() for part in (top, *chosen) if part.strip()) + "\n"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -131,29 +149,44 @@ def _what_was_run(
     rho = rows["rho"].dropna().unique()
     if len(rho):
         facts.append(("rho, the semantic shortcut in training (0.5 = none)", f"{rho[0]:g}"))
-    parts = ["# Report", "## What was run", markdown_table(("", ""), facts).replace("---:", "---")]
+    parts = ["## What was run", markdown_table(("", ""), facts).replace("---:", "---")]
     return "\n\n".join([*parts, *_settings_section(settings)])
+
+
+def _cautions(detection: pd.DataFrame, settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader has to know before the first number."""
+    seeds = int(headline(detection).groupby("method")["seed"].nunique().min())
+    found = []
+    if seeds == 1:
+        found.append("**One seed only:** numbers without an interval, and no difference between methods can be shown.")
+    elif seeds < FEW_SEEDS:
+        found.append(
+            f"**Only {seeds} seeds:** intervals over so few are very wide; run {FEW_SEEDS} or more to compare."
+        )
+    different = any(
+        len(set(values)) > 1 and not key.startswith(NOT_OF_TRAINING) for key, values in _by_setting(settings).items()
+    )
+    return [*found, DIFFERENT_SETTINGS] if different else found
+
+
+def _by_setting(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """{setting: its value for each method, in order}, "–" where a method lacks it."""
+    for method, own in settings.items():
+        if not isinstance(own, Mapping):
+            raise ValueError(f"expected the settings of each method, {{method: {{setting: value}}}}, found {method!r}")
+    flat = [dict(_flat(own)) for own in settings.values()]
+    return {key: [str(own.get(key, "–")) for own in flat] for key in dict.fromkeys(key for own in flat for key in own)}
 
 
 def _settings_section(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The table of settings: one value where all methods agree, else each method's own."""
-    for method, own in settings.items():
-        if not isinstance(own, Mapping):
-            raise ValueError(f"expected the settings of each method, {{method: {{setting: value}}}}, found {method!r}")
-    flat = {method: dict(_flat(own)) for method, own in settings.items()}
-    rows, different = [], False
-    for key in dict.fromkeys(key for own in flat.values() for key in own):
-        values = [str(own.get(key, "–")) for own in flat.values()]
-        if len(set(values)) == 1:
-            rows.append((f"`{key}`", f"`{values[0]}`"))
-            continue
-        named = "; ".join(f"{method}: {value}" for method, value in zip(flat, values, strict=True))
-        rows.append((f"`{key}`", f"`{named}`"))
-        different = different or not key.startswith(NOT_OF_TRAINING)
+    rows = []
+    for key, values in _by_setting(settings).items():
+        named = "; ".join(f"{method}: {value}" for method, value in zip(settings, values, strict=True))
+        rows.append((f"`{key}`", f"`{values[0] if len(set(values)) == 1 else named}`"))
     if not rows:
         return []
-    table = markdown_table(("setting", "value"), rows).replace("---:", "---")
-    return [*([DIFFERENT_SETTINGS] if different else []), "Settings:", table]
+    return ["Settings:", markdown_table(("setting", "value"), rows).replace("---:", "---")]
 
 
 def _test_images(rows: pd.DataFrame) -> str:
@@ -173,12 +206,10 @@ def _headline_section(summary: Mapping[str, Any]) -> str:
     ]
     table = markdown_table(["method", *(METRIC_NAMES[metric] for metric in metrics)], rows)
     note = "Per cent: mean over seeds [95 % interval]; plain means over generators, unperturbed images, threshold 0.5."
-    macc = [
-        f"`{name}` {percent_text(numbers['mAcc']['mean'])}" for name, numbers in methods.items() if "mAcc" in numbers
-    ]
+    macc = [f"`{name}` {_entry(numbers['mAcc'])}" for name, numbers in methods.items() if "mAcc" in numbers]
     paper = (
-        f"The paper's mean accuracy (mAcc: one Real column and one F.Acc column a generator, so for the most part fake "
-        f"recall): {', '.join(macc)}."
+        f"The paper's mean accuracy (mAcc, per cent, mean [95 % interval]; one Real column and one F.Acc column a "
+        f"generator, so for the most part fake recall): {', '.join(macc)}."
     )
     return "\n\n".join(["## Headline", note, table, paper])
 
@@ -294,7 +325,7 @@ def _forgetting_section(forgetting: pd.DataFrame | None) -> str:
     table = []
     for measure in measures:
         of_measure = forgetting[forgetting["measure"] == measure]
-        line = [measure, percent_text(of_measure["before"].mean())]
+        line = [_measure_text(measure), percent_text(of_measure["before"].mean())]
         line += [_plus_minus(of_measure.loc[of_measure["method"] == method, "after"]) for method in methods]
         table.append(line)
     note = (
@@ -303,6 +334,13 @@ def _forgetting_section(forgetting: pd.DataFrame | None) -> str:
     )
     header = ["measure", "before", *(f"`{method}`" for method in methods)]
     return "\n\n".join(["## Forgetting", note, markdown_table(header, table)])
+
+
+def _measure_text(measure: str) -> str:
+    """A measure in words, with its key: "zero-shot shape (`zero_shot:shape`)"."""
+    words = measure.replace("zero_shot:", "zero-shot ").replace("retrieval_", "caption retrieval_")
+    words = words.replace("cka_", "CKA_").replace("_", " ")
+    return f"{words} (`{measure}`)"
 
 
 def _figure_section(figures: Sequence[str | PurePath]) -> str:
