@@ -87,7 +87,7 @@ def check(
     """Check a parameter file, and that the folders and files it names are there (the pipeline's first stage)."""
     from dgs.profile import check_file
 
-    _print(as_json, {"checked": str(check_file(params))})
+    _print(as_json, {"checked": str(check_file(params, _say))})
 
 
 @app.command()

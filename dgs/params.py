@@ -35,6 +35,10 @@ Positive = Annotated[float, Field(gt=0), Number]
 Seed = Annotated[int, Field(ge=0), Number]
 
 
+# Keeps a name or relative path as it is; a path is relative to the repository.
+PathName = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
 class _Group(BaseModel):
     # Frozen: a run's parameters never change under it. Lax types on purpose: papermill hands over "true" and "3"
     # as strings, and YAML reads 1e-3 as one; anything that does not parse as the declared type is still an error.
@@ -45,9 +49,9 @@ class DataParams(_Group):
     """Where images come from."""
 
     layout: Literal["minibench", "folders"] = "minibench"
-    root: str = "data"  # folder of the layout, relative to the repository or absolute
+    root: PathName = "data"  # folder of the layout, relative to the repository or absolute
     rho: float | None = 0.9  # minibench only: P(fake | caption group) in training
-    captions: str | None = None  # folders only: JSON-lines file {"path" or "sha256", "caption"}
+    captions: PathName | None = None  # folders only: JSON-lines file {"path" or "sha256", "caption"}
     val_fraction: Rate = 0.1  # folders without a val split: this share of train, cut by content hash
     limit: Count | None = None  # at most this many images a split, generator and label (for tests and trials)
     fit: Literal["crop", "resize"] = "crop"  # how an image of another size becomes model.image_size, patches off
@@ -73,8 +77,8 @@ class LoraParams(_Group):
 class ModelParams(_Group):
     """The CLIP that is adapted."""
 
-    clip: str = "data/clip"  # an open_clip name, or a folder with open_clip_config.json and weights
-    pretrained: str | None = None  # open_clip tag or weights file; none for a folder
+    clip: PathName = "data/clip"  # an open_clip name, or a folder with open_clip_config.json and weights
+    pretrained: PathName | None = None  # open_clip tag or weights file; none for a folder
     image_size: Count = 64  # px; patches.enabled sets it to the canvas
     normalize: Literal["clip", "imagenet"] = "clip"  # imagenet: the release's constants
     lora: LoraParams = LoraParams()
@@ -240,7 +244,13 @@ def merged_params(profile: str | None = None, root: Path | None = None) -> dict[
             f"Expected the profile '{profile}' at profiles/{profile}.yaml, found none.{did_you_mean(profile, known)} "
             f"Profiles here: {', '.join([str(base.get('profile')), *known])}."
         )
-    return _merge(base, {"profile": profile, **_read_yaml(overlay)})
+    content = _read_yaml(overlay)
+    if content.get("profile", profile) != profile:
+        raise UserError(
+            f"Expected profiles/{profile}.yaml to be the profile '{profile}', found profile: {content['profile']} in "
+            f"it. Remove that line: the file's name is the profile's."
+        )
+    return _merge(base, {"profile": profile, **content})
 
 
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:

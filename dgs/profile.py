@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -10,11 +11,7 @@ import yaml
 from dgs.errors import UserError
 from dgs.model.methods import get_method
 from dgs.params import Params, load_params, merged_params, validate
-from dgs.workspace import find_root, require_data_root
-
-
-def _is_path(name: str, root: Path) -> bool:
-    return (root / name).exists() or ("/" in name and ":" not in name)  # hf-hub:owner/name is none
+from dgs.workspace import find_root, is_path, no_such_clip, require_data_root
 
 
 def _inputs(params: Params, root: Path) -> dict[str, list[str]]:
@@ -22,19 +19,10 @@ def _inputs(params: Params, root: Path) -> dict[str, list[str]]:
     clip = [
         name
         for name in (params.model.clip, params.model.pretrained)
-        if name and _is_path(name, root) and not (root / name).is_relative_to(root / params.data.root)
+        if name and is_path(name, root) and not (root / name).is_relative_to(root / params.data.root)
     ]
     captions = [params.data.captions] if params.data.captions else []
     return {"prepare": clip + captions, "train": clip, "evaluate": clip}
-
-
-def _with_home(params: Params) -> Params:
-    """`params` with ~ in paths written out: DVC does not know it."""
-    content = params.model_dump()
-    for group, name in (("data", "root"), ("data", "captions"), ("model", "clip"), ("model", "pretrained")):
-        if content[group][name]:
-            content[group][name] = os.path.expanduser(content[group][name])  # noqa: PTH111  # keeps names as they are
-    return validate(content)
 
 
 def check_params(params: Params, root: Path) -> None:
@@ -45,9 +33,17 @@ def check_params(params: Params, root: Path) -> None:
     """
     for method in params.methods:
         get_method(method)
-    data = (root / params.data.root).resolve()
-    if not data.is_relative_to(root.resolve() / "data"):  # that one is made by the pipeline itself, from data.dvc
-        require_data_root(data, params.data.root)
+
+    def made_here(path: str) -> bool:  # by the pipeline itself, from data.dvc
+        return (root / path).resolve().is_relative_to(root.resolve() / "data")
+
+    if not made_here(params.data.root):
+        require_data_root(root / params.data.root, params.data.root)
+    clip, weights = params.model.clip, params.model.pretrained
+    if is_path(clip, root) and not made_here(clip) and not (root / clip).is_dir():
+        raise no_such_clip(clip)
+    if weights and is_path(weights, root) and not (root / weights).is_file():
+        raise UserError(f"Expected a weights file at model.pretrained = {weights}, found none. Mend the path.")
     if params.data.captions and not (root / params.data.captions).is_file():
         raise UserError(
             f"Expected a caption file at data.captions = {params.data.captions}, found none. "
@@ -55,16 +51,20 @@ def check_params(params: Params, root: Path) -> None:
         )
 
 
-def check_file(params_file: Path | None = None) -> Path:
+def check_file(params_file: Path | None, warn: Callable[[str], None]) -> Path:
     """Check a complete parameter file (None: params.yaml) and leave a mark in build/<profile>/ that stages wait for.
 
-    DVC looks only at the groups a stage names; this looks at the whole file, so that no typo passes unseen.
+    DVC looks only at the groups a stage names; this looks at the whole file, so that no typo passes unseen. `warn` is
+    told of inputs whose contents the main pipeline does not watch.
     """
     root = find_root()
     os.environ.pop("DGS_PROFILE", None)
     os.environ["DGS_PARAMS"] = str((params_file or root / "params.yaml").resolve())
     params = load_params()
     check_params(params, root)
+    if params_file is None:
+        for path in sorted({path for paths in _inputs(params, root).values() for path in paths}):
+            warn(f"warning: dvc.yaml does not watch {path}; a profile would. After a change to it: dvc repro --force.")
     mark = root / "build" / params.profile / "checked"
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.write_text("The parameters are known and of their types; what they name is there.\n")
@@ -84,7 +84,7 @@ def write_profile_pipeline(profile: str, root: Path | None = None) -> Path:
     """
     root = root or find_root()
     content = merged_params(profile, root)
-    params = _with_home(validate(content, f"profiles/{profile}.yaml"))
+    params = validate(content, f"profiles/{profile}.yaml")
     check_params(params, root)
     if profile == merged_params(None, root).get("profile"):
         return root / "dvc.yaml"

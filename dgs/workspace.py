@@ -65,11 +65,14 @@ class Workspace:
         made = [path for path in paths if path.exists()]
         if made:
             return max(made, key=lambda path: path.stat().st_mtime_ns)
-        stage = f"dvc repro {made_by}" if self.profile == MAIN else f"make repro PROFILE={self.profile}"
         raise UserError(
-            f"Expected {paths[0]}, found nothing there. "
-            f"Run the stage before it first: {stage}, or notebooks/{made_by.partition('@')[0]}.ipynb."
+            f"Expected {paths[0]}, found nothing there. Run the stage before it first: {self.to_make(made_by)}."
         )
+
+    def to_make(self, stage: str) -> str:
+        """How a user makes what `stage` makes."""
+        pipeline = f"dvc repro {stage}" if self.profile == MAIN else f"make repro PROFILE={self.profile}"
+        return f"{pipeline}, or notebooks/{stage.partition('@')[0]}.ipynb"
 
     def shown(self, path: Path) -> str:
         """A path as a reader of a notebook should see it: relative to the repository where it lies in it."""
@@ -80,13 +83,24 @@ class Workspace:
 
     def resolve(self, path: str) -> Path:
         """A path from params.yaml: relative ones are relative to the repository."""
-        return (self.root / Path(path).expanduser()).resolve()
+        return (self.root / path).resolve()
 
 
 def require_data_root(root: Path, asked: str) -> None:
     """Raise UserError unless `root`, which data.root = `asked` stands for, is a folder."""
     if not root.is_dir():
         raise UserError(f"Expected a folder of images at data.root = {asked}, found none. Create it or mend the path.")
+
+
+def is_path(name: str, root: Path) -> bool:
+    """Whether model.clip or model.pretrained = `name` is meant as a path (relative to `root`), not as a name."""
+    return (root / name).exists() or ("/" in name and ":" not in name)  # hf-hub:owner/name is none
+
+
+def no_such_clip(asked: str, hint: str = "") -> UserError:
+    """model.clip = `asked` is neither a folder nor a name."""
+    embedded = " The embedded one is sample/clip." if "/" in asked else ""
+    return UserError(f"Expected model.clip to be a folder or an open_clip name, found '{asked}'.{hint}{embedded}")
 
 
 @contextmanager

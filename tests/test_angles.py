@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dgs.analysis.angles import COLUMNS, collect, energy_along_harm, summary
-from dgs.errors import UserError
+from dgs.analysis.figures import angles_over_training
 from dgs.model.journal import Journal, angles
 
 PAIRS = ["task-harmful", "task-applied"]
@@ -41,7 +41,8 @@ def test_a_journal_keeps_mean_and_percentiles_of_the_samples_that_have_an_angle(
     journal = Journal("dgs", 3)
     journal.angle(7, "features", "task-harmful", torch.tensor([0.0, 100.0, torch.nan]))
     journal.angle(8, "features", "task-harmful", torch.tensor([torch.nan]))
-    (row,) = journal.angle_table.to_dict("records")
+    row, without = journal.angle_table.to_dict("records")
+    assert np.isnan(without["mean"]) and (without["cos2"], without["n"]) == (0.0, 0)
     assert (row["method"], row["seed"], row["step"], row["n"]) == ("dgs", 3, 7, 2)
     assert (row["mean"], row["p05"], row["p95"]) == (50.0, 5.0, 95.0)
     assert row["cos2"] == pytest.approx((1 + np.cos(np.radians(100)) ** 2 + 0) / 3), "no direction: nothing to remove"
@@ -77,9 +78,11 @@ def test_the_table_has_the_contracts_columns_and_the_seeds_and_pairs_asked_for(t
     assert collect(folders, [0], ["task-harmful"], None)["rho"].isna().all()
 
 
-def test_frozen_methods_alone_have_no_angles(tmp_path: Path) -> None:
+def test_frozen_methods_alone_have_an_empty_table_and_a_figure_that_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "probe"
     folder.mkdir()
     Journal("probe", 0).angle_table.to_parquet(folder / "angles.parquet")
-    with pytest.raises(UserError, match="found none for probe"):
-        collect({"probe": folder}, [0], PAIRS, 0.9)
+    table = collect({"probe": folder}, [0], PAIRS, 0.9)
+    assert table.empty and list(table) == COLUMNS and summary(table).empty
+    (text,) = angles_over_training(table).texts
+    assert "No method here trains the tower" in text.get_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_scores_are_those_of_the_detector_on_the_same_files(
 def test_a_checkpoint_of_other_data_is_refused(params: Params, clip: Clip, prepared: Prepared, tmp_path: Path) -> None:
     found = {("probe", 0): trained("probe", clip, prepared, params, tmp_path / "probe")}
     prepared.info["data_hash"] = "another"
-    with pytest.raises(UserError, match=r"was trained on other data .*dvc repro train@probe"):
+    with pytest.raises(UserError, match=r"was trained on other data .*Train on this"):
         evaluate(found, clip, prepared, params, CPU)
 
 
@@ -100,8 +101,11 @@ def test_a_checkpoint_that_saw_images_otherwise_is_refused_and_leaves_the_clip_a
     found = {("dgs", 0): trained("dgs", clip, prepared, params, tmp_path / "dgs")}
     before = {name: value.clone() for name, value in clip.model.state_dict().items()}
     resized = params.model_copy(update={"data": params.data.model_copy(update={"fit": "resize"})})
-    with pytest.raises(UserError, match="was trained with fit crop, found resize"):
+    with pytest.raises(UserError, match="saw images with fit crop, prepared is resize"):
         evaluate(found, clip, prepared, resized, CPU)
+    normalised = dataclasses.replace(clip, mean=(0.1, 0.2, 0.3))
+    with pytest.raises(UserError, match="saw images with mean"):
+        evaluate(found, normalised, prepared, params, CPU)
     after = clip.model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
 
@@ -145,7 +149,7 @@ class TestWhichCheckpoints:
             checkpoints(workspace, ["lora"], [7])
 
     def test_none_at_all_names_what_to_run_for_this_profile(self, workspace: Workspace) -> None:
-        with pytest.raises(UserError, match="Expected checkpoints of lora, found none"):
+        with pytest.raises(UserError, match=r"Expected checkpoints of lora, found none\. Run make repro PROFILE=own"):
             checkpoints(workspace, ["lora"], [0])
         with pytest.raises(UserError, match="make repro PROFILE=own"):
             workspace.find("prepare", made_by="prepare")

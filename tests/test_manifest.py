@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ImageTree, structured_image
+from conftest import SPLITS, ImageTree, structured_image
 
 from dgs.analysis.metrics import detection_table
 from dgs.data.images import UnreadableImage, decode
@@ -152,12 +152,12 @@ class TestFolders:
         root = image_tree()
         pictures = examples(manifest_of(root), ImageSource(root), per_row=2)
         assert list(pictures) == [
-            "alpha (real)",
-            "beta (real)",
-            "gamma (real)",
-            "alpha (fake, seen)",
-            "beta (fake, seen)",
-            "gamma (fake, unseen)",
+            "alpha, real",
+            "beta, real",
+            "gamma, real",
+            "alpha, seen",
+            "beta, seen",
+            "gamma, unseen",
         ]
         assert all(len(images) == 2 and images[0].shape == (36, 40, 3) for images in pictures.values())
 
@@ -216,10 +216,19 @@ class TestValidationSplit:
         assert all(cells["val", generator, label] >= 1 for generator in ("alpha", "beta") for label in (0, 1))
         assert all(cells["train", generator, label] >= 2 for generator in ("alpha", "beta") for label in (0, 1))
 
+    @pytest.mark.parametrize("seed", range(4))
+    def test_a_generator_with_one_fake_keeps_it_in_train_and_stays_seen(self, image_tree: ImageTree, seed: int) -> None:
+        root = image_tree({"train": ("many",), "test": ("many",)}, real=12, fake=12, seed=seed)
+        image_tree({"train": ("few",)}, real=1, fake=1, seed=seed + 50)
+        manifest = manifest_of(root, val_fraction=0.9)
+        few = manifest[manifest["generator"] == "few"]
+        assert set(few["split"]) == {"train"} and few["seen"].all()
+        assert (manifest[manifest["generator"] == "many"].groupby(["split", "label"]).size() >= 1).all()
+
     @pytest.mark.parametrize(("fraction", "split"), [(0.0, "val"), (1.0, "train")])
     def test_a_cut_that_leaves_nothing_is_an_error(self, image_tree: ImageTree, fraction: float, split: str) -> None:
         message = refusal(image_tree(NO_VAL), val_fraction=fraction)
-        says(message, f"data.val_fraction = {fraction}", f"left {split} without", "image", "Give a val folder")
+        says(message, f"data.val_fraction = {fraction}", f"/{split}, found none of", "give a val folder")
 
 
 class TestPhotographsForAllGenerators:
@@ -246,6 +255,15 @@ class TestPhotographsForAllGenerators:
         val = scores.assign(split="val")
         table = detection_table(pd.concat([scores, val]), {"alpha", "beta"})
         assert set(table["n_real"]) == {9} and set(table["balanced_acc"]) == {1.0}
+
+    @pytest.mark.parametrize("split", ["train", "val", "test"])
+    def test_they_alone_are_no_split(self, image_tree: ImageTree, split: str) -> None:
+        root = image_tree()
+        (root / split / "alpha").rename(root / split / "real")
+        shutil.rmtree(root / split / "real" / "1_fake")
+        for generator in set(SPLITS[split]) - {"alpha"}:
+            shutil.rmtree(root / split / generator)
+        says(refusal(root), f"/{split}, found none of 1_fake", "Add some")
 
     def test_a_generator_of_that_name_is_refused_before_anything_is_trained(self, image_tree: ImageTree) -> None:
         root = image_tree()

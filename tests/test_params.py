@@ -252,6 +252,12 @@ class TestValidation:
     def test_what_is_listed_twice_would_run_twice_into_the_same_place(self, name: str, value: Any) -> None:
         assert f"list {value[0]} once only" in refused(name, value)
 
+    def test_a_home_folder_is_written_out_and_other_names_stay(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", "/home/me")
+        params = validate({"data": {"root": "~/images", "captions": "c.jsonl"}, "model": {"clip": "~/clip"}})
+        assert (params.data.root, params.data.captions) == ("/home/me/images", "c.jsonl")
+        assert params.model.clip == "/home/me/clip"
+
     def test_parameters_cannot_change_under_a_run(self) -> None:
         params = Params()
         with pytest.raises(Exception, match="frozen"):

@@ -113,18 +113,30 @@ def own(repo: Path, image_tree: ImageTree) -> Path:
 class TestTheCheckBeforeAnyStage:
     """DVC looks only at the groups that a stage names: the check reads the whole file."""
 
+    def test_inputs_that_the_main_pipeline_does_not_watch_are_named(self, repo: Path) -> None:
+        captions = repo / "captions.jsonl"
+        captions.write_text("")
+        change(repo, "data", captions=str(captions))
+        warned: list[str] = []
+        check_file(None, warned.append)
+        assert len(warned) == 1 and str(captions) in warned[0] and "dvc repro --force" in warned[0]
+
     def test_a_right_file_leaves_the_mark_that_stages_wait_for(self, repo: Path) -> None:
-        assert check_file() == repo / "build/mini/checked"
+        warned: list[str] = []
+        assert check_file(None, warned.append) == repo / "build/mini/checked"
         first = (repo / "build/mini/checked").read_bytes()
         change(repo, "train", batch_size=7)
-        check_file()
+        check_file(None, warned.append)
         assert (repo / "build/mini/checked").read_bytes() == first, "or every number would rerun every stage"
+        assert warned == []
 
     @pytest.mark.parametrize(
         ("group", "values", "sentence"),
         [
             ("sedes", {"x": 1}, "Unknown parameter 'sedes' in params.yaml. Did you mean 'seeds'?"),
             ("data", {"root": "nowhere"}, "Expected a folder of images at data.root = nowhere, found none."),
+            ("model", {"clip": "sample/clipp"}, "Expected model.clip to be a folder or an open_clip name, found"),
+            ("model", {"clip": "ViT-B-32", "pretrained": "my/w.pt"}, "Expected a weights file at model.pretrained ="),
             ("data", {"captions": "no.jsonl"}, "Expected a caption file at data.captions = no.jsonl, found none."),
         ],
     )
@@ -141,12 +153,12 @@ class TestTheCheckBeforeAnyStage:
         path = repo / "params.yaml"
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "methods": ["probe", "dsg"]}))
         with pytest.raises(UserError, match=r"Unknown method 'dsg'\. Did you mean 'dgs'\?"):
-            check_file()
+            check_file(None, print)
 
     def test_data_that_the_pipeline_makes_itself_need_not_be_there_yet(self, repo: Path) -> None:
         change(repo, "data", root="data")
         assert not (repo / "data").exists()
-        check_file()
+        check_file(None, print)
 
 
 class TestAProfilesInputs:

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from dgs.analysis.intervals import Interval, seed_interval
-from dgs.errors import UserError
 
 COLUMNS = ["rho", "method", "seed", "step", "layer", "pair", "mean", "p05", "p95"]
 
@@ -22,24 +21,16 @@ def collect(folders: Mapping[str, Path], seeds: Sequence[int], pairs: Sequence[s
         seeds, pairs: which to keep.
 
     Returns:
-        columns rho, method, seed, step, layer, pair, mean, p05, p95 (degrees over the samples of a step's batch).
-
-    Raises:
-        UserError: no angles were logged at all (only methods on the frozen tower were trained).
+        columns rho, method, seed, step, layer, pair, mean, p05, p95 (degrees over the samples of a step's batch);
+        no rows where only methods on the frozen tower were trained.
     """
     tables = []
     for folder in folders.values():
         table = pd.read_parquet(folder / "angles.parquet")
-        kept = table[table["seed"].isin(seeds) & table["pair"].isin(pairs)]
+        kept = table[table["seed"].isin(seeds) & table["pair"].isin(pairs)].dropna(subset="mean")
         if not kept.empty:
             tables.append(kept)
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
-    if table.empty:
-        raise UserError(
-            f"Expected gradient angles of methods that train the tower, found none for "
-            f"{', '.join(folders) or 'no method'}. "
-            f"Train lora or dgs first."
-        )
     table["rho"] = np.nan if rho is None else rho
     return table[COLUMNS].round(6)
 

@@ -52,7 +52,7 @@ def checkpoints(workspace: Workspace, methods: Sequence[str], seeds: Sequence[in
             found[method, seed] = path
     if not found:
         raise UserError(
-            f"Expected checkpoints of {', '.join(methods)}, found none. Run dvc repro, or notebooks/train.ipynb."
+            f"Expected checkpoints of {', '.join(methods)}, found none. Run {workspace.to_make(f'train@{methods[0]}')}."
         )
     return found
 
@@ -66,23 +66,32 @@ def settings(found: Mapping[tuple[str, int], Path], params: Params) -> dict[str,
     chosen: dict[str, dict[str, Any]] = {}
     for (method, _), folder in found.items():
         trained = read_info(folder)["params"]
-        own = {group: trained[group] for group in TRAINED_WITH}
+        own = {group: trained[group] for group in TRAINED_WITH if group in trained}
         chosen.setdefault(method, {**params.model_dump(), **own})
     return chosen
 
 
-def _check_fits(folder: Path, info: Mapping[str, Any], prepared: Prepared, params: Params) -> None:
-    again = f"Train it again: dvc repro train@{info['method']}, or notebooks/train.ipynb."
+def _check_fits(folder: Path, info: Mapping[str, Any], prepared: Prepared, params: Params, clip: Clip) -> None:
+    # In the pipeline DVC sees to it; by hand, prepare may have been run again since.
+    again = "Train on this (notebooks/train.ipynb), or remove scratch/ to go on with what the pipeline prepared."
     if info["data_hash"] != prepared.info["data_hash"]:
         raise UserError(
-            f"The checkpoint {folder} was trained on other data ({info['data_hash'][:12]}) than what is prepared "
+            f"The checkpoint {folder} was trained on other data ({info['data_hash'][:12]}) than what was prepared last "
             f"({prepared.info['data_hash'][:12]}). {again}"
         )
-    shown = info["preprocessing"]
-    now = {"image_size": params.image_size, "patches": params.patches.model_dump(), "fit": params.data.fit}
+    now = {
+        "image_size": params.image_size,
+        "mean": list(clip.mean),
+        "std": list(clip.std),
+        "patches": params.patches.model_dump(),
+        "fit": params.data.fit,
+    }
     for name, value in now.items():
-        if shown[name] != value:
-            raise UserError(f"The checkpoint {folder} was trained with {name} {shown[name]}, found {value}. {again}")
+        if info["preprocessing"].get(name) != value:
+            raise UserError(
+                f"The checkpoint {folder} saw images with {name} {info['preprocessing'].get(name)}, "
+                f"prepared is {value}. {again}"
+            )
 
 
 def image_features(
@@ -171,7 +180,7 @@ def evaluate(
     for (method, seed), folder in found.items():
         backbone, heads, info = load_checkpoint(folder, clip)
         try:
-            _check_fits(folder, info, prepared, params)
+            _check_fits(folder, info, prepared, params, clip)
             features = frozen
             if info["adapter"]:
                 label = f"{method}, seed {seed}"

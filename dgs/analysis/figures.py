@@ -471,8 +471,14 @@ def angles_over_training(angles: pd.DataFrame) -> Figure:
 
     `angles`: columns rho, method, seed, step, layer, pair, mean, p05, p95 (degrees); seeds and layers are averaged,
     the band's ends too. The title's mean is over all logged steps of a seed, then over seeds, with the 95 % interval
-    over seeds. 90 degrees = the gradients do not touch each other, more = they oppose. Raises UserError for mixed rho.
+    over seeds. 90 degrees = the gradients do not touch each other, more = they oppose.
+    An empty table gives a sentence in place of curves. Raises UserError for mixed rho.
     """
+    if angles.empty:
+        with style():
+            fig = Figure(figsize=(WIDTH, 1.2), layout="constrained")
+            fig.text(0.5, 0.5, "No method here trains the tower: there are no gradient angles.", ha="center")
+        return fig
     one_rho(angles, "table of gradient angles")
     pairs, methods = in_order(angles["pair"]), in_order(angles["method"])
     columns = len(pairs) if len(pairs) <= 3 else 2

@@ -165,22 +165,29 @@ def _folder_rows(root: Path) -> list[dict[str, Any]]:
 
 def _cut_val(manifest: pd.DataFrame, fraction: float) -> pd.DataFrame:
     """Train rows whose content hash falls into the first `fraction` become val: copies of an image stay together, and
-    the cut does not move when images are added. A generator and label that would get none gives its first by hash."""
+    the cut does not move when images are added. Except that each generator and label keeps at least one image in
+    train, and gives at least one if it has two: its first by hash."""
     train = manifest[manifest["split"] == "train"]
     cut = set(train.loc[train["sha256"].map(lambda sha: int(sha[:13], 16) / 16**13) < fraction, "sha256"])
-    for _, rows in train.groupby(["generator", "label"]):
+    for _, rows in train.groupby(["generator", "label"]) if 0 < fraction < 1 else ():
         contents = sorted(rows["sha256"].unique())
-        if fraction > 0 and len(contents) > 1 and not cut & set(contents):
+        if cut >= set(contents):
+            cut.discard(contents[-1])
+        if len(contents) > 1 and not cut & set(contents):
             cut.add(contents[0])
     manifest.loc[(manifest["split"] == "train") & manifest["sha256"].isin(cut), "split"] = "val"
-    for split in ("train", "val"):
-        counts = manifest[manifest["split"] == split].groupby("label").size()
-        if len(counts) < 2:
-            raise UserError(
-                f"Cutting val from train (data.val_fraction = {fraction}) left {split} without a "
-                f"{'fake' if 1 not in counts else 'real'} image. Give a val folder, more images, or another fraction."
-            )
     return manifest
+
+
+def _require_both_labels(manifest: pd.DataFrame, root: Path, cut: float | None) -> None:
+    where = "" if cut is None else f" after cutting val from train (data.val_fraction = {cut})"
+    for split in SPLITS:
+        present = set(manifest.loc[manifest["split"] == split, "label"])
+        if missing := [name for name, label in LABELS.items() if label not in present]:
+            raise UserError(
+                f"Expected real and fake images in {root / split}, found none of {' and '.join(missing)}{where}. "
+                f"Add some{', give a val folder, or set another fraction' if cut is not None else ''}."
+            )
 
 
 def _folders(root: Path, params: DataParams, captions_file: Path | None) -> pd.DataFrame:
@@ -206,8 +213,10 @@ def _folders(root: Path, params: DataParams, captions_file: Path | None) -> pd.D
     ]
     manifest["id"] = manifest["file"]
     manifest["row"] = -1
-    if not (manifest["split"] == "val").any():
-        manifest = _cut_val(manifest, params.val_fraction)
+    cut = None if (manifest["split"] == "val").any() else params.val_fraction
+    if cut is not None:
+        manifest = _cut_val(manifest, cut)
+    _require_both_labels(manifest, root, cut)
     return manifest.drop(columns="words")
 
 
@@ -275,7 +284,7 @@ def cautions(manifest: pd.DataFrame, ignored: Mapping[str, int]) -> list[str]:
         notes.append(f"Files passed over, not images that can be read here: {kinds}.")
     if manifest["caption"].nunique() < 2:
         notes.append("All images have the same caption: the text side has nothing to reveal, so surgery has no use.")
-    smallest = int(manifest[manifest["split"] == "val"].groupby("label").size().min())
+    smallest = int(manifest[manifest["split"] == "val"].groupby("label").size().reindex([0, 1], fill_value=0).min())
     if smallest < FEW:
         notes.append(
             f"Validation has only {smallest} images of a label: thresholds chosen on it, and verdicts, are rough."
@@ -299,15 +308,14 @@ def open_image(source: ImageSource, file: str, row: int) -> NDArray[np.uint8]:
 
 
 def examples(manifest: pd.DataFrame, source: ImageSource, per_row: int = 6) -> dict[str, list[NDArray[np.uint8]]]:
-    """A few images of each kind for a contact sheet: {"<generator>, real or fake, seen or unseen": images}."""
+    """A few images of each kind for a contact sheet: {"<generator>, real | seen | unseen": images}."""
     pictures: dict[str, list[NDArray[np.uint8]]] = {}
     test = manifest[manifest["split"] == "test"].sort_values(
         ["label", "seen", "generator"], ascending=[True, False, True]
     )
     for (label, _, generator), rows in test.groupby(["label", "seen", "generator"], sort=False):
-        kind = "real" if label == 0 else "fake"
-        note = "" if label == 0 else (", seen" if rows["seen"].iloc[0] else ", unseen")
-        name = kind if generator == "real" else f"{generator} ({kind}{note})"
+        note = "real" if label == 0 else ("seen" if rows["seen"].iloc[0] else "unseen")
+        name = "real" if generator == SHARED_REALS else f"{generator}, {note}"
         pictures[name] = [
             open_image(source, file, row)
             for file, row in zip(rows["file"][:per_row], rows["row"][:per_row], strict=True)

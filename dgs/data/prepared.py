@@ -51,6 +51,16 @@ class Prepared:
             content[group] |= settings
         return validate(content, "data.json")
 
+    def kept(self, params: Params) -> list[str]:
+        """What `adopt` changes in `params`, a sentence each; nothing in a pipeline, where both are the same."""
+        given = params.model_dump()
+        return [
+            f"{group}.{name} stays {value!r}, as prepared, not {given[group][name]!r}: to change it, prepare again."
+            for group, settings in self.info["params"].items()
+            for name, value in settings.items()
+            if given[group][name] != value
+        ]
+
 
 def compute_patches(manifest: pd.DataFrame, source: ImageSource, params: Params) -> dict[str, NDArray[np.int32]]:
     """The kept patch indices of every distinct image: entropies are computed here once, training does no FFT."""
@@ -120,5 +130,5 @@ def load_prepared(folder: Path, root: Path) -> Prepared:
         caption_embeddings=embeddings[manifest["caption_index"].to_numpy()],
         prompts={name: (values, prompts[name]) for name, values in names.items()},
         patches=patches,
-        source=ImageSource((root / Path(info["params"]["data"]["root"]).expanduser()).resolve()),
+        source=ImageSource((root / info["params"]["data"]["root"]).resolve()),
     )

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dgs.errors import UserError, did_you_mean
 from dgs.minibench import stem
 from dgs.params import LoraParams, ModelParams
+from dgs.workspace import no_such_clip
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # the release's constants
 RANDOM = "random"  # model.pretrained: seeded random weights, for tests of geometry
@@ -129,10 +130,7 @@ def _from_folder(folder: Path, image_size: int) -> tuple[Any, dict[str, Any]]:
 def _from_name(params: ModelParams, image_size: int, seed: int) -> tuple[Any, dict[str, Any]]:
     names = open_clip.list_models()
     if params.clip not in names:
-        raise UserError(
-            f"Expected model.clip to be a folder or an open_clip name, found '{params.clip}'."
-            f"{did_you_mean(params.clip, names)}{' The embedded one is sample/clip.' if '/' in params.clip else ''}"
-        )
+        raise no_such_clip(params.clip, did_you_mean(params.clip, names))
     if params.pretrained is None:
         raise UserError(f"Expected model.pretrained for '{params.clip}': an open_clip tag such as openai, or a file.")
     if params.pretrained == "openai" and "quickgelu" not in params.clip:

@@ -51,10 +51,9 @@ class Journal:
         """
         cos2 = torch.deg2rad(degrees.double()).cos().square().nan_to_num(0.0).mean().item()
         known = degrees[~torch.isnan(degrees)].cpu().numpy()
-        if known.size:
-            p05, p95 = np.percentile(known, [5, 95])
-            entry = {"method": self.method, "seed": self.seed, "step": step, "layer": layer, "pair": pair}
-            self._angles.append({**entry, "mean": known.mean(), "p05": p05, "p95": p95, "cos2": cos2, "n": known.size})
+        mean, p05, p95 = (known.mean(), *np.percentile(known, [5, 95])) if known.size else (np.nan,) * 3
+        entry = {"method": self.method, "seed": self.seed, "step": step, "layer": layer, "pair": pair}
+        self._angles.append({**entry, "mean": mean, "p05": p05, "p95": p95, "cos2": cos2, "n": known.size})
 
     @property
     def losses(self) -> pd.DataFrame:
