@@ -10,7 +10,9 @@ from pathlib import Path
 
 from copies import ROOT, copy_repository
 
-PROFILE = "mini"
+from dgs.workspace import MAIN
+
+PROFILE = MAIN
 
 
 def main() -> int:
