@@ -12,8 +12,12 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def copy_repository(target: Path, tiny: bool = True) -> Path:
-    """Every file git knows, without results and lock; with `tiny`, params.yaml becomes the tiny profile's values."""
+def copy_repository(target: Path, tiny: bool = True, git: bool = True) -> Path:
+    """Every file git knows, without results and lock.
+
+    tiny: params.yaml becomes the tiny profile's values.
+    git: a repository with one commit, as DVC needs it.
+    """
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout.decode()
     for name in filter(None, listed.split("\0")):
         source = ROOT / name
@@ -28,6 +32,8 @@ def copy_repository(target: Path, tiny: bool = True) -> Path:
         params["train"]["stage1"] = {"epochs": 2, "lr": 3.0e-3}
         params["train"]["stage2"] = {"epochs": 1, "lr": 3.0e-3}
         (target / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    if not git:
+        return target
     for command in (
         ["git", "init", "--quiet"],
         ["git", "add", "--all"],

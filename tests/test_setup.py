@@ -149,7 +149,9 @@ class TestMake:
             assert "venv" not in conda and "install" not in conda, target
 
     def test_a_profile_has_its_own_pipeline(self) -> None:
-        assert "dvc repro $(dgs profile paper)" in dry_run("repro", "PROFILE=paper").stdout
+        own, main = (dry_run("repro", *profile).stdout for profile in (["PROFILE=paper"], []))
+        assert "pipeline=$(dgs profile paper) && dvc repro $pipeline" in own and "results/paper/REPORT.md" in own
+        assert "dgs profile" not in main and "dvc repro" in main and "results/mini/REPORT.md" in main
 
     def test_the_notebooks_that_are_tested_are_those_there_are(self) -> None:
         tested = set(re.findall(r"notebooks/\w+\.ipynb", dry_run("test").stdout))
