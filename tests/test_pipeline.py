@@ -143,7 +143,7 @@ def test_a_changed_number_reruns_the_stages_that_read_it(repo: Path) -> None:
     params["gradient_angles"]["pairs"] = ["task-harmful"]
     path.write_text(yaml.safe_dump(params, sort_keys=False))
     try:
-        assert ran(run(repo, "dvc", "repro").stdout) == ["gradient_angles"]
+        assert set(ran(run(repo, "dvc", "repro").stdout)) == {"check", "gradient_angles"}
         angles = pd.read_csv(repo / "results" / "mini" / "gradient_angles.csv")
         assert set(angles["pair"]) == {"task-harmful"}
     finally:
