@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -30,6 +31,13 @@ class Weights(StrEnum):
 
     shipped = "shipped"
     train = "train"
+
+
+class Training(StrEnum):
+    """Where the benchmark's training and validation images come from."""
+
+    fresh = "fresh"
+    shipped = "shipped"
 
 
 def _say(message: str) -> None:
@@ -148,16 +156,53 @@ def build(
     out: Annotated[Path, typer.Option(help="folder to make")],
     seed: Annotated[int, typer.Option(help="of the scenes; another seed is a disjoint benchmark")],
     rho: Annotated[float | None, typer.Option(help="keep only this training set; default all")] = None,
-    clip: Annotated[
-        Weights, typer.Option(help="shipped: reuse weights; train: pre-train CLIP and generators anew")
-    ] = Weights.shipped,
+    training: Annotated[Training, typer.Option(help="shipped: make only the test set anew")] = Training.fresh,
+    clip: Annotated[Weights, typer.Option(help="train: pre-train it anew, resumable, an hour on one core")] = (
+        Weights.shipped
+    ),
+    generators: Annotated[Weights, typer.Option(help="train: train them anew, 10 minutes on one core")] = (
+        Weights.shipped
+    ),
+    network_seed: Annotated[int, typer.Option(help="of the networks that are trained anew")] = 0,
     as_json: Json = False,
 ) -> None:
     """Make the embedded benchmark from seeds."""
+    from dgs.minibench import pretrain, train_generators
     from dgs.minibench.build import build as build_minibench
 
-    made = build_minibench(out, seed, rho=rho, clip=clip.value)
+    made = build_minibench(
+        out,
+        seed,
+        rho=rho,
+        clip=clip.value,
+        weights=generators.value,
+        training=training.value,
+        clip_recipe=pretrain.Recipe(seed=network_seed),
+        generator_recipe=train_generators.Recipe(seed=network_seed),
+        workers=os.cpu_count() or 1,
+    )
     _print(as_json, {"out": str(out), **{key: made[key] for key in ("seed", "rhos", "counts", "content_hash")}})
+
+
+@minibench.command()
+@_for_users
+def audit(
+    folder: Annotated[Path, typer.Argument(help="a benchmark's folder")],
+    out: Annotated[Path | None, typer.Option(help="folder for audit.md, audit.json and contact sheets")] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask what tells fake from real in a benchmark: trivial detectors, statistics, content, near duplicates."""
+    from dgs.minibench import audit as auditing
+    from dgs.minibench.sheets import write_sheets
+
+    result = auditing.audit(folder, progress=True)
+    text = auditing.markdown(result)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "audit.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (out / "audit.md").write_text(text, encoding="utf-8")
+        write_sheets(folder, out)
+    _print(as_json, result, text)
 
 
 def main() -> None:

@@ -51,6 +51,7 @@ class DataParams(_Group):
     layout: Literal["minibench", "folders"] = "minibench"
     root: PathName = "data"  # folder of the layout, relative to the repository or absolute
     rho: float | None = 0.9  # minibench only: P(fake | caption group) in training
+    shortcut: Literal["background", "object"] = "background"  # minibench only: what the caption groups are made by
     captions: PathName | None = None  # folders only: JSON-lines file {"path" or "sha256", "caption"}
     val_fraction: Rate = 0.1  # folders without a val split: this share of train, cut by content hash
     limit: Count | None = None  # at most this many images a split, generator and label (for tests and trials)
@@ -173,6 +174,7 @@ NOTEBOOK_PARAMETERS: dict[str, dict[str, str]] = {
         "root": "data.root",
         "layout": "data.layout",
         "rho": "data.rho",
+        "shortcut": "data.shortcut",
         "captions": "data.captions",
         "val_fraction": "data.val_fraction",
         "limit": "data.limit",

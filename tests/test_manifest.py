@@ -18,9 +18,12 @@ from dgs.analysis.metrics import detection_table
 from dgs.data.images import UnreadableImage, decode
 from dgs.data.manifest import (
     COLUMNS,
+    MINIBENCH,
+    MINIBENCH_SPLITS,
     ImageSource,
     build_manifest,
     cautions,
+    content_hash,
     counts,
     data_hash,
     duplicates_across_splits,
@@ -490,8 +493,9 @@ class TestPackedBenchmark:
     @pytest.fixture
     def root(self, tmp_path: Path, image_tree: ImageTree) -> Path:
         files = sorted(image_tree().rglob("*.*"))
-        for split in ("train", "val", "test"):
-            chosen = [path for path in files if path.parts[-4] == split]
+        packed = []
+        for split in MINIBENCH_SPLITS:
+            chosen = [path for path in files if path.parts[-4] == split.removesuffix("_unbiased")]
             table = pd.DataFrame(
                 {
                     "id": [f"{split}-{index}" for index in range(len(chosen))],
@@ -502,18 +506,41 @@ class TestPackedBenchmark:
                     "image": [path.read_bytes() for path in chosen],
                 }
             )
-            if split != "test":
+            if split in ("train", "val"):
                 table["rho_0.50"] = True
                 table["rho_0.90"] = [index % 3 != 0 for index in range(len(chosen))]
+                table["object_rho_0.90"] = [index % 3 == 0 for index in range(len(chosen))]
             (tmp_path / "packed").mkdir(exist_ok=True)
             table.to_parquet(tmp_path / "packed" / f"images-{split}.parquet")
+            packed.append(table.assign(sha256=[hashlib.sha256(data).hexdigest() for data in table["image"]]))
+        promise = {"content_hash": content_hash(pd.concat(packed))}
+        (tmp_path / "packed" / MINIBENCH).write_text(json.dumps(promise))
         return tmp_path / "packed"
 
     def test_rho_chooses_the_training_images_and_leaves_test_alone(self, root: Path) -> None:
         half = build_manifest(root, DataParams(rho=0.5))
         most = build_manifest(root, DataParams(rho=0.9))
         sizes = [table.groupby("split").size().to_dict() for table in (half, most)]
-        assert sizes == [{"train": 12, "val": 12, "test": 18}, {"train": 8, "val": 8, "test": 18}]
+        rest = {"test": 18, "val_unbiased": 12}
+        assert sizes == [{"train": 12, "val": 12, **rest}, {"train": 8, "val": 8, **rest}]
+
+    def test_the_shortcut_chooses_too_and_without_one_all_are_alike(self, root: Path) -> None:
+        ids = {
+            (rho, name): set(build_manifest(root, DataParams(rho=rho, shortcut=name)).query("split == 'train'")["id"])
+            for rho in (0.5, 0.9)
+            for name in ("background", "object")
+        }
+        assert ids[0.5, "background"] == ids[0.5, "object"]
+        assert not ids[0.9, "background"] & ids[0.9, "object"]
+
+    def test_changed_images_are_refused(self, root: Path) -> None:
+        pack = root / "images-test.parquet"
+        table = pd.read_parquet(pack)
+        table.loc[0, "label"] = 1 - table.loc[0, "label"]
+        table.to_parquet(pack)
+        with pytest.raises(UserError) as error:
+            build_manifest(root, DataParams(rho=0.9))
+        says(str(error.value), root, "content hash", MINIBENCH, "they were changed")
 
     def test_a_row_still_finds_its_own_bytes(self, root: Path) -> None:
         manifest = build_manifest(root, DataParams(rho=0.9))
@@ -527,6 +554,13 @@ class TestPackedBenchmark:
         with pytest.raises(UserError) as error:
             build_manifest(root, DataParams(rho=0.8))
         says(str(error.value), "data.rho", "0.50, 0.90", "found 0.8")
+
+    def test_the_choices_are_those_of_the_shortcut(self, root: Path) -> None:
+        for split in ("train", "val"):
+            pack = root / f"images-{split}.parquet"
+            pd.read_parquet(pack).drop(columns="object_rho_0.90").to_parquet(pack)
+        with pytest.raises(UserError, match=r"one of 0\.50 with data\.shortcut: object, found 0\.9"):
+            build_manifest(root, DataParams(rho=0.9, shortcut="object"))
 
     def test_a_missing_pack_says_what_to_run(self, root: Path) -> None:
         (root / "images-val.parquet").unlink()

@@ -27,6 +27,7 @@ DETECTION_COLUMNS = [
 SCORE_COLUMNS = ["split", "generator", "label", "condition", "applied_to", "logit", "method", "seed"]
 CELL_METRICS = ("acc", "balanced_acc", "r_acc", "f_acc", "ap")
 ECE_BINS = 15
+VALIDATION = ("val", "val_unbiased")  # the second without the training set's shortcut, where the data has one
 DECIMALS = 6  # what files keep: far below what any test set can resolve, far above the noise of summation order
 
 
@@ -76,7 +77,7 @@ def detection_table(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame
     `scores`: one row an image and condition (columns split, generator, label, condition, applied_to, logit, method,
     seed, and rho where the data has one); `seen`: names of the generators in the training set. A generator is judged
     against real images of its own where it has any, else against the shared pool named "real". Threshold rules: "0.5"
-    (logit 0), and "val" (`best_threshold` on the run's native validation scores; no such rows for a run without them).
+    (logit 0), "val" and "val_unbiased" (`best_threshold` on the run's native scores of that split, where it has any).
     Rates are fractions, `seen` is boolean; rows are ordered by run, condition, seen first, generator.
 
     Raises UserError for missing columns, no test rows, a generator without fakes or without reals (named), and fakes
@@ -91,7 +92,7 @@ def detection_table(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame
         scores = scores.assign(rho=np.nan)
     rows: list[dict[str, Any]] = []
     for (rho, method, seed), run in scores.groupby(RUN, dropna=False, sort=False):
-        thresholds = {"0.5": 0.0, **_validation_threshold(run[run["split"] == "val"])}
+        thresholds = {"0.5": 0.0, **_validation_thresholds(run)}
         test = run[run["split"] == "test"]
         for (condition, applied_to), part in test.groupby(["condition", "applied_to"], sort=False):
             for generator, labels, logits in _generators(part):
@@ -289,11 +290,14 @@ def _calibration_error(truth: np.ndarray, probability: np.ndarray) -> float:
     return float(np.abs(gap).sum() / truth.size)
 
 
-def _validation_threshold(validation: pd.DataFrame) -> dict[str, float]:
-    native = validation[(validation["condition"] == "native") & (validation["applied_to"] == "both")]
-    if native.empty:
-        return {}
-    return {"val": best_threshold(native["label"].to_numpy(), native["logit"].to_numpy())}
+def _validation_thresholds(run: pd.DataFrame) -> dict[str, float]:
+    native = run[(run["condition"] == "native") & (run["applied_to"] == "both")]
+    splits = {name: native[native["split"] == name] for name in VALIDATION}
+    return {
+        name: best_threshold(rows["label"].to_numpy(), rows["logit"].to_numpy())
+        for name, rows in splits.items()
+        if not rows.empty
+    }
 
 
 def _generators(part: pd.DataFrame) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:

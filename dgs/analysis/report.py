@@ -246,8 +246,9 @@ def _operating_points(detection: pd.DataFrame) -> str:
     native = native[native["seen"] != unseen]
     rule = native["threshold_rule"].astype(str)
     columns = [("balanced acc. at 0.5", "balanced_acc", "0.5")]
-    if (rule == "val").any():
-        columns.append(("at the validation threshold", "balanced_acc", "val"))
+    for split, name in (("val", "at the validation threshold"), ("val_unbiased", "at that of unbiased validation")):
+        if (rule == split).any():
+            columns.append((name, "balanced_acc", split))
     columns += [
         ("fakes caught at 1 % false alarms", "tpr_at_1fpr", "0.5"),
         ("at 5 %", "tpr_at_5fpr", "0.5"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from dgs.params import DataParams
 from dgs.workspace import require_data_root
 
 SPLITS = ("train", "val", "test")
+MINIBENCH_SPLITS = (*SPLITS, "val_unbiased")  # val has the shortcut of train, val_unbiased none
+MINIBENCH = "minibench.json"  # the benchmark's description
 LABELS = {"0_real": 0, "1_fake": 1}
 SHARED_REALS = "real"  # in place of a generator's name: photographs that all generators of the split are compared with
 SEMANTICS = ("shape", "colour", "background")  # the minibench's attributes that zero-shot is measured on
@@ -51,9 +54,32 @@ class ImageSource:
         return {"root": self.root, "_packs": {}}  # loader processes reopen packs rather than copy them
 
 
-def _minibench(root: Path, rho: float | None) -> pd.DataFrame:
-    frames = []
-    for split in SPLITS:
+def content_hash(images: pd.DataFrame) -> str:
+    """sha256 over the sorted (id, sha256, label, caption) of a benchmark's images, whatever their order and packing."""
+    fields = zip(images["id"], images["sha256"], images["label"], images["caption"], strict=True)
+    lines = sorted(json.dumps([id_, sha, int(label), caption]) for id_, sha, label, caption in fields)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _require_content(root: Path, images: pd.DataFrame) -> None:
+    promised = json.loads((root / MINIBENCH).read_text(encoding="utf-8"))["content_hash"]
+    found = content_hash(images)
+    if found != promised:
+        raise UserError(
+            f"Expected the images of {root} to have the content hash {promised[:12]} that {MINIBENCH} gives, found "
+            f"{found[:12]}: they were changed. Make the folder again, or use data.layout: folders for your own images."
+        )
+
+
+def _training_set(rho: float | None, shortcut: str) -> str:
+    """The column that marks a training set, as `dgs.minibench.plan.column` names it."""
+    prefix = "" if shortcut == "background" or rho == 0.5 else f"{shortcut}_"
+    return f"{prefix}rho_{'none' if rho is None else f'{rho:.2f}'}"
+
+
+def _minibench(root: Path, rho: float | None, shortcut: str) -> pd.DataFrame:
+    frames = {}
+    for split in MINIBENCH_SPLITS:
         path = root / f"images-{split}.parquet"
         if not path.exists():
             raise UserError(
@@ -65,14 +91,18 @@ def _minibench(root: Path, rho: float | None) -> pd.DataFrame:
         frame["row"] = range(len(frame))
         frame["file"] = path.name
         frame["sha256"] = [hashlib.sha256(image.as_py()).hexdigest() for image in images]
-        if split != "test":
-            column = f"rho_{rho:.2f}" if rho is not None else "rho_none"
-            if column not in frame:
-                choices = sorted(name.removeprefix("rho_") for name in frame if name.startswith("rho_"))
-                raise UserError(f"Expected data.rho to be one of {', '.join(choices)}, found {rho}.")
-            frame = frame[frame[column]]
-        frames.append(frame)
-    manifest = pd.concat(frames, ignore_index=True)
+        frames[split] = frame
+    _require_content(root, pd.concat(frames.values()))
+    column = _training_set(rho, shortcut)
+    for split in ("train", "val"):
+        if column not in frames[split]:
+            rhos = sorted({name.rpartition("rho_")[2] for name in frames[split] if "rho_" in name})
+            choices = [value for value in rhos if _training_set(float(value), shortcut) in frames[split]]
+            raise UserError(
+                f"Expected data.rho to be one of {', '.join(choices)} with data.shortcut: {shortcut}, found {rho}."
+            )
+        frames[split] = frames[split][frames[split][column]]
+    manifest = pd.concat(frames.values(), ignore_index=True)
     manifest["caption_source"] = "file"
     return manifest
 
@@ -227,7 +257,7 @@ def build_manifest(root: Path, params: DataParams, captions_file: Path | None = 
         root: folder of the layout: "minibench" (packed parquet files) or "folders"
             (`<split>/<generator>/{0_real,1_fake}`, or one class folder more in between; `<split>/real/0_real` may
             hold photographs for all generators of the split, which then need none of their own).
-        params: rho chooses the minibench's training set; val_fraction and limit as documented there.
+        params: rho and shortcut choose the minibench's training set; val_fraction and limit as documented there.
         captions_file: JSON lines, for "folders".
 
     Returns:
@@ -242,7 +272,7 @@ def build_manifest(root: Path, params: DataParams, captions_file: Path | None = 
     if params.layout == "minibench":
         if captions_file:
             raise UserError("data.captions is for data.layout: folders; the minibench brings its own captions.")
-        manifest = _minibench(root, params.rho)
+        manifest = _minibench(root, params.rho, params.shortcut)
     else:
         if params.rho is not None:
             raise UserError(f"data.rho = {params.rho} is for data.layout: minibench. Set data.rho: null for folders.")

@@ -15,29 +15,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dgs.data.manifest import MINIBENCH, content_hash
 from dgs.errors import UserError
 from dgs.minibench import camera, captions, generators, jpeg, plan, pool, pretrain, scenes, train_generators
 
 Bytes = NDArray[np.uint8]
 
-VERSION = "1.0"
+Source = Literal["shipped", "train"]  # of a network
+
+VERSION = "2.0"
 SHIPPED = Path(__file__).resolve().parents[2] / "sample"
 WEIGHTS = "generators.safetensors"
-META = "minibench.json"
-
-
-def content_hash(records: Sequence[dict[str, Any]]) -> str:
-    """sha256 over the sorted (id, sha256 of the image file, label, caption): independent of how rows are packed."""
-    lines = sorted(
-        json.dumps([r["id"], hashlib.sha256(r["image"]).hexdigest(), int(r["label"]), r["caption"]]) for r in records
-    )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @contextmanager
@@ -60,7 +55,8 @@ def make(
 ) -> list[dict[str, Any]]:
     """The finished records of one split's plan, in its order; "image" holds the JPEG file."""
     split = rows[0].split
-    found, photographs = pool.shoot(seed, split, max(row.index for row in rows) + 1, workers, progress)
+    count = max(row.index for row in rows) + 1
+    found, photographs = pool.shoot(seed, split, count, workers, progress, camera.MARGIN)
     images: dict[int, Bytes] = {}
     for maker in tqdm(dict.fromkeys(row.generator for row in rows), f"images of {split}", disable=not progress):
         places = [i for i, row in enumerate(rows) if row.generator == maker]
@@ -69,11 +65,13 @@ def make(
         if maker != plan.REAL:
             noise = [scenes.stream(seed, split, k, "generator") for k in index]
             made = generators.synthesise(maker, models[maker], made, [found[k] for k in index], noise)
+        else:
+            made = camera.crop(made)
         images.update(zip(places, made, strict=True))
     records = []
     for i, row in enumerate(rows):
         s = found[row.index]
-        quality = jpeg.draw_quality(scenes.stream(seed, split, row.index, "jpeg"))
+        data = jpeg.encode(images[i], jpeg.draw_quality(scenes.stream(seed, split, row.index, "jpeg")))
         records.append(
             {
                 "id": f"{split}-{row.index:06d}-{row.generator}",
@@ -83,7 +81,7 @@ def make(
                 "label": int(row.generator != plan.REAL),
                 "caption": captions.caption(s.attributes, scenes.stream(seed, split, row.index, "caption")),
                 **s.attributes.as_dict(),
-                "image": jpeg.encode(images[i], quality),
+                "image": data,
             }
         )
     return records
@@ -103,19 +101,17 @@ def write(records: Sequence[dict[str, Any]], rows: Sequence[plan.Row], path: Pat
 
 
 def _clip(
-    mode: str, folder: Path, shipped: Path, recipe: pretrain.Recipe, scratch: Path | None, workers: int, progress: bool
+    mode: Source, folder: Path, shipped: Path, recipe: pretrain.Recipe, scratch: Path, workers: int, progress: bool
 ) -> dict[str, Any]:
     if mode == "train":
-        pretrain.pretrain(folder / "clip", recipe, scratch or folder / "pretraining", None, workers, progress)
-        if scratch is None:
-            shutil.rmtree(folder / "pretraining")
+        pretrain.pretrain(folder / "clip", recipe, scratch, None, workers, progress)
         return asdict(recipe)
     shutil.copytree(shipped / "clip", folder / "clip")
     return dict(_meta(shipped)["clip"])
 
 
 def _generators(
-    mode: str, folder: Path, shipped: Path, recipe: train_generators.Recipe, workers: int, progress: bool
+    mode: Source, folder: Path, shipped: Path, recipe: train_generators.Recipe, workers: int, progress: bool
 ) -> dict[str, Any]:
     if mode == "train":
         return asdict(recipe) | {"psnr": train_generators.train_all(folder / WEIGHTS, recipe, workers, progress)}
@@ -124,56 +120,74 @@ def _generators(
 
 
 def _meta(shipped: Path) -> dict[str, Any]:
-    return dict(json.loads((shipped / META).read_text(encoding="utf-8")))
+    return dict(json.loads((shipped / MINIBENCH).read_text(encoding="utf-8")))
 
 
 def build(
     out: Path,
     seed: int,
     rho: float | None = None,
-    clip: Literal["shipped", "train"] = "shipped",
+    clip: Source = "shipped",
     shipped: Path = SHIPPED,
-    weights: Literal["shipped", "train"] = "shipped",
+    weights: Source = "shipped",
+    training: Literal["fresh", "shipped"] = "fresh",
     sizes: plan.Sizes | None = None,
     clip_recipe: pretrain.Recipe | None = None,
     generator_recipe: train_generators.Recipe | None = None,
-    scratch: Path | None = None,
     workers: int = 1,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write the benchmark of `seed` to `out` and return its `minibench.json`; another seed shares no scene with it.
 
     `rho`: one shortcut strength in place of 0.5, 0.75 and 0.9. `clip` and `weights` (the generators) are copied from
-    `shipped` or trained anew; `scratch` keeps the CLIP's checkpoints, so that a broken run resumes. The folder
-    appears whole or not at all.
+    `shipped` or trained anew. `training="shipped"`: only the test set is made, the other images are those of
+    `shipped`, so that a method trained on them meets a test set nobody has seen. The folder appears whole or not at
+    all; a broken pre-training goes on where it stopped when the same call comes again.
     """
     if rho is not None and not 0.0 <= rho <= 1.0:
         raise UserError(f"rho should be a probability, 0 to 1. Found {rho}.")
+    if rho is not None and training == "shipped":
+        raise UserError("The shipped training sets have their own rho. Leave out --rho, or make training sets anew.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} should not exist yet, or be an empty folder. Remove it or choose another --out.")
-    needed = [name for name, mode in (("clip", clip), (WEIGHTS, weights), (META, clip)) if mode == "shipped"]
-    missing = [name for name in needed if not (shipped / name).exists()]
+    sources = {"clip": clip, WEIGHTS: weights, MINIBENCH: training if "shipped" not in (clip, weights) else "shipped"}
+    missing = [name for name, mode in sources.items() if mode == "shipped" and not (shipped / name).exists()]
     if missing:
         raise UserError(f"{shipped} should hold {', '.join(missing)} to reuse. Found none; train them instead.")
+    if training == "shipped" and seed == _meta(shipped)["seed"]:
+        raise UserError(f"Seed {seed} is that of {shipped}: its test set would not be fresh. Choose another --seed.")
     sizes, rhos = sizes or plan.Sizes(), plan.RHOS if rho is None else (rho,)
     clip_recipe, generator_recipe = clip_recipe or pretrain.Recipe(), generator_recipe or train_generators.Recipe()
     out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.parent / f".{out.name}-pretraining"
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         with _one_thread():
             made_generators = _generators(weights, folder, shipped, generator_recipe, workers, progress)
             made_clip = _clip(clip, folder, shipped, clip_recipe, scratch, workers, progress)
             models = generators.load(folder / WEIGHTS)
-            everything: list[dict[str, Any]] = []
-            counts: dict[str, dict[str, int]] = {}
+            images: list[pd.DataFrame] = []
             for split, rows in plan.rows(seed, sizes, rhos).items():
-                records = make(seed, rows, models, workers, progress)
-                write(records, rows, folder / f"images-{split}.parquet")
-                everything += records
-                makers = [row.generator for row in rows]
-                counts[split] = {maker: makers.count(maker) for maker in dict.fromkeys(makers)}
-        meta = _describe(seed, rhos, sizes, counts, content_hash(everything), made_clip, made_generators)
-        (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+                pack = folder / f"images-{split}.parquet"
+                if training == "shipped" and split != "test":
+                    shutil.copyfile(shipped / pack.name, pack)
+                else:
+                    write(make(seed, rows, models, workers, progress), rows, pack)
+                images.append(_listed(pack))
+        old = _meta(shipped) if training == "shipped" else None
+        meta = {
+            "version": VERSION,
+            "seed": seed,
+            "training_seed": old["training_seed"] if old else seed,
+            "content_hash": content_hash(pd.concat(images)),
+            "rhos": old["rhos"] if old else list(rhos),
+            "sizes": {**old["sizes"], "test": sizes.test} if old else asdict(sizes),
+            "counts": {some["split"].iloc[0]: some["generator"].value_counts(sort=False).to_dict() for some in images},
+            **_described(),
+            "clip": made_clip,
+            "generators": made_generators,
+        }
+        (folder / MINIBENCH).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         folder.chmod(0o755)  # mkdtemp makes private folders
         if out.exists():
             out.rmdir()
@@ -181,33 +195,31 @@ def build(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    shutil.rmtree(scratch, ignore_errors=True)
     return meta
 
 
-def _describe(
-    seed: int,
-    rhos: Sequence[float],
-    sizes: plan.Sizes,
-    counts: dict[str, dict[str, int]],
-    digest: str,
-    clip_recipe: dict[str, Any],
-    generator_recipe: dict[str, Any],
-) -> dict[str, Any]:
+def _listed(pack: Path) -> pd.DataFrame:
+    """What the content hash and the counts need of a pack, a row an image."""
+    table = pq.read_table(pack, columns=["id", "split", "generator", "label", "caption", "image"])
+    hashes = [hashlib.sha256(image.as_py()).hexdigest() for image in table.column("image")]
+    return table.drop_columns(["image"]).to_pandas().assign(sha256=hashes)
+
+
+def _described() -> dict[str, Any]:
+    """What does not depend on the seed."""
     return {
-        "version": VERSION,
-        "seed": seed,
-        "content_hash": digest,
-        "rhos": list(rhos),
-        "shortcut": {
-            "attribute": "background",
-            "fake_with_rho": list(plan.SHORTCUT),
-            "fake_with_1_minus_rho": [b for b in scenes.BACKGROUNDS if b not in plan.SHORTCUT],
+        "shortcuts": {
+            name: {
+                "attribute": shortcut.attribute,
+                "fake_with_rho": list(shortcut.fake),
+                "fake_with_1_minus_rho": list(shortcut.real),
+            }
+            for name, shortcut in plan.SHORTCUTS.items()
         },
         "seen": list(generators.SEEN),
         "unseen": list(generators.UNSEEN),
         "attributes": {name: list(values) for name, values in scenes.VOCABULARY.items()},
-        "sizes": asdict(sizes),
-        "counts": counts,
         "image": {"side": scenes.SIZE, "jpeg_quality": list(jpeg.QUALITY), "subsampling": "4:2:0"},
         "camera": {
             "blur": list(camera.BLUR),
@@ -215,8 +227,6 @@ def _describe(
             "electrons": list(camera.ELECTRONS),
             "read_noise": list(camera.READ_NOISE),
         },
-        "clip": clip_recipe,
-        "generators": generator_recipe,
         "packages": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "open_clip_torch", "numpy", "pillow", "pyarrow")},

@@ -14,6 +14,7 @@ BLUR = (0.3, 0.6)  # standard deviation, pixels
 EXPOSURE = (0.8, 1.15)
 ELECTRONS = (800.0, 4000.0)  # full well: shot noise falls as it rises
 READ_NOISE = (0.003, 0.008)  # standard deviation, fraction of full scale
+MARGIN = 8  # pixels made around every image of the benchmark, real or fake, and cut off
 
 
 def blur(image: Floats, sigma: float) -> Floats:
@@ -52,7 +53,7 @@ def demosaic(raw: Floats) -> Floats:
 
 
 def photograph(light: Floats, rng: np.random.Generator) -> Bytes:
-    """Linear light (64, 64, 3) float32 in [0, 1] -> the camera's sRGB-like image, uint8."""
+    """Linear light (S, S, 3) float32 in [0, 1] -> the camera's sRGB-like image, uint8."""
     image = blur(light, rng.uniform(*BLUR)) * np.float32(rng.uniform(*EXPOSURE))
     raw = (image * _bayer(image.shape[0])).sum(-1)
     well = rng.uniform(*ELECTRONS)
@@ -62,16 +63,27 @@ def photograph(light: Floats, rng: np.random.Generator) -> Bytes:
     return np.rint(image * 255).astype(np.uint8)
 
 
-def shoot(seed: int, split: str, index: int) -> tuple[scenes.Scene, Bytes]:
-    """The scene (seed, split, index) and its photograph, (64, 64, 3) uint8."""
+def draw(s: scenes.Scene, margin: int = 0) -> Bytes:
+    """The scene as a drawing: no lens, no sensor, no noise; (S, S, 3) uint8 sRGB-like, S = 64 + 2 margin."""
+    return np.rint(scenes.render(s, margin) ** (1 / 2.2) * 255).astype(np.uint8)
+
+
+def shoot(seed: int, split: str, index: int, margin: int = 0) -> tuple[scenes.Scene, Bytes]:
+    """The scene (seed, split, index) and its photograph, (S, S, 3) uint8, S = 64 + 2 margin pixels (margin even)."""
     s = scenes.scene(seed, split, index)
-    return s, photograph(scenes.render(s), scenes.stream(seed, split, index, "camera"))
+    return s, photograph(scenes.render(s, margin), scenes.stream(seed, split, index, "camera"))
 
 
-def shoot_many(seed: int, split: str, start: int, stop: int) -> tuple[list[scenes.Scene], Bytes]:
-    """Scenes start..stop-1 of a split and their photographs, (N, 64, 64, 3) uint8."""
-    found, images = [], np.empty((stop - start, scenes.SIZE, scenes.SIZE, 3), np.uint8)
+def shoot_many(seed: int, split: str, start: int, stop: int, margin: int = 0) -> tuple[list[scenes.Scene], Bytes]:
+    """Scenes start..stop-1 of a split and their photographs, (N, S, S, 3) uint8."""
+    side = scenes.SIZE + 2 * margin
+    found, images = [], np.empty((stop - start, side, side, 3), np.uint8)
     for i, index in enumerate(range(start, stop)):
-        s, images[i] = shoot(seed, split, index)
+        s, images[i] = shoot(seed, split, index, margin)
         found.append(s)
     return found, images
+
+
+def crop(images: Bytes) -> Bytes:
+    """Without `MARGIN`: (..., 80, 80, 3) -> (..., 64, 64, 3)."""
+    return images[..., MARGIN:-MARGIN, MARGIN:-MARGIN, :]

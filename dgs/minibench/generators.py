@@ -1,17 +1,18 @@
-"""Eight small generators that re-synthesise photographs, each with a decoder of its own; "fake" means their output.
+"""Nine small generators, each with a decoder of its own; "fake" means their output. Eight re-synthesise photographs.
 
 Seen in training: transposed convolution with an adversarial loss, and nearest upsampling with a KL term (the kin of
 ProGAN and of Stable Diffusion's decoder). Unseen: sub-pixel shuffle, bilinear upsampling, vector quantisation,
-super-resolution with sharpening, a spliced local region ("face swap") and diffusion.
+super-resolution with sharpening, a spliced local region ("face swap"), diffusion from a photograph, and diffusion from
+pure noise guided by a drawing of the scene.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -20,12 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgs.minibench import scenes
+from dgs.minibench import camera, scenes
 
 Bytes = NDArray[np.uint8]
+Edges = Literal["zeros", "reflect"]  # what a convolution finds beyond the image
 
 SEEN = ("deconv_gan", "kl_vae")
-UNSEEN = ("pixelshuffle", "bilinear", "vq", "superres", "splice", "diffusion")
+UNSEEN = ("pixelshuffle", "bilinear", "vq", "superres", "splice", "diffusion", "layout_diffusion")
 NAMES = SEEN + UNSEEN
 
 
@@ -40,32 +42,33 @@ def to_bytes(images: Tensor) -> Bytes:
     return values.permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _conv(a: int, b: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(a, b, kernel, stride, kernel // 2)
+def _conv(a: int, b: int, kernel: int = 3, stride: int = 1, edges: Edges = "zeros") -> nn.Conv2d:
+    return nn.Conv2d(a, b, kernel, stride, kernel // 2, padding_mode=edges)
 
 
 class Residual(nn.Module):
     """x + conv(act(conv(act(x)))), width kept."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, edges: Edges = "zeros") -> None:
         super().__init__()
-        self.first, self.second = _conv(width, width), _conv(width, width)
+        self.first, self.second = _conv(width, width, edges=edges), _conv(width, width, edges=edges)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.silu(self.first(F.silu(x))))
 
 
 class Generator(nn.Module):
-    """Re-synthesis (B, 3, 64, 64) -> the same, in [-1, 1]; `loss` is what it is trained on."""
+    """Synthesis (B, 3, 64, 64) -> the same, in [-1, 1]; `loss` is what it is trained on."""
 
     adversarial = 0.0  # weight of the critic's loss
+    starts_from: Literal["photograph", "drawing"] = "photograph"  # what `forward` is given
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         """`noise`: standard normal, shaped as the images; a deterministic generator leaves it alone."""
         raise NotImplementedError
 
-    def loss(self, images: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(loss, output) of one training batch."""
+    def loss(self, images: Tensor, drawings: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(loss, output) of a training batch of photographs and the drawings of their scenes."""
         noise = torch.randn(images.shape, generator=random)
         output = self(images, noise)
         return F.l1_loss(output, images), output
@@ -119,7 +122,7 @@ class KLVAE(Generator):
         kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
         return self._decode(mean + (0.5 * log_variance).exp() * fine), kl
 
-    def loss(self, images: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    def loss(self, images: Tensor, drawings: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         output, kl = self._encode_decode(images, torch.randn(images.shape, generator=random))
         return F.l1_loss(output, images) + self.beta * kl, output
 
@@ -180,7 +183,7 @@ class VQ(Generator):
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         return cast(Tensor, self.decoder(self.quantise(self.encoder(images))[0]))
 
-    def loss(self, images: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    def loss(self, images: Tensor, drawings: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         codes, commitment = self.quantise(self.encoder(images))
         output = self.decoder(codes)
         return F.l1_loss(output, images) + 0.5 * commitment, output
@@ -211,7 +214,7 @@ class SuperResolution(Generator):
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         return _sharpen(self._upscale(images), self.amount)
 
-    def loss(self, images: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    def loss(self, images: Tensor, drawings: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         output = self._upscale(images)
         return F.l1_loss(output, images), output
 
@@ -234,53 +237,99 @@ class Splice(Generator):
         return cast(Tensor, self.outer(fine))
 
 
-class Diffusion(Generator):
-    """A small denoising diffusion model, image to image: noised to `strength`, then denoised by a few DDIM steps.
+def _signal_and_spread(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of image and noise at times t (B,) in [0, 1]: cos and sin of pi t / 2, (B, 1, 1, 1)."""
+    angle = (t * math.pi / 2)[:, None, None, None]
+    return torch.cos(angle), torch.sin(angle)
 
-    Predicts the clean image from sqrt(a) x + sqrt(1 - a) noise, with a = cos^2(pi t / 2), t in (0, 1).
+
+def _ddim(x: Tensor, times: Tensor, denoise: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Deterministic denoising of x (B, 3, H, W) from times[0] to times[-1] (Song et al. 2021)."""
+    for now, then in pairwise(times):
+        clean = denoise(x, now.expand(len(x)))
+        signal, spread = _signal_and_spread(now.expand(len(x)))
+        rest = (x - signal * clean) / spread
+        signal, spread = _signal_and_spread(then.expand(len(x)))
+        x = signal * clean + spread * rest
+    return x
+
+
+class Denoiser(nn.Module):
+    """A two-level residual network on 2x2 cells of pixels, told the time: (B, C, 64, 64), (B,) -> (B, 3, 64, 64).
+
+    Edges are reflected: beside pure noise, zeros would leave a frame.
     """
 
-    def __init__(self, width: int = 48, strength: float = 0.1, steps: int = 4) -> None:
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.strength, self.steps = strength, steps
-        self.enter = _conv(12, width)
+        self.enter = _conv(4 * channels, width, edges="reflect")
         self.time = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, 3 * width))
-        self.fine = Residual(width)
-        self.coarse = nn.Sequential(nn.AvgPool2d(2), Residual(width), Residual(width), nn.Upsample(scale_factor=2))
-        self.last = Residual(width)
-        self.leave = _conv(width, 12)
+        self.fine, self.last = Residual(width, "reflect"), Residual(width, "reflect")
+        self.coarse = nn.Sequential(
+            nn.AvgPool2d(2), Residual(width, "reflect"), Residual(width, "reflect"), nn.Upsample(scale_factor=2)
+        )
+        self.leave = _conv(width, 12, edges="reflect")
 
-    def denoise(self, x: Tensor, t: Tensor) -> Tensor:
-        """The clean image behind x (B, 3, 64, 64) at times t (B,)."""
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
         waves = torch.cat([f(t[:, None] * 2.0 ** torch.arange(8)) for f in (torch.sin, torch.cos)], 1)
         a, b, c = self.time(waves)[:, :, None, None].chunk(3, 1)
         h = self.fine(self.enter(F.pixel_unshuffle(x, 2)) + a)
         h = h + self.coarse(h + b)
-        return x + F.pixel_shuffle(self.leave(self.last(h + c)), 2)
+        return F.pixel_shuffle(self.leave(self.last(h + c)), 2)
 
-    @staticmethod
-    def _mix(t: Tensor) -> tuple[Tensor, Tensor]:
-        angle = (t * math.pi / 2)[:, None, None, None]
-        return torch.cos(angle), torch.sin(angle)
+
+class Diffusion(Generator):
+    """A small denoising diffusion model, image to image: noised to `strength`, then denoised by a few DDIM steps."""
+
+    def __init__(self, width: int = 48, strength: float = 0.1, steps: int = 4) -> None:
+        super().__init__()
+        self.strength, self.steps = strength, steps
+        self.net = Denoiser(3, width)
+
+    def denoise(self, x: Tensor, t: Tensor) -> Tensor:
+        """The clean image behind x (B, 3, 64, 64) at times t (B,)."""
+        return x + cast(Tensor, self.net(x, t))
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         times = torch.linspace(self.strength, 0, self.steps + 1)
-        signal, spread = self._mix(times[:1].expand(len(images)))
-        x = signal * images + spread * noise
-        for now, then in pairwise(times):
-            clean = self.denoise(x, now.expand(len(images)))
-            signal, spread = self._mix(now.expand(len(images)))
-            rest = (x - signal * clean) / spread
-            signal, spread = self._mix(then.expand(len(images)))
-            x = signal * clean + spread * rest
-        return x
+        signal, spread = _signal_and_spread(times[:1].expand(len(images)))
+        return _ddim(signal * images + spread * noise, times, self.denoise)
 
-    def loss(self, images: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    def loss(self, images: Tensor, drawings: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         # Times beyond twice the strength are never visited at synthesis: the small network learns the rest better.
         t = torch.rand(len(images), generator=random) * min(1.0, 2 * self.strength) + 1e-3
-        signal, spread = self._mix(t)
+        signal, spread = _signal_and_spread(t)
         clean = self.denoise(signal * images + spread * torch.randn(images.shape, generator=random), t)
         return F.mse_loss(clean, images) * 10, clean
+
+
+class LayoutDiffusion(Generator):
+    """Diffusion from pure noise, guided by a drawing of the scene: it invents lens, sensor and grain."""
+
+    starts_from = "drawing"
+
+    def __init__(self, width: int = 48, steps: int = 3) -> None:
+        super().__init__()
+        self.steps = steps
+        self.net = Denoiser(6, width)
+
+    def denoise(self, x: Tensor, t: Tensor, drawings: Tensor) -> Tensor:
+        """The photograph behind x (B, 3, 64, 64) at times t (B,), near x for small t and near the drawing for large."""
+        signal, spread = _signal_and_spread(t)
+        guess = signal * x + (1 - signal) * drawings
+        return guess + spread * cast(Tensor, self.net(torch.cat([x, drawings], 1), t))
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        # Times crowd towards the end, where grain is decided.
+        times = torch.linspace(1, 0, self.steps + 1) ** 3
+        return _ddim(noise, times, lambda x, t: self.denoise(x, t, images))
+
+    def loss(self, images: Tensor, drawings: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        t = torch.rand(len(images), generator=random) ** 3 + 1e-3
+        signal, spread = _signal_and_spread(t)
+        clean = self.denoise(signal * images + spread * torch.randn(images.shape, generator=random), t, drawings)
+        # Weighted towards small times as the usual loss on the noise is, so that grain counts as much as content.
+        return ((clean - images) ** 2 / (spread**2 + 1e-3)).mean(), clean
 
 
 _CLASSES: dict[str, type[Generator]] = {
@@ -292,6 +341,7 @@ _CLASSES: dict[str, type[Generator]] = {
     "superres": SuperResolution,
     "splice": Splice,
     "diffusion": Diffusion,
+    "layout_diffusion": LayoutDiffusion,
 }
 
 
@@ -344,15 +394,22 @@ def synthesise(
     noise: Sequence[np.random.Generator],
     batch: int = 25,
 ) -> Bytes:
-    """Re-synthesise photographs (N, 64, 64, 3) uint8 of the scenes `found`; image i draws its noise from `noise[i]`."""
+    """Fakes (N, 64, 64, 3) uint8 of the scenes `found`; image i draws its noise from `noise[i]`.
+
+    `images`: their photographs, (N, 80, 80, 3) uint8. The margin of 8 pixels is cut off, from fakes as from real
+    images: what convolutions find beyond an edge would leave a frame, which a logistic regression on the outer four
+    pixels alone can tell.
+    """
+    if model.starts_from == "drawing":
+        images = np.stack([camera.draw(s, camera.MARGIN) for s in found])
     parts = []
     for start in range(0, len(images), batch):
         some = to_tensor(images[start : start + batch])
-        grain = [rng.standard_normal((3, *images.shape[1:3]), dtype=np.float32) for rng in noise[start : start + batch]]
+        grain = [rng.standard_normal(some.shape[1:], dtype=np.float32) for rng in noise[start : start + batch]]
         output = model(some, torch.from_numpy(np.stack(grain)))
         if name == "splice":
             cover = [scenes.mask(s, grow=0.08, soft=5.0) for s in found[start : start + batch]]
-            weight = torch.from_numpy(np.stack(cover))[:, None]
+            weight = F.pad(torch.from_numpy(np.stack(cover))[:, None], (camera.MARGIN,) * 4)
             output = weight * output + (1 - weight) * some
         parts.append(to_bytes(output))
-    return np.concatenate(parts)
+    return camera.crop(np.concatenate(parts))

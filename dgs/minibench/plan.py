@@ -1,7 +1,7 @@
-"""Which scene becomes which image: the shortcut dial P(fake | background) and the membership of every image.
+"""Which scene becomes which image: the shortcut dial P(fake | caption group) and the membership of every image.
 
-Coupled design: a training scene draws one u ~ U(0, 1) and is fake at rho when u < P(fake | its background, rho), so the
-sets of all rho share scenes, and only images some set uses are made (about 1.4 a scene).
+Coupled design: a training scene draws one u ~ U(0, 1) and is fake in a set when u < P(fake | what its caption says), so
+all sets share scenes, and only images that some set uses are made (about 1.6 a scene).
 """
 
 from __future__ import annotations
@@ -12,16 +12,36 @@ from dataclasses import dataclass
 from dgs.minibench import generators, scenes
 
 RHOS = (0.5, 0.75, 0.9)
-SHORTCUT = ("striped", "dotted", "cloudy")  # the backgrounds that go with "fake" when rho > 0.5
 REAL = "real"
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """What goes with "fake" when rho > 0.5: half of an attribute's values."""
+
+    attribute: str
+    fake: tuple[str, ...]
+
+    @property
+    def real(self) -> tuple[str, ...]:
+        """The other half."""
+        return tuple(value for value in scenes.VOCABULARY[self.attribute] if value not in self.fake)
+
+
+# The background fills most of an image and is seen in texture; the object's shape is local and seen in outline.
+SHORTCUTS = {
+    "background": Shortcut("background", ("striped", "dotted", "cloudy")),
+    "object": Shortcut("shape", ("circle", "star", "ring", "heart")),
+}
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Scenes of the training and validation splits; real images, and fakes of every generator, of the test split."""
 
-    train: int = 3_000
+    train: int = 5_000
     val: int = 500
+    val_unbiased: int = 500
     test: int = 400
 
 
@@ -35,31 +55,44 @@ class Row:
     sets: frozenset[str]
 
 
-def fake_probability(background: str, rho: float) -> float:
-    """P(fake | background) = rho for the shortcut group, 1 - rho for the rest."""
-    return rho if background in SHORTCUT else 1 - rho
+def fake_probability(attributes: scenes.Attributes, rho: float, shortcut: str) -> float:
+    """P(fake | attributes): rho for the shortcut's group, 1 - rho for the rest."""
+    chosen = SHORTCUTS[shortcut]
+    return rho if getattr(attributes, chosen.attribute) in chosen.fake else 1 - rho
 
 
-def column(rho: float) -> str:
-    """The name of the set of a rho: 0.5 -> "rho_0.50"."""
-    return f"rho_{rho:.2f}"
+def column(rho: float, shortcut: str = "background") -> str:
+    """The name of a training set: (0.9, "background") -> "rho_0.90", (0.9, "object") -> "object_rho_0.90".
+
+    At rho 0.5 there is no shortcut, and all have one set.
+    """
+    prefix = "" if shortcut == "background" or rho == 0.5 else f"{shortcut}_"
+    return f"{prefix}rho_{rho:.2f}"
 
 
-def biased(seed: int, split: str, count: int, rhos: Sequence[float], unbiased: bool = False) -> list[Row]:
+def _fake(index: int) -> str:
+    return generators.SEEN[index % len(generators.SEEN)]
+
+
+def biased(seed: int, split: str, count: int, rhos: Sequence[float]) -> list[Row]:
     """The images of a training or validation split; its fakes alternate between the seen generators by scene."""
     rows = []
     for index in range(count):
-        background = scenes.scene(seed, split, index).attributes.background
+        attributes = scenes.scene(seed, split, index).attributes
         u = scenes.stream(seed, split, index, "label").random()
-        wanted = {column(rho): u < fake_probability(background, rho) for rho in rhos}
-        if unbiased:
-            wanted["unbiased"] = u < 0.5
+        wanted = {
+            column(rho, name): bool(u < fake_probability(attributes, rho, name)) for rho in rhos for name in SHORTCUTS
+        }
         for fake in (False, True):
-            sets = frozenset(name for name, label in wanted.items() if label == fake)
-            if sets:
-                maker = generators.SEEN[index % len(generators.SEEN)] if fake else REAL
-                rows.append(Row(split, index, maker, sets))
+            if sets := frozenset(name for name, label in wanted.items() if label == fake):
+                rows.append(Row(split, index, _fake(index) if fake else REAL, sets))
     return rows
+
+
+def unbiased(seed: int, split: str, count: int) -> list[Row]:
+    """A split without a shortcut: one image a scene, fake or real by a fair coin, fakes by the seen generators."""
+    coins = [scenes.stream(seed, split, index, "label").random() < 0.5 for index in range(count)]
+    return [Row(split, index, _fake(index) if fake else REAL, frozenset()) for index, fake in enumerate(coins)]
 
 
 def test(count: int) -> list[Row]:
@@ -72,6 +105,7 @@ def rows(seed: int, sizes: Sizes, rhos: Sequence[float]) -> dict[str, list[Row]]
     """All images of a benchmark, by split."""
     return {
         "train": biased(seed, "train", sizes.train, rhos),
-        "val": biased(seed, "val", sizes.val, rhos, unbiased=True),
+        "val": biased(seed, "val", sizes.val, rhos),
+        "val_unbiased": unbiased(seed, "val_unbiased", sizes.val_unbiased),
         "test": test(sizes.test),
     }

@@ -15,18 +15,19 @@ from dgs.minibench import camera, scenes
 CHUNK = 250
 
 
-def _chunk(seed: int, split: str, stop: int, start: int) -> tuple[list[scenes.Scene], NDArray[np.uint8]]:
-    return camera.shoot_many(seed, split, start, min(start + CHUNK, stop))
+def _chunk(seed: int, split: str, stop: int, margin: int, start: int) -> tuple[list[scenes.Scene], NDArray[np.uint8]]:
+    return camera.shoot_many(seed, split, start, min(start + CHUNK, stop), margin)
 
 
 def shoot(
-    seed: int, split: str, count: int, workers: int = 1, progress: bool = False
+    seed: int, split: str, count: int, workers: int = 1, progress: bool = False, margin: int = 0
 ) -> tuple[list[scenes.Scene], NDArray[np.uint8]]:
-    """Scenes 0..count-1 of a split and their photographs, (count, 64, 64, 3) uint8."""
-    work = partial(_chunk, seed, split, count)
+    """Scenes 0..count-1 of a split and their photographs, (count, S, S, 3) uint8, S = 64 + 2 margin pixels."""
+    work = partial(_chunk, seed, split, count, margin)
     starts = range(0, count, CHUNK)
     found: list[scenes.Scene] = []
-    images = np.empty((count, scenes.SIZE, scenes.SIZE, 3), np.uint8)
+    side = scenes.SIZE + 2 * margin
+    images = np.empty((count, side, side, 3), np.uint8)
     bar = tqdm(total=count, desc=f"photographs of {split} scenes", disable=not progress)
     # "spawn": a forked child would inherit torch's threads in whatever state they are in.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None

@@ -27,7 +27,8 @@ VOCABULARY: dict[str, tuple[str, ...]] = {
     "position": POSITIONS,
     "size": SIZES,
 }
-SPLITS = ("clip", "clip-val", "generators", "generators-val", "train", "val", "test")
+# The place of a name in SPLITS and STREAMS enters its random numbers: new ones go to the end.
+SPLITS = ("clip", "clip-val", "generators", "generators-val", "train", "val", "test", "val_unbiased")
 STREAMS = ("scene", "camera", "jpeg", "caption", "label", "generator", "augment")
 
 Floats = NDArray[np.floating[Any]]
@@ -197,8 +198,8 @@ def mask(s: Scene, size: int = SIZE, grow: float = 0.0, soft: float = 1.0) -> Fl
     return _cover(s, x, y, grow, soft * 2 / size)
 
 
-def _grid(size: int) -> tuple[Floats, Floats]:
-    axis = ((np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1).astype(np.float32)
+def _grid(size: int, margin: int = 0) -> tuple[Floats, Floats]:
+    axis = ((np.arange(-margin, size + margin, dtype=np.float32) + 0.5) * 2 / size - 1).astype(np.float32)
     x, y = np.meshgrid(axis, axis)
     return x, y
 
@@ -210,10 +211,10 @@ def _cover(s: Scene, x: Floats, y: Floats, grow: float, edge: float) -> Floats:
     return np.clip(0.5 - distance / edge, 0, 1).astype(np.float32)
 
 
-def render(s: Scene) -> Floats:
-    """The scene's linear light, box-filtered: (64, 64, 3) float32 in [0, 1]."""
+def render(s: Scene, margin: int = 0) -> Floats:
+    """The scene's linear light, box-filtered: (S, S, 3) float32 in [0, 1], S = 64 + 2 margin pixels."""
     size = SIZE * OVERSAMPLING
-    x, y = _grid(size)
+    x, y = _grid(size, margin * OVERSAMPLING)
     tone = _texture(s, x, y)[..., None]
     lx, ly = float(np.cos(s.light)), float(np.sin(s.light))
     base = np.asarray(s.base, np.float32)
@@ -227,5 +228,6 @@ def render(s: Scene) -> Floats:
     body = np.asarray(s.colour, np.float32) * lit[..., None] + gloss[..., None]
     cover = _cover(s, x, y, 0.0, 2 / size)[..., None]
     image = np.clip(s.ambient * (cover * body + (1 - cover) * ground), 0, 1)
-    image = image.reshape(SIZE, OVERSAMPLING, SIZE, OVERSAMPLING, 3).mean((1, 3))
+    side = SIZE + 2 * margin
+    image = image.reshape(side, OVERSAMPLING, side, OVERSAMPLING, 3).mean((1, 3))
     return image.astype(np.float32)

@@ -12,13 +12,19 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dgs.minibench import generators, pool, scenes
+from dgs.minibench import camera, generators, pool, scenes
 
 Bytes = NDArray[np.uint8]
 
 
-# Sub-pixel shuffle learns fastest: as long as the others it would be at chance for every detector.
-STEPS = dict.fromkeys(generators.NAMES, 1000) | {"pixelshuffle": 600}
+# How long sets how visible. Both seen generators stop where adapters learn to tell them (balanced accuracy 88 %; 75 % at
+# 1,000 steps, 96 % at 800 and 500), sub-pixel shuffle where it is not at chance; diffusion from noise learns longest.
+STEPS = dict.fromkeys(generators.NAMES, 1000) | {
+    "deconv_gan": 900,
+    "kl_vae": 800,
+    "pixelshuffle": 600,
+    "layout_diffusion": 1500,
+}
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,8 @@ class Recipe:
     steps: dict[str, int] = field(default_factory=lambda: dict(STEPS))
 
 
-def train(name: str, images: Bytes, recipe: Recipe, progress: bool = False) -> generators.Generator:
-    """Train one generator on photographs (N, 64, 64, 3) uint8 with Adam and a cosine schedule."""
+def train(name: str, images: Bytes, drawings: Bytes, recipe: Recipe, progress: bool = False) -> generators.Generator:
+    """Train one generator on photographs and drawings, (N, 64, 64, 3) uint8, with Adam and a cosine schedule."""
     torch.manual_seed(recipe.seed * 100 + generators.NAMES.index(name))
     random = torch.Generator().manual_seed(recipe.seed * 100 + generators.NAMES.index(name))
     steps = recipe.steps[name]
@@ -45,8 +51,9 @@ def train(name: str, images: Bytes, recipe: Recipe, progress: bool = False) -> g
     critic = generators.Critic()
     judge = torch.optim.Adam(critic.parameters(), lr=recipe.critic_lr, betas=(0.5, 0.99))
     for _ in tqdm(range(steps), f"generator {name}", disable=not progress):
-        real = generators.to_tensor(images[torch.randint(len(images), (recipe.batch,), generator=random).numpy()])
-        loss, output = model.loss(real, random)
+        chosen = torch.randint(len(images), (recipe.batch,), generator=random).numpy()
+        real = generators.to_tensor(images[chosen])
+        loss, output = model.loss(real, generators.to_tensor(drawings[chosen]), random)
         if model.adversarial:
             hinge = F.relu(1 - critic(real)).mean() + F.relu(1 + critic(output.detach())).mean()
             judge.zero_grad()
@@ -69,12 +76,14 @@ def psnr(first: Bytes, second: Bytes) -> float:
 
 def train_all(path: Path, recipe: Recipe, workers: int = 1, progress: bool = False) -> dict[str, float]:
     """Train and save every generator; returns the PSNR of each on held-out photographs, dB."""
-    _, images = pool.shoot(recipe.seed, "generators", recipe.scenes, workers, progress)
-    held, held_images = pool.shoot(recipe.seed, "generators-val", recipe.held_out, workers, progress)
-    models = {name: train(name, images, recipe, progress) for name in generators.NAMES}
+    found, images = pool.shoot(recipe.seed, "generators", recipe.scenes, workers, progress)
+    drawings = np.stack([camera.draw(s) for s in found])
+    held, held_images = pool.shoot(recipe.seed, "generators-val", recipe.held_out, workers, progress, camera.MARGIN)
+    models = {name: train(name, images, drawings, recipe, progress) for name in generators.NAMES}
     generators.save(models, path)
     quality = {}
     for name, model in generators.load(path).items():
         noise = [scenes.stream(recipe.seed, "generators-val", i, "generator") for i in range(len(held))]
-        quality[name] = round(psnr(held_images, generators.synthesise(name, model, held_images, held, noise)), 2)
+        made = generators.synthesise(name, model, held_images, held, noise)
+        quality[name] = round(psnr(camera.crop(held_images), made), 2)
     return quality

@@ -1,0 +1,359 @@
+"""Trivial detectors: how far is "fake" told by colour, file size, quantisation, caption, border, grain or a probe?
+
+Each is fitted on one training set and judged on others at probability 0.5. What these find, no method may claim as its
+own; what `CUES` find when labels are independent of content is a flaw of the benchmark and not a trace of a generator.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dgs.analysis.intervals import Interval
+from dgs.errors import UserError
+from dgs.minibench import jpeg, plan
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.floating[Any]]
+Labels = NDArray[np.int64]
+
+DRAWS = 10_000  # of the bootstrap
+BLOCK = 500  # images handled at once where float copies would fill memory
+EDGE = 4  # outer rings of pixels
+BANDS = (0.125, 0.25, 0.375, 0.5, 0.75)  # edges of the spectrum's rings, cycles a pixel
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images of a benchmark with what a detector may see of them, row by row.
+
+    `table`: the columns of a pack (id, scene, generator, label, caption, image: the JPEG file, ...); `images`:
+    (N, H, W, 3) uint8; `features`: (N, D) float32 frozen CLIP embeddings, D = 0 where none were made.
+    """
+
+    table: pd.DataFrame
+    images: Bytes
+    features: Floats
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def labels(self) -> Labels:
+        """(N,) int64, 0 real and 1 fake."""
+        return self.table["label"].to_numpy(np.int64)
+
+    def where(self, mask: NDArray[np.bool_]) -> Samples:
+        """The rows where `mask` (N,) is true."""
+        return Samples(self.table[mask].reset_index(drop=True), self.images[mask], self.features[mask])
+
+
+def samples(table: pd.DataFrame, embed: Callable[[Bytes], Floats] | None = None) -> Samples:
+    """A pack's rows with decoded images and, by `embed`, their features."""
+    table = table.reset_index(drop=True)
+    images = np.stack([jpeg.decode(file) for file in table["image"]])
+    return Samples(table, images, embed(images) if embed else np.empty((len(table), 0), np.float32))
+
+
+# A detector learns from a training set and a seed and returns a scorer; a scorer gives logits (N,): fake where > 0.
+Feature = Callable[[Samples], Floats]
+Scorer = Callable[[Samples], Floats]
+Detector = Callable[[Samples, int], Scorer]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch and BLAS on one thread: the order of their sums, and so the last digits, depends on how many share it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- features ----------------------------------------------------------------------------------------------------
+
+
+def mean_colour(some: Samples) -> Floats:
+    """Mean of red, green and blue over pixels: (N, 3), levels 0 to 255."""
+    return some.images.mean((1, 2))
+
+
+def colour_spread(some: Samples) -> Floats:
+    """Standard deviation of red, green and blue over pixels: (N, 3), levels."""
+    return np.concatenate([some.images[i : i + BLOCK].std((1, 2)) for i in range(0, len(some), BLOCK)])
+
+
+def file_size(some: Samples) -> Floats:
+    """Size of the JPEG file: (N, 1), bytes."""
+    return np.array([[len(file)] for file in some.table["image"]], np.float64)
+
+
+@cache
+def _quantisation() -> Floats:
+    """Luminance tables of the qualities 1 to 100: (100, 64)."""
+    grey = np.full((8, 8, 3), 128, np.uint8)
+    return np.array([_table(jpeg.encode(grey, quality)) for quality in range(1, 101)], np.float64)
+
+
+def _table(file: bytes) -> list[int]:
+    found: Any = Image.open(io.BytesIO(file))
+    if found.format != "JPEG":
+        raise UserError(f"Expected JPEG files in the packs, found {found.format}. Build the benchmark anew.")
+    return list(found.quantization[0])
+
+
+def jpeg_quality(some: Samples) -> Floats:
+    """The quality whose standard luminance table is nearest to the file's: (N, 1), 1 to 100.
+
+    Raises UserError for a file that is not a JPEG.
+    """
+    tables = np.array([_table(file) for file in some.table["image"]], np.float64)
+    known, places = np.unique(tables, axis=0, return_inverse=True)
+    nearest = np.abs(known[:, None] - _quantisation()).sum(-1).argmin(1) + 1
+    return nearest[places.ravel()][:, None].astype(np.float64)
+
+
+def _residual(images: Floats) -> Floats:
+    """Second difference in both directions (1 -2 1)^T (1 -2 1): blind to planes and to straight upright edges."""
+    rows = images[:, :-2] - 2 * images[:, 1:-1] + images[:, 2:]
+    return rows[:, :, :-2] - 2 * rows[:, :, 1:-1] + rows[:, :, 2:]
+
+
+def _grain(images: Floats) -> Floats:
+    residual = np.abs(_residual(images)).reshape(len(images), -1, 3)
+    # The mean is led by outlines, the median by the noise between them.
+    return np.log(np.concatenate([residual.mean(1), np.median(residual, 1)], 1) + 0.5)
+
+
+def _spectrum(images: Floats) -> Floats:
+    grey = images.mean(-1)
+    rows, columns = grey.shape[1:]
+    window = np.hanning(rows)[:, None] * np.hanning(columns)
+    power = np.abs(np.fft.fft2((grey - grey.mean((1, 2), keepdims=True)) * window)) ** 2
+    radius = np.hypot(np.fft.fftfreq(rows)[:, None], np.fft.fftfreq(columns))
+    rings = [(radius >= low) & (radius < high) for low, high in pairwise(BANDS)]
+    return np.log(np.stack([power[:, ring].mean(1) for ring in rings], 1) + 1.0)
+
+
+def high_frequency(some: Samples) -> Floats:
+    """Grain: log mean and log median of a high-pass residual per channel, log power of 4 outer rings: (N, 10)."""
+    blocks = (some.images[i : i + BLOCK].astype(np.float32) for i in range(0, len(some), BLOCK))
+    return np.concatenate([np.concatenate([_grain(block), _spectrum(block)], 1) for block in blocks])
+
+
+def _rings(height: int, width: int) -> NDArray[np.int64]:
+    """How many pixels lie between each pixel and the nearest edge: (H, W)."""
+    rows, columns = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in (height, width))
+    return np.minimum(rows[:, None], columns)
+
+
+def _edge(images: Floats) -> Floats:
+    rings = _rings(*images.shape[1:3])
+    height, width = rings.shape
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    soft = sum((padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)), np.zeros_like(images))
+    rest = np.abs(images - soft / 9)
+    inside = np.log(rest[:, rings >= EDGE].mean((1, 2)) + 0.5)
+    grain = [np.log(rest[:, rings == k].mean((1, 2)) + 0.5) - inside for k in range(EDGE)]
+    steps = [images[:, rings == k].mean(1) - images[:, rings == EDGE].mean(1) for k in range(EDGE)]
+    return np.concatenate([np.stack(grain, 1), *steps], 1)
+
+
+def border(some: Samples) -> Floats:
+    """What sets the 4 outermost rings of pixels off from the inside, as padding does: (N, 16).
+
+    Log grain of each ring over that of the inside, and the step of each channel from the ring to the inside, levels.
+    """
+    blocks = (some.images[i : i + BLOCK].astype(np.float32) for i in range(0, len(some), BLOCK))
+    return np.concatenate([_edge(block) for block in blocks])
+
+
+def clip_features(some: Samples) -> Floats:
+    """The frozen CLIP embeddings: (N, D). Raises UserError where none were made."""
+    if not some.features.shape[1]:
+        raise UserError("Expected frozen features for the probe, found none. Give `samples` a function that embeds.")
+    return some.features
+
+
+# --- detectors ---------------------------------------------------------------------------------------------------
+
+
+def linear(feature: Feature) -> Detector:
+    """Logistic regression (L2, C = 1, to convergence) on a feature standardised by the training set alone."""
+
+    def fit(train: Samples, seed: int) -> Scorer:
+        model = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-8, max_iter=10_000))
+        model.fit(feature(train), train.labels)
+        return lambda some: cast(Floats, model.decision_function(feature(some)))
+
+    return fit
+
+
+def caption_only(train: Samples, seed: int) -> Scorer:
+    """Logistic regression on which words a caption holds; the vocabulary is that of the training captions."""
+    model = make_pipeline(CountVectorizer(binary=True), LogisticRegression(tol=1e-8, max_iter=10_000))
+    model.fit(train.table["caption"].tolist(), train.labels)
+    return lambda some: cast(Floats, model.decision_function(some.table["caption"].tolist()))
+
+
+class TinyCNN(nn.Module):
+    """Four 3x3 convolutions with BatchNorm, the first at full size, then the mean: (B, 6, H, W) -> (B,) logits."""
+
+    def __init__(self, channels: tuple[int, ...] = (12, 24, 32, 32)) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for depth, (a, b) in enumerate(zip((6, *channels[:-1]), channels, strict=True)):
+            stride = 2 if depth else 1
+            layers += [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(channels[-1], 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self.head(self.body(images).mean((2, 3))).squeeze(1))
+
+
+def _planes(images: Bytes) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 6, H, W): the pixels, and what a 3x3 mean leaves of them.
+
+    On pixels alone such a network stays at chance for its few epochs: content outweighs grain by far.
+    """
+    values = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    soft = F.avg_pool2d(F.pad(values, (1, 1, 1, 1), mode="reflect"), 3, 1)
+    return torch.cat([(values - 128) / 64, ((values - soft) / 8).clamp(-3, 3)], 1)
+
+
+def tiny_cnn(train: Samples, seed: int, epochs: int = 6, batch: int = 32, lr: float = 5e-3) -> Scorer:
+    """A convolutional network of 20,000 parameters trained from scratch on pixels: Adam, one cycle of the rate.
+
+    The same seed gives the same weights on one thread; torch's global generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = TinyCNN()
+    order = torch.Generator().manual_seed(seed)
+    steps = -(-len(train) // batch)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
+    target = torch.from_numpy(train.labels).float()
+    for _ in range(epochs):
+        for part in torch.randperm(len(train), generator=order).tensor_split(steps):
+            logits = model(_planes(train.images[part.numpy()]))
+            loss = F.binary_cross_entropy_with_logits(logits, target[part])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
+
+    @torch.no_grad()
+    def score(some: Samples) -> Floats:
+        blocks = [some.images[i : i + BLOCK] for i in range(0, len(some), BLOCK)]
+        return torch.cat([model(_planes(block)) for block in blocks]).numpy()
+
+    return score
+
+
+CUES: dict[str, Detector] = {  # a fair benchmark leaves all of these at chance
+    "mean_colour": linear(mean_colour),
+    "colour_spread": linear(colour_spread),
+    "file_size": linear(file_size),
+    "jpeg_quality": linear(jpeg_quality),
+    "caption_only": caption_only,
+    "border": linear(border),  # padding is how small networks meet small images, not how images are made
+}
+TRACES: dict[str, Detector] = {  # may find what a generator leaves behind
+    "high_frequency": linear(high_frequency),
+    "tiny_cnn": tiny_cnn,
+    "probe": linear(clip_features),
+}
+DETECTORS: dict[str, Detector] = CUES | TRACES
+
+
+# --- judging -----------------------------------------------------------------------------------------------------
+
+
+def balanced_accuracy(labels: Labels, logits: Floats) -> float:
+    """Mean of the shares of reals with logit <= 0 and of fakes with logit > 0. Raises UserError for a missing class."""
+    reals, fakes = logits[labels == 0], logits[labels == 1]
+    if not len(reals) or not len(fakes):
+        raise UserError(
+            f"Expected real and fake images, found {len(reals)} real and {len(fakes)} fake. Build a larger benchmark."
+        )
+    return float((np.mean(reals <= 0) + np.mean(fakes > 0)) / 2)
+
+
+def by_generator(table: pd.DataFrame, logits: Floats, seed: int = 0) -> tuple[dict[str, Interval], Interval]:
+    """Balanced accuracy of each generator against the shared reals, and their mean, with 95 % bootstrap intervals.
+
+    `logits`: (N,), of the rows of `table`. Reals and each generator's fakes are drawn anew within themselves; the reals
+    drawn are shared by all generators, as in the point estimate. The intervals cover the draw of test images and not
+    the training, and have no width where answers are all right or all alike.
+    """
+    rng = np.random.default_rng(seed)
+    right = np.where(table["label"] == 1, logits > 0, logits <= 0)
+
+    def drawn(mask: Any) -> tuple[float, Floats]:
+        # n draws with replacement from n yes-or-no answers hold a binomial number of yeses.
+        count, share = int(mask.sum()), float(right[mask].mean())
+        return share, rng.binomial(count, share, DRAWS) / count
+
+    real, reals = drawn((table["generator"] == plan.REAL).to_numpy())
+    points, bootstrap = {}, {}
+    for name in table["generator"].unique():
+        if name != plan.REAL:
+            fake, fakes = drawn((table["generator"] == name).to_numpy())
+            points[name], bootstrap[name] = (real + fake) / 2, (reals + fakes) / 2
+    return (
+        {name: _interval(points[name], bootstrap[name]) for name in points},
+        _interval(float(np.mean(list(points.values()))), np.mean(list(bootstrap.values()), axis=0)),
+    )
+
+
+def _interval(point: float, draws: Floats) -> Interval:
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Interval(point, float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Balanced accuracies (fractions) of a detector: on its training set, on other sets and on each test generator."""
+
+    train: float
+    others: dict[str, float]
+    generators: dict[str, Interval]
+    mean: Interval  # over the generators
+
+
+def judge(detector: Detector, train: Samples, others: Mapping[str, Samples], test: Samples, seed: int = 0) -> Verdict:
+    """Fit a detector on one training set and judge it at probability 0.5. Raises UserError for a missing class."""
+    if len(np.unique(train.labels)) < 2:
+        raise UserError("Expected real and fake training images, found one class. Build a larger benchmark.")
+    score = detector(train, seed)
+    generators, mean = by_generator(test.table, score(test), seed)
+    return Verdict(
+        balanced_accuracy(train.labels, score(train)),
+        {name: balanced_accuracy(some.labels, score(some)) for name, some in others.items()},
+        generators,
+        mean,
+    )
