@@ -17,8 +17,8 @@ from dgs.minibench import camera, generators, pool, scenes
 Bytes = NDArray[np.uint8]
 
 
-# How long sets how visible. Both seen generators stop where adapters learn to tell them (balanced accuracy 88 %; 75 % at
-# 1,000 steps, 96 % at 800 and 500), sub-pixel shuffle where it is not at chance; diffusion from noise learns longest.
+# How long sets how visible. Both seen generators stop where adapters learn to tell them: balanced accuracy 88 %; 75 %
+# at 1,000 steps, 96 % at 800 and 500. Sub-pixel shuffle stops before it is at chance; diffusion from noise learns long.
 STEPS = dict.fromkeys(generators.NAMES, 1000) | {
     "deconv_gan": 900,
     "kl_vae": 800,
