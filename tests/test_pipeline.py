@@ -45,7 +45,7 @@ def test_a_run_makes_every_result(repo: Path) -> None:
     assert " ".join(detection.columns) == f"{columns} tpr_at_1fpr tpr_at_5fpr ece threshold_rule"
     assert (detection["rho"] == 0.9).all()
     assert detection["seen"].nunique() == 2
-    assert set(detection["threshold_rule"]) == {"0.5", "val"}
+    assert set(detection["threshold_rule"]) == {"0.5", "val", "val_unbiased"}
     forgetting = pd.read_csv(results / "forgetting.csv")
     assert list(forgetting.columns) == ["rho", "method", "seed", "measure", "before", "after"]
     angles = pd.read_csv(results / "gradient_angles.csv")
@@ -158,7 +158,7 @@ def test_a_changed_number_reruns_the_stages_that_read_it(repo: Path) -> None:
         ("+train.stage2.learning_rate=0.1", "Unknown parameter 'train.stage2.learning_rate' in params.yaml."),
         ("train.stage2.learning_rate=0.1", "learning_rate"),
         ("+sedes=[1]", "Unknown parameter 'sedes' in params.yaml."),
-        ("data.rho=0.6", "Expected data.rho to be one of 0.50, 0.75, 0.90, found 0.6."),
+        ("data.rho=0.6", "Expected data.rho to be one of 0.50, 0.75, 0.90 with data.shortcut: background, found 0.6."),
     ],
 )
 def test_dvc_exp_run_refuses_wrong_parameters(repo: Path, override: str, sentence: str) -> None:

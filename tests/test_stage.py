@@ -63,7 +63,11 @@ def test_a_stage_leaves_its_outputs_and_an_executed_notebook_without_run_depende
     ("group", "values", "sentence"),
     [
         ("data", {"root": "nowhere"}, "Expected a folder of images at data.root = nowhere, found none."),
-        ("data", {"rho": 0.6}, "Expected data.rho to be one of 0.50, 0.75, 0.90, found 0.6."),
+        (
+            "data",
+            {"rho": 0.6},
+            "Expected data.rho to be one of 0.50, 0.75, 0.90 with data.shortcut: background, found 0.6.",
+        ),
     ],
 )
 def test_a_users_mistake_stops_a_stage_with_one_sentence_and_no_outputs(
