@@ -150,6 +150,23 @@ def score(
         raise typer.Exit(1)
 
 
+@app.command("import-release")
+@_for_users
+def import_release(
+    step2: Annotated[Path, typer.Argument(help="stage-2 file of the authors' release (a stage-1 file: a probe)")],
+    out: Annotated[Path, typer.Option(help="checkpoint folder to make")],
+    step1: Annotated[Path | None, typer.Option(help="stage-1 file, to check that both belong together")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a checkpoint of the authors' release into a checkpoint folder."""
+    from dgs.model.checkpoint import import_release as convert
+
+    made = convert(step2, step1, out=out)
+    adapters = f", adapters of rank {made['rank']}, {'merged' if made['merged'] else 'not merged'}"
+    text = f"{out}: stage {made['stage']}, {made['parameters']:,} numbers{adapters if made['rank'] else ''}"
+    _print(as_json, made, text)
+
+
 @minibench.command()
 @_for_users
 def build(

@@ -73,6 +73,7 @@ class LoraParams(_Group):
     alpha: Positive = 6.0
     dropout: Annotated[float, Field(ge=0, lt=1), Number] = 0.8
     rslora: bool = True  # scaling alpha / sqrt(rank), as the release
+    blocks: Annotated[list[Annotated[int, Field(ge=0), Number]], Field(min_length=1)] | None = None  # null: every one
 
 
 class ModelParams(_Group):
@@ -82,6 +83,7 @@ class ModelParams(_Group):
     pretrained: PathName | None = None  # open_clip tag or weights file; none for a folder
     image_size: Count = 64  # px; patches.enabled sets it to the canvas
     normalize: Literal["clip", "imagenet"] = "clip"  # imagenet: the release's constants
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the image tower; heads and surgery are fp32 always
     lora: LoraParams = LoraParams()
 
 
@@ -93,6 +95,7 @@ class ComputeParams(_Group):
     threads: Count = 1  # CPU threads a job: fixed, since sums in another order round differently
     workers: Annotated[int, Field(ge=0), Number] = 0  # loader processes
     batch_size: Count = 256  # images at a time where nothing is trained
+    keep_mb: Annotated[int, Field(ge=0), Number] = 512  # views up to this size in all stay in memory, decoded once
 
 
 class Stage1Params(_Group):
@@ -122,6 +125,7 @@ class TrainParams(_Group):
     """Both stages of training."""
 
     batch_size: Count = 32
+    accumulate: Count = 1  # a batch goes through the tower in so many parts, one after the other
     views: Count = 1  # distinct seeded views an image is seen in; epoch e uses view e mod views
     stage1: Stage1Params = Stage1Params()
     stage2: Stage2Params = Stage2Params()

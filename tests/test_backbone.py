@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -10,6 +11,7 @@ import pytest
 import torch
 from clips import write_random_clip
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, SplitAttention, encode_prompts, encode_texts, load_clip
@@ -82,6 +84,37 @@ def test_only_q_k_v_of_every_block_are_adapted_with_the_rank_asked_for(params: M
     assert blocks == {(str(block), f"{part}_proj") for block in range(2) for part in "qkv"}
     assert sorted({tuple(p.shape) for p in learned.values()}) == [(3, 32), (32, 3)]
     assert len(learned) == 2 * 3 * 2
+
+
+def test_blocks_that_are_not_named_get_no_adapters(params: ModelParams) -> None:
+    clip = load_clip(params, Path(), 32)
+    names = {
+        n for n, p in Backbone(clip, LORA.model_copy(update={"blocks": [1]})).named_parameters() if p.requires_grad
+    }
+    assert len(names) == 6 and all("resblocks.1.attn." in name for name in names)
+    clip = load_clip(params, Path(), 32)
+    with pytest.raises(UserError, match=r"model\.lora\.blocks to be among 0 to 1.*found 2"):
+        Backbone(clip, LORA.model_copy(update={"blocks": [0, 2]}))
+
+
+def test_attention_is_fused_and_bf16_is_used_where_asked(params: ModelParams, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[torch.dtype] = []
+    fused = F.scaled_dot_product_attention
+
+    def watched(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        called.append(q.dtype)
+        return fused(q, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    features = {}
+    for precision in ("fp32", "bf16"):
+        clip = load_clip(params.model_copy(update={"precision": precision}), Path(), 32)
+        with torch.no_grad():
+            features[precision] = Backbone(clip)(images())
+    assert called == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert features["bf16"].dtype == torch.float32
+    gap = (features["bf16"] - features["fp32"]).abs().max() / features["fp32"].abs().max()
+    assert 0 < gap < 0.05
 
 
 def test_the_adapter_adds_alpha_over_root_rank_times_b_a(params: ModelParams) -> None:

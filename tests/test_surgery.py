@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgs.model.surgery import alignment_loss, residual_directions, split_signs, suppress
+from dgs.model.surgery import alignment_loss, head_gradients, residual_directions, split_signs, suppress
 
 shapes = st.tuples(st.integers(1, 8), st.integers(1, 16))
 
@@ -124,6 +124,17 @@ def test_residual_directions_equal_autograd_through_a_linear_head(batch: int, se
     closed = residual_directions(logits.detach().sigmoid() - labels, head.weight.detach()[0])
     assert features.grad is not None
     assert torch.allclose(closed, features.grad, rtol=0, atol=1e-12)
+
+
+@given(shapes, st.integers(0, 1000))
+def test_head_gradients_equal_the_closed_form_of_a_linear_head(shape: tuple[int, int], seed: int) -> None:
+    inputs, _ = gradients(shape, seed)
+    torch.manual_seed(seed)
+    head = nn.Linear(shape[1], 1).double()
+    labels = torch.arange(shape[0]).remainder(2).double()
+    closed = residual_directions(torch.sigmoid(head(inputs).squeeze(1)).detach() - labels, head.weight.detach()[0])
+    assert torch.allclose(head_gradients(head, inputs, labels), closed, rtol=0, atol=1e-12)
+    assert head.weight.grad is None and not inputs.requires_grad
 
 
 def test_harmful_directions_of_a_linear_head_take_two_values_and_have_rank_two() -> None:

@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 import torch
 from clips import write_random_clip
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +25,16 @@ from dgs.model.backbone import Backbone, Clip, load_clip
 from dgs.model.checkpoint import load_checkpoint, load_heads, save_checkpoint
 from dgs.model.detector import Detector
 from dgs.model.methods import METHODS, get_method
-from dgs.model.train import Trained, frozen_features, new_head, stage1, surgery_step, teacher_residuals, train
+from dgs.model.train import (
+    Trained,
+    frozen_features,
+    new_head,
+    stage1,
+    surgery_step,
+    teacher_residuals,
+    train,
+    training_views,
+)
 from dgs.params import Params, validate
 
 SETTINGS = {
@@ -133,6 +144,92 @@ def test_a_dgs_step_equals_autograd_through_every_head(order: str, scale: str) -
     assert heads["teacher"].weight.grad is None
 
 
+def directions_seen(count: int, scale: str) -> dict[str, Tensor]:
+    """What a step of dgs sends into the tower for the first sample, in a batch of `count`."""
+    params = validate({**SETTINGS, "train": {**SETTINGS["train"], "surgery": {"scale": scale, "lam": 1.0}}})
+    generator = torch.Generator().manual_seed(0)
+    heads = {name: nn.Linear(7, 1).double().requires_grad_(name != "teacher") for name in ("image", "text", "teacher")}
+    for head in heads.values():
+        nn.init.normal_(head.weight, generator=generator)
+        nn.init.zeros_(head.bias)
+    features, captions = torch.randn(2, 64, 7, generator=generator, dtype=torch.float64)
+    residual = torch.rand(64, generator=generator, dtype=torch.float64) - 0.5
+    labels = torch.arange(64).remainder(2).double()
+    told = captions[:count], residual[:count], labels[:count]
+    applied, _, gradients = surgery_step(METHODS["dgs"], features[:count], heads, *told, params)
+    return {"applied": count * applied[0], **{name: count * gradients[name][0] for name in ("harmful", "beneficial")}}
+
+
+@given(st.integers(2, 64))
+def test_per_sample_scale_does_not_depend_on_the_batch_size(count: int) -> None:
+    """A sample's directions are its own; what is applied, times B for the mean-reduced task loss, is too."""
+    alone, among = directions_seen(1, "per_sample"), directions_seen(count, "per_sample")
+    assert torch.allclose(among["applied"], alone["applied"], rtol=0, atol=1e-12)
+    for name in ("harmful", "beneficial"):
+        assert torch.allclose(among[name] / count, alone[name], rtol=0, atol=1e-12)
+    release = directions_seen(count, "release")
+    assert torch.allclose(release["beneficial"], alone["beneficial"], rtol=0, atol=1e-12)  # 1/B beside per_sample's
+    assert not torch.allclose(release["applied"], alone["applied"], rtol=0, atol=1e-3)
+
+
+def test_a_text_head_that_is_not_linear_is_differentiated_by_autograd() -> None:
+    torch.manual_seed(0)
+    text = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+    heads = {"image": nn.Linear(6, 1), "text": text, "teacher": nn.Linear(6, 1)}
+    captions, labels = torch.randn(4, 6), torch.tensor([0.0, 1, 1, 0])
+    _, _, gradients = surgery_step(
+        METHODS["dgs"], torch.randn(4, 6), heads, captions, torch.rand(4), labels, settings()
+    )
+    at = captions.clone().requires_grad_()
+    F.binary_cross_entropy_with_logits(text(at).squeeze(1), labels).backward()
+    assert at.grad is not None
+    assert torch.allclose(gradients["harmful"], at.grad.clamp(min=0), rtol=0, atol=1e-7)
+    assert torch.linalg.matrix_rank(gradients["harmful"]) > 2  # a linear head's are two directions
+
+
+@pytest.mark.parametrize("scale", ["per_sample", "release"])
+def test_accumulated_parts_equal_the_large_batch(scale: str, clip: Clip, prepared: Prepared) -> None:
+    """4 parts of 2 and, in the last batch of an epoch, of 1."""
+    whole, parts = (
+        run("dgs", clip, prepared, settings(accumulate=count, surgery={"scale": scale, "lam": 1.0})) for count in (1, 4)
+    )
+    for name, value in whole[0].items():
+        assert torch.allclose(parts[0][name], value, rtol=0, atol=1e-5), name
+    for table in ("losses", "angle_table"):
+        a, b = (getattr(trained.journal, table).select_dtypes("number") for _, trained in (whole, parts))
+        assert np.allclose(a, b, rtol=0, atol=0.02, equal_nan=True)  # degrees
+
+
+def test_parts_see_fewer_images_at_a_time(clip: Clip, prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    forward = Backbone.forward
+
+    def watched(self: Backbone, images: Tensor) -> Tensor:
+        if self.training:
+            seen.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(Backbone, "forward", watched)
+    run("dgs", clip, prepared, settings(accumulate=3))
+    assert seen == [3, 3, 2, 3, 3, 2, 2, 2]  # batches of 8, 8 and 4
+
+
+def test_views_kept_in_memory_change_nothing(clip: Clip, prepared: Prepared) -> None:
+    kept, decoded = (
+        run("dgs", clip, prepared, settings(stage2={"epochs": 2}, views=2).model_copy(update={"compute": compute}))[0]
+        for compute in (settings().compute, settings().compute.model_copy(update={"keep_mb": 0}))
+    )
+    assert all(torch.equal(kept[name], decoded[name]) for name in kept)
+
+
+def test_bf16_is_close_to_fp32_and_not_equal(clip: Clip, prepared: Prepared) -> None:
+    low = Clip(**{**vars(clip), "precision": torch.bfloat16})
+    full, half = run("dgs", clip, prepared, settings())[0], run("dgs", low, prepared, settings())[0]
+    assert all(value.dtype == torch.float32 for value in half.values())
+    gaps = torch.cat([(full[name] - half[name]).abs().flatten() for name in full])
+    assert 0 < gaps.mean() < 1e-3  # after three steps of 1e-2
+
+
 def test_teacher_residuals_times_the_heads_weight_are_the_gradient_of_the_teachers_loss() -> None:
     teacher = nn.Linear(5, 1).double()
     frozen = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
@@ -219,7 +316,8 @@ def test_cached_stage_1_equals_training_through_the_tower(clip: Clip, prepared: 
     backbone = Backbone(clip).eval()
     rows = prepared.split("train")
     labels = torch.tensor(rows["label"].to_numpy(), dtype=torch.float32)
-    cached = stage1(frozen_features(backbone, prepared, params, 3, torch.device("cpu")), labels, params, 3)
+    views = training_views(prepared, params, 3)
+    cached = stage1(frozen_features(backbone, views, params, torch.device("cpu")), labels, params, 3)
     head = new_head(24, 3, torch.device("cpu"))
     optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
     for epoch in range(2):

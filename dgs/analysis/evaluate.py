@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dgs.analysis.forgetting import cosine_drift, linear_cka, retrieval_at_1, zero_shot_accuracy
 from dgs.data.prepared import Prepared
-from dgs.data.views import Views
+from dgs.data.views import Views, worth_keeping
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, Clip
 from dgs.model.checkpoint import load_checkpoint, read_info
@@ -94,12 +94,9 @@ def _check_fits(folder: Path, info: Mapping[str, Any], prepared: Prepared, param
             )
 
 
-def image_features(
-    backbone: Backbone, rows: pd.DataFrame, prepared: Prepared, params: Params, device: torch.device, label: str
-) -> Features:
-    """Features of the evaluation views of `rows`: (N, D)."""
+def image_features(backbone: Backbone, views: Views, params: Params, device: torch.device, label: str) -> Features:
+    """Features of evaluation views: (N, D)."""
     with torch.no_grad():
-        views = Views(rows, prepared.source, params, patches=prepared.patches)
         size, workers = params.compute.batch_size, params.compute.workers
         return extract_features(backbone, views, size, workers, device, label).cpu().numpy()
 
@@ -171,7 +168,9 @@ def evaluate(
     rows = prepared.manifest[prepared.manifest["split"] != "train"]
     test = (rows["split"] == "test").to_numpy()
     rho = prepared.info["rho"] if prepared.info["rho"] is not None else np.nan
-    frozen = image_features(Backbone(clip).to(device).eval(), rows, prepared, params, device, "frozen features")
+    keep = worth_keeping(len(rows), params)
+    views = Views(rows, prepared.source, params, patches=prepared.patches, keep=keep)
+    frozen = image_features(Backbone(clip).to(device).eval(), views, params, device, "frozen features")
     shown = tsne_rows(rows[test], params.evaluate.tsne_images)
     at = pd.Series(range(len(rows)), index=rows.index)[shown.index].to_numpy()
     panels = {"frozen": (frozen[at], shown)}
@@ -184,7 +183,7 @@ def evaluate(
             features = frozen
             if info["adapter"]:
                 label = f"{method}, seed {seed}"
-                features = image_features(backbone.to(device), rows, prepared, params, device, label)
+                features = image_features(backbone.to(device), views, params, device, label)
             logits = heads["image"](torch.from_numpy(features)).squeeze(1).numpy()
         finally:
             clip.model.visual = backbone.without_adapters()

@@ -19,7 +19,11 @@ from dgs.data.patches import patch_entropy, select_indices
 from dgs.errors import UserError
 from dgs.params import Params, validate
 
-PREPARED_WITH = {"data": None, "patches": None, "model": {"lora"}}  # parameter groups that are settled by preparing
+PREPARED_WITH = {
+    "data": None,
+    "patches": None,
+    "model": {"lora", "precision"},
+}  # parameter groups that are settled by preparing
 
 
 @dataclass(frozen=True)

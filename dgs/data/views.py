@@ -58,7 +58,10 @@ def make_view(
 
 
 class Views(Dataset[tuple[Tensor, int]]):
-    """The views of a manifest's rows in one epoch: item i is ((3, S, S) uint8, i)."""
+    """The views of a manifest's rows in one epoch: item i is ((3, S, S) uint8, i).
+
+    keep: every view is made once and then stays in memory. It is exact, since a view is a pure function.
+    """
 
     def __init__(
         self,
@@ -68,21 +71,35 @@ class Views(Dataset[tuple[Tensor, int]]):
         seed: int = 0,
         epoch: int = EVALUATION,
         patches: Mapping[str, NDArray[np.int32]] | None = None,
+        keep: bool = False,
     ) -> None:
         self.files = rows["file"].tolist()
         self.rows = rows["row"].tolist()
         self.hashes = rows["sha256"].tolist()
         self.source, self.params, self.seed, self.epoch, self.patches = source, params, seed, epoch, patches
+        self._kept: dict[int, Tensor] | None = {} if keep else None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if self._kept is None:
+            return self._make(index), index
+        if index not in self._kept:
+            self._kept[index] = self._make(index)
+        return self._kept[index], index
+
+    def _make(self, index: int) -> Tensor:
         sha = self.hashes[index]
         image = decode(self.source.read(self.files[index], self.rows[index]), self.files[index])
         patches = self.patches[sha] if self.patches is not None else None
         view = make_view(image, sha, self.params, self.seed, self.epoch, patches)
-        return torch.from_numpy(view).permute(2, 0, 1), index
+        return torch.from_numpy(view).permute(2, 0, 1)
+
+
+def worth_keeping(images: int, params: Params) -> bool:
+    """Whether so many views fit into compute.keep_mb; loader processes would each keep their own, so not with those."""
+    return params.compute.workers == 0 and images * 3 * params.image_size**2 <= params.compute.keep_mb * 1_000_000
 
 
 def batch_order(size: int, seed: int, epoch: int) -> list[int]:

@@ -84,6 +84,7 @@ class Clip:
     model: open_clip's, frozen, in eval mode, image attention split.
     tokenizer: texts -> (N, context) int64.
     mean, std: normalisation constants for RGB in 0..1.
+    precision: what the image tower computes in; weights stay fp32.
     name, weights_hash: what a checkpoint records to find and check it again.
     """
 
@@ -93,6 +94,7 @@ class Clip:
     std: tuple[float, float, float]
     name: str
     weights_hash: str
+    precision: torch.dtype = torch.float32
 
 
 @contextmanager
@@ -159,7 +161,7 @@ def load_clip(params: ModelParams, root: Path, image_size: int, seed: int = 0) -
     """A frozen CLIP by open_clip name or from a folder, for images of `image_size` px (positions interpolated).
 
     Args:
-        params: clip, pretrained and normalize are used.
+        params: clip, pretrained, normalize and precision are used.
         root: folder that a relative model.clip is looked up in.
         seed: of the weights where pretrained is "random".
 
@@ -183,7 +185,8 @@ def load_clip(params: ModelParams, root: Path, image_size: int, seed: int = 0) -
     model.eval()
     model.requires_grad_(False)
     mean, std = IMAGENET if params.normalize == "imagenet" else (preprocess["mean"], preprocess["std"])
-    return Clip(model, tokenizer, tuple(mean), tuple(std), params.clip, weights_hash)
+    precision = torch.bfloat16 if params.precision == "bf16" else torch.float32
+    return Clip(model, tokenizer, tuple(mean), tuple(std), params.clip, weights_hash, precision)
 
 
 @torch.no_grad()
@@ -210,9 +213,9 @@ def encode_prompts(clip: Clip, prompts: dict[str, list[str]]) -> tuple[list[str]
 
 
 class Backbone(nn.Module):
-    """The image side: normalisation, the vision tower, and LoRA on q, k, v of every block where asked.
+    """The image side: normalisation, the vision tower, and LoRA on q, k, v of the blocks asked for.
 
-    Features are projected and *unnormalised*, as the method needs them.
+    Features are projected and *unnormalised*, as the method needs them, and float32 whatever the tower computes in.
     """
 
     mean: Tensor
@@ -223,7 +226,14 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(clip.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(clip.std).view(1, 3, 1, 1))
         self.visual: Any = clip.model.visual
+        self.precision = clip.precision
         if lora is not None:
+            depth = len(self.visual.transformer.resblocks)
+            if lora.blocks is not None and max(lora.blocks) >= depth:
+                raise UserError(
+                    f"Expected model.lora.blocks to be among 0 to {depth - 1}, the blocks of {clip.name}, found "
+                    f"{max(lora.blocks)}. Set it to null for all."
+                )
             torch.manual_seed(seed)  # peft draws A (kaiming uniform) from the global generator; B is zero
             config = LoraConfig(
                 r=lora.rank,
@@ -231,12 +241,18 @@ class Backbone(nn.Module):
                 lora_dropout=lora.dropout,
                 use_rslora=lora.rslora,
                 target_modules=["q_proj", "k_proj", "v_proj"],
+                layers_to_transform=lora.blocks,
+                layers_pattern=None if lora.blocks is None else "resblocks",
             )
             self.visual = get_peft_model(self.visual, config)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 to features (B, D)."""
-        return self.visual((images.to(self.mean.dtype) / 255 - self.mean) / self.std)
+        """(B, 3, S, S) uint8 to features (B, D), float32 (float64 for a tower of that dtype)."""
+        normalised = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        if self.precision is torch.float32:
+            return self.visual(normalised)
+        with torch.autocast(images.device.type, self.precision):
+            return self.visual(normalised).float()
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import tempfile
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dgs.errors import UserError
-from dgs.model.backbone import Backbone, Clip
-from dgs.params import Params
+from dgs.model.backbone import Backbone, Clip, load_clip
+from dgs.model.release import ALPHA, Release, read_tensors, take_apart, write_clip
+from dgs.params import Params, validate
 from dgs.workspace import replacing
 
 FORMAT = 1
@@ -31,6 +35,7 @@ class _Strict(BaseModel):
 class _ClipRecord(_Strict):
     name: str
     weights_sha256: str
+    carried: bool = False  # the CLIP's folder lies in the checkpoint's
 
 
 class _Record(_Strict):
@@ -50,21 +55,29 @@ def save_checkpoint(
     clip: Clip,
     params: Params,
     method: str,
-    seed: int,
+    seed: int | None,
     thresholds: dict[str, float],
     data_hash: str,
+    carried: Path | None = None,
 ) -> None:
     """Write a checkpoint folder, whole or not at all.
 
     Args:
         heads: by name; "image" is required, it decides.
+        seed: None where it is not known.
         thresholds: by rule, on the logit: {"0.5": 0.0, "val": ...}.
+        carried: the folder of the CLIP, if it is to be moved into the checkpoint; params.model.clip then says "clip".
     """
     info = {
         "format": FORMAT,
         "method": method,
         "seed": seed,
-        "clip": {"name": clip.name, "pretrained": params.model.pretrained, "weights_sha256": clip.weights_hash},
+        "clip": {
+            "name": clip.name,
+            "pretrained": params.model.pretrained,
+            "weights_sha256": clip.weights_hash,
+            "carried": carried is not None,
+        },
         "adapter": isinstance(backbone.visual, PeftModel),
         "preprocessing": {
             "image_size": params.image_size,
@@ -93,6 +106,8 @@ def save_checkpoint(
             {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, draft / "heads.safetensors"
         )
         (draft / "dgs.json").write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
+        if carried is not None:
+            shutil.move(carried, draft / "clip")
 
 
 def damaged(file: Path, reason: str) -> UserError:
@@ -222,3 +237,93 @@ def load_checkpoint(folder: Path, clip: Clip) -> tuple[Backbone, dict[str, nn.Li
     if info["adapter"]:
         backbone.visual = _load_adapter(backbone.visual, folder)
     return backbone.eval(), heads, info
+
+
+def adapt(clip: Clip, release: Release, params: Params) -> Backbone:
+    """The release's student on its CLIP: adapters as in the file, in eval mode."""
+    if not release.adapters:
+        return Backbone(clip).eval()
+    backbone = Backbone(clip, params.model.lora)
+    for name, (a, b) in release.adapters.items():
+        block, _, projection = name.partition(".")
+        layer: Any = getattr(backbone.visual.base_model.model.transformer.resblocks[int(block)].attn, projection)
+        layer.lora_A["default"].weight.data.copy_(a)
+        layer.lora_B["default"].weight.data.copy_(b)
+    return backbone.eval()
+
+
+def _release_params(release: Release) -> Params:
+    """The release's own settings: 224 px of 32-px patches, ImageNet's constants, alpha 6, dropout 0.8."""
+    width, grid = release.clip["visual.conv1.weight"].shape[3], len(release.clip["visual.positional_embedding"]) - 1
+    side = round(grid**0.5) * width
+    patches = {"enabled": side % 7 == 0, "size": max(side // 7, 2), "count": 49}
+    lora = {"rank": release.rank, "alpha": ALPHA, "dropout": 0.8} if release.adapters else {}
+    content = {
+        "profile": "release",
+        "data": {"layout": "folders", "rho": None},
+        "patches": patches,
+        "model": {"clip": "clip", "image_size": side, "normalize": "imagenet", "lora": lora},
+        "train": {"batch_size": 32, "stage1": {"epochs": 3, "lr": 1e-4}, "stage2": {"epochs": 1, "lr": 1e-4}},
+    }
+    return validate(content, "the release's settings")
+
+
+def import_release(step2: str | Path, step1: str | Path | None = None, *, out: str | Path) -> dict[str, Any]:
+    """The release's `.pth` file -> a checkpoint folder that carries its CLIP, and needs no download to be scored with.
+
+    The student is rebuilt from the frozen copy and the adapters, so that merged adapters are not applied twice.
+
+    Args:
+        step2: a stage-2 file (1,138 tensors at ViT-L/14); a stage-1 file (448) becomes a probe.
+        step1: the stage-1 file that the stage-2 one should have started from; it is compared, and adds nothing.
+        out: the folder to make.
+
+    Returns:
+        {"out", "stage", "merged", "rank", "parameters"} of what was found.
+
+    Raises:
+        UserError: not tensors alone, other names (the first are given), weights that no adapter explains, `step1` and
+            `step2` that do not belong together, `out` there already.
+    """
+    folder, path = Path(out), Path(step2)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} should not exist yet, or be an empty folder. Remove it or choose another --out.")
+    state = read_tensors(path)
+    release = take_apart(state, path)
+    if step1 is not None:
+        _require_same_start(release, take_apart(read_tensors(Path(step1)), Path(step1)), path, Path(step1))
+    params = _release_params(release)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        write_clip(release, Path(scratch) / "clip")
+        clip = load_clip(params.model, Path(scratch), params.image_size)
+        backbone = adapt(clip, release, params)
+        method = "dgs" if release.adapters else "probe"
+        digest = f"release:{_file_hash(path)}"
+        source = Path(scratch) / "clip"
+        save_checkpoint(folder, backbone, release.heads, clip, params, method, None, {"0.5": 0.0}, digest, source)
+    return {
+        "out": str(folder),
+        "stage": 2 if release.adapters else 1,
+        "merged": release.merged,
+        "rank": release.rank if release.adapters else None,
+        "parameters": sum(value.numel() for value in state.values()),
+    }
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _require_same_start(second: Release, first: Release, step2: Path, step1: Path) -> None:
+    if not second.adapters or first.adapters:
+        raise UserError(f"Expected a stage-2 file ({step2}) and then a stage-1 file ({step1}), found them otherwise.")
+    if set(first.clip) != set(second.clip):
+        raise UserError(f"Expected the CLIPs of {step1} and {step2} to be of one size, found two.")
+    teacher, probe = second.heads["teacher"].state_dict(), first.heads["image"].state_dict()
+    pairs = {name: (first.clip[name], second.clip[name]) for name in first.clip}
+    pairs |= {f"img_frozen_fc.{name}": (probe[name], teacher[name]) for name in probe}
+    for name, (a, b) in pairs.items():
+        if not torch.equal(a, b):
+            raise UserError(f"Expected {step2} to have started from {step1}, found another {name} in it.")

@@ -59,7 +59,8 @@ class Detector:
         except UserError as error:
             raise damaged(folder / "dgs.json", str(error).rstrip(".")) from None
         try:
-            clip = load_clip(params.model, root or find_root(), params.image_size)
+            home = folder if info["clip"].get("carried") else root or find_root()
+            clip = load_clip(params.model, home, params.image_size)
         except UserError:
             raise
         except Exception as error:  # damaged weights and configs fail in many ways
@@ -179,12 +180,14 @@ def score_files(
         raise UserError(f"Expected a file to score in {_named(paths) if paths else 'no path'}, found none.")
     folder = checkpoint or newest_checkpoint(find_root())
     detector = Detector.load(folder)
-    threshold = detector.info["thresholds"].get("val")
-    if threshold is None:
-        raise damaged(folder / "dgs.json", "expected the threshold 'val', found none")
+    thresholds = detector.info["thresholds"]
+    if not thresholds:
+        raise damaged(folder / "dgs.json", "expected a threshold, found none")
+    rule = "val" if "val" in thresholds else min(thresholds)
+    why = "the best threshold on its validation images" if rule == "val" else "not calibrated on any images"
+    threshold = thresholds[rule]
     warn(
-        f"checkpoint {folder}: 'generated' above a probability of {float(probability(np.array(threshold))):.3f}, "
-        f"the best threshold on its validation images."
+        f"checkpoint {folder}: 'generated' above a probability of {float(probability(np.array(threshold))):.3f}, {why}."
     )
     if detector.params.data.layout == "minibench":
         warn(f"warning: {folder} was trained on the embedded 64 px benchmark; its verdicts on photographs mean little.")

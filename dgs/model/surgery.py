@@ -10,7 +10,7 @@ Rows are samples. dtype and device are kept; a NaN is refused, since a projectio
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def _check(**tensors: Tensor) -> None:
@@ -75,6 +75,23 @@ def alignment_loss(features: Tensor, teacher_grad: Tensor) -> Tensor:
     _check(features=features, teacher_grad=teacher_grad)
     _, beneficial = split_signs(teacher_grad.detach())
     return (features * beneficial).sum() / max(len(features), 1)
+
+
+def head_gradients(head: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Gradients of any head's BCE by its inputs, sum-reduced: for linear heads equal to `residual_directions`.
+
+    Args:
+        head: (B, D) -> (B, 1) logits, sample by sample (no batch statistics).
+        inputs: (B, D), detached here.
+        labels: (B,), 0 real, 1 fake.
+
+    Returns:
+        (B, D), detached; the head's own gradients are not touched.
+    """
+    at = inputs.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = nn.functional.binary_cross_entropy_with_logits(head(at).squeeze(1), labels, reduction="sum")
+    return torch.autograd.grad(loss, at)[0]
 
 
 def residual_directions(residual: Tensor, weight: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -16,13 +17,13 @@ from tqdm import tqdm
 
 from dgs.analysis.metrics import best_threshold, detection_row
 from dgs.data.prepared import Prepared
-from dgs.data.views import Views, batch_order, batches
+from dgs.data.views import Views, batch_order, batches, worth_keeping
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, Clip
 from dgs.model.device import set_determinism
 from dgs.model.journal import Journal, angles
 from dgs.model.methods import Batch, Method, total_steps
-from dgs.model.surgery import residual_directions, split_signs
+from dgs.model.surgery import head_gradients, residual_directions, split_signs
 from dgs.params import Params
 
 
@@ -67,21 +68,28 @@ def extract_features(
     return torch.cat(parts)
 
 
-def frozen_features(backbone: Backbone, prepared: Prepared, params: Params, seed: int, device: torch.device) -> Tensor:
+def training_views(prepared: Prepared, params: Params, seed: int) -> list[Views]:
+    """The views that epochs go through in turn; both stages see the same ones, kept in memory where they fit."""
+    rows, count = prepared.split("train"), params.train.views
+    keep = worth_keeping(count * len(rows), params)
+    return [Views(rows, prepared.source, params, seed, view, prepared.patches, keep) for view in range(count)]
+
+
+def validation_views(prepared: Prepared, params: Params) -> Views:
+    """The views that thresholds are chosen on, kept in memory where they fit."""
+    rows = prepared.split("val")
+    keep = worth_keeping(len(rows), params)
+    return Views(rows, prepared.source, params, patches=prepared.patches, keep=keep)
+
+
+def frozen_features(backbone: Backbone, views: list[Views], params: Params, device: torch.device) -> Tensor:
     """The frozen tower's features of every training view, once: (views, N, D)."""
-    rows = prepared.split("train")
+    size, workers = params.compute.batch_size, params.compute.workers
     with backbone.frozen():
         return torch.stack(
             [
-                extract_features(
-                    backbone,
-                    Views(rows, prepared.source, params, seed, view, prepared.patches),
-                    params.compute.batch_size,
-                    params.compute.workers,
-                    device,
-                    f"frozen features, seed {seed}, view {view + 1}/{params.train.views}",
-                )
-                for view in range(params.train.views)
+                extract_features(backbone, some, size, workers, device, f"frozen features {number}/{len(views)}")
+                for number, some in enumerate(views, start=1)
             ]
         )
 
@@ -131,50 +139,52 @@ def stage1(
 
 
 def validation_logits(
-    backbone: Backbone, head: nn.Linear, prepared: Prepared, params: Params, device: torch.device
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Labels and logits of the validation split."""
-    rows = prepared.split("val")
-    views = Views(rows, prepared.source, params, patches=prepared.patches)
+    backbone: Backbone, head: nn.Linear, views: Views, params: Params, device: torch.device
+) -> NDArray[np.float32]:
+    """Logits of the validation views, (N,)."""
     training = backbone.training
     backbone.eval()
-    size, workers = params.compute.batch_size, params.compute.workers
-    features = extract_features(backbone, views, size, workers, device, "validation")
+    features = extract_features(
+        backbone, views, params.compute.batch_size, params.compute.workers, device, "validation"
+    )
     backbone.train(training)
     with torch.no_grad():
-        return rows["label"].to_numpy(), head(features).squeeze(1).cpu().numpy()
+        return head(features).squeeze(1).cpu().numpy()
 
 
 def surgery_step(
     method: Method,
     features: Tensor,
-    heads: dict[str, nn.Linear],
+    heads: Mapping[str, nn.Module],
     captions: Tensor,
     teacher_residual: Tensor,
     labels: Tensor,
     params: Params,
+    batch_size: int | None = None,
 ) -> tuple[Tensor, dict[str, float], dict[str, Tensor]]:
-    """One step of stage 2 at the features: gradients of the heads are accumulated, the tower's is returned.
+    """The surgery of one step, at the features: gradients of the heads are accumulated, the tower's is returned.
 
     Args:
-        features: (B, D), with the tower's graph behind them.
-        heads: "image", "text", "teacher", linear.
+        features: (B, D) of the student; only their values are used.
+        heads: "image" and "text", (B, D) -> (B, 1); "teacher", linear.
         captions: (B, D), frozen caption embeddings t.
         teacher_residual: (B,), sigmoid(zT) - y, cached.
         labels: (B,) float.
+        batch_size: of the whole batch, where these rows are a part of one; losses and directions are scaled by it.
 
     Returns:
-        (gradient to send into `features` (B, D), losses by name, gradients by name for the journal).
+        (gradient to send into the tower (B, D), losses by name, gradients by name for the journal).
 
     Raises:
         FloatingPointError: a loss is NaN or infinite.
     """
-    count = len(labels)
-    per = 1.0 if params.train.surgery.scale == "per_sample" else 1.0 / count
+    total = batch_size or len(labels)
+    share = len(labels) / total
+    per = 1.0 if params.train.surgery.scale == "per_sample" else 1.0 / total
     leaf = features.detach().requires_grad_()
-    task_loss = F.binary_cross_entropy_with_logits(heads["image"](leaf).squeeze(1), labels)
+    task_loss = share * F.binary_cross_entropy_with_logits(heads["image"](leaf).squeeze(1), labels)
     text_logits = heads["text"](captions).squeeze(1)
-    text_loss = F.binary_cross_entropy_with_logits(text_logits, labels)
+    text_loss = share * F.binary_cross_entropy_with_logits(text_logits, labels)
     for name, loss in (("task", task_loss), ("text", text_loss)):
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"The {name} loss became {loss.item()}")
@@ -182,19 +192,58 @@ def surgery_step(
     assert leaf.grad is not None
     task = leaf.grad.clone()
 
-    text_residual = text_logits.detach().sigmoid() - labels
+    if isinstance(heads["text"], nn.Linear):
+        text_grad = residual_directions(text_logits.detach().sigmoid() - labels, heads["text"].weight.detach()[0])
+    else:
+        text_grad = head_gradients(heads["text"], captions, labels)
+    teacher_weight = cast(nn.Linear, heads["teacher"]).weight.detach()[0]
     batch = Batch(
         features=leaf,
-        teacher_grad=per * residual_directions(teacher_residual, heads["teacher"].weight.detach()[0]),
-        text_grad=per * residual_directions(text_residual, heads["text"].weight.detach()[0]),
+        teacher_grad=per * residual_directions(teacher_residual, teacher_weight),
+        text_grad=per * text_grad,
     )
-    prior_loss = method.prior(batch, params.train.surgery)
+    prior_loss = share * method.prior(batch, params.train.surgery)
     prior = torch.autograd.grad(prior_loss, leaf)[0] if prior_loss.requires_grad else torch.zeros_like(task)
     applied = method.gradient(task, prior, batch, params.train.surgery)
     losses = {"loss_task": task_loss.item(), "loss_text": text_loss.item(), "loss_alignment": prior_loss.item()}
     harmful, _ = split_signs(batch.text_grad)
     _, beneficial = split_signs(batch.teacher_grad)
     return applied, losses, {"task": task, "applied": applied, "harmful": harmful, "beneficial": beneficial}
+
+
+def stage2_step(
+    method: Method,
+    backbone: Backbone,
+    heads: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    captions: Tensor,
+    teacher_residual: Tensor,
+    labels: Tensor,
+    params: Params,
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """One optimiser step of stage 2 on a batch, in `train.accumulate` parts through the tower: losses and gradients.
+
+    Without dropout the parts add up to the whole batch's step; with it each part draws its own masks.
+
+    Args:
+        images: (B, 3, S, S) uint8; the rest as in `surgery_step`.
+    """
+    total = len(labels)
+    optimizer.zero_grad()
+    losses: dict[str, float] = {}
+    parts: list[dict[str, Tensor]] = []
+    for start in range(0, total, size := -(-total // params.train.accumulate)):
+        part = slice(start, start + size)
+        features = backbone(images[part])
+        applied, some, gradients = surgery_step(
+            method, features, heads, captions[part], teacher_residual[part], labels[part], params, total
+        )
+        features.backward(applied)
+        losses = {name: losses.get(name, 0.0) + value for name, value in some.items()}
+        parts.append(gradients)
+    optimizer.step()
+    return losses, {name: torch.cat([gradients[name] for gradients in parts]) for name in parts[0]}
 
 
 @torch.no_grad()
@@ -214,6 +263,7 @@ def stage2(
     seed: int,
     teacher: nn.Linear,
     frozen: Tensor,
+    views: list[Views],
     device: torch.device,
     on_step: Callable[[], None] = _nothing,
 ) -> Trained:
@@ -227,9 +277,10 @@ def stage2(
         backbone: with adapters.
         teacher: the stage-1 head.
         frozen: (views, N, D) features of the frozen tower; only their residuals are used.
+        views: what `frozen` are the features of.
     """
-    rows = prepared.split("train")
-    labels = _labels(rows, device)
+    rows, validation = prepared.split("train"), validation_views(prepared, params)
+    labels, truth = _labels(rows, device), prepared.split("val")["label"].to_numpy()
     captions = torch.tensor(prepared.caption_embeddings[rows.index], device=device)
     residuals = teacher_residuals(teacher, frozen, labels)
     width = frozen.shape[2]
@@ -243,24 +294,20 @@ def stage2(
     journal = Journal(method.name, seed)
     torch.manual_seed(seed)  # dropout masks
     backbone.train()
-    epochs, step, steps = params.train.stage2.epochs, 0, total_steps(method, len(rows), params)
+    step, steps = 0, total_steps(method, len(rows), params)
     with tqdm(total=steps, desc=f"{method.name}, seed {seed}", unit="step") as progress:
-        for epoch in range(epochs):
-            view = epoch % params.train.views
+        for epoch in range(params.train.stage2.epochs):
+            view = epoch % len(views)
             order = batch_order(len(rows), seed, epoch)
-            views = Views(rows, prepared.source, params, seed, view, prepared.patches)
-            for images, chosen in batches(views, params.train.batch_size, params.compute.workers, order):
+            for images, chosen in batches(views[view], params.train.batch_size, params.compute.workers, order):
                 index = chosen.to(device)
-                features = backbone(images.to(device))
-                optimizer.zero_grad()
+                told = captions[index], residuals[view][index], labels[index]
                 try:
-                    applied, losses, gradients = surgery_step(
-                        method, features, heads, captions[index], residuals[view][index], labels[index], params
+                    losses, gradients = stage2_step(
+                        method, backbone, heads, optimizer, images.to(device), *told, params
                     )
                 except FloatingPointError as error:
                     raise _diverged(str(error), step, rows, index.tolist()) from None
-                features.backward(applied)
-                optimizer.step()
                 if step % params.train.log_every == 0 or step == steps - 1:
                     journal.loss(epoch, step, loss=sum(losses.values()), **losses)
                     for other in ("harmful", "beneficial", "applied"):
@@ -268,7 +315,7 @@ def stage2(
                 step += 1
                 progress.update()
                 on_step()
-            truth, logits = validation_logits(backbone, heads["image"], prepared, params, device)
+            logits = validation_logits(backbone, heads["image"], validation, params, device)
             journal.loss(epoch, step, val_balanced_acc=detection_row(truth, logits)["balanced_acc"])
     backbone.eval()
     return Trained(backbone, heads, journal, {"0.5": 0.0, "val": best_threshold(truth, logits)})
@@ -290,16 +337,18 @@ def train(
     backbone = Backbone(clip, params.model.lora if method.adapters else None, seed).to(device)
     try:
         backbone.eval()
-        frozen = frozen_features(backbone, prepared, params, seed, device)
+        views = training_views(prepared, params, seed)
+        frozen = frozen_features(backbone, views, params, device)
         labels = _labels(prepared.split("train"), device)
         journal = Journal(method.name, seed)
         head = stage1(frozen, labels, params, seed, journal, _nothing if method.adapters else on_step)
         if method.adapters:
-            done(stage2(method, backbone, prepared, params, seed, head, frozen, device, on_step))
+            done(stage2(method, backbone, prepared, params, seed, head, frozen, views, device, on_step))
         else:
-            steps = total_steps(method, len(labels), params)
-            truth, logits = validation_logits(backbone, head, prepared, params, device)
+            truth = prepared.split("val")["label"].to_numpy()
+            logits = validation_logits(backbone, head, validation_views(prepared, params), params, device)
             score = detection_row(truth, logits)["balanced_acc"]
+            steps = total_steps(method, len(labels), params)
             journal.loss(params.train.stage1.epochs - 1, steps, val_balanced_acc=score)
             done(Trained(backbone, {"image": head}, journal, {"0.5": 0.0, "val": best_threshold(truth, logits)}))
     finally:

@@ -1,0 +1,206 @@
+"""Checkpoint files of the authors' release: told apart, imported to the same logits, or refused with a reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from dgs.cli import app
+from dgs.errors import UserError
+from dgs.model.backbone import IMAGENET
+from dgs.model.checkpoint import import_release, load_heads, read_info
+from dgs.model.detector import Detector
+
+Q = "clip_model.visual.transformer.resblocks.3.attn.q_proj"
+
+
+def normalised(views: np.ndarray) -> Tensor:
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in IMAGENET)
+    return (torch.from_numpy(views).permute(0, 3, 1, 2) / 255 - mean) / std
+
+
+def views(size: int = 224, count: int = 4) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def trained(geometry: oracle.Geometry, steps: int = 2, count: int = 4, lr: float = 1e-2) -> oracle.Release:
+    """A release model after some steps, so that its adapters are not zero."""
+    torch.manual_seed(0)
+    model = oracle.Release(geometry, lr=lr)
+    labels = torch.arange(count).remainder(2).float()
+    for _ in range(steps):
+        model.step(normalised(views(geometry.image, count)), torch.randint(1, 49_407, (count, 12)), labels)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def release() -> oracle.Release:
+    return trained(oracle.REDUCED)
+
+
+def saved(state: object, folder: Path, name: str = "step2.pth") -> Path:
+    torch.save(state, folder / name)
+    return folder / name
+
+
+def require_equal_logits(model: oracle.Release, folder: Path, tolerance: float = 1e-5) -> None:
+    images = views(model.clip_model.visual.conv1.kernel_size[0] * 7)  # ViT-B/32 and the reduced one: 224 px
+    with torch.no_grad():
+        expected = model.logits(normalised(images)).numpy()
+    found = Detector.load(folder).logits(images)
+    assert np.abs(expected).max() > 100 * tolerance
+    assert np.allclose(found, expected, rtol=0, atol=tolerance)
+
+
+def test_the_files_have_as_many_tensors_as_the_releases(release: oracle.Release) -> None:
+    assert len(release.state_dict()) == 1_138
+    assert len(oracle.Probe(oracle.REDUCED).state_dict()) == 448
+
+
+@pytest.mark.parametrize("wrap", [False, True], ids=["bare", "under 'model'"])
+@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
+def test_an_imported_checkpoint_gives_the_releases_logits(
+    merged: bool, wrap: bool, release: oracle.Release, tmp_path: Path
+) -> None:
+    state = release.merged_state() if merged else release.state_dict()
+    made = import_release(saved({"model": state} if wrap else state, tmp_path), out=tmp_path / "imported")
+    assert made == {
+        "out": str(tmp_path / "imported"),
+        "stage": 2,
+        "merged": merged,
+        "rank": 6,
+        "parameters": sum(value.numel() for value in state.values()),
+    }
+    require_equal_logits(release, tmp_path / "imported")
+    heads = load_heads(tmp_path / "imported")
+    assert torch.equal(heads["text"].weight, release.text_fc.weight)
+    assert torch.equal(heads["teacher"].weight, release.clip_model_frozen.img_frozen_fc.weight)
+    info = read_info(tmp_path / "imported")
+    assert (info["seed"], info["thresholds"], info["params"]["patches"]["size"]) == (None, {"0.5": 0.0}, 32)
+
+
+def test_a_folder_moved_elsewhere_still_scores(release: oracle.Release, tmp_path: Path) -> None:
+    import_release(saved(release.state_dict(), tmp_path), out=tmp_path / "imported")
+    (tmp_path / "imported").rename(tmp_path / "elsewhere")
+    require_equal_logits(release, tmp_path / "elsewhere")
+
+
+def test_merged_twice_would_have_been_seen(release: oracle.Release) -> None:
+    """The mistake that telling the kinds apart prevents is larger than the tolerance of these tests."""
+    twice = oracle.Release(oracle.REDUCED).eval()
+    twice.load_state_dict(release.merged_state())
+    with torch.no_grad():
+        images = normalised(views())
+        assert (twice.logits(images) - release.logits(images)).abs().max() > 1e-3
+
+
+def test_a_stage_1_file_becomes_a_probe(release: oracle.Release, tmp_path: Path) -> None:
+    probe = release.clip_model_frozen
+    made = import_release(saved(probe.state_dict(), tmp_path), out=tmp_path / "probe")
+    assert (made["stage"], made["rank"]) == (1, None)
+    images = views()
+    with torch.no_grad():
+        expected = probe.img_frozen_fc(probe.clip_model_frozen.visual(normalised(images))).squeeze(1).numpy()
+    assert np.allclose(Detector.load(tmp_path / "probe").logits(images), expected, rtol=0, atol=1e-5)
+
+
+def test_stage_1_and_2_have_to_belong_together(release: oracle.Release, tmp_path: Path) -> None:
+    step2 = saved(release.state_dict(), tmp_path)
+    probe = {name: value.clone() for name, value in release.clip_model_frozen.state_dict().items()}
+    import_release(step2, saved(probe, tmp_path, "step1.pth"), out=tmp_path / "fits")
+    probe["img_frozen_fc.bias"] += 1
+    with pytest.raises(UserError, match=r"to have started from .*step1\.pth, found another img_frozen_fc\.bias"):
+        import_release(step2, saved(probe, tmp_path, "step1.pth"), out=tmp_path / "other")
+    with pytest.raises(UserError, match=r"Expected a stage-2 file .* and then a stage-1 file"):
+        import_release(step2, step2, out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def without(state: dict[str, Tensor]) -> object:
+    return {name: value for name, value in state.items() if name != f"{Q}.w_lora_B"}
+
+
+def with_more(state: dict[str, Tensor]) -> object:
+    return {**state, "module.extra": torch.zeros(1)}
+
+
+def fine_tuned(state: dict[str, Tensor]) -> object:
+    state["clip_model.visual.ln_post.bias"] = state["clip_model.visual.ln_post.bias"] + 1e-3
+    return state
+
+
+def merged_in_part(state: dict[str, Tensor]) -> object:
+    scaling = 6 / 6**0.5
+    state[f"{Q}.weight"] = state[f"{Q}.weight"] + scaling * state[f"{Q}.w_lora_B"] @ state[f"{Q}.w_lora_A"]
+    return state
+
+
+def infinite(state: dict[str, Tensor]) -> object:
+    state["img_fc.weight"] = state["img_fc.weight"] * torch.inf
+    return state
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (without, rf"Expected the 1138 tensors of a stage-2 file.*found 1137; 1 missing: {Q}\.w_lora_B\."),
+        (with_more, r"found 1139; 1 not known: module\.extra\."),
+        (fine_tuned, r"Expected clip_model\.visual\.ln_post\.bias .* to equal the frozen copy's"),
+        (merged_in_part, r"blocks\.3\.attn\.q_proj\.weight .* by nothing or by the adapter .* as every one before it"),
+        (infinite, r"Expected finite numbers in .*step2\.pth, found others in img_fc\.weight"),
+        (lambda state: {}, r"Expected the \d+ tensors of a stage-1 file .* found 0; \d+ missing"),
+        (lambda state: [1], r"Expected a state dict in .*step2\.pth, found list"),
+        (lambda state: {"epoch": 3}, r"Expected only tensors in .*step2\.pth, found int under 'epoch'"),
+        (lambda state: {"model": Path("x")}, r"Cannot read .*step2\.pth as tensors alone"),
+    ],
+)
+def test_anything_else_is_refused_with_what_is_wrong(
+    change: Callable[[dict[str, Tensor]], object], sentence: str, release: oracle.Release, tmp_path: Path
+) -> None:
+    path = saved(change(dict(release.state_dict())), tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        import_release(path, out=tmp_path / "imported")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step2.pth"]
+
+
+def test_what_is_no_checkpoint_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    for name, sentence in (("text.pth", "Cannot read .*text"), ("gone.pth", "Expected a checkpoint file")):
+        with pytest.raises(UserError, match=sentence):
+            import_release(tmp_path / name, out=tmp_path / "imported")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(UserError, match=r"should not exist yet.*another --out"):
+        import_release(tmp_path / "text.pth", out=tmp_path / "full")
+
+
+def test_on_the_command_line(release: oracle.Release, tmp_path: Path) -> None:
+    step2 = str(saved(release.merged_state(), tmp_path))
+    run = CliRunner().invoke(app, ["import-release", step2, "--out", str(tmp_path / "a"), "--json"])
+    assert run.exit_code == 0 and json.loads(run.stdout)["merged"] is True
+    run = CliRunner().invoke(app, ["import-release", step2, "--out", str(tmp_path / "b")])
+    assert run.exit_code == 0 and "adapters of rank 6, merged" in run.stdout
+    run = CliRunner().invoke(app, ["import-release", step2, "--out", str(tmp_path / "b")])
+    assert run.exit_code == 2 and "should not exist yet" in run.stderr
+
+
+@pytest.mark.slow
+def test_vit_l_14_at_full_size(tmp_path: Path) -> None:
+    model = trained(oracle.VIT_L_14, steps=1, count=2)
+    assert sum(value.numel() for value in model.state_dict().values()) == 856_120_069
+    made = import_release(saved(model.merged_state(), tmp_path), out=tmp_path / "imported")
+    assert made["merged"] and made["parameters"] == 856_120_069
+    config = json.loads((tmp_path / "imported" / "clip" / "open_clip_config.json").read_text())
+    assert (config["model_cfg"]["vision_cfg"]["layers"], config["model_cfg"]["vision_cfg"]["image_size"]) == (24, 224)
+    images = views()
+    with torch.no_grad():
+        expected = model.logits(normalised(images)).numpy()
+    assert np.allclose(Detector.load(tmp_path / "imported").logits(images), expected, rtol=0, atol=1e-5)
