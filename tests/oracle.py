@@ -12,7 +12,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -226,3 +228,21 @@ class Release(nn.Module):
                     linear = getattr(module, part)
                     state[f"clip_model.{name}.{part}.weight"] += module.scaling * (linear.w_lora_B @ linear.w_lora_A)
         return state
+
+
+def select_patches(image: NDArray[np.uint8], order: NDArray[np.int64], size: int = 32) -> NDArray[np.uint8]:
+    """Patch selection, patch by patch, of an image with at least 49; `order` (49,): the kept ones, shuffled."""
+    height, width = image.shape[0] // size * size, image.shape[1] // size * size
+    patches = [image[y : y + size, x : x + size] for y in range(0, height, size) for x in range(0, width, size)]
+    entropies = []
+    for patch in patches:
+        pixels = patch.astype(np.float64)
+        gray = 0.299 * pixels[..., 0] + 0.587 * pixels[..., 1] + 0.114 * pixels[..., 2]
+        if patch.max() > 1:
+            gray = gray / 255
+        power = np.abs(np.fft.fft2(gray)) ** 2
+        p = power / (power.sum() + 1e-12)
+        entropies.append(-np.sum(p * np.log2(p + 1e-12)))
+    ascending = np.argsort(np.round(entropies, 9), kind="stable")
+    kept = [patches[i] for i in (*ascending[:24], *ascending[-25:])]
+    return np.concatenate([np.concatenate([kept[i] for i in row], axis=1) for row in order.reshape(7, 7)])

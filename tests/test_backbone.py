@@ -117,6 +117,14 @@ def test_attention_is_fused_and_bf16_is_used_where_asked(params: ModelParams, mo
     assert 0 < gap < 0.05
 
 
+def test_the_image_side_alone_is_the_same_and_smaller(params: ModelParams) -> None:
+    whole, alone = load_clip(params, Path(), 32), load_clip(params, Path(), 32, text=False)
+    assert alone.weights_hash == whole.weights_hash
+    assert [name for name, _ in alone.model.named_parameters() if not name.startswith("visual.")] == []
+    with torch.no_grad():
+        assert torch.equal(Backbone(alone)(images()), Backbone(whole)(images()))
+
+
 def test_the_adapter_adds_alpha_over_root_rank_times_b_a(params: ModelParams) -> None:
     backbone = Backbone(load_clip(params, Path(), 32), LORA).eval()
     randomise_adapters(backbone)

@@ -157,13 +157,22 @@ def _from_name(params: ModelParams, image_size: int, seed: int) -> tuple[Any, di
     return model, dict(open_clip.get_model_preprocess_cfg(model))
 
 
-def load_clip(params: ModelParams, root: Path, image_size: int, seed: int = 0) -> Clip:
+def _drop_text(model: Any) -> None:
+    for name, _ in [*model.named_children()]:
+        if name != "visual":
+            delattr(model, name)
+    for name in [name for name, _ in model.named_parameters(recurse=False)]:
+        delattr(model, name)
+
+
+def load_clip(params: ModelParams, root: Path, image_size: int, seed: int = 0, text: bool = True) -> Clip:
     """A frozen CLIP by open_clip name or from a folder, for images of `image_size` px (positions interpolated).
 
     Args:
         params: clip, pretrained, normalize and precision are used.
         root: folder that a relative model.clip is looked up in.
         seed: of the weights where pretrained is "random".
+        text: False leaves the text side out of memory: captions are embedded once, when data are prepared.
 
     Raises:
         UserError: unknown name, missing weights, the wrong activation for OpenAI's weights, another architecture.
@@ -181,6 +190,8 @@ def load_clip(params: ModelParams, root: Path, image_size: int, seed: int = 0) -
         model, preprocess = _from_name(params, image_size, seed)
         tokenizer = open_clip.get_tokenizer(params.clip)
     weights_hash = _tensors_hash({k: v for k, v in model.state_dict().items() if "positional_embedding" not in k})
+    if not text:
+        _drop_text(model)
     split_attention(model.visual)
     model.eval()
     model.requires_grad_(False)

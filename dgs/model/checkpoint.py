@@ -296,7 +296,7 @@ def import_release(step2: str | Path, step1: str | Path | None = None, *, out: s
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         write_clip(release, Path(scratch) / "clip")
-        clip = load_clip(params.model, Path(scratch), params.image_size)
+        clip = load_clip(params.model, Path(scratch), params.image_size, text=False)
         backbone = adapt(clip, release, params)
         method = "dgs" if release.adapters else "probe"
         digest = f"release:{_file_hash(path)}"

@@ -60,7 +60,7 @@ class Detector:
             raise damaged(folder / "dgs.json", str(error).rstrip(".")) from None
         try:
             home = folder if info["clip"].get("carried") else root or find_root()
-            clip = load_clip(params.model, home, params.image_size)
+            clip = load_clip(params.model, home, params.image_size, text=False)
         except UserError:
             raise
         except Exception as error:  # damaged weights and configs fail in many ways

@@ -65,7 +65,7 @@ def train_seed(method: str, seed: int, params: Params, root: Path, prepared_fold
     from dgs.model.device import choose_device
     from dgs.model.train import train
 
-    clip = load_clip(params.model, root, params.image_size)
+    clip = load_clip(params.model, root, params.image_size, text=False)
     prepared = load_prepared(prepared_folder, root)
     journals: list[Journal] = []
 

@@ -1,0 +1,353 @@
+"""`make bench`: dgs against the release's step (tests/oracle.py) and against the student's own forward and backward.
+
+Every ratio comes from one process in which both sides take turns, on one CPU thread (and, where there is one, a GPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+import oracle  # noqa: E402  # the release's step lives with the tests that it is the oracle of
+from timing import Timed, in_own_process, interleave, peak_megabytes, resident_megabytes  # noqa: E402
+
+from dgs.data.patches import patch_entropy, select_indices, stitch  # noqa: E402
+from dgs.model.backbone import IMAGENET, Backbone, load_clip  # noqa: E402
+from dgs.model.checkpoint import adapt  # noqa: E402
+from dgs.model.methods import get_method  # noqa: E402
+from dgs.model.release import Release, take_apart, write_clip  # noqa: E402
+from dgs.model.train import stage1, stage2_step, teacher_residuals  # noqa: E402
+from dgs.params import Params, validate  # noqa: E402
+
+GEOMETRIES = {"ViT-B/32": oracle.VIT_B_32, "ViT-L/14": oracle.VIT_L_14, "reduced": oracle.REDUCED}
+LR, EPOCHS_1 = 1e-4, 3
+SIDES = (256, 512, 1024, 2048)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. ratio: of the reference's time (or memory) by that of dgs, so that more is better, except
+    `overhead`; low and high: over rounds. required, stretch: what was set before measuring."""
+
+    what: str
+    unit: str
+    reference: float
+    dgs: float
+    ratio: float
+    low: float
+    high: float
+    required: str
+    met: bool
+    stretch: str = ""
+
+
+def settings(side: int, precision: str = "fp32", batch: int = 16) -> Params:
+    """The release's training settings."""
+    return validate(
+        {
+            "data": {"layout": "folders", "rho": None},
+            "model": {
+                "clip": "clip",
+                "image_size": side,
+                "normalize": "imagenet",
+                "precision": precision,
+                "lora": {"rank": 6, "alpha": 6.0, "dropout": 0.8},
+            },
+            "train": {"batch_size": batch, "stage1": {"epochs": EPOCHS_1, "lr": LR}, "stage2": {"lr": LR}},
+            "compute": {"device": "cpu"},
+        }
+    )
+
+
+class Student:
+    """dgs's side: a tower with the release's weights, its heads, and a step."""
+
+    def __init__(self, release: Release, params: Params, folder: Path, device: torch.device, whole: bool) -> None:
+        self.params, self.device, self.method = params, device, get_method("dgs")
+        write_clip(release, folder / "clip")
+        clip = load_clip(params.model, folder, params.image_size, text=whole)
+        clip.model.to(device)
+        self.clip = clip
+        self.backbone: Backbone = adapt(clip, release, params).train().to(device)
+        self.heads = {n: h.to(device).requires_grad_(n != "teacher") for n, h in release.heads.items()}
+        learned = [p for n in ("image", "text") for p in self.heads[n].parameters()]
+        self.optimizer = torch.optim.Adam([*self.backbone.adapter_parameters(), *learned], lr=LR)
+
+    def step(self, images: Tensor, captions: Tensor, residual: Tensor, labels: Tensor) -> None:
+        """One step of stage 2, from cached caption embeddings and teacher residuals."""
+        told = captions, residual, labels
+        stage2_step(self.method, self.backbone, self.heads, self.optimizer, images, *told, self.params)
+
+    def forward_and_backward(self, images: Tensor) -> None:
+        """The least that any training of these adapters costs."""
+        for parameter in self.backbone.adapter_parameters():
+            parameter.grad = None
+        features = self.backbone(images)
+        features.backward(torch.ones_like(features))
+
+    def prepare(self, images: Tensor, tokens: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What is computed once: frozen features, caption embeddings, teacher residuals."""
+        with self.backbone.frozen():
+            frozen = torch.cat([self.backbone(part) for part in images.split(batch)])
+            captions = torch.cat([self.clip.model.encode_text(part) for part in tokens.split(batch)])
+        return frozen, captions, teacher_residuals(self.heads["teacher"], frozen, labels)
+
+
+def data(geometry: oracle.Geometry, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (N, 3, S, S) uint8, tokens (N, 77), labels (N,)."""
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (count, 3, geometry.image, geometry.image), dtype=np.uint8))
+    tokens = torch.zeros(count, 77, dtype=torch.long)
+    tokens[:, :12] = torch.from_numpy(rng.integers(1, 49_406, (count, 12)))  # a caption of BLIP's length
+    tokens[:, 12] = 49_407
+    return images, tokens, torch.arange(count).remainder(2).float()
+
+
+def normalised(images: Tensor) -> Tensor:
+    """As the release feeds them."""
+    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in IMAGENET)
+    return (images / 255 - mean) / std
+
+
+@contextmanager
+def both(geometry: oracle.Geometry, batch: int) -> Iterator[tuple[oracle.Release, Student]]:
+    """Both sides with the same weights."""
+    torch.manual_seed(0)
+    theirs = oracle.Release(geometry, dropout=0.8, lr=LR)
+    with tempfile.TemporaryDirectory() as scratch:
+        release = take_apart(theirs.state_dict(), Path("oracle"))
+        yield theirs, Student(release, settings(geometry.image, batch=batch), Path(scratch), torch.device("cpu"), True)
+
+
+def row(what: str, timed: Timed, required: float, stretch: float | None = None) -> Row:
+    """A speed-up over the release's side."""
+    ratio, low, high = timed.ratio("release", "dgs")
+    more = f">= {stretch:g}" if stretch else ""
+    need = f">= {required:g}"
+    return Row(what, "s", timed.median("release"), timed.median("dgs"), ratio, low, high, need, ratio >= required, more)
+
+
+def bench_step(name: str, batch: int, rounds: int, required: float, stretch: float | None) -> list[Row]:
+    """Time of a stage-2 step, and its overhead over the student's own forward and backward."""
+    geometry = GEOMETRIES[name]
+    images, tokens, labels = data(geometry, batch)
+    with both(geometry, batch) as (theirs, mine):
+        _, captions, residual = mine.prepare(images, tokens, labels, batch)
+        pixels = normalised(images)
+        timed = interleave(
+            {
+                "release": lambda: theirs.step(pixels, tokens, labels),
+                "dgs": lambda: mine.step(images, captions, residual, labels),
+                "student": lambda: mine.forward_and_backward(images),
+            },
+            rounds,
+        )
+    over, low, high = timed.ratio("dgs", "student")
+    what = f"stage-2 step, {name}, B {batch}"
+    overhead = Row(f"{what}: overhead over the student's forward + backward", "s", timed.median("student"),
+                   timed.median("dgs"), over, low, high, "<= 1.25", over <= 1.25, "<= 1.05")  # fmt: skip
+    return [row(what, timed, required, stretch), overhead]
+
+
+def bench_stages(name: str, images_count: int, batch: int, rounds: int) -> list[Row]:
+    """Stage 1 (three epochs), and both stages, from images in memory to trained heads and adapters."""
+    geometry = GEOMETRIES[name]
+    images, tokens, labels = data(geometry, images_count)
+    order = [torch.arange(images_count).roll(epoch).split(batch) for epoch in range(EPOCHS_1 + 1)]
+    with both(geometry, batch) as (theirs, mine):
+        frozen_clip = theirs.clip_model_frozen.clip_model_frozen
+        head = theirs.clip_model_frozen.img_frozen_fc.requires_grad_()
+
+        def release_stage_1() -> None:
+            optimizer = torch.optim.Adam(head.parameters(), lr=LR)
+            for epoch in range(EPOCHS_1):
+                for part in order[epoch]:
+                    with torch.no_grad():
+                        features = frozen_clip.visual(normalised(images[part]))
+                    loss = nn.functional.binary_cross_entropy_with_logits(head(features).squeeze(1), labels[part])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+
+        def release_both() -> None:
+            release_stage_1()
+            for part in order[EPOCHS_1]:
+                theirs.step(normalised(images[part]), tokens[part], labels[part])
+
+        def dgs_stage_1() -> Tensor:
+            with mine.backbone.frozen():
+                frozen = torch.cat([mine.backbone(part) for part in images.split(batch)])
+            stage1(frozen[None], labels, mine.params, 0)
+            return frozen
+
+        def dgs_both() -> None:
+            frozen = dgs_stage_1()
+            with torch.no_grad():
+                captions = torch.cat([mine.clip.model.encode_text(part) for part in tokens.split(batch)])
+            residual = teacher_residuals(mine.heads["teacher"], frozen, labels)
+            for part in order[EPOCHS_1]:
+                mine.step(images[part], captions[part], residual[part], labels[part])
+
+        first = interleave({"release": release_stage_1, "dgs": dgs_stage_1}, rounds)
+        whole = interleave({"release": release_both, "dgs": dgs_both}, rounds)
+    size = f"{name}, {images_count} images"
+    return [row(f"stage 1, {EPOCHS_1} epochs, {size}", first, 2.7), row(f"both stages, {size}", whole, 2.3)]
+
+
+def bench_patches(rounds: int) -> list[Row]:
+    """Patch selection from pixels to canvas; the canvases have to be equal."""
+    rows = []
+    for side in SIDES:
+        image = np.random.default_rng(side).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        order = np.random.default_rng(1).permutation(49)
+
+        def mine(image: Any = image) -> Any:
+            return stitch(image, select_indices(patch_entropy(image, 32)), 32, 49, 1)
+
+        def theirs(image: Any = image, order: Any = order) -> Any:
+            return oracle.select_patches(image, order)
+
+        if not np.array_equal(mine(), theirs()):
+            raise SystemExit(f"patch selection at {side} px differs from the definition")
+        timed = interleave({"release": theirs, "dgs": mine}, rounds * (4 if side < 1024 else 1))
+        rows.append(row(f"patch selection, {side} px, equal output", timed, 8.0))
+    return rows
+
+
+def measure_memory(side: str, name: str, batch: int) -> dict[str, float]:
+    """Peak resident memory of three steps of one side, in this process; run it in one of its own."""
+    geometry = GEOMETRIES[name]
+    images, tokens, labels = data(geometry, batch)
+    base = resident_megabytes()
+    torch.manual_seed(0)
+    if side == "release":
+        model = oracle.Release(geometry, dropout=0.8, lr=LR)
+        pixels = normalised(images)
+        parameters = sum(p.numel() for p in model.parameters())
+        task: Callable[[], object] = lambda: [model.step(pixels, tokens, labels) for _ in range(3)]  # noqa: E731
+    else:
+        release = take_apart(oracle.Release(geometry, dropout=0.8).state_dict(), Path("oracle"))
+        with tempfile.TemporaryDirectory() as scratch:
+            params = settings(geometry.image, batch=batch)
+            mine = Student(release, params, Path(scratch), torch.device("cpu"), whole=False)
+        del release
+        captions, residual = torch.randn(batch, geometry.embed), torch.rand(batch) - 0.5
+        modules = [mine.clip.model, *mine.heads.values()]
+        parameters = sum(p.numel() for module in modules for p in module.parameters())
+        task = lambda: [mine.step(images, captions, residual, labels) for _ in range(3)]  # noqa: E731
+    gc.collect()
+    return {"peak": peak_megabytes(task) - base, "parameters": parameters * 4 / 1e6}
+
+
+def bench_memory(name: str, batch: int) -> list[Row]:
+    """Memory of a step, each side in a process of its own."""
+    found = {side: in_own_process(Path(__file__), "--memory", side, name, str(batch)) for side in ("release", "dgs")}
+    rows = []
+    for what, key, required in (("peak memory of", "peak", 0.6), ("parameters held in", "parameters", 0.3)):
+        theirs, mine = found["release"][key], found["dgs"][key]
+        share = mine / theirs
+        rows.append(Row(f"{what} a stage-2 step, {name}, B {batch}", "MB", theirs, mine, share, share, share,
+                        f"<= {required:g}", share <= required))  # fmt: skip
+    return rows
+
+
+def bench_gpu(rounds: int) -> list[dict[str, Any]]:
+    """Images a second of a stage-2 step on a GPU, fp32 and bf16."""
+    found = []
+    for name, batch in (("ViT-B/32", 256), ("ViT-L/14", 32)):
+        geometry = GEOMETRIES[name]
+        release = take_apart(oracle.Release(geometry).state_dict(), Path("oracle"))
+        for precision in ("fp32", "bf16"):
+            with tempfile.TemporaryDirectory() as scratch:
+                params = settings(geometry.image, precision, batch)
+                mine = Student(release, params, Path(scratch), torch.device("cuda"), whole=False)
+            images, _, labels = (part.cuda() for part in data(geometry, batch))
+            captions, residual = torch.randn(batch, geometry.embed).cuda(), (torch.rand(batch) - 0.5).cuda()
+            timed = interleave({"dgs": lambda: mine.step(images, captions, residual, labels)}, rounds)  # noqa: B023
+            found.append(
+                {
+                    "what": f"stage-2 step, {name}, B {batch}, {precision}",
+                    "images_per_second": batch / timed.median("dgs"),
+                    "card": torch.cuda.get_device_name(),
+                }
+            )
+    return found
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were measured on."""
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor())  # fmt: skip
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"cpu": cpu, "threads": "1", "gpu": card, "torch": torch.__version__, "date": date.today().isoformat()}
+
+
+def table(rows: list[Row], on: dict[str, str], gpu: list[dict[str, Any]]) -> str:
+    """results.md."""
+    lines = [
+        f"Measured {on['date']} on one thread of: {on['cpu']}, torch {on['torch']}.",
+        "Ratio: median of the rounds [lowest, highest]; of time saved (more is better), of memory and overhead needed.",
+        "",
+        "| what | release | dgs | ratio | required | stretch |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        spread = f" [{r.low:.2f}, {r.high:.2f}]" if r.low != r.high else ""
+        mark = "" if r.met else " **missed**"
+        digits = 0 if r.unit == "MB" else 2 if r.reference >= 0.5 else 4
+        lines.append(
+            f"| {r.what} | {r.reference:.{digits}f} {r.unit} | {r.dgs:.{digits}f} {r.unit} | {r.ratio:.2f}{spread} | "
+            f"{r.required}{mark} | {r.stretch} |"
+        )
+    lines += [""] + [f"- {g['what']}: {g['images_per_second']:.0f} images/s ({g['card']})" for g in gpu]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    """Measure, write results.json and results.md beside this file, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a small geometry, to see that everything runs; no file")
+    parser.add_argument("--memory", nargs=3, metavar=("SIDE", "GEOMETRY", "BATCH"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.memory:
+        side, name, batch = arguments.memory
+        print(json.dumps(measure_memory(side, name, int(batch))))
+        return
+    rounds = arguments.rounds
+    if arguments.quick:
+        rows = bench_step("reduced", 4, 2, 0.0, None) + bench_stages("reduced", 8, 4, 1) + bench_memory("reduced", 4)
+        print(table(rows, machine(), []))
+        return
+    rows = bench_patches(rounds)
+    rows += bench_step("ViT-B/32", 16, rounds, 2.0, 2.4) + bench_memory("ViT-B/32", 16)
+    rows += bench_step("ViT-L/14", 2, rounds, 1.6, None) + bench_memory("ViT-L/14", 2)
+    rows += bench_stages("ViT-B/32", 64, 16, max(rounds // 2, 1))
+    gpu = bench_gpu(rounds) if torch.cuda.is_available() else []
+    on = machine()
+    content = {"machine": on, "rows": [asdict(r) for r in rows], "gpu": gpu}
+    (HERE / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    (HERE / "results.md").write_text(table(rows, on, gpu))
+    print(table(rows, on, gpu))
+
+
+if __name__ == "__main__":
+    main()
