@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.fft import rfft2  # this and log2: twice as fast as numpy's on one thread
 
 from dgs.errors import UserError
 
-STRIP = 8  # rows of patches per FFT batch: larger batches fall out of the cache on big images
+PIXELS = 1 << 15  # at a time: what an FFT batch and its spectrum need stays in the cache
 
 
 def _grid(image: NDArray[np.uint8], size: int) -> tuple[int, int]:
@@ -45,17 +47,33 @@ def patch_entropy(image: NDArray[np.uint8], size: int = 32) -> NDArray[np.float6
         UserError: a side shorter than one patch, or another shape.
     """
     rows, columns = _grid(image, size)
-    scale = 255.0 if image.max() > 1 else 1.0
+    weights = np.array([0.299, 0.587, 0.114]) / (255.0 if image.max() > 1 else 1.0)
+    twice = _multiplicity(size)
     entropies = np.empty((rows, columns))
-    weights = np.array([0.299, 0.587, 0.114]) / scale
-    for top in range(0, rows, STRIP):
-        count = min(STRIP, rows - top)
-        strip = image[top * size : (top + count) * size, : columns * size].astype(np.float64) @ weights
-        blocks = strip.reshape(count, size, columns, size).transpose(0, 2, 1, 3)
-        power = np.abs(np.fft.fft2(blocks)) ** 2
-        p = power / (power.sum(axis=(2, 3), keepdims=True) + 1e-12)
-        entropies[top : top + count] = -(p * np.log2(p + 1e-12)).sum(axis=(2, 3))
+    high = max(1, PIXELS // (columns * size * size))
+    wide = max(1, PIXELS // (size * size))
+    for top in range(0, rows, high):
+        for left in range(0, columns, wide):
+            bottom, right = min(rows, top + high) * size, min(columns, left + wide) * size
+            gray = image[top * size : bottom, left * size : right].astype(np.float64) @ weights
+            blocks = gray.reshape(-1, size, gray.shape[1] // size, size).swapaxes(1, 2)
+            spectrum = rfft2(torch.from_numpy(np.ascontiguousarray(blocks))).numpy()
+            p = np.square(spectrum.real)
+            p += np.square(spectrum.imag)
+            p = p.reshape(*blocks.shape[:2], -1)
+            p /= (p @ twice + 1e-12)[..., None]
+            log2 = torch.from_numpy(p + 1e-12).log2_().numpy()
+            entropies[top : top + high, left : left + wide] = -((p * log2) @ twice)
     return entropies.reshape(-1)
+
+
+def _multiplicity(size: int) -> NDArray[np.float64]:
+    """How often each bin of a real FFT stands in the whole spectrum, flat: all but the outer columns twice."""
+    twice = np.full((size, size // 2 + 1), 2.0)
+    twice[:, 0] = 1.0
+    if size % 2 == 0:
+        twice[:, -1] = 1.0
+    return twice.reshape(-1)
 
 
 def select_indices(entropies: NDArray[np.float64], count: int = 49) -> NDArray[np.int32]:
@@ -87,13 +105,12 @@ def stitch(
     _, columns = _grid(image, size)
     if seed is not None:
         indices = np.random.default_rng(seed).permutation(indices)
-    canvas = np.zeros((side * size, side * size, 3), dtype=np.uint8)
-    for cell, index in enumerate(indices):
-        y, x = divmod(int(index), columns)
-        row, column = divmod(cell, side)
-        patch = image[y * size : (y + 1) * size, x * size : (x + 1) * size]
-        canvas[row * size : (row + 1) * size, column * size : (column + 1) * size] = patch
-    return canvas
+    rows = image.shape[0] // size
+    blocks = image[: rows * size, : columns * size].reshape(rows, size, columns, size, 3)
+    cells = np.zeros((count, size, size, 3), dtype=np.uint8)
+    y, x = np.divmod(indices, columns)
+    cells[: len(indices)] = blocks[y, :, x]
+    return cells.reshape(side, side, size, size, 3).swapaxes(1, 2).reshape(side * size, side * size, 3)
 
 
 def select_patches(
