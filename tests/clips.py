@@ -1,4 +1,4 @@
-"""Small CLIPs with random weights, as folders: for tests of geometry, not of what a CLIP knows."""
+"""Small CLIPs with random weights, and checkpoints on them: for tests of geometry, not of what a CLIP knows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from pathlib import Path
 import open_clip
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
+from dgs.model.backbone import Backbone, load_clip
+from dgs.model.checkpoint import save_checkpoint
+from dgs.params import LoraParams, Params, validate
+
+LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0)
+WIDTH = 24  # features of the random CLIP
 CONFIG = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
@@ -26,4 +33,27 @@ def write_random_clip(folder: Path, seed: int = 0) -> Path:
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     preprocess = {"size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": preprocess}))
+    return folder
+
+
+def settings(clip: Path, **groups: object) -> Params:
+    """Parameters of a run on the random CLIP at `clip`, for images of 32 px."""
+    model = {"clip": str(clip), "image_size": 32, "lora": LORA.model_dump()}
+    return validate({"data": {"layout": "folders", "rho": None}, "model": model, **groups})
+
+
+def write_checkpoint(folder: Path, clip_folder: Path, params: Params | None = None, scale: float = 1.0) -> Path:
+    """A checkpoint with random adapters and heads on the random CLIP at `clip_folder`.
+
+    scale: of the image head; large ones give logits far from 0.
+    """
+    params = params or settings(clip_folder)
+    clip = load_clip(params.model, Path(), params.image_size)
+    torch.manual_seed(0)
+    backbone = Backbone(clip, LORA)
+    for parameter in backbone.adapter_parameters():  # B is zero at first, which would hide a lost adapter
+        nn.init.normal_(parameter, std=0.3)
+    heads = {name: nn.Linear(WIDTH, 1) for name in ("image", "text", "teacher")}
+    heads["image"].weight.data *= scale
+    save_checkpoint(folder, backbone, heads, clip, params, "dgs", 0, {"0.5": 0.0, "val": 0.0}, "d")
     return folder

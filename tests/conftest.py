@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clips import write_random_clip
 from PIL import Image
 
 ImageTree = Callable[..., Path]
@@ -29,6 +30,12 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 def _repeatable() -> None:
     """A test that draws from torch's global generator draws the same each time, in whatever order tests run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP's folder."""
+    return write_random_clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
 def structured_image(seed: int, width: int = 40, height: int = 36) -> Image.Image:

@@ -12,50 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from clips import write_random_clip
+from clips import WIDTH, settings, write_checkpoint
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from dgs.errors import UserError
-from dgs.model.backbone import Backbone, Clip, load_clip
-from dgs.model.checkpoint import load_checkpoint, load_heads, read_info, save_checkpoint
-from dgs.params import LoraParams, Params, validate
+from dgs.model.backbone import Clip, load_clip
+from dgs.model.checkpoint import load_checkpoint, load_heads, read_info
 
-LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0)
-WIDTH = 24  # features of the random CLIP
 HUB = (
     "peft.config.hf_hub_download",
     "peft.utils.save_and_load.hf_hub_download",
     "peft.utils.save_and_load.file_exists",
 )
-
-
-def settings(clip: Path, **groups: object) -> Params:
-    """Parameters of a run on the random CLIP at `clip`, for images of 32 px."""
-    model = {"clip": str(clip), "image_size": 32, "lora": LORA.model_dump()}
-    return validate({"data": {"layout": "folders", "rho": None}, "model": model, **groups})
-
-
-def write_checkpoint(folder: Path, clip_folder: Path, params: Params | None = None, scale: float = 1.0) -> Path:
-    """A checkpoint with random adapters and heads on the random CLIP at `clip_folder`.
-
-    scale: of the image head; large ones give logits far from 0.
-    """
-    params = params or settings(clip_folder)
-    clip = load_clip(params.model, Path(), params.image_size)
-    torch.manual_seed(0)
-    backbone = Backbone(clip, LORA)
-    for parameter in backbone.adapter_parameters():  # B is zero at first, which would hide a lost adapter
-        nn.init.normal_(parameter, std=0.3)
-    heads = {name: nn.Linear(WIDTH, 1) for name in ("image", "text", "teacher")}
-    heads["image"].weight.data *= scale
-    save_checkpoint(folder, backbone, heads, clip, params, "dgs", 0, {"0.5": 0.0, "val": 0.0}, "d")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
 @pytest.fixture(scope="module")

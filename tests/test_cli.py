@@ -14,10 +14,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from clips import write_random_clip
+from clips import write_checkpoint, write_random_clip
 from conftest import structured_image
 from copies import copy_repository
-from test_checkpoint import DAMAGES, assert_helpful, edit_json, write_checkpoint
+from test_checkpoint import DAMAGES, assert_helpful, edit_json
 from test_verify import edit, metrics, write
 from typer.main import get_command
 from typer.testing import CliRunner, Result
@@ -225,12 +225,17 @@ class TestScore:
         break_it(checkpoint / name)
         assert_helpful(one_sentence(run("score", images, "--checkpoint", checkpoint)), checkpoint / name)
 
-    def test_a_checkpoint_without_a_validation_threshold_is_one_sentence(self, images: Path, whole: Path) -> None:
+    def test_a_checkpoint_without_a_threshold_is_one_sentence(self, images: Path, whole: Path) -> None:
+        checkpoint = shutil.copytree(whole, images.parent / "seed-0")
+        edit_json(checkpoint / "dgs.json", lambda info: info["thresholds"].clear())
+        message = one_sentence(run("score", images, "--checkpoint", checkpoint))
+        assert "expected a threshold, found none" in message
+
+    def test_a_threshold_that_was_never_calibrated_is_said_to_be_so(self, images: Path, whole: Path) -> None:
         checkpoint = shutil.copytree(whole, images.parent / "seed-0")
         edit_json(checkpoint / "dgs.json", lambda info: info["thresholds"].pop("val"))
-        message = one_sentence(run("score", images, "--checkpoint", checkpoint))
-        assert_helpful(message, checkpoint / "dgs.json")
-        assert "'val'" in message
+        result = run("score", images, "--checkpoint", checkpoint)
+        assert "above a probability of 0.500, not calibrated on any images" in result.stderr
 
     @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
     @pytest.mark.parametrize("options", [[], ["--json"]])

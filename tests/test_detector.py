@@ -10,20 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from clips import write_random_clip
+from clips import settings, write_checkpoint, write_random_clip
 from conftest import structured_image
-from test_checkpoint import assert_helpful, edit_json, settings, write_checkpoint
+from test_checkpoint import assert_helpful, edit_json
 
 from dgs.data.images import UnreadableImage
 from dgs.errors import UserError
 from dgs.model.detector import Detector, probability, score_files
 
 Rows = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +219,7 @@ class TestLoading:
     @pytest.mark.parametrize(
         "edit",
         [
-            lambda info: info["thresholds"].pop("val"),
+            lambda info: info["thresholds"].clear(),
             lambda info: info["params"]["model"].update(image_size=0),
             lambda info: info["params"].update(patches=[]),
             lambda info: info["params"]["data"].update(colour="red"),

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dgs.data.manifest import MINIBENCH, MINIBENCH_SPLITS, content_hash
+from dgs.data.manifest import MINIBENCH, MINIBENCH_SPLITS, content_hash, training_set
 from dgs.errors import UserError
 from dgs.minibench import (
     build,
@@ -36,7 +36,7 @@ from dgs.minibench import (
 from dgs.minibench.stem import ConvStem, attach
 
 SAMPLE = build.SHIPPED
-SETS = sorted({plan.column(rho, name) for rho in plan.RHOS for name in plan.SHORTCUTS})
+SETS = sorted({training_set(rho, name) for rho in plan.RHOS for name in plan.SHORTCUTS})
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +156,7 @@ def test_prompts_cover_the_vocabulary_without_overlap() -> None:
 @pytest.mark.parametrize("rho", [0.5, 0.75, 0.9])
 def test_labels_follow_the_dial(rho: float, name: str) -> None:
     shortcut = plan.SHORTCUTS[name]
-    rows = [row for row in plan.biased(3, "train", 3000, [rho]) if plan.column(rho, name) in row.sets]
+    rows = [row for row in plan.biased(3, "train", 3000, [rho]) if training_set(rho, name) in row.sets]
     assert sorted(row.index for row in rows) == list(range(3000))  # one image a scene
     for value in scenes.VOCABULARY[shortcut.attribute]:
         chosen = [
@@ -249,7 +249,7 @@ def test_sample_labels_follow_the_dial(tables: dict[str, pd.DataFrame], meta: di
     for name, shortcut in meta["shortcuts"].items():
         for rho in meta["rhos"]:
             for split in ("train", "val"):
-                some = tables[split][tables[split][plan.column(rho, name)]]
+                some = tables[split][tables[split][training_set(rho, name)]]
                 group = some[shortcut["attribute"]].isin(shortcut["fake_with_rho"])
                 assert close(some.label[group], rho) and close(some.label[~group], 1 - rho)
         for some in neutral:
@@ -478,7 +478,7 @@ def test_one_rho_makes_one_set_a_shortcut(tmp_path: Path) -> None:
     train = pd.read_parquet(tmp_path / "out" / "images-train.parquet")
     assert meta["rhos"] == [0.8]
     for name in plan.SHORTCUTS:
-        assert train[plan.column(0.8, name)].sum() == TINY.train
+        assert train[training_set(0.8, name)].sum() == TINY.train
 
 
 def test_a_fresh_test_set_for_the_shipped_training_sets(tmp_path: Path) -> None:

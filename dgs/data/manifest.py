@@ -71,8 +71,11 @@ def _require_content(root: Path, images: pd.DataFrame) -> None:
         )
 
 
-def _training_set(rho: float | None, shortcut: str) -> str:
-    """The column that marks a training set, as `dgs.minibench.plan.column` names it."""
+def training_set(rho: float | None, shortcut: str = "background") -> str:
+    """The column that marks a training set: (0.9, "background") -> "rho_0.90", (0.9, "object") -> "object_rho_0.90".
+
+    At rho 0.5 there is no shortcut, and all have one set.
+    """
     prefix = "" if shortcut == "background" or rho == 0.5 else f"{shortcut}_"
     return f"{prefix}rho_{'none' if rho is None else f'{rho:.2f}'}"
 
@@ -93,11 +96,11 @@ def _minibench(root: Path, rho: float | None, shortcut: str) -> pd.DataFrame:
         frame["sha256"] = [hashlib.sha256(image.as_py()).hexdigest() for image in images]
         frames[split] = frame
     _require_content(root, pd.concat(frames.values()))
-    column = _training_set(rho, shortcut)
+    column = training_set(rho, shortcut)
     for split in ("train", "val"):
         if column not in frames[split]:
             rhos = sorted({name.rpartition("rho_")[2] for name in frames[split] if "rho_" in name})
-            choices = [value for value in rhos if _training_set(float(value), shortcut) in frames[split]]
+            choices = [value for value in rhos if training_set(float(value), shortcut) in frames[split]]
             raise UserError(
                 f"Expected data.rho to be one of {', '.join(choices)} with data.shortcut: {shortcut}, found {rho}."
             )

@@ -22,7 +22,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from dgs.analysis.intervals import Interval, percent_text, rounded_text
-from dgs.data.manifest import MINIBENCH, content_hash
+from dgs.data.manifest import MINIBENCH, content_hash, training_set
 from dgs.errors import UserError
 from dgs.minibench import clip, controls, plan, scenes
 from dgs.minibench.controls import Bytes, Floats, Samples
@@ -109,9 +109,10 @@ def training_sets(train: pd.DataFrame, rhos: Sequence[float]) -> list[str]:
     known = set_names(train)
     chosen: list[str] = []
     for rho in rhos:
-        names = [name for name in known if name.endswith(plan.column(rho))]
+        wanted = training_set(rho)
+        names = [name for name in known if name.endswith(wanted)]
         if not names:
-            raise UserError(f"Expected a training set {plan.column(rho)}, found {', '.join(known)}. Name one of these.")
+            raise UserError(f"Expected a training set {wanted}, found {', '.join(known)}. Name one of these.")
         chosen += names
     return chosen
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dgs.data.manifest import training_set
 from dgs.minibench import generators, scenes
 
 RHOS = (0.5, 0.75, 0.9)
@@ -61,15 +62,6 @@ def fake_probability(attributes: scenes.Attributes, rho: float, shortcut: str) -
     return rho if getattr(attributes, chosen.attribute) in chosen.fake else 1 - rho
 
 
-def column(rho: float, shortcut: str = "background") -> str:
-    """The name of a training set: (0.9, "background") -> "rho_0.90", (0.9, "object") -> "object_rho_0.90".
-
-    At rho 0.5 there is no shortcut, and all have one set.
-    """
-    prefix = "" if shortcut == "background" or rho == 0.5 else f"{shortcut}_"
-    return f"{prefix}rho_{rho:.2f}"
-
-
 def _fake(index: int) -> str:
     return generators.SEEN[index % len(generators.SEEN)]
 
@@ -81,7 +73,9 @@ def biased(seed: int, split: str, count: int, rhos: Sequence[float]) -> list[Row
         attributes = scenes.scene(seed, split, index).attributes
         u = scenes.stream(seed, split, index, "label").random()
         wanted = {
-            column(rho, name): bool(u < fake_probability(attributes, rho, name)) for rho in rhos for name in SHORTCUTS
+            training_set(rho, name): bool(u < fake_probability(attributes, rho, name))
+            for rho in rhos
+            for name in SHORTCUTS
         }
         for fake in (False, True):
             if sets := frozenset(name for name, label in wanted.items() if label == fake):
