@@ -1,6 +1,7 @@
 # make repro          environment + the whole pipeline (PROFILE=paper: another profile)
 # make test           environment + what a contributor runs; make test-slow: the rest
 # make verify         reproduce the committed results elsewhere and compare
+# make bench          speed and memory against the release's step (10 minutes, a quiet machine)
 # make lab            JupyterLab
 # make lock           renew requirements.lock from pyproject.toml
 
@@ -23,7 +24,7 @@ export PATH := $(BIN):$(PATH)
 NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gradient_angles))
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120
 
-.PHONY: environment repro test test-slow verify lint lab lock
+.PHONY: environment repro test test-slow verify bench lint lab lock
 environment: $(READY)
 
 # torch comes first and by pip: it honours the machine's pip settings, and keeps a CPU build that is already there.
@@ -55,6 +56,9 @@ test-slow: $(READY)
 
 verify: $(READY)
 	python tests/verify.py
+
+bench: $(READY)
+	python benchmarks/bench.py
 
 lint: $(READY)
 	ruff check .

@@ -323,7 +323,7 @@ def table(rows: list[Row], on: dict[str, str], gpu: list[dict[str, Any]]) -> str
 def main() -> None:
     """Measure, write results.json and results.md beside this file, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a small geometry, to see that everything runs; no file")
     parser.add_argument("--memory", nargs=3, metavar=("SIDE", "GEOMETRY", "BATCH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -340,7 +340,7 @@ def main() -> None:
     rows = bench_patches(rounds)
     rows += bench_step("ViT-B/32", 16, rounds, 2.0, 2.4) + bench_memory("ViT-B/32", 16)
     rows += bench_step("ViT-L/14", 2, rounds, 1.6, None) + bench_memory("ViT-L/14", 2)
-    rows += bench_stages("ViT-B/32", 64, 16, max(rounds // 2, 1))
+    rows += bench_stages("ViT-B/32", 32, 16, max(rounds - 1, 1))
     gpu = bench_gpu(rounds) if torch.cuda.is_available() else []
     on = machine()
     content = {"machine": on, "rows": [asdict(r) for r in rows], "gpu": gpu}

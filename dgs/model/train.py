@@ -26,6 +26,8 @@ from dgs.model.methods import Batch, Method, total_steps
 from dgs.model.surgery import head_gradients, residual_directions, split_signs
 from dgs.params import Params
 
+RECORDS = 200  # of stage 1's losses: its steps are many and cheap
+
 
 @dataclass
 class Trained:
@@ -123,6 +125,7 @@ def stage1(
     optimizer = _adam(list(head.parameters()), params.train.stage1.lr)
     size, step = params.train.batch_size, 0
     steps = params.train.stage1.epochs * -(-len(labels) // size)
+    every = max(params.train.log_every, steps // RECORDS)
     for epoch in range(params.train.stage1.epochs):
         view = features[epoch % len(features)]
         order = torch.tensor(batch_order(len(labels), seed, epoch), device=features.device)
@@ -131,7 +134,7 @@ def stage1(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if journal is not None and (step % params.train.log_every == 0 or step == steps - 1):
+            if journal is not None and (step % every == 0 or step == steps - 1):
                 journal.loss(epoch, step, loss=loss.item(), loss_task=loss.item())
             step += 1
             on_step()
