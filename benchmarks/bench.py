@@ -29,7 +29,7 @@ import oracle  # noqa: E402  # the release's step lives with the tests that it i
 from timing import Timed, in_own_process, interleave, peak_megabytes, resident_megabytes  # noqa: E402
 
 from dgs.data.patches import patch_entropy, select_indices, stitch  # noqa: E402
-from dgs.model.backbone import IMAGENET, Backbone, load_clip  # noqa: E402
+from dgs.model.backbone import IMAGENET, Backbone, embed_tokens, load_clip  # noqa: E402
 from dgs.model.checkpoint import adapt  # noqa: E402
 from dgs.model.methods import get_method  # noqa: E402
 from dgs.model.release import Release, take_apart, write_clip  # noqa: E402
@@ -106,7 +106,7 @@ class Student:
         """What is computed once: frozen features, caption embeddings, teacher residuals."""
         with self.backbone.frozen():
             frozen = torch.cat([self.backbone(part) for part in images.split(batch)])
-            captions = torch.cat([self.clip.model.encode_text(part) for part in tokens.split(batch)])
+            captions = torch.cat([embed_tokens(self.clip.model, part) for part in tokens.split(batch)])
         return frozen, captions, teacher_residuals(self.heads["teacher"], frozen, labels)
 
 
@@ -200,7 +200,7 @@ def bench_stages(name: str, images_count: int, batch: int, rounds: int) -> list[
         def dgs_both() -> None:
             frozen = dgs_stage_1()
             with torch.no_grad():
-                captions = torch.cat([mine.clip.model.encode_text(part) for part in tokens.split(batch)])
+                captions = torch.cat([embed_tokens(mine.clip.model, part) for part in tokens.split(batch)])
             residual = teacher_residuals(mine.heads["teacher"], frozen, labels)
             for part in order[EPOCHS_1]:
                 mine.step(images[part], captions[part], residual[part], labels[part])

@@ -10,11 +10,20 @@ import open_clip
 import pytest
 import torch
 from clips import write_random_clip
+from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgs.errors import UserError
-from dgs.model.backbone import Backbone, SplitAttention, encode_prompts, encode_texts, load_clip
+from dgs.model.backbone import (
+    Backbone,
+    LeanQuickGELU,
+    SplitAttention,
+    embed_tokens,
+    encode_prompts,
+    encode_texts,
+    load_clip,
+)
 from dgs.model.device import choose_device
 from dgs.params import LoraParams, ModelParams
 
@@ -172,6 +181,39 @@ def test_another_image_size_interpolates_positions_only(params: ModelParams) -> 
     assert large.model.visual.positional_embedding.shape[0] == 26
     assert small.weights_hash == large.weights_hash
     assert Backbone(large)(images(size=40)).shape == (4, 24)
+
+
+@pytest.mark.parametrize("name", [None, "ViT-B-32-quickgelu"])
+def test_the_text_tower_cut_to_the_longest_text_is_open_clips(params: ModelParams, name: str | None) -> None:
+    named = {"clip": name, "pretrained": "random"}
+    clip = load_clip(params.model_copy(update=named) if name else params, Path(), 32)
+    tokens = clip.tokenizer(["a", "a blurry photo of a small red ring", ""])
+    called: list[int] = []
+    clip.model.transformer.register_forward_hook(lambda *args: called.append(args[1][0].shape[1]))
+    found = embed_tokens(clip.model, tokens)
+    with torch.no_grad():
+        expected = clip.model.encode_text(tokens)
+    assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
+    assert called == [int((tokens > 0).sum(1).max()), tokens.shape[1]] and called[0] < called[1]
+
+
+def test_lean_quick_gelu_is_quick_gelu_and_keeps_less() -> None:
+    x = torch.linspace(-9, 9, 4001, dtype=torch.float64, requires_grad=True)
+    kept: dict[str, int] = {}
+    grads = {}
+    for name, module in (("lean", LeanQuickGELU()), ("plain", QuickGELU())):
+        kept[name] = 0
+
+        def keep(tensor: Tensor, name: str = name) -> Tensor:
+            kept[name] += tensor.numel() > 1
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = module(x)
+        grads[name] = (y.detach(), torch.autograd.grad(y.sum(), x)[0])
+    for lean, plain in zip(grads["lean"], grads["plain"], strict=True):
+        assert torch.allclose(lean, plain, rtol=0, atol=1e-14)
+    assert (kept["lean"], kept["plain"]) == (1, 3)
 
 
 def test_text_embeddings_do_not_depend_on_the_batch(params: ModelParams) -> None:

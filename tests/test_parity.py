@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgs.model.backbone import IMAGENET, Backbone, load_clip
+from dgs.model.backbone import IMAGENET, Backbone, embed_tokens, load_clip
 from dgs.model.checkpoint import adapt
 from dgs.model.methods import get_method
 from dgs.model.release import take_apart, write_clip
@@ -59,7 +59,7 @@ def require_parity(geometry: oracle.Geometry, batch: int, dropout: float, folder
     images, tokens, labels = data(geometry, STEPS * batch)
     with backbone.frozen():
         residuals = teacher_residuals(heads["teacher"], backbone(images), labels)
-        captions = clip.model.encode_text(tokens)
+        captions = embed_tokens(clip.model, tokens)
         untrained = start.heads["image"](backbone(images)).squeeze(1)
     learned = [*backbone.adapter_parameters(), *heads["image"].parameters(), *heads["text"].parameters()]
     optimizer = torch.optim.Adam(learned, lr=LR, betas=(0.9, 0.999))

@@ -16,6 +16,7 @@ import open_clip
 import torch
 from numpy.typing import NDArray
 from open_clip.model import resize_pos_embed
+from open_clip.transformer import QuickGELU
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -63,6 +64,20 @@ class SplitAttention(nn.Module):
         )
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         return self.out_proj(out.transpose(1, 2).flatten(2)), None
+
+
+class LeanQuickGELU(nn.Module):
+    """x sigmoid(1.702 x) as SiLU(1.702 x) / 1.702: one fused pass that keeps one tensor for backward, not three."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(1.702 * x) / 1.702
+
+
+def _lighten(visual: nn.Module) -> None:
+    for module in visual.modules():
+        for name, child in module.named_children():
+            if isinstance(child, QuickGELU):
+                setattr(module, name, LeanQuickGELU())
 
 
 def split_attention(visual: nn.Module) -> None:
@@ -193,6 +208,7 @@ def load_clip(params: ModelParams, root: Path, image_size: int, seed: int = 0, t
     if not text:
         _drop_text(model)
     split_attention(model.visual)
+    _lighten(model.visual)
     model.eval()
     model.requires_grad_(False)
     mean, std = IMAGENET if params.normalize == "imagenet" else (preprocess["mean"], preprocess["std"])
@@ -201,12 +217,30 @@ def load_clip(params: ModelParams, root: Path, image_size: int, seed: int = 0, t
 
 
 @torch.no_grad()
+def embed_tokens(model: Any, tokens: Tensor) -> Tensor:
+    """(B, context) tokens to (B, D) unnormalised embeddings: the text tower, cut to the longest text of the batch.
+
+    Exact, since under the causal mask nothing before the end token sees what comes after it; another text tower than
+    open_clip's causal one is run whole.
+    """
+    if not isinstance(model, open_clip.CLIP) or model.text_pool_type != "argmax" or model.attn_mask is None:
+        return model.encode_text(tokens)
+    tokens = tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
+    length = tokens.shape[1]
+    x = model.token_embedding(tokens) + model.positional_embedding[:length]
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+    x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]
+    projection = model.text_projection
+    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+
+@torch.no_grad()
 def encode_texts(clip: Clip, texts: Sequence[str], batch_size: int = 256) -> NDArray[np.float32]:
     """Unnormalised caption embeddings t of the frozen text tower: N texts to (N, D) float32."""
     device = next(clip.model.parameters()).device
     starts = range(0, len(texts), batch_size)
     parts = [
-        clip.model.encode_text(clip.tokenizer(list(texts[i : i + batch_size])).to(device)).float().cpu().numpy()
+        embed_tokens(clip.model, clip.tokenizer(list(texts[i : i + batch_size])).to(device)).float().cpu().numpy()
         for i in tqdm(starts, desc="captions", unit="batch", disable=len(starts) < 2)
     ]
     return np.concatenate(parts).astype(np.float32)
