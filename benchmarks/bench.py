@@ -33,7 +33,8 @@ from dgs.model.backbone import IMAGENET, Backbone, embed_tokens, load_clip  # no
 from dgs.model.checkpoint import adapt  # noqa: E402
 from dgs.model.methods import get_method  # noqa: E402
 from dgs.model.release import Release, take_apart, write_clip  # noqa: E402
-from dgs.model.train import stage1, stage2_step, teacher_residuals  # noqa: E402
+from dgs.model.step import Known, stage2_step  # noqa: E402
+from dgs.model.train import stage1, teacher_residuals  # noqa: E402
 from dgs.params import Params, validate  # noqa: E402
 
 GEOMETRIES = {"ViT-B/32": oracle.VIT_B_32, "ViT-L/14": oracle.VIT_L_14, "reduced": oracle.REDUCED}
@@ -90,10 +91,10 @@ class Student:
         learned = [p for n in ("image", "text") for p in self.heads[n].parameters()]
         self.optimizer = torch.optim.Adam([*self.backbone.adapter_parameters(), *learned], lr=LR)
 
-    def step(self, images: Tensor, captions: Tensor, residual: Tensor, labels: Tensor) -> None:
+    def step(self, images: Tensor, known: Known) -> None:
         """One step of stage 2, from cached caption embeddings and teacher residuals."""
-        told = captions, residual, labels
-        stage2_step(self.method, self.backbone, self.heads, self.optimizer, images, *told, self.params)
+        noise = torch.randn(known.captions.shape, device=known.captions.device)
+        stage2_step(self.method, self.backbone, self.heads, self.optimizer, images, known, noise, self.params)
 
     def forward_and_backward(self, images: Tensor) -> None:
         """The least that any training of these adapters costs."""
@@ -102,12 +103,13 @@ class Student:
         features = self.backbone(images)
         features.backward(torch.ones_like(features))
 
-    def prepare(self, images: Tensor, tokens: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare(self, images: Tensor, tokens: Tensor, labels: Tensor, batch: int) -> Known:
         """What is computed once: frozen features, caption embeddings, teacher residuals."""
         with self.backbone.frozen():
             frozen = torch.cat([self.backbone(part) for part in images.split(batch)])
             captions = torch.cat([embed_tokens(self.clip.model, part) for part in tokens.split(batch)])
-        return frozen, captions, teacher_residuals(self.heads["teacher"], frozen, labels)
+        residual = teacher_residuals(self.heads["teacher"], frozen, labels)
+        return Known(labels, captions, frozen, residual, torch.zeros_like(labels))
 
 
 def data(geometry: oracle.Geometry, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,6 +126,12 @@ def normalised(images: Tensor) -> Tensor:
     """As the release feeds them."""
     mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in IMAGENET)
     return (images / 255 - mean) / std
+
+
+def arbitrary(labels: Tensor, width: int) -> Known:
+    """What a step reads, made up: its values do not change what a step costs."""
+    captions, teacher = torch.randn(2, len(labels), width, device=labels.device)
+    return Known(labels, captions, teacher, torch.rand_like(labels) - 0.5, torch.zeros_like(labels))
 
 
 @contextmanager
@@ -149,12 +157,12 @@ def bench_step(name: str, batch: int, rounds: int, required: float, stretch: flo
     geometry = GEOMETRIES[name]
     images, tokens, labels = data(geometry, batch)
     with both(geometry, batch) as (theirs, mine):
-        _, captions, residual = mine.prepare(images, tokens, labels, batch)
+        known = mine.prepare(images, tokens, labels, batch)
         pixels = normalised(images)
         timed = interleave(
             {
                 "release": lambda: theirs.step(pixels, tokens, labels),
-                "dgs": lambda: mine.step(images, captions, residual, labels),
+                "dgs": lambda: mine.step(images, known),
                 "student": lambda: mine.forward_and_backward(images),
             },
             rounds,
@@ -202,8 +210,9 @@ def bench_stages(name: str, images_count: int, batch: int, rounds: int) -> list[
             with torch.no_grad():
                 captions = torch.cat([embed_tokens(mine.clip.model, part) for part in tokens.split(batch)])
             residual = teacher_residuals(mine.heads["teacher"], frozen, labels)
+            known = Known(labels, captions, frozen, residual, torch.zeros_like(labels))
             for part in order[EPOCHS_1]:
-                mine.step(images[part], captions[part], residual[part], labels[part])
+                mine.step(images[part], known[part])
 
         first = interleave({"release": release_stage_1, "dgs": dgs_stage_1}, rounds)
         whole = interleave({"release": release_both, "dgs": dgs_both}, rounds)
@@ -248,10 +257,10 @@ def measure_memory(side: str, name: str, batch: int) -> dict[str, float]:
             params = settings(geometry.image, batch=batch)
             mine = Student(release, params, Path(scratch), torch.device("cpu"), whole=False)
         del release
-        captions, residual = torch.randn(batch, geometry.embed), torch.rand(batch) - 0.5
+        known = arbitrary(labels, geometry.embed)
         modules = [mine.clip.model, *mine.heads.values()]
         parameters = sum(p.numel() for module in modules for p in module.parameters())
-        task = lambda: [mine.step(images, captions, residual, labels) for _ in range(3)]  # noqa: E731
+        task = lambda: [mine.step(images, known) for _ in range(3)]  # noqa: E731
     gc.collect()
     return {"peak": peak_megabytes(task) - base, "parameters": parameters * 4 / 1e6}
 
@@ -279,8 +288,8 @@ def bench_gpu(rounds: int) -> list[dict[str, Any]]:
                 params = settings(geometry.image, precision, batch)
                 mine = Student(release, params, Path(scratch), torch.device("cuda"), whole=False)
             images, _, labels = (part.cuda() for part in data(geometry, batch))
-            captions, residual = torch.randn(batch, geometry.embed).cuda(), (torch.rand(batch) - 0.5).cuda()
-            timed = interleave({"dgs": lambda: mine.step(images, captions, residual, labels)}, rounds)  # noqa: B023
+            known = arbitrary(labels, geometry.embed)
+            timed = interleave({"dgs": lambda: mine.step(images, known)}, rounds)  # noqa: B023
             found.append(
                 {
                     "what": f"stage-2 step, {name}, B {batch}, {precision}",

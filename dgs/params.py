@@ -116,6 +116,7 @@ class SurgeryParams(_Group):
     """Distillation-guided gradient surgery."""
 
     lam: Annotated[float, Field(ge=0), Number] = 0.2  # weight of prior alignment
+    distill: Annotated[float, Field(ge=0), Number] = 1.0  # weight of feature distillation, where a method has it
     eps: Annotated[float, Field(ge=0), Number] = 1e-6  # added to the norm of the harmful direction
     order: Literal["release", "paper"] = "release"  # release: suppression acts on task + alignment
     scale: Literal["release", "per_sample"] = "release"  # release: directions carry 1/B

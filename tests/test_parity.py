@@ -14,7 +14,8 @@ from dgs.model.backbone import IMAGENET, Backbone, embed_tokens, load_clip
 from dgs.model.checkpoint import adapt
 from dgs.model.methods import get_method
 from dgs.model.release import take_apart, write_clip
-from dgs.model.train import stage2_step, teacher_residuals
+from dgs.model.step import Known, stage2_step
+from dgs.model.train import teacher_residuals
 from dgs.params import Params, validate
 
 STEPS, LR = 5, 1e-4
@@ -58,8 +59,9 @@ def require_parity(geometry: oracle.Geometry, batch: int, dropout: float, folder
     heads = {name: head.requires_grad_(name != "teacher") for name, head in start.heads.items()}
     images, tokens, labels = data(geometry, STEPS * batch)
     with backbone.frozen():
-        residuals = teacher_residuals(heads["teacher"], backbone(images), labels)
-        captions = embed_tokens(clip.model, tokens)
+        frozen = backbone(images)
+        residual = teacher_residuals(heads["teacher"], frozen, labels)
+        known = Known(labels, embed_tokens(clip.model, tokens), frozen, residual, torch.zeros_like(labels))
         untrained = start.heads["image"](backbone(images)).squeeze(1)
     learned = [*backbone.adapter_parameters(), *heads["image"].parameters(), *heads["text"].parameters()]
     optimizer = torch.optim.Adam(learned, lr=LR, betas=(0.9, 0.999))
@@ -70,8 +72,8 @@ def require_parity(geometry: oracle.Geometry, batch: int, dropout: float, folder
         release.step((images[part] / 255 - mean) / std, tokens[part, :21], labels[part])
     torch.manual_seed(7)
     for part in torch.arange(len(labels)).split(batch):
-        told = captions[part], residuals[part], labels[part]
-        stage2_step(get_method("dgs"), backbone, heads, optimizer, images[part], *told, params)
+        noise = torch.zeros(batch, geometry.embed)
+        stage2_step(get_method("dgs"), backbone, heads, optimizer, images[part], known[part], noise, params)
 
     for name, theirs in (("image", release.img_fc), ("text", release.text_fc)):
         assert (heads[name].weight - before[name]).abs().max() > LR

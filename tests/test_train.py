@@ -25,12 +25,12 @@ from dgs.model.backbone import Backbone, Clip, load_clip
 from dgs.model.checkpoint import load_checkpoint, load_heads, save_checkpoint
 from dgs.model.detector import Detector
 from dgs.model.methods import METHODS, get_method
+from dgs.model.step import Known, surgery_step
 from dgs.model.train import (
     Trained,
     frozen_features,
     new_head,
     stage1,
-    surgery_step,
     teacher_residuals,
     train,
     training_views,
@@ -98,6 +98,11 @@ def run(
     return kept[0]
 
 
+def some_known(labels: Tensor, captions: Tensor, residual: Tensor) -> Known:
+    """With a teacher that matters to no method tested with it, and no text expert."""
+    return Known(labels, captions, torch.ones_like(captions), residual, torch.zeros_like(labels))
+
+
 @pytest.mark.parametrize("order", ["release", "paper"])
 @pytest.mark.parametrize("scale", ["release", "per_sample"])
 def test_a_dgs_step_equals_autograd_through_every_head(order: str, scale: str) -> None:
@@ -113,7 +118,8 @@ def test_a_dgs_step_equals_autograd_through_every_head(order: str, scale: str) -
     captions = torch.randn(count, width, dtype=torch.float64)
     labels = torch.tensor([0.0, 1, 1, 0, 1, 0], dtype=torch.float64)
     residual = (torch.sigmoid(heads["teacher"](frozen).squeeze(1)) - labels).detach()
-    applied, losses, _ = surgery_step(METHODS["dgs"], features, heads, captions, residual, labels, params)
+    known, noise = some_known(labels, captions, residual), torch.zeros_like(features)
+    applied, losses, _ = surgery_step(METHODS["dgs"], features, heads, known, noise, params)
     accumulated = {n: heads[n].weight.grad.clone() for n in ("image", "text")}
 
     def gradient(head: nn.Linear, at: Tensor, reduction: str) -> Tensor:
@@ -155,8 +161,8 @@ def directions_seen(count: int, scale: str) -> dict[str, Tensor]:
     features, captions = torch.randn(2, 64, 7, generator=generator, dtype=torch.float64)
     residual = torch.rand(64, generator=generator, dtype=torch.float64) - 0.5
     labels = torch.arange(64).remainder(2).double()
-    told = captions[:count], residual[:count], labels[:count]
-    applied, _, gradients = surgery_step(METHODS["dgs"], features[:count], heads, *told, params)
+    known = some_known(labels[:count], captions[:count], residual[:count])
+    applied, _, gradients = surgery_step(METHODS["dgs"], features[:count], heads, known, features[:count], params)
     return {"applied": count * applied[0], **{name: count * gradients[name][0] for name in ("harmful", "beneficial")}}
 
 
@@ -177,9 +183,8 @@ def test_a_text_head_that_is_not_linear_is_differentiated_by_autograd() -> None:
     text = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
     heads = {"image": nn.Linear(6, 1), "text": text, "teacher": nn.Linear(6, 1)}
     captions, labels = torch.randn(4, 6), torch.tensor([0.0, 1, 1, 0])
-    _, _, gradients = surgery_step(
-        METHODS["dgs"], torch.randn(4, 6), heads, captions, torch.rand(4), labels, settings()
-    )
+    known, noise = some_known(labels, captions, torch.rand(4)), torch.zeros(4, 6)
+    _, _, gradients = surgery_step(METHODS["dgs"], torch.randn(4, 6), heads, known, noise, settings())
     at = captions.clone().requires_grad_()
     F.binary_cross_entropy_with_logits(text(at).squeeze(1), labels).backward()
     assert at.grad is not None
@@ -269,8 +274,10 @@ def test_the_threshold_that_decides_verdicts_is_the_best_on_validation(
 def test_lora_sends_the_task_gradient_untouched() -> None:
     torch.manual_seed(0)
     heads = {name: nn.Linear(4, 1) for name in ("image", "text", "teacher")}
-    args = torch.randn(5, 4), heads, torch.randn(5, 4), torch.randn(5), torch.tensor([0.0, 1, 0, 1, 1])
-    applied, losses, gradients = surgery_step(METHODS["lora"], *args, settings())
+    known = some_known(torch.tensor([0.0, 1, 0, 1, 1]), torch.randn(5, 4), torch.randn(5))
+    applied, losses, gradients = surgery_step(
+        METHODS["lora"], torch.randn(5, 4), heads, known, torch.randn(5, 4), settings()
+    )
     assert torch.equal(applied, gradients["task"])
     assert losses["loss_alignment"] == 0.0
 

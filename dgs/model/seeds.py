@@ -72,9 +72,8 @@ def train_seed(method: str, seed: int, params: Params, root: Path, prepared_fold
     def done(trained: Trained) -> None:
         target = folder / f"seed-{seed}"
         data_hash = prepared.info["data_hash"]
-        save_checkpoint(
-            target, trained.backbone, trained.heads, clip, params, method, seed, trained.thresholds, data_hash
-        )
+        own = get_method(method).of(params)
+        save_checkpoint(target, trained.backbone, trained.heads, clip, own, method, seed, trained.thresholds, data_hash)
         journals.append(trained.journal)
 
     train(get_method(method), clip, prepared, params, seed, choose_device(params.compute.device), done, _count)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -21,9 +19,10 @@ from dgs.data.views import Views, batch_order, batches, worth_keeping
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, Clip
 from dgs.model.device import set_determinism
+from dgs.model.expert import text_expert
 from dgs.model.journal import Journal, angles
-from dgs.model.methods import Batch, Method, total_steps
-from dgs.model.surgery import head_gradients, residual_directions, split_signs
+from dgs.model.methods import Method, total_steps
+from dgs.model.step import Known, stage2_step
 from dgs.params import Params
 
 RECORDS = 200  # of stage 1's losses: its steps are many and cheap
@@ -110,6 +109,7 @@ def stage1(
     seed: int,
     journal: Journal | None = None,
     on_step: Callable[[], None] = _nothing,
+    expert: Tensor | None = None,
 ) -> nn.Linear:
     """Stage 1: BCE and Adam on cached frozen features.
 
@@ -117,11 +117,13 @@ def stage1(
         features: (views, N, D), view e mod views is used in epoch e.
         labels: (N,) float, 0 real, 1 fake.
         journal: where the losses go, if anywhere.
+        expert: (N,) logits that are added to the head's while it learns.
 
     Returns:
         the head, D -> 1.
     """
     head = new_head(features.shape[2], seed, features.device)
+    offset = torch.zeros_like(labels) if expert is None else expert
     optimizer = _adam(list(head.parameters()), params.train.stage1.lr)
     size, step = params.train.batch_size, 0
     steps = params.train.stage1.epochs * -(-len(labels) // size)
@@ -130,7 +132,7 @@ def stage1(
         view = features[epoch % len(features)]
         order = torch.tensor(batch_order(len(labels), seed, epoch), device=features.device)
         for index in order.split(size):
-            loss = F.binary_cross_entropy_with_logits(head(view[index]).squeeze(1), labels[index])
+            loss = F.binary_cross_entropy_with_logits(head(view[index]).squeeze(1) + offset[index], labels[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -155,100 +157,6 @@ def validation_logits(
         return head(features).squeeze(1).cpu().numpy()
 
 
-def surgery_step(
-    method: Method,
-    features: Tensor,
-    heads: Mapping[str, nn.Module],
-    captions: Tensor,
-    teacher_residual: Tensor,
-    labels: Tensor,
-    params: Params,
-    batch_size: int | None = None,
-) -> tuple[Tensor, dict[str, float], dict[str, Tensor]]:
-    """The surgery of one step, at the features: gradients of the heads are accumulated, the tower's is returned.
-
-    Args:
-        features: (B, D) of the student; only their values are used.
-        heads: "image" and "text", (B, D) -> (B, 1); "teacher", linear.
-        captions: (B, D), frozen caption embeddings t.
-        teacher_residual: (B,), sigmoid(zT) - y, cached.
-        labels: (B,) float.
-        batch_size: of the whole batch, where these rows are a part of one; losses and directions are scaled by it.
-
-    Returns:
-        (gradient to send into the tower (B, D), losses by name, gradients by name for the journal).
-
-    Raises:
-        FloatingPointError: a loss is NaN or infinite.
-    """
-    total = batch_size or len(labels)
-    share = len(labels) / total
-    per = 1.0 if params.train.surgery.scale == "per_sample" else 1.0 / total
-    leaf = features.detach().requires_grad_()
-    task_loss = share * F.binary_cross_entropy_with_logits(heads["image"](leaf).squeeze(1), labels)
-    text_logits = heads["text"](captions).squeeze(1)
-    text_loss = share * F.binary_cross_entropy_with_logits(text_logits, labels)
-    for name, loss in (("task", task_loss), ("text", text_loss)):
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"The {name} loss became {loss.item()}")
-    (task_loss + text_loss).backward()
-    assert leaf.grad is not None
-    task = leaf.grad.clone()
-
-    if isinstance(heads["text"], nn.Linear):
-        text_grad = residual_directions(text_logits.detach().sigmoid() - labels, heads["text"].weight.detach()[0])
-    else:
-        text_grad = head_gradients(heads["text"], captions, labels)
-    teacher_weight = cast(nn.Linear, heads["teacher"]).weight.detach()[0]
-    batch = Batch(
-        features=leaf,
-        teacher_grad=per * residual_directions(teacher_residual, teacher_weight),
-        text_grad=per * text_grad,
-    )
-    prior_loss = share * method.prior(batch, params.train.surgery)
-    prior = torch.autograd.grad(prior_loss, leaf)[0] if prior_loss.requires_grad else torch.zeros_like(task)
-    applied = method.gradient(task, prior, batch, params.train.surgery)
-    losses = {"loss_task": task_loss.item(), "loss_text": text_loss.item(), "loss_alignment": prior_loss.item()}
-    harmful, _ = split_signs(batch.text_grad)
-    _, beneficial = split_signs(batch.teacher_grad)
-    return applied, losses, {"task": task, "applied": applied, "harmful": harmful, "beneficial": beneficial}
-
-
-def stage2_step(
-    method: Method,
-    backbone: Backbone,
-    heads: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    captions: Tensor,
-    teacher_residual: Tensor,
-    labels: Tensor,
-    params: Params,
-) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """One optimiser step of stage 2 on a batch, in `train.accumulate` parts through the tower: losses and gradients.
-
-    Without dropout the parts add up to the whole batch's step; with it each part draws its own masks.
-
-    Args:
-        images: (B, 3, S, S) uint8; the rest as in `surgery_step`.
-    """
-    total = len(labels)
-    optimizer.zero_grad()
-    losses: dict[str, float] = {}
-    parts: list[dict[str, Tensor]] = []
-    for start in range(0, total, size := -(-total // params.train.accumulate)):
-        part = slice(start, start + size)
-        features = backbone(images[part])
-        applied, some, gradients = surgery_step(
-            method, features, heads, captions[part], teacher_residual[part], labels[part], params, total
-        )
-        features.backward(applied)
-        losses = {name: losses.get(name, 0.0) + value for name, value in some.items()}
-        parts.append(gradients)
-    optimizer.step()
-    return losses, {name: torch.cat([gradients[name] for gradients in parts]) for name in parts[0]}
-
-
 @torch.no_grad()
 def teacher_residuals(teacher: nn.Linear, frozen: Tensor, labels: Tensor) -> Tensor:
     """sigmoid(zT) - y, the derivative of the teacher's loss by its logit.
@@ -256,6 +164,32 @@ def teacher_residuals(teacher: nn.Linear, frozen: Tensor, labels: Tensor) -> Ten
     `frozen`: (..., N, D) features of the frozen tower, `labels`: (N,); returns (..., N).
     """
     return torch.sigmoid(teacher(frozen).squeeze(-1)) - labels
+
+
+def known_before(method: Method, prepared: Prepared, teacher: nn.Linear, frozen: Tensor, seed: int) -> list[Known]:
+    """What stage 2 knows of the training images, a view each.
+
+    Args:
+        frozen: (views, N, D) features of the frozen tower.
+        seed: of the shuffling of captions and of the expert's folds, where a method has them.
+    """
+    rows = prepared.split("train")
+    labels = _labels(rows, frozen.device)
+    captions = prepared.caption_embeddings[rows.index]
+    if method.shuffled:
+        captions = captions[np.random.default_rng([seed, 11]).permutation(len(captions))]
+    expert = expert_logits(method, captions, labels, seed)
+    given = torch.tensor(captions, device=frozen.device)
+    residuals = teacher_residuals(teacher, frozen, labels)
+    return [Known(labels, given, *view, expert) for view in zip(frozen, residuals, strict=True)]
+
+
+def expert_logits(method: Method, captions: NDArray[np.float32], labels: Tensor, seed: int) -> Tensor:
+    """(N,) logits of the method's text expert on `labels`' device; zeros where it has none."""
+    if not method.expert:
+        return torch.zeros_like(labels)
+    found = text_expert(captions, labels.cpu().numpy().astype(np.int64), seed)
+    return torch.tensor(found, dtype=labels.dtype, device=labels.device)
 
 
 def stage2(
@@ -279,13 +213,12 @@ def stage2(
     Args:
         backbone: with adapters.
         teacher: the stage-1 head.
-        frozen: (views, N, D) features of the frozen tower; only their residuals are used.
+        frozen: (views, N, D) features of the frozen tower.
         views: what `frozen` are the features of.
     """
     rows, validation = prepared.split("train"), validation_views(prepared, params)
-    labels, truth = _labels(rows, device), prepared.split("val")["label"].to_numpy()
-    captions = torch.tensor(prepared.caption_embeddings[rows.index], device=device)
-    residuals = teacher_residuals(teacher, frozen, labels)
+    truth = prepared.split("val")["label"].to_numpy()
+    known = known_before(method, prepared, teacher, frozen, seed)
     width = frozen.shape[2]
     heads = {
         "image": new_head(width, 1_000 + seed, device),
@@ -296,6 +229,7 @@ def stage2(
     optimizer = _adam(learned, params.train.stage2.lr)
     journal = Journal(method.name, seed)
     torch.manual_seed(seed)  # dropout masks
+    random = torch.Generator().manual_seed(seed)  # of the controls, so that they leave the masks alone
     backbone.train()
     step, steps = 0, total_steps(method, len(rows), params)
     with tqdm(total=steps, desc=f"{method.name}, seed {seed}", unit="step") as progress:
@@ -304,10 +238,10 @@ def stage2(
             order = batch_order(len(rows), seed, epoch)
             for images, chosen in batches(views[view], params.train.batch_size, params.compute.workers, order):
                 index = chosen.to(device)
-                told = captions[index], residuals[view][index], labels[index]
+                noise = torch.randn(len(index), width, generator=random).to(device)
                 try:
                     losses, gradients = stage2_step(
-                        method, backbone, heads, optimizer, images.to(device), *told, params
+                        method, backbone, heads, optimizer, images.to(device), known[view][index], noise, params
                     )
                 except FloatingPointError as error:
                     raise _diverged(str(error), step, rows, index.tolist()) from None
@@ -336,6 +270,7 @@ def train(
 ) -> None:
     """Both stages of one method and seed; `done` gets the result, then the adapters come off `clip` again."""
     set_determinism(params.compute.threads)
+    params = method.of(params)
     clip.model.to(device)
     backbone = Backbone(clip, params.model.lora if method.adapters else None, seed).to(device)
     try:
@@ -344,10 +279,13 @@ def train(
         frozen = frozen_features(backbone, views, params, device)
         labels = _labels(prepared.split("train"), device)
         journal = Journal(method.name, seed)
-        head = stage1(frozen, labels, params, seed, journal, _nothing if method.adapters else on_step)
         if method.adapters:
+            head = stage1(frozen, labels, params, seed)
             done(stage2(method, backbone, prepared, params, seed, head, frozen, views, device, on_step))
         else:
+            captions = prepared.caption_embeddings[prepared.split("train").index]
+            expert = expert_logits(method, captions, labels, seed)
+            head = stage1(frozen, labels, params, seed, journal, on_step, expert)
             truth = prepared.split("val")["label"].to_numpy()
             logits = validation_logits(backbone, head, validation_views(prepared, params), params, device)
             score = detection_row(truth, logits)["balanced_acc"]

@@ -1,0 +1,135 @@
+"""One step of stage 2: heads learn, and the gradient into the features is operated on before the tower gets it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dgs.model.backbone import Backbone
+from dgs.model.methods import Batch, Method
+from dgs.model.surgery import head_gradients, residual_directions, split_signs
+from dgs.params import Params
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of images before stage 2, row by row.
+
+    labels: (N,) float, 0 real, 1 fake.
+    captions: (N, D), frozen caption embeddings t.
+    teacher: (N, D), the frozen tower's features fT of the view at hand.
+    residual: (N,), sigmoid(zT) - y.
+    expert: (N,), logits of the text expert; zero where a method has none.
+    """
+
+    labels: Tensor
+    captions: Tensor
+    teacher: Tensor
+    residual: Tensor
+    expert: Tensor
+
+    def __getitem__(self, rows: Tensor | slice) -> Known:
+        return Known(*(getattr(self, part.name)[rows] for part in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def surgery_step(
+    method: Method,
+    features: Tensor,
+    heads: Mapping[str, nn.Module],
+    known: Known,
+    noise: Tensor,
+    params: Params,
+    batch_size: int | None = None,
+) -> tuple[Tensor, dict[str, float], dict[str, Tensor]]:
+    """The surgery of one step, at the features: gradients of the heads are accumulated, the tower's is returned.
+
+    Args:
+        features: (B, D) of the student; only their values are used.
+        heads: "image" and "text", (B, D) -> (B, 1); "teacher", linear.
+        known: of the B images.
+        noise: (B, D) standard normal, for controls.
+        batch_size: of the whole batch, where these rows are a part of one; losses and directions are scaled by it.
+
+    Returns:
+        (gradient to send into the tower (B, D), losses by name, gradients by name for the journal).
+
+    Raises:
+        FloatingPointError: a loss is NaN or infinite.
+    """
+    total = batch_size or len(known)
+    share = len(known) / total
+    surgery = params.train.surgery
+    per = 1.0 if surgery.scale == "per_sample" else 1.0 / total
+    leaf = features.detach().requires_grad_()
+    image_logits = heads["image"](leaf).squeeze(1) + known.expert
+    task_loss = share * F.binary_cross_entropy_with_logits(image_logits, known.labels)
+    text_logits = heads["text"](known.captions).squeeze(1)
+    text_loss = share * F.binary_cross_entropy_with_logits(text_logits, known.labels)
+    for name, loss in (("task", task_loss), ("text", text_loss)):
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"The {name} loss became {loss.item()}")
+    (task_loss + text_loss).backward()
+    assert leaf.grad is not None
+    task = leaf.grad.clone()
+
+    if isinstance(heads["text"], nn.Linear):
+        text_residual = text_logits.detach().sigmoid() - known.labels
+        text_grad = residual_directions(text_residual, heads["text"].weight.detach()[0])
+    else:
+        text_grad = head_gradients(heads["text"], known.captions, known.labels)
+    teacher_weight = cast(nn.Linear, heads["teacher"]).weight.detach()[0]
+    batch = Batch(
+        features=leaf,
+        teacher=known.teacher,
+        teacher_grad=per * residual_directions(known.residual, teacher_weight),
+        text_grad=per * text_grad,
+        noise=noise,
+    )
+    prior_loss = share * method.prior(batch, surgery)
+    prior = torch.autograd.grad(prior_loss, leaf)[0] if prior_loss.requires_grad else torch.zeros_like(task)
+    applied = method.gradient(task, prior, batch, surgery)
+    losses = {"loss_task": task_loss.item(), "loss_text": text_loss.item(), "loss_alignment": prior_loss.item()}
+    harmful, _ = split_signs(batch.text_grad)
+    _, beneficial = split_signs(batch.teacher_grad)
+    return applied, losses, {"task": task, "applied": applied, "harmful": harmful, "beneficial": beneficial}
+
+
+def stage2_step(
+    method: Method,
+    backbone: Backbone,
+    heads: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    known: Known,
+    noise: Tensor,
+    params: Params,
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """One optimiser step of stage 2 on a batch, in `train.accumulate` parts through the tower: losses and gradients.
+
+    Without dropout the parts add up to the whole batch's step; with it each part draws its own masks.
+
+    Args:
+        images: (B, 3, S, S) uint8; the rest as in `surgery_step`.
+    """
+    total = len(known)
+    optimizer.zero_grad()
+    losses: dict[str, float] = {}
+    parts: list[dict[str, Tensor]] = []
+    for start in range(0, total, size := -(-total // params.train.accumulate)):
+        part = slice(start, start + size)
+        features = backbone(images[part])
+        applied, some, gradients = surgery_step(method, features, heads, known[part], noise[part], params, total)
+        features.backward(applied)
+        losses = {name: losses.get(name, 0.0) + value for name, value in some.items()}
+        parts.append(gradients)
+    optimizer.step()
+    return losses, {name: torch.cat([gradients[name] for gradients in parts]) for name in parts[0]}

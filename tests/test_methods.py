@@ -1,0 +1,225 @@
+"""The registry: each entry's defining property, on gradients small enough to check."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dgs.data.manifest import ImageSource
+from dgs.data.prepared import Prepared
+from dgs.errors import UserError
+from dgs.model.expert import text_expert
+from dgs.model.methods import METHODS, get_method
+from dgs.model.step import Known, surgery_step
+from dgs.model.train import expert_logits, known_before, stage1
+from dgs.params import Params, validate
+
+COUNT, WIDTH = 12, 8
+
+
+def settings(**surgery: object) -> Params:
+    return validate({"data": {"layout": "folders", "rho": None}, "train": {"surgery": {"eps": 0.0, **surgery}}})
+
+
+def some_heads() -> dict[str, nn.Linear]:
+    torch.manual_seed(5)
+    return {name: nn.Linear(WIDTH, 1).double() for name in ("image", "text", "teacher")}
+
+
+def some_known(seed: int = 0) -> Known:
+    generator = torch.Generator().manual_seed(seed)
+    captions, teacher = torch.randn(2, COUNT, WIDTH, generator=generator, dtype=torch.float64)
+    labels = torch.arange(COUNT).remainder(2).double()
+    residual = torch.rand(COUNT, generator=generator, dtype=torch.float64) * 0.5 - labels
+    return Known(labels, captions, teacher, residual, torch.zeros_like(labels))
+
+
+def step(name: str, known: Known | None = None, seed: int = 1, **surgery: object) -> dict[str, Tensor]:
+    """Gradients by name, of one step at features drawn from `seed`; "loss" is the task's."""
+    generator = torch.Generator().manual_seed(seed)
+    features, noise = torch.randn(2, COUNT, WIDTH, generator=generator, dtype=torch.float64)
+    method = get_method(name)
+    params = method.of(settings(**surgery))
+    applied, losses, gradients = surgery_step(method, features, some_heads(), known or some_known(), noise, params)
+    assert torch.equal(applied, gradients["applied"])
+    return {**gradients, "features": features, "loss": torch.tensor(losses["loss_task"])}
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def along(a: Tensor, b: Tensor) -> Tensor:
+    """Cosines between rows."""
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+
+
+def test_every_method_has_a_name_and_says_where_it_comes_from() -> None:
+    assert all(name == method.name and len(method.reference) > 20 for name, method in METHODS.items())
+    assert list(METHODS)[:3] == ["probe", "lora", "dgs"]
+
+
+def test_suppression_is_orthogonal_to_the_harmful_direction_and_knows_no_teacher() -> None:
+    known = some_known()
+    out = step("suppression_only", known)
+    assert along(out["applied"], out["harmful"]).abs().max() < 1e-12
+    assert along(out["task"], out["harmful"]).abs().max() > 0.1
+    other = replace(known, residual=-known.residual, teacher=known.teacher + 1)
+    assert same(step("suppression_only", other)["applied"], out["applied"])
+
+
+def test_alignment_adds_the_beneficial_direction_and_knows_no_captions() -> None:
+    known = some_known()
+    out = step("alignment_only", known, lam=0.7)
+    assert same(out["applied"], out["task"] + 0.7 * out["beneficial"] / COUNT)
+    assert same(step("alignment_only", replace(known, captions=-known.captions), lam=0.7)["applied"], out["applied"])
+
+
+def test_dgs_in_the_papers_order_is_suppression_plus_alignment() -> None:
+    parts = step("suppression_only")["applied"] + step("alignment_only")["applied"] - step("lora")["applied"]
+    assert same(step("paper_order")["applied"], parts)
+    assert same(step("paper_order")["applied"], step("dgs", order="paper")["applied"])
+    assert not same(step("paper_order")["applied"], step("dgs")["applied"])
+
+
+def test_distillation_pulls_to_the_teacher_and_ends_there() -> None:
+    known = some_known()
+    out = step("distillation", known, distill=0.5)
+    pull = out["applied"] - out["task"]
+    assert torch.allclose(along(pull, out["features"] - known.teacher), torch.ones(COUNT, dtype=torch.float64))
+    there = step("distillation", replace(known, teacher=out["features"]))
+    assert same(there["applied"], there["task"])
+    assert same(step("distillation", known, distill=1.0)["applied"] - out["task"], 2 * pull)
+
+
+def test_distillation_does_not_depend_on_the_scale_of_features() -> None:
+    """Its gradient, times the features, is the same at ten times the features."""
+    method = get_method("distillation")
+    known = some_known()
+    found = []
+    for scale in (1.0, 10.0):
+        features = scale * torch.ones(COUNT, WIDTH, dtype=torch.float64)
+        scaled = replace(known, teacher=scale * known.teacher)
+        heads = some_heads()
+        heads["image"].weight.data /= scale
+        applied, losses, gradients = surgery_step(method, features, heads, scaled, features, settings())
+        found.append((scale * (applied - gradients["task"]), losses["loss_alignment"]))
+    assert same(found[0][0], found[1][0])
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["product_of_experts", "poe_distillation"])
+def test_a_product_of_experts_asks_little_where_the_expert_already_knows(name: str) -> None:
+    known = some_known()
+    sure = replace(known, expert=6 * (2 * known.labels - 1))
+    alone, helped = step(name, known), step(name, sure)
+    assert (helped["task"].norm(dim=1) < 0.05 * alone["task"].norm(dim=1)).all()
+    wrong = step(name, replace(known, expert=-sure.expert))
+    assert (wrong["task"].norm(dim=1) > alone["task"].norm(dim=1)).all()
+    pull = helped["applied"] - helped["task"]
+    assert (pull.abs().max() > 0) == (name == "poe_distillation")
+
+
+def shortcut(count: int = 2_000) -> tuple[Tensor, np.ndarray, Tensor]:
+    """Features (strong shortcut, weak evidence), captions that tell the shortcut, labels."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, count)
+    group = np.where(rng.random(count) < 0.9, labels, 1 - labels)
+    features = np.stack([4 * group - 2, labels - 0.5], 1) + rng.normal(size=(count, 2)) * [0.1, 1.0]
+    captions = np.stack([group, 1 - group, rng.normal(size=count)], 1)
+    return torch.tensor(features, dtype=torch.float32), captions.astype(np.float32), torch.tensor(labels).float()
+
+
+def test_a_probe_with_a_text_expert_leaves_the_shortcut_to_it() -> None:
+    """The share of the decision that rests on the shortcut, by weight times spread of the feature."""
+    features, captions, labels = shortcut()
+    params = validate({"data": {"layout": "folders", "rho": None}, "train": {"stage1": {"epochs": 40, "lr": 0.02}}})
+    rests = {}
+    for name in ("probe", "poe_probe"):
+        expert = expert_logits(get_method(name), captions, labels, 0)
+        head = stage1(features[None], labels, params, 0, expert=expert)
+        rests[name] = (head.weight[0] * features.std(0)).abs()
+    assert rests["probe"][0] > rests["probe"][1]
+    assert rests["poe_probe"][0] < 0.2 * rests["poe_probe"][1]
+
+
+def test_the_text_expert_is_cross_fitted() -> None:
+    """Captions that name each image would be learned by heart; from the other folds they say nothing."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 60)
+    own = np.eye(60, dtype=np.float32)
+    logits = text_expert(own, labels, 0)
+    assert abs(np.mean((logits > 0) == labels) - 0.5) < 0.2 and np.abs(logits).max() < 2
+    _, captions, told = shortcut()
+    found = text_expert(captions, told.numpy().astype(np.int64), 0)
+    assert np.mean((found > 0) == told.numpy()) == pytest.approx(0.9, abs=0.02)
+    assert np.array_equal(found, text_expert(captions, told.numpy().astype(np.int64), 0))
+    with pytest.raises(UserError, match=r"at least 5 training images of each label.*found 2"):
+        text_expert(own[:6], np.array([0, 0, 0, 0, 1, 1]), 0)
+
+
+def test_a_random_direction_is_as_long_as_the_harmful_one_and_knows_no_captions() -> None:
+    known = some_known()
+    out = step("random_direction", known, lam=0.0)
+    removed = out["task"] - out["applied"]
+    assert (removed.norm(dim=1) > 0).all()
+    assert along(removed, out["harmful"]).abs().max() < 0.99
+    other = step("random_direction", replace(known, captions=-known.captions), lam=0.0)
+    assert same(other["applied"], out["applied"])
+    large = step("random_direction", known, lam=0.0, eps=1.0)
+    text = step("suppression_only", known, eps=1.0)
+    for direction, projected in ((removed, large), (text["harmful"], text)):
+        unit = direction / direction.norm(dim=1, keepdim=True)
+        share = 1 - (projected["applied"] * unit).sum(1) / (projected["task"] * unit).sum(1)
+        length = out["harmful"].norm(dim=1)
+        assert same(share, (length / (length + 1.0)) ** 2)  # the epsilon sees the length
+
+
+def test_signed_directions_are_one_line_for_both_classes() -> None:
+    out = step("signed", lam=0.0)
+    weight = some_heads()["text"].weight[0].expand(COUNT, -1)
+    assert along(out["applied"], weight).abs().max() < 1e-12
+    halves = step("suppression_only")["harmful"]
+    assert torch.linalg.matrix_rank(halves) == 2
+
+
+def test_random_alignment_keeps_lengths_and_draws_signs() -> None:
+    plain = step("alignment_only", lam=1.0)
+    teacher = COUNT * (plain["applied"] - plain["task"])
+    drawn = step("random_alignment", lam=1.0, eps=1e9)  # nothing is projected
+    pulled = COUNT * (drawn["applied"] - drawn["task"])
+    assert ((pulled == 0).double().mean() - 0.5).abs() < 0.15 and (pulled <= 1e-12).all()
+    kept = (pulled != 0) & (teacher < -1e-9)
+    assert torch.allclose(pulled[kept], teacher[kept], rtol=0, atol=1e-9)
+
+
+def test_per_sample_is_dgs_with_that_scale() -> None:
+    assert same(step("per_sample")["applied"], step("dgs", scale="per_sample")["applied"])
+    assert not same(step("per_sample")["applied"], step("dgs")["applied"])
+    assert METHODS["dgs"].of(settings()) == settings()
+
+
+def prepared() -> Prepared:
+    rows: list[dict[str, Any]] = [{"split": "train", "label": i % 2} for i in range(COUNT)]
+    captions = np.random.default_rng(0).normal(size=(COUNT, WIDTH)).astype(np.float32)
+    return Prepared(pd.DataFrame(rows), {}, captions, {}, None, ImageSource(None))  # type: ignore[arg-type]
+
+
+def test_shuffled_captions_are_the_same_captions_with_other_images() -> None:
+    data, teacher, frozen = prepared(), nn.Linear(WIDTH, 1).requires_grad_(False), torch.randn(1, COUNT, WIDTH)
+    (own,), (shuffled,), (again,) = (
+        known_before(get_method(name), data, teacher, frozen, 3)
+        for name in ("dgs", "shuffled_captions", "shuffled_captions")
+    )
+    assert torch.equal(own.captions, torch.from_numpy(data.caption_embeddings))
+    assert torch.equal(shuffled.captions.sort(0).values, own.captions.sort(0).values)
+    assert (shuffled.captions != own.captions).any(1).float().mean() > 0.5
+    assert torch.equal(shuffled.captions, again.captions)
+    assert torch.equal(shuffled.labels, own.labels) and torch.equal(shuffled.residual, own.residual)
+    assert not own.expert.any()
