@@ -108,7 +108,7 @@ def photographs(rows: pd.DataFrame) -> Bytes:
 
 def _decoder(generator: str) -> str:
     """The first line of the docstring of a generator's class."""
-    return (type(generators.create(generator)).__doc__ or "").strip().splitlines()[0]
+    return (type(generators.create(generator)).__doc__ or "").strip().splitlines()[0].replace("`", "")
 
 
 def _figure(images: list[Bytes], labels: tuple[str, ...], title: str) -> Figure:
