@@ -1,0 +1,75 @@
+"""docs/minibench.md says what the audit, the curves and the committed results say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from dgs.analysis.intervals import percent_text, seed_interval
+from dgs.analysis.metrics import headline
+
+ROOT = Path(__file__).parent.parent
+TEXT = " ".join((ROOT / "docs/minibench.md").read_text().split())
+LINES = (ROOT / "docs/minibench.md").read_text().splitlines()
+CELLS = ("mini", "rho50", "object90", "generators1", "clip1")
+METHODS = ("probe", "lora", "dgs")
+ABILITIES = ("shape", "colour", "background", "size", "position", "medium", "recall")
+
+
+def row(first: str) -> list[str]:
+    """The cells of the table row that begins with `first`."""
+    (line,) = [line for line in LINES if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def metrics(profile: str) -> dict[str, dict[str, dict[str, float]]]:
+    return json.loads((ROOT / "results" / profile / "metrics.json").read_text())["methods"]
+
+
+@pytest.mark.parametrize("profile", CELLS)
+def test_each_condition_is_told_as_measured(profile: str) -> None:
+    found = metrics(profile)
+    cells = [
+        percent_text(found[name][measure]["mean"]) for measure in ("balanced_acc_seen", "balanced_acc_unseen")
+        for name in METHODS
+    ]  # fmt: skip
+    pairs = [[found[name]["balanced_acc_unseen"]["per_seed"][seed] for seed in "01234"] for name in ("dgs", "lora")]
+    gap = seed_interval([100 * (a - b) for a, b in zip(*pairs, strict=True)])
+    cells.append(f"{gap.mean:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]")
+    assert row(f"`{profile}`")[-len(cells) :] == cells
+
+
+@pytest.mark.parametrize("folder", ["sample/clip/curve.csv", "results/clip1/clip-curve.csv"])
+def test_each_mini_clip_is_told_as_measured(folder: str) -> None:
+    last = pd.read_csv(ROOT / folder).iloc[-1]
+    name = "shipped" if folder.startswith("sample") else "seed 1"
+    assert row(name) == [f"{100 * last[ability]:.1f}" for ability in ABILITIES]
+
+
+def test_the_ablation_is_at_equal_samples_and_told_as_measured() -> None:
+    plain = pd.read_csv(ROOT / "docs/minibench/clip-without-prompts.csv")
+    whole = pd.read_csv(ROOT / "sample/clip/curve.csv").set_index("samples")
+    last = plain.iloc[-1]
+    assert int(last["samples"]) == 352_000
+    for name, at in (("without prompts, 352,000 samples", last), ("with, 352,000 samples", whole.loc[352_000])):
+        assert row(name) == [f"{100 * at[ability]:.1f}" for ability in ABILITIES]
+
+
+def test_generators_are_told_as_measured() -> None:
+    table = headline(pd.read_csv(ROOT / "results/mini/detection.csv"))
+    means = 100 * table.pivot_table(index="generator", columns="method", values="balanced_acc")
+    for name, values in means.iterrows():
+        shown = [line for line in LINES if line.startswith(f"| {name} ") and line.count("|") == 7]
+        assert len(shown) == 1, name
+        assert [cell.strip() for cell in shown[0].strip("|").split("|")][-3:] == [f"{values[m]:.1f}" for m in METHODS]
+
+
+def test_the_audits_table_is_the_committed_audits() -> None:
+    audit = (ROOT / "docs/minibench/audit.md").read_text()
+    for first in ("rho 0.5", "rho 0.9"):
+        for cell in row(first):
+            mean, _, interval = cell.partition(" ")
+            assert interval in audit and mean in audit, cell
