@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dgs.data.captions import BLIP
 from dgs.errors import UserError
 
 app = typer.Typer(
@@ -147,6 +149,44 @@ def score(
         columns = ["-", row["error"]] if "error" in row else [f"{row['probability']:.4f}", row["verdict"]]
         _print(as_json, row, "\t".join([row["path"], *columns]))
     if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_for_users
+def caption(
+    root: Annotated[Path, typer.Argument(help="folder of images; where it has 0_real and 1_fake, those in them")],
+    out: Annotated[Path | None, typer.Option(help="JSON-lines file to add to; default ROOT/captions.jsonl")] = None,
+    model: Annotated[str, typer.Option(help="BLIP's name, or a local folder")] = BLIP,
+    captions: Annotated[Path | None, typer.Option(help="your own file: only say how far it covers ROOT")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="images a batch")] = 16,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or another of torch's")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Caption images by BLIP, going on where an earlier run stopped; exit 1 if images and captions do not match."""
+    from tqdm import tqdm
+
+    from dgs.data.blip import load_blip
+    from dgs.data.captioner import caption_folder, check_own, complaints
+
+    def say(message: str) -> None:
+        tqdm.write(message, file=sys.stderr)  # above the progress bar, not through it
+
+    if captions is not None and out is not None:
+        raise UserError("Expected --captions or --out, found both. --captions writes nothing; leave one of them out.")
+    file = captions or out or root / "captions.jsonl"
+    if captions is not None:
+        coverage = check_own(root, captions, say)
+    else:
+        coverage = caption_folder(root, file, lambda: load_blip(model, device, say), say, batch_size)
+    for line in complaints(coverage, root):
+        _say(line)
+    text = (
+        f"{file}: {coverage.images} images, {coverage.distinct} distinct; {coverage.captioned} captioned, "
+        f"{coverage.unreadable} unreadable, {coverage.missing} missing"
+    )
+    _print(as_json, {"file": str(file), **asdict(coverage)}, text)
+    if not coverage.complete:
         raise typer.Exit(1)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from dgs.errors import UserError, did_you_mean
 
+BLIP = "Salesforce/blip-image-captioning-base"  # what captions images where nothing else is asked for
+
 
 def read_captions(path: Path) -> dict[str, str]:
     """A caption file as {key: caption}; a key is an image's path relative to the data root, or its sha256.

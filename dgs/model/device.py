@@ -9,8 +9,11 @@ import torch
 from dgs.errors import UserError
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, setting: str = "compute.device") -> torch.device:
     """ "auto" is the first GPU if there is one, else the CPU; any other name is torch's.
+
+    Args:
+        setting: how an error calls what the user set.
 
     Raises:
         UserError: a device that this machine does not have.
@@ -22,7 +25,7 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"Cannot use compute.device = '{name}' here ({reason}). Use auto or cpu.") from None
+        raise UserError(f"Cannot use {setting} = '{name}' here ({reason}). Use auto or cpu.") from None
     return device
 
 
