@@ -190,6 +190,34 @@ def caption(
         raise typer.Exit(1)
 
 
+@app.command()
+@_for_users
+def manifest(
+    root: Annotated[Path, typer.Argument(help="folder of suites, one suite, or train, val and test folders")],
+    check: Annotated[bool, typer.Option("--check", help="read every image and say what is wrong")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the images of a folder by generator, with the paper's column; exit 1 if something is amiss."""
+    from dgs.data.checks import check as check_all
+    from dgs.data.listing import list_tree
+    from dgs.data.summary import columns, heading, remarks
+
+    listing = list_tree(root)
+    report = check_all(listing, os.cpu_count() or 1) if check else None
+    rows = report.judged if report else listing.groups
+    findings = report.findings if report else listing.findings
+    if not as_json:
+        print("\t".join(heading(check)))
+    for row in rows:
+        _print(as_json, {"kind": "images", **row.record()}, "\t".join(columns(row)))
+    for finding in findings:
+        _print(as_json, finding.record(), f"{finding.kind}: {finding.message}")
+    for remark in remarks(listing, report):
+        _say(remark)
+    if findings:
+        raise typer.Exit(1)
+
+
 @app.command("import-release")
 @_for_users
 def import_release(

@@ -44,7 +44,7 @@ class TestUsage:
     def test_help_lists_the_commands(self) -> None:
         result = run("--help")
         assert result.exit_code == 0
-        assert all(name in result.stdout for name in ("score", "verify", "minibench", "stage", "profile"))
+        assert all(name in result.stdout for name in ("score", "verify", "minibench", "stage", "profile", "manifest"))
 
     def test_every_command_has_json(self) -> None:
         def leaves(command: object) -> list:

@@ -1,0 +1,141 @@
+"""The three test suites of the paper: which generators each has, under which folder names, in which column."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Generator:
+    """One generator of a suite."""
+
+    folder: str  # as published
+    column: str  # of the paper's tables
+    classes: bool = False  # published with class folders above the label folders; both forms are read
+    also: tuple[str, ...] = ()  # other spellings seen or likely; the column's is always accepted
+    reals: str = ""  # the suite's folder of photographs that the generator is compared with
+
+    def answers_to(self, name: str) -> bool:
+        """Whether a folder of this name is this generator's."""
+        return spelled(name) in {spelled(accepted) for accepted in (self.folder, self.column, *self.also)}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A test suite: its name in the paper, other names of its folder, and its generators in the paper's order."""
+
+    name: str
+    generators: tuple[Generator, ...]
+    also: tuple[str, ...] = ()
+
+    def generator(self, folder: str) -> Generator | None:
+        """The generator that a folder of this name holds, or None."""
+        return next((generator for generator in self.generators if generator.answers_to(folder)), None)
+
+    def pools(self) -> set[str]:
+        """Names of the folders that hold photographs for several generators."""
+        return {generator.reals for generator in self.generators if generator.reals}
+
+    def share_of(self, folders: Iterable[str]) -> float:
+        """The share of the generators that folders of these names hold."""
+        found = {generator.folder for name in folders if (generator := self.generator(name))}
+        return len(found) / len(self.generators)
+
+
+def spelled(name: str) -> str:
+    """A name as it is compared: lower case, letters and digits alone ("StyleGAN-XL" -> "styleganxl")."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+# Folder names are those of the logs of the authors' release, unless a comment says otherwise. The paper's tables have
+# no columns for UniversalFakeDetect: the log's names stand in. As first published it holds fakes alone, and the
+# photographs in two folders: imagenet for guided diffusion, laion for the rest; later copies put 0_real everywhere.
+UNIVERSAL_FAKE_DETECT = Suite(
+    "UniversalFakeDetect",
+    (
+        Generator("dalle", "dalle", also=("DALL-E", "dalle-mini"), reals="laion"),
+        Generator("glide_100_10", "glide_100_10", reals="laion"),
+        Generator("glide_100_27", "glide_100_27", reals="laion"),
+        Generator("glide_50_27", "glide_50_27", reals="laion"),
+        Generator("guided", "guided", also=("guided-diffusion",), reals="imagenet"),
+        Generator("ldm_100", "ldm_100", reals="laion"),
+        Generator("ldm_200", "ldm_200", reals="laion"),
+        Generator("ldm_200_cfg", "ldm_200_cfg", reals="laion"),
+    ),
+    also=("UniversalFakeDetect-test", "diffusion_datasets", "UFD"),
+)
+
+AIGC_DETECT_BENCHMARK = Suite(
+    "AIGCDetectBenchmark",
+    (
+        Generator("progan", "ProGAN", classes=True),
+        Generator("cyclegan", "CycleGAN", classes=True),
+        Generator("biggan", "BigGAN"),
+        Generator("stylegan", "StyleGAN", classes=True),
+        Generator("stylegan2", "StyleGAN2", classes=True),
+        Generator("gaugan", "GauGAN"),
+        Generator("stargan", "StarGAN"),
+        Generator("whichfaceisreal", "WFIR"),
+        # The log has no row for it, so its folder's name is not certain: the column's, and the older sets' spelling.
+        Generator("deepfake", "Deepfake", also=("deepfakes",)),
+        Generator("stable_diffusion_v_1_4", "SDv1.4", also=("SD14", "sd-v1-4", "stable-diffusion-1.4")),
+        Generator("stable_diffusion_v_1_5", "SDv1.5", also=("SD15", "sd-v1-5", "stable-diffusion-1.5")),
+        Generator("ADM", "ADM"),
+        Generator("Glide", "GLIDE"),
+        Generator("Midjourney", "Midjourney"),
+        Generator("wukong", "Wukong"),
+        Generator("VQDM", "VQDM"),
+        Generator("DALLE2", "DALLE2"),
+    ),
+    also=("AIGCDetectBenchmark-test", "AIGCDetectionBenchmark", "AIGCDetect"),
+)
+
+# Whether any generator of AIGIBench is published with class folders is not certain; ProGAN's training images are.
+AIGI_BENCH = Suite(
+    "AIGIBench",
+    (
+        Generator("ProGAN", "ProGAN"),
+        Generator("R3GAN", "R3GAN"),
+        Generator("StyleGAN3", "StyleGAN3"),
+        Generator("StyleGAN-XL", "StyleGAN-XL"),
+        Generator("StyleSwim", "StyleSwim", also=("StyleSwin",)),  # the network's own name is StyleSwin
+        Generator("WFIR", "WFIR", also=("whichfaceisreal",)),
+        Generator("BlendFace", "BlendFace"),
+        Generator("E4S", "E4S"),
+        Generator("FaceSwap", "FaceSwap"),
+        Generator("InSwap", "InSwap", also=("InSwapper",)),
+        Generator("SimSwap", "SimSwap"),
+        Generator("DALLE-3", "DALLE-3", also=("DALL-E-3",)),
+        Generator("FLUX1-dev", "FLUX1-dev", also=("FLUX.1-dev",)),
+        Generator("Midjourney", "Midjourney-V6", also=("Midjourney-6",)),
+        Generator("GLIDE", "GLIDE"),
+        Generator("Imagen3", "Imagen3", also=("Imagen-3",)),
+        Generator("SD3", "SD3"),
+        Generator("SDXL", "SDXL"),
+        Generator("BLIP", "BLIP", also=("BLIP-Diffusion",)),
+        Generator("Infinite-ID", "Infinite-ID"),
+        Generator("PhotoMaker", "PhotoMaker"),
+        Generator("InstantID", "Instant-ID"),
+        Generator("IP-Adapter", "IP-Adapter"),
+        Generator("SocialRF", "SocialRF"),
+        Generator("CommunityAI", "CommunityAI"),
+    ),
+    also=("AIGIBench-test", "AIGI-Bench"),
+)
+
+SUITES = (UNIVERSAL_FAKE_DETECT, AIGC_DETECT_BENCHMARK, AIGI_BENCH)
+RECOGNISED = 0.5  # a folder without a suite's name is that suite's where it holds this share of the generators
+
+
+def suite_named(name: str) -> Suite | None:
+    """The suite whose folder may have this name, or None."""
+    return next((s for s in SUITES if spelled(name) in {spelled(known) for known in (s.name, *s.also)}), None)
+
+
+def suite_holding(folders: Iterable[str]) -> Suite | None:
+    """The suite that most of these generators' folder names belong to, if they are half of it or more, or None."""
+    names = list(folders)
+    best = max(SUITES, key=lambda suite: suite.share_of(names))
+    return best if best.share_of(names) >= RECOGNISED else None

@@ -1,0 +1,232 @@
+"""The paper's test suites: their tables, how a folder is recognised as one, and what of it is found missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from conftest import ImageTree, structured_image
+
+from dgs.data.listing import Group, Listing, list_tree
+from dgs.data.suites import (
+    AIGC_DETECT_BENCHMARK,
+    AIGI_BENCH,
+    SUITES,
+    UNIVERSAL_FAKE_DETECT,
+    Suite,
+    spelled,
+    suite_holding,
+    suite_named,
+)
+from dgs.errors import UserError
+
+
+def put(folder: Path, seeds: Iterable[int]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        structured_image(seed, 16, 12).save(folder / f"{seed:05d}.png")
+
+
+def grow(folder: Path, suite: Suite, real: int = 1, fake: int = 1, classes: tuple[str, ...] = ("car", "cat")) -> Path:
+    """A suite as published, at reduced size; where it has class folders, every class has that many images."""
+    seed = 1000 * (1 + SUITES.index(suite))
+    for generator in suite.generators:
+        for level in classes if generator.classes else ("",):
+            for label, count in (("0_real", real), ("1_fake", fake)):
+                put(folder / generator.folder / level / label, range(seed, seed + count))
+                seed += count
+    return folder
+
+
+def by_folder(listing: Listing) -> dict[str, Group]:
+    return {group.generator: group for group in listing.groups}
+
+
+def counted(group: Group) -> tuple[int, int]:
+    return len(group.files["0_real"]), len(group.files["1_fake"])
+
+
+class TestTable:
+    @pytest.mark.parametrize(
+        ("suite", "count"), [(UNIVERSAL_FAKE_DETECT, 8), (AIGC_DETECT_BENCHMARK, 17), (AIGI_BENCH, 25)]
+    )
+    def test_each_suite_has_the_papers_number_of_generators(self, suite: Suite, count: int) -> None:
+        assert len({generator.column for generator in suite.generators}) == count == len(suite.generators)
+
+    @pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.name)
+    def test_no_spelling_stands_for_two_generators_of_a_suite(self, suite: Suite) -> None:
+        for generator in suite.generators:
+            for name in (generator.folder, generator.column, *generator.also):
+                assert [other for other in suite.generators if other.answers_to(name)] == [generator]
+
+    @pytest.mark.parametrize(
+        ("name", "column"),
+        [
+            ("stable_diffusion_v_1_4", "SDv1.4"),
+            ("Stable-Diffusion-v1.4", "SDv1.4"),
+            ("SDv1.5", "SDv1.5"),
+            ("WhichFaceIsReal", "WFIR"),
+            ("DALL-E 2", "DALLE2"),
+            ("DALLE", None),
+            ("StyleGAN3", None),
+        ],
+    )
+    def test_case_and_hyphens_do_not_matter_but_letters_do(self, name: str, column: str | None) -> None:
+        found = AIGC_DETECT_BENCHMARK.generator(name)
+        assert (found.column if found else None) == column
+
+    def test_names_are_compared_by_letters_and_digits(self) -> None:
+        assert spelled("StyleGAN-XL") == spelled("style_gan xl") == "styleganxl"
+
+    def test_a_suite_is_known_by_its_folders_name(self) -> None:
+        assert suite_named("aigi-bench") is AIGI_BENCH
+        assert suite_named("AIGCDetectBenchMark") is AIGC_DETECT_BENCHMARK
+        assert suite_named("diffusion_datasets") is UNIVERSAL_FAKE_DETECT
+        assert suite_named("images") is None
+
+    def test_a_suite_is_known_by_half_of_its_generators_and_not_by_fewer(self) -> None:
+        names = [generator.folder for generator in UNIVERSAL_FAKE_DETECT.generators]
+        assert suite_holding(names[:4]) is UNIVERSAL_FAKE_DETECT
+        assert suite_holding(names[:3]) is None
+        assert suite_holding([*names[:3], "guided", "GUIDED"]) is suite_holding([*names[:3], "guided"])
+
+
+class TestRecognised:
+    def test_three_suites_in_one_folder_are_listed_with_the_papers_columns(self, tmp_path: Path) -> None:
+        for suite in SUITES:
+            grow(tmp_path / suite.name, suite)
+        listing = list_tree(tmp_path)
+        assert (listing.findings, listing.notes) == ([], [])
+        assert {(group.suite, group.split, group.column) for group in listing.groups} == {
+            (suite.name, "test", generator.column) for suite in SUITES for generator in suite.generators
+        }
+        assert len(listing.groups) == 8 + 17 + 25
+
+    def test_images_of_all_classes_count_where_there_are_class_folders(self, tmp_path: Path) -> None:
+        groups = by_folder(list_tree(grow(tmp_path / "any", AIGC_DETECT_BENCHMARK, real=2, fake=1)))
+        assert {name: counted(group) for name, group in groups.items() if counted(group) != (2, 1)} == dict.fromkeys(
+            ("progan", "cyclegan", "stylegan", "stylegan2"), (4, 2)
+        )
+
+    @pytest.mark.parametrize("inner", ["", "test", "AIGIBench"])
+    def test_a_suites_own_folder_and_its_test_folder_will_do(self, tmp_path: Path, inner: str) -> None:
+        grow(tmp_path / "AIGIBench" / inner, AIGI_BENCH)
+        for root in {tmp_path, tmp_path / "AIGIBench", tmp_path / "AIGIBench" / inner}:
+            listing = list_tree(root)
+            assert {group.place for group in listing.groups} == {"AIGIBench/test"}
+            assert (len(listing.groups), listing.findings) == (25, [])
+
+    def test_its_training_split_may_have_other_generators(self, tmp_path: Path) -> None:
+        grow(tmp_path / "AIGIBench" / "test", AIGI_BENCH)
+        put(tmp_path / "AIGIBench/train/SDv1.4/0_real", [1])
+        put(tmp_path / "AIGIBench/train/SDv1.4/1_fake", [2])
+        listing = list_tree(tmp_path)
+        assert listing.findings == []
+        (train,) = [group for group in listing.groups if group.split == "train"]
+        assert (train.name, train.column, counted(train)) == ("AIGIBench/train/SDv1.4", "", (1, 1))
+
+    def test_photographs_in_folders_of_their_own_serve_the_generators_without_any(self, tmp_path: Path) -> None:
+        for generator in UNIVERSAL_FAKE_DETECT.generators:
+            put(tmp_path / "UFD" / generator.folder / "1_fake", [1, 2])
+        put(tmp_path / "UFD" / "laion" / "0_real", [3])
+        put(tmp_path / "UFD" / "imagenet" / "0_real", [4])
+        listing = list_tree(tmp_path)
+        assert listing.findings == []
+        groups = by_folder(listing)
+        assert counted(groups["laion"]) == counted(groups["imagenet"]) == (1, 0)
+        assert groups["guided"].pool == "imagenet"
+        assert {group.pool for name, group in groups.items() if name[:3] in ("dal", "gli", "ldm")} == {"laion"}
+
+    def test_plain_folders_are_listed_as_the_manifest_reads_them(self, image_tree: ImageTree) -> None:
+        listing = list_tree(image_tree(real=2, fake=3, level="cat"))
+        assert listing.findings == []
+        assert [group.name for group in listing.groups] == [
+            *("test/alpha", "test/beta", "test/gamma", "train/alpha", "train/beta", "val/alpha", "val/beta")
+        ]
+        assert {(*counted(group), group.suite, group.column) for group in listing.groups} == {(2, 3, "", "")}
+
+    def test_shared_photographs_of_a_split_are_a_group_of_their_own(self, image_tree: ImageTree) -> None:
+        root = image_tree({"test": ("alpha",)}, real=0)
+        put(root / "test/real/0_real", [1, 2])
+        listing = list_tree(root)
+        assert listing.findings == []
+        groups = by_folder(listing)
+        assert (groups["alpha"].pool, counted(groups["alpha"]), counted(groups["real"])) == ("real", (0, 3), (2, 0))
+
+    def test_other_files_are_counted_and_other_folders_named(self, tmp_path: Path) -> None:
+        grow(tmp_path / "AIGIBench", AIGI_BENCH)
+        (tmp_path / "AIGIBench/SDXL/1_fake/prompts.txt").write_text("a cat")
+        (tmp_path / "AIGIBench/annotations").mkdir()
+        (tmp_path / "AIGIBnch").mkdir()
+        listing = list_tree(tmp_path)
+        assert listing.findings == []
+        assert listing.passed_over == {".txt": 1}
+        assert len(listing.notes) == 2
+        assert "annotations" in listing.notes[0]
+        assert "Did you mean 'AIGIBench'?" in listing.notes[1]
+
+    @pytest.mark.parametrize("made", ["nothing", "no tree", "a pack"])
+    def test_a_folder_of_no_known_layout_is_refused_in_one_sentence(self, tmp_path: Path, made: str) -> None:
+        root = tmp_path / "images"
+        if made != "nothing":
+            put(root / "pictures", [1])
+        if made == "a pack":
+            (root / "minibench.json").write_text("{}")
+        with pytest.raises(UserError) as error:
+            list_tree(root)
+        assert "\n" not in str(error.value)
+        wanted = {"nothing": "found none", "no tree": "found pictures", "a pack": "dgs minibench audit"}
+        assert str(root) in str(error.value) and wanted[made] in str(error.value)
+
+
+class TestMissing:
+    def test_generators_that_are_not_there_are_counted_and_named(self, tmp_path: Path) -> None:
+        suite = grow(tmp_path / "AIGCDetectBenchmark", AIGC_DETECT_BENCHMARK)
+        (suite / "deepfake").rename(tmp_path / "elsewhere")
+        (suite / "wukong").rename(suite / "wukonk")
+        listing = list_tree(tmp_path)
+        (finding,) = listing.findings
+        assert (finding.kind, finding.where, finding.count) == ("missing", "AIGCDetectBenchmark/test", 2)
+        assert "2 of 17 generators" in finding.message and "deepfake, wukong" in finding.message
+        assert "Did you mean 'wukonk'?" in finding.message
+        assert by_folder(listing)["wukonk"].column == ""
+
+    def test_a_named_suite_without_any_generator_misses_all(self, tmp_path: Path) -> None:
+        (tmp_path / "AIGIBench").mkdir()
+        (finding,) = list_tree(tmp_path).findings
+        assert finding.count == 25
+
+    @pytest.mark.parametrize("label", ["0_real", "1_fake"])
+    def test_a_misnamed_label_folder_is_missing_and_the_name_meant_is_guessed(self, tmp_path: Path, label: str) -> None:
+        suite = grow(tmp_path / "AIGIBench", AIGI_BENCH)
+        (suite / "SDXL" / label).rename(suite / "SDXL" / label.replace("_", "-"))
+        (finding,) = list_tree(tmp_path).findings
+        assert (finding.kind, finding.where, finding.count) == ("missing", "AIGIBench/test/SDXL", 1)
+        assert label in finding.message and f"Did you mean '{label}'?" in finding.message
+
+    def test_an_empty_label_folder_is_missing_too(self, image_tree: ImageTree) -> None:
+        root = image_tree({"train": ("alpha",), "test": ("alpha", "beta")})
+        for path in (root / "test/beta/0_real").iterdir():
+            path.unlink()
+        (finding,) = list_tree(root).findings
+        assert (finding.kind, finding.where) == ("missing", "test/beta")
+        assert "found none, 3 in 1_fake" in finding.message
+
+    def test_a_class_without_one_label_is_counted(self, tmp_path: Path) -> None:
+        suite = grow(tmp_path / "AIGCDetectBenchmark", AIGC_DETECT_BENCHMARK, classes=("car", "cat", "dog"))
+        (suite / "progan/cat/1_fake").rename(tmp_path / "gone")
+        (finding,) = list_tree(tmp_path).findings
+        assert "1 of 3 class folders" in finding.message and "no 1_fake, first cat" in finding.message
+
+    def test_fakes_among_shared_photographs_are_suspicious(self, image_tree: ImageTree) -> None:
+        root = image_tree({"test": ("alpha", "real")})
+        (finding,) = list_tree(root).findings
+        assert (finding.kind, finding.where, finding.count) == ("suspicious", "test/real", 3)
+
+    def test_two_spellings_of_a_generator_are_suspicious(self, tmp_path: Path) -> None:
+        suite = grow(tmp_path / "AIGIBench", AIGI_BENCH)
+        put(suite / "DALLE3/0_real", [1])
+        put(suite / "DALLE3/1_fake", [2])
+        (finding,) = list_tree(tmp_path).findings
+        assert finding.kind == "suspicious" and "DALLE-3 and DALLE3" in finding.message
