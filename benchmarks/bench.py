@@ -44,8 +44,9 @@ SIDES = (256, 512, 1024, 2048)
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. ratio: of the reference's time (or memory) by that of dgs, so that more is better, except
-    `overhead`; low and high: over rounds. required, stretch: what was set before measuring."""
+    """One comparison. ratio: the reference's time by that of dgs (more is better); for memory and overhead that of dgs
+    by the reference's (less is better). reference: the release, or for overhead the student alone. low and high: over
+    rounds. required, stretch: what was set before measuring."""
 
     what: str
     unit: str
@@ -109,7 +110,7 @@ class Student:
             frozen = torch.cat([self.backbone(part) for part in images.split(batch)])
             captions = torch.cat([embed_tokens(self.clip.model, part) for part in tokens.split(batch)])
         residual = teacher_residuals(self.heads["teacher"], frozen, labels)
-        return Known(labels, captions, frozen, residual, torch.zeros_like(labels))
+        return Known(labels, captions, frozen, torch.ones_like(labels), residual, torch.zeros_like(labels))
 
 
 def data(geometry: oracle.Geometry, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +132,8 @@ def normalised(images: Tensor) -> Tensor:
 def arbitrary(labels: Tensor, width: int) -> Known:
     """What a step reads, made up: its values do not change what a step costs."""
     captions, teacher = torch.randn(2, len(labels), width, device=labels.device)
-    return Known(labels, captions, teacher, torch.rand_like(labels) - 0.5, torch.zeros_like(labels))
+    ones = torch.ones_like(labels)
+    return Known(labels, captions, teacher, ones, torch.rand_like(labels) - 0.5, torch.zeros_like(labels))
 
 
 @contextmanager
@@ -210,7 +212,7 @@ def bench_stages(name: str, images_count: int, batch: int, rounds: int) -> list[
             with torch.no_grad():
                 captions = torch.cat([embed_tokens(mine.clip.model, part) for part in tokens.split(batch)])
             residual = teacher_residuals(mine.heads["teacher"], frozen, labels)
-            known = Known(labels, captions, frozen, residual, torch.zeros_like(labels))
+            known = Known(labels, captions, frozen, torch.ones_like(labels), residual, torch.zeros_like(labels))
             for part in order[EPOCHS_1]:
                 mine.step(images[part], known[part])
 
@@ -262,7 +264,7 @@ def measure_memory(side: str, name: str, batch: int) -> dict[str, float]:
         parameters = sum(p.numel() for module in modules for p in module.parameters())
         task = lambda: [mine.step(images, known) for _ in range(3)]  # noqa: E731
     gc.collect()
-    return {"peak": peak_megabytes(task) - base, "parameters": parameters * 4 / 1e6}
+    return {"peak": peak_megabytes(task) - base, "parameters": parameters * 4 / 2**20}
 
 
 def bench_memory(name: str, batch: int) -> list[Row]:
@@ -272,7 +274,7 @@ def bench_memory(name: str, batch: int) -> list[Row]:
     for what, key, required in (("peak memory of", "peak", 0.6), ("parameters held in", "parameters", 0.3)):
         theirs, mine = found["release"][key], found["dgs"][key]
         share = mine / theirs
-        rows.append(Row(f"{what} a stage-2 step, {name}, B {batch}", "MB", theirs, mine, share, share, share,
+        rows.append(Row(f"{what} a stage-2 step, {name}, B {batch}", "MiB", theirs, mine, share, share, share,
                         f"<= {required:g}", share <= required))  # fmt: skip
     return rows
 
@@ -314,13 +316,13 @@ def table(rows: list[Row], on: dict[str, str], gpu: list[dict[str, Any]]) -> str
         f"Measured {on['date']} on one thread of: {on['cpu']}, torch {on['torch']}.",
         "Ratio: median of the rounds [lowest, highest]; of time saved (more is better), of memory and overhead needed.",
         "",
-        "| what | release | dgs | ratio | required | stretch |",
+        "| what | reference | dgs | ratio | required | stretch |",
         "|---|---|---|---|---|---|",
     ]
     for r in rows:
         spread = f" [{r.low:.2f}, {r.high:.2f}]" if r.low != r.high else ""
         mark = "" if r.met else " **missed**"
-        digits = 0 if r.unit == "MB" else 2 if r.reference >= 0.5 else 4
+        digits = 0 if r.unit == "MiB" else 2 if r.reference >= 0.5 else 4
         lines.append(
             f"| {r.what} | {r.reference:.{digits}f} {r.unit} | {r.dgs:.{digits}f} {r.unit} | {r.ratio:.2f}{spread} | "
             f"{r.required}{mark} | {r.stretch} |"

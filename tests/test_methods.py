@@ -37,7 +37,8 @@ def some_known(seed: int = 0) -> Known:
     captions, teacher = torch.randn(2, COUNT, WIDTH, generator=generator, dtype=torch.float64)
     labels = torch.arange(COUNT).remainder(2).double()
     residual = torch.rand(COUNT, generator=generator, dtype=torch.float64) * 0.5 - labels
-    return Known(labels, captions, teacher, residual, torch.zeros_like(labels))
+    power = teacher.square().sum(1).mean().expand(COUNT)
+    return Known(labels, captions, teacher, power, residual, torch.zeros_like(labels))
 
 
 def step(name: str, known: Known | None = None, seed: int = 1, **surgery: object) -> dict[str, Tensor]:
@@ -105,7 +106,7 @@ def test_distillation_does_not_depend_on_the_scale_of_features() -> None:
     found = []
     for scale in (1.0, 10.0):
         features = scale * torch.ones(COUNT, WIDTH, dtype=torch.float64)
-        scaled = replace(known, teacher=scale * known.teacher)
+        scaled = replace(known, teacher=scale * known.teacher, power=scale**2 * known.power)
         heads = some_heads()
         heads["image"].weight.data /= scale
         applied, losses, gradients = surgery_step(method, features, heads, scaled, features, settings())

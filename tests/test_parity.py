@@ -61,7 +61,14 @@ def require_parity(geometry: oracle.Geometry, batch: int, dropout: float, folder
     with backbone.frozen():
         frozen = backbone(images)
         residual = teacher_residuals(heads["teacher"], frozen, labels)
-        known = Known(labels, embed_tokens(clip.model, tokens), frozen, residual, torch.zeros_like(labels))
+        known = Known(
+            labels,
+            embed_tokens(clip.model, tokens),
+            frozen,
+            torch.ones_like(labels),
+            residual,
+            torch.zeros_like(labels),
+        )
         untrained = start.heads["image"](backbone(images)).squeeze(1)
     learned = [*backbone.adapter_parameters(), *heads["image"].parameters(), *heads["text"].parameters()]
     optimizer = torch.optim.Adam(learned, lr=LR, betas=(0.9, 0.999))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dgs.model.backbone import IMAGENET
 from dgs.model.checkpoint import import_release, load_heads, read_info
 from dgs.model.detector import Detector
 
+FROZEN = "clip_model_frozen.clip_model_frozen."
 Q = "clip_model.visual.transformer.resblocks.3.attn.q_proj"
 
 
@@ -87,6 +89,22 @@ def test_an_imported_checkpoint_gives_the_releases_logits(
     assert (info["seed"], info["thresholds"], info["params"]["patches"]["size"]) == (None, {"0.5": 0.0}, 32)
 
 
+@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
+def test_a_file_in_half_precision_is_imported_as_rounded(merged: bool, release: oracle.Release, tmp_path: Path) -> None:
+    state = release.merged_state() if merged else release.state_dict()
+    import_release(saved({name: value.half() for name, value in state.items()}, tmp_path), out=tmp_path / "imported")
+    rounded = oracle.Release(oracle.REDUCED).eval()
+    rounded.load_state_dict({name: value.half().float() for name, value in release.state_dict().items()})
+    require_equal_logits(rounded, tmp_path / "imported")
+
+
+def test_a_carried_clip_that_is_gone_is_named(release: oracle.Release, tmp_path: Path) -> None:
+    import_release(saved(release.state_dict(), tmp_path), out=tmp_path / "imported")
+    shutil.rmtree(tmp_path / "imported" / "clip")
+    with pytest.raises(UserError, match=r"imported/clip: expected the CLIP that this checkpoint carries, found none"):
+        Detector.load(tmp_path / "imported")
+
+
 def test_a_folder_moved_elsewhere_still_scores(release: oracle.Release, tmp_path: Path) -> None:
     import_release(saved(release.state_dict(), tmp_path), out=tmp_path / "imported")
     (tmp_path / "imported").rename(tmp_path / "elsewhere")
@@ -148,6 +166,14 @@ def infinite(state: dict[str, Tensor]) -> object:
     return state
 
 
+def shaped(name: str, *shape: int) -> Callable[[dict[str, Tensor]], object]:
+    def change(state: dict[str, Tensor]) -> object:
+        assert name in state
+        return {**state, name: torch.ones(shape)}
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -155,6 +181,18 @@ def infinite(state: dict[str, Tensor]) -> object:
         (with_more, r"found 1139; 1 not known: module\.extra\."),
         (fine_tuned, r"Expected clip_model\.visual\.ln_post\.bias .* to equal the frozen copy's"),
         (merged_in_part, r"blocks\.3\.attn\.q_proj\.weight .* by nothing or by the adapter .* as every one before it"),
+        (shaped(f"{Q}.weight", 32, 64), r"attn\.q_proj\.weight in .* of shape \(64, 64\), found \(32, 64\)"),
+        (shaped(f"{Q}.w_lora_A", 3, 64), r"attn\.q_proj\.w_lora_A in .* of shape \(6, 64\), found \(3, 64\)"),
+        (
+            shaped(Q.replace(".3.", ".0.") + ".w_lora_A", 6),
+            r"Expected adapters A \(r, W\), r >= 1, .*found shape \(6,\)",
+        ),
+        (shaped("clip_model.ln_final.bias", 3), r"ln_final\.bias in .* of shape \(64,\), found \(3,\)"),
+        (shaped(f"{FROZEN}visual.proj", 24), r"visual\.proj in .* to have 2 dimensions, found 1"),
+        (shaped(f"{FROZEN}visual.positional_embedding", 48, 64), r"visual\.positional_embedding .*\(37, 64\), found"),
+        (shaped("img_fc.weight", 1, 23), r"Expected img_fc in .* of shapes \(1, 24\) and \(1,\), found \(1, 23\)"),
+        (lambda state: {**state, "img_fc.bias": torch.ones(1).to_sparse()}, r"Expected dense real tensors"),
+        (lambda state: {**state, "img_fc.bias": torch.ones(1) * 1j}, r"Expected dense real tensors .*complex64"),
         (infinite, r"Expected finite numbers in .*step2\.pth, found others in img_fc\.weight"),
         (lambda state: {}, r"Expected the \d+ tensors of a stage-1 file .* found 0; \d+ missing"),
         (lambda state: [1], r"Expected a state dict in .*step2\.pth, found list"),
@@ -176,6 +214,10 @@ def test_what_is_no_checkpoint_file_is_named(tmp_path: Path) -> None:
     for name, sentence in (("text.pth", "Cannot read .*text"), ("gone.pth", "Expected a checkpoint file")):
         with pytest.raises(UserError, match=sentence):
             import_release(tmp_path / name, out=tmp_path / "imported")
+    with pytest.raises(UserError, match=r"Cannot make .*text\.pth/imported"):
+        import_release(tmp_path / "text.pth", out=tmp_path / "text.pth" / "imported")
+    with pytest.raises(UserError, match=r"should not exist yet"):
+        import_release(tmp_path / "text.pth", out=".")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(UserError, match=r"should not exist yet.*another --out"):

@@ -100,7 +100,8 @@ def run(
 
 def some_known(labels: Tensor, captions: Tensor, residual: Tensor) -> Known:
     """With a teacher that matters to no method tested with it, and no text expert."""
-    return Known(labels, captions, torch.ones_like(captions), residual, torch.zeros_like(labels))
+    ones = torch.ones_like(captions)
+    return Known(labels, captions, ones, ones[:, 0], residual, torch.zeros_like(labels))
 
 
 @pytest.mark.parametrize("order", ["release", "paper"])
@@ -192,8 +193,9 @@ def test_a_text_head_that_is_not_linear_is_differentiated_by_autograd() -> None:
     assert torch.linalg.matrix_rank(gradients["harmful"]) > 2  # a linear head's are two directions
 
 
+@pytest.mark.parametrize("method", ["dgs", "poe_distillation", "random_direction"])
 @pytest.mark.parametrize("scale", ["per_sample", "release"])
-def test_accumulated_parts_equal_the_large_batch(scale: str, clip: Clip, prepared: Prepared) -> None:
+def test_accumulated_parts_equal_the_large_batch(method: str, scale: str, clip: Clip, prepared: Prepared) -> None:
     """4 parts of 2 and, in the last batch of an epoch, of 1."""
     whole, parts = (
         run("dgs", clip, prepared, settings(accumulate=count, surgery={"scale": scale, "lam": 1.0})) for count in (1, 4)

@@ -253,7 +253,10 @@ def adapt(clip: Clip, release: Release, params: Params) -> Backbone:
 
 
 def _release_params(release: Release) -> Params:
-    """The release's own settings: 224 px of 32-px patches, ImageNet's constants, alpha 6, dropout 0.8."""
+    """The release's own settings: 7 x 7 patches (32 px of 224), ImageNet's constants, alpha 6, dropout 0.8.
+
+    A tower for another size than 224 px keeps the 7 x 7, or goes without patches where 7 does not divide it.
+    """
     width, grid = release.clip["visual.conv1.weight"].shape[3], len(release.clip["visual.positional_embedding"]) - 1
     side = round(grid**0.5) * width
     patches = {"enabled": side % 7 == 0, "size": max(side // 7, 2), "count": 49}
@@ -285,15 +288,20 @@ def import_release(step2: str | Path, step1: str | Path | None = None, *, out: s
         UserError: not tensors alone, other names (the first are given), weights that no adapter explains, `step1` and
             `step2` that do not belong together, `out` there already.
     """
-    folder, path = Path(out), Path(step2)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} should not exist yet, or be an empty folder. Remove it or choose another --out.")
+    folder, path = Path(out).absolute(), Path(step2)
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(Path.cwd()))
+        if not taken:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot make {out} ({error.strerror or error}). Choose another --out.") from None
+    if taken:
+        raise UserError(f"{out} should not exist yet, or be an empty folder. Remove it or choose another --out.")
     state = read_tensors(path)
     release = take_apart(state, path)
     if step1 is not None:
         _require_same_start(release, take_apart(read_tensors(Path(step1)), Path(step1)), path, Path(step1))
     params = _release_params(release)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         write_clip(release, Path(scratch) / "clip")
         clip = load_clip(params.model, Path(scratch), params.image_size, text=False)
@@ -303,7 +311,7 @@ def import_release(step2: str | Path, step1: str | Path | None = None, *, out: s
         source = Path(scratch) / "clip"
         save_checkpoint(folder, backbone, release.heads, clip, params, method, None, {"0.5": 0.0}, digest, source)
     return {
-        "out": str(folder),
+        "out": str(out),
         "stage": 2 if release.adapters else 1,
         "merged": release.merged,
         "rank": release.rank if release.adapters else None,

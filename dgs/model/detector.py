@@ -59,7 +59,10 @@ class Detector:
         except UserError as error:
             raise damaged(folder / "dgs.json", str(error).rstrip(".")) from None
         try:
-            home = folder if info["clip"].get("carried") else root or find_root()
+            carried = info["clip"].get("carried")
+            if carried and not (folder / "clip").is_dir():
+                raise damaged(folder / "clip", "expected the CLIP that this checkpoint carries, found none")
+            home = folder if carried else root or find_root()
             clip = load_clip(params.model, home, params.image_size, text=False)
         except UserError:
             raise

@@ -28,8 +28,10 @@ def text_expert(captions: NDArray[np.float32], labels: NDArray[np.int64], seed: 
         (N,) logits; above 0 means that the caption goes with fakes.
 
     Raises:
-        UserError: fewer images of a label than folds.
+        UserError: fewer images of a label than folds, or embeddings that are not finite.
     """
+    if not np.isfinite(captions).all():
+        raise UserError("Expected finite caption embeddings, found others. Prepare again, or look at the captions.")
     fewest = int(np.bincount(labels, minlength=2).min())
     if fewest < FOLDS:
         raise UserError(

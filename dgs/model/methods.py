@@ -15,10 +15,11 @@ from dgs.params import Params, SurgeryParams, validate
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss on the features may look at; all (B, D), gradients scaled as params.scale says.
+    """What a loss on the features may look at; (B, D) but for `power`, gradients scaled as params.scale says.
 
     features: the student's, a leaf that gradients are taken at.
     teacher: the frozen tower's features of the same views, constant.
+    power: (B,), mean |fT|^2 over all training images, the unit of distances between features.
     teacher_grad: dL_T/dfT, constant.
     text_grad: dL_text/dt at the text head as it stands, constant.
     noise: standard normal, for controls.
@@ -26,6 +27,7 @@ class Batch:
 
     features: Tensor
     teacher: Tensor
+    power: Tensor
     teacher_grad: Tensor
     text_grad: Tensor
     noise: Tensor
@@ -54,9 +56,8 @@ def random_alignment(batch: Batch, params: SurgeryParams) -> Tensor:
 
 
 def distillation(batch: Batch, params: SurgeryParams) -> Tensor:
-    """w mean_i |f_i - fT_i|^2 / mean_i |fT_i|^2: bounded below, whatever the scale of the features."""
-    gap = (batch.features - batch.teacher).square().sum(1).mean()
-    return params.distill * gap / batch.teacher.square().sum(1).mean()
+    """w mean_i |f_i - fT_i|^2 / mean |fT|^2: bounded below, whatever the scale of the features."""
+    return params.distill * ((batch.features - batch.teacher).square().sum(1) / batch.power).mean()
 
 
 def text_harm(batch: Batch) -> Tensor:
@@ -172,7 +173,7 @@ _CORE = (
 _CONTROLS = (
     Method(
         name="random_direction",
-        reference="Control of dgs: a random direction in the harmful one's place, equally long.",
+        reference="Control of dgs: a random direction in the harmful one's place, equally long, anew in each step.",
         prior=prior_alignment,
         gradient=suppression(random_harm),
     ),

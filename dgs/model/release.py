@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +66,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"Expected a checkpoint file of the release at {path}, found none.") from None
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files fail in many ways
         reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
         raise UserError(f"Cannot read {path} as tensors alone ({reason}). Other content is never loaded.") from None
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
@@ -77,6 +76,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     for name, value in content.items():
         if not isinstance(value, Tensor):
             raise UserError(f"Expected only tensors in {path}, found {type(value).__name__} under {name!r}.")
+        if value.layout is not torch.strided or not value.is_floating_point():
+            raise UserError(f"Expected dense real tensors in {path}, found {value.dtype}, {value.layout} in {name}.")
         if not torch.isfinite(value).all():
             raise UserError(f"Expected finite numbers in {path}, found others in {name}.")
     return {str(name): value for name, value in content.items()}
@@ -102,7 +103,7 @@ def _below(state: State, prefix: str) -> dict[str, Tensor]:
 
 
 def _head(state: State, name: str, path: Path, width: int) -> nn.Linear:
-    weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+    weight, bias = state[f"{name}.weight"].float(), state[f"{name}.bias"].float()
     if (tuple(weight.shape), tuple(bias.shape)) != ((1, width), (1,)):
         found = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
         raise UserError(f"Expected {name} in {path} to be of shapes (1, {width}) and (1,), found {found}.")
@@ -123,31 +124,80 @@ def _require_names(state: State, expected: set[str], kind: str, path: Path) -> N
                         f"{len(state)}; {'; '.join(parts)}.")  # fmt: skip
 
 
+def clip_shapes(clip: State, path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a CLIP, from those of its outer ones."""
+    known = {"visual.conv1.weight": 4, "visual.proj": 2, "visual.positional_embedding": 2, "positional_embedding": 2,
+             "token_embedding.weight": 2}  # fmt: skip
+    for name, dimensions in known.items():
+        if clip[name].ndim != dimensions:
+            raise UserError(f"Expected {name} in {path} to have {dimensions} dimensions, found {clip[name].ndim}.")
+    width, _, patch, _ = clip["visual.conv1.weight"].shape
+    embed, (context, text) = _width(clip), clip["positional_embedding"].shape
+    side = math.isqrt(len(clip["visual.positional_embedding"]) - 1)
+    shapes: dict[str, tuple[int, ...]] = {
+        "visual.conv1.weight": (width, 3, patch, patch),
+        "visual.class_embedding": (width,),
+        "visual.positional_embedding": (side * side + 1, width),
+        "visual.proj": (width, embed),
+        "positional_embedding": (context, text),
+        "text_projection": (text, embed),
+        "token_embedding.weight": (len(clip["token_embedding.weight"]), text),
+        "logit_scale": (),
+    }
+    for name in clip:
+        wide = width if name.startswith("visual.") else text
+        if BLOCK in name or name not in shapes:
+            leaf = name.rpartition(BLOCK)[2].partition(".")[2]
+            shapes[name] = {
+                "attn.in_proj_weight": (3 * wide, wide),
+                "attn.in_proj_bias": (3 * wide,),
+                "attn.out_proj.weight": (wide, wide),
+                "mlp.c_fc.weight": (4 * wide, wide),
+                "mlp.c_fc.bias": (4 * wide,),
+                "mlp.c_proj.weight": (wide, 4 * wide),
+            }.get(leaf, (wide,))
+    return shapes
+
+
+def _require_shapes(state: State, expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    for name, shape in expected.items():
+        if tuple(state[name].shape) != shape:
+            raise UserError(f"Expected {name} in {path} of shape {shape}, found {tuple(state[name].shape)}.")
+
+
 def _adapters(student: State, frozen: State, layers: int, path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:
     """The adapters, and whether they are merged: every other weight has to be the frozen copy's."""
     adapters: dict[str, tuple[Tensor, Tensor]] = {}
     unmerged = merged = True
+    first = student[f"visual.{BLOCK}0.attn.q_proj.w_lora_A"]
+    rank = len(first) if first.ndim == 2 else 0
+    if rank < 1:
+        raise UserError(
+            f"Expected adapters A (r, W), r >= 1, in {path}, found shape {tuple(first.shape)} in the first."
+        )
     for block in range(layers):
         at = f"visual.{BLOCK}{block}.attn."
         thirds = zip("qkv", *(frozen[f"{at}in_proj_{leaf}"].chunk(3) for leaf in ("weight", "bias")), strict=True)
         for part, weight, bias in thirds:
-            name = f"{at}{part}_proj"
-            a, b = student[f"{name}.w_lora_A"], student[f"{name}.w_lora_B"]
-            if (a.shape[1], *b.shape) != (weight.shape[1], len(weight), len(a)):
-                raise UserError(f"Expected {name} in {path} to have adapters A (r, {weight.shape[1]}) and B "
-                                f"({len(weight)}, r), found {tuple(a.shape)} and {tuple(b.shape)}.")  # fmt: skip
-            if not torch.equal(student[f"{name}.bias"], bias):
-                raise UserError(f"Expected {name}.bias in {path} to equal the frozen copy's, found another.")
-            moved = student[f"{name}.weight"] - weight
-            rounding = 2e-6 * weight.abs().max().item()
-            delta = ALPHA / math.sqrt(len(a)) * (b @ a)
+            name, wide = f"{at}{part}_proj", len(weight)
+            shapes = {"weight": (wide, wide), "bias": (wide,), "w_lora_A": (rank, wide), "w_lora_B": (wide, rank)}
+            _require_shapes(student, {f"{name}.{leaf}": shape for leaf, shape in shapes.items()}, path)
+            a, b = student[f"{name}.w_lora_A"].float(), student[f"{name}.w_lora_B"].float()
+            if not torch.equal(student[f"{name}.bias"].float(), bias.float()):
+                raise UserError(f"Expected {STUDENT}{name}.bias in {path} to equal the frozen copy's, found another.")
+            moved = student[f"{name}.weight"].float() - weight.float()
+            delta = ALPHA / math.sqrt(rank) * (b @ a)
+            # Merging rounds once, merging and unmerging again some times: halves are only ever rounded when stored.
+            ulps = 16 if student[f"{name}.weight"].dtype == torch.float32 else 2
+            largest = max(weight.abs().max().item(), student[f"{name}.weight"].abs().max().item())
+            rounding = ulps * torch.finfo(student[f"{name}.weight"].dtype).eps * largest
             unmerged &= bool(moved.abs().max() <= rounding)
             merged &= bool((moved - delta).abs().max() <= rounding)
             if not unmerged and not merged:
                 raise UserError(
-                    f"Expected {name}.weight in {path} to differ from the frozen copy by nothing or by the adapter "
-                    f"(alpha {ALPHA:g}), as every one before it; found a difference of {moved.abs().max():.2g}, of "
-                    f"which the adapter leaves {(moved - delta).abs().max():.2g}."
+                    f"Expected {STUDENT}{name}.weight in {path} to differ from the frozen copy by nothing or by the "
+                    f"adapter (alpha {ALPHA:g}), as every one before it; found a difference of "
+                    f"{moved.abs().max():.2g}, of which the adapter leaves {(moved - delta).abs().max():.2g}."
                 )
             adapters[f"{block}.{part}_proj"] = (a, b)
     return adapters, merged and not unmerged
@@ -160,7 +210,6 @@ def take_apart(state: State, path: Path) -> Release:
         UserError: another set of names (the first offending ones are named), a student that differs from its frozen
             copy by more than adapters, or adapters merged in some places only.
     """
-    state = {name: value.float() for name, value in state.items()}
     second = any(name.startswith(STUDENT) for name in state)
     kind, at = ("stage-2", PROBE + PROBE) if second else ("stage-1", PROBE)
     layers, text_layers = _depth(state, f"{at}visual."), _depth(state, at)
@@ -168,18 +217,25 @@ def take_apart(state: State, path: Path) -> Release:
     probe = {PROBE + name for name in plain} | {f"img_frozen_fc.{leaf}" for leaf in ("weight", "bias")}
     if not second:
         _require_names(state, probe, kind, path)
-        clip = _below(state, at)
+        clip = {name: value.float() for name, value in _below(state, at).items()}
+        _require_shapes(clip, clip_shapes(clip, path), path)
         return Release(clip, {"image": _head(state, "img_frozen_fc", path, _width(clip))}, {}, False)
     heads = {f"{name}.{leaf}" for name in ("img_fc", "text_fc") for leaf in ("weight", "bias")}
     student_names = {STUDENT + name for name in clip_names(layers, text_layers, ADAPTED)}
     _require_names(state, student_names | {PROBE + name for name in probe} | heads, kind, path)
     frozen, student = _below(state, at), _below(state, STUDENT)
+    shapes = clip_shapes(frozen, path)
+    _require_shapes(frozen, shapes, path)
     for name in sorted(plain):
         twin = name.replace("attn.out_proj", "attn.proj") if name.startswith("visual.") else name
-        if twin in student and not torch.equal(student[twin], frozen[name]):
+        if twin not in student:
+            continue
+        _require_shapes(student, {twin: shapes[name]}, path)
+        if not torch.equal(student[twin].float(), frozen[name].float()):
             raise UserError(f"Expected {STUDENT}{twin} in {path} to equal the frozen copy's, found another: only "
                             f"adapters and heads learn in the release.")  # fmt: skip
     adapters, merged = _adapters(student, frozen, layers, path)
+    frozen = {name: value.float() for name, value in frozen.items()}
     names = {"image": "img_fc", "text": "text_fc", "teacher": f"{PROBE}img_frozen_fc"}
     return Release(frozen, {k: _head(state, v, path, _width(frozen)) for k, v in names.items()}, adapters, merged)
 

@@ -24,6 +24,7 @@ class Known:
     labels: (N,) float, 0 real, 1 fake.
     captions: (N, D), frozen caption embeddings t.
     teacher: (N, D), the frozen tower's features fT of the view at hand.
+    power: (N,), in every row the mean of |fT|^2 over all training images.
     residual: (N,), sigmoid(zT) - y.
     expert: (N,), logits of the text expert; zero where a method has none.
     """
@@ -31,6 +32,7 @@ class Known:
     labels: Tensor
     captions: Tensor
     teacher: Tensor
+    power: Tensor
     residual: Tensor
     expert: Tensor
 
@@ -90,6 +92,7 @@ def surgery_step(
     batch = Batch(
         features=leaf,
         teacher=known.teacher,
+        power=known.power,
         teacher_grad=per * residual_directions(known.residual, teacher_weight),
         text_grad=per * text_grad,
         noise=noise,

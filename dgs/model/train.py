@@ -181,7 +181,8 @@ def known_before(method: Method, prepared: Prepared, teacher: nn.Linear, frozen:
     expert = expert_logits(method, captions, labels, seed)
     given = torch.tensor(captions, device=frozen.device)
     residuals = teacher_residuals(teacher, frozen, labels)
-    return [Known(labels, given, *view, expert) for view in zip(frozen, residuals, strict=True)]
+    powers = frozen.square().sum(2).mean(1, keepdim=True).expand_as(residuals)
+    return [Known(labels, given, *view, expert) for view in zip(frozen, powers, residuals, strict=True)]
 
 
 def expert_logits(method: Method, captions: NDArray[np.float32], labels: Tensor, seed: int) -> Tensor:
