@@ -72,7 +72,8 @@ def test_generators_are_told_as_measured() -> None:
     for name, values in means.iterrows():
         shown = [line for line in LINES if line.startswith(f"| {name} ") and line.count("|") == 7]
         assert len(shown) == 1, name
-        assert [cell.strip() for cell in shown[0].strip("|").split("|")][-3:] == [percent_text(values[m]) for m in METHODS]
+        cells = [cell.strip() for cell in shown[0].strip("|").split("|")]
+        assert cells[-3:] == [percent_text(values[method]) for method in METHODS]
 
 
 @pytest.mark.parametrize("rho", ["0.5", "0.9"])
