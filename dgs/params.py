@@ -95,7 +95,7 @@ class ComputeParams(_Group):
     threads: Count = 1  # CPU threads a job: fixed, since sums in another order round differently
     workers: Annotated[int, Field(ge=0), Number] = 0  # loader processes
     batch_size: Count = 256  # images at a time where nothing is trained
-    keep_mb: Annotated[int, Field(ge=0), Number] = 512  # views up to this size in all stay in memory, decoded once
+    keep_mb: Annotated[int, Field(ge=0), Number] = 512  # views of a set stay in memory up to here
 
 
 class Stage1Params(_Group):

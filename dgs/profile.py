@@ -34,6 +34,14 @@ def check_params(params: Params, root: Path) -> None:
     for method in params.methods:
         get_method(method)
 
+    own = (root / "build" / params.profile).resolve()
+    for name, given in (("data.root", params.data.root), ("model.clip", params.model.clip)):
+        if (root / given).resolve().is_relative_to(own):
+            raise UserError(
+                f"Expected {name} = {given} to lie outside build/{params.profile}, where this profile's outputs go. "
+                f"Move it, for example to scratch/."
+            )
+
     def made_here(path: str) -> bool:  # by the pipeline itself, from data.dvc
         return (root / path).resolve().is_relative_to(root.resolve() / "data")
 

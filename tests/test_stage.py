@@ -138,6 +138,11 @@ class TestTheCheckBeforeAnyStage:
         [
             ("sedes", {"x": 1}, "Unknown parameter 'sedes' in params.yaml. Did you mean 'seeds'?"),
             ("data", {"root": "nowhere"}, "Expected a folder of images at data.root = nowhere, found none."),
+            (
+                "data",
+                {"root": "build/mini/images"},
+                "Expected data.root = build/mini/images to lie outside build/mini,",
+            ),
             ("model", {"clip": "sample/clipp"}, "Expected model.clip to be a folder or an open_clip name, found"),
             ("model", {"clip": "ViT-B-32", "pretrained": "my/w.pt"}, "Expected a weights file at model.pretrained ="),
             ("data", {"captions": "no.jsonl"}, "Expected a caption file at data.captions = no.jsonl, found none."),
