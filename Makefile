@@ -1,7 +1,7 @@
 # make repro          environment + the whole pipeline (PROFILE=paper: another profile)
 # make test           environment + what a contributor runs; make test-slow: the rest
 # make verify         reproduce the committed results elsewhere and compare
-# make bench          speed and memory against the release's step (10 minutes, a quiet machine)
+# make bench          speed and memory against the release's step (13 minutes, a quiet machine)
 # make lab            JupyterLab
 # make lock           renew requirements.lock from pyproject.toml
 
