@@ -85,6 +85,7 @@ class ModelParams(_Group):
     normalize: Literal["clip", "imagenet"] = "clip"  # imagenet: the release's constants
     precision: Literal["fp32", "bf16"] = "fp32"  # of the image tower; heads and surgery are fp32 always
     lora: LoraParams = LoraParams()
+    levels: Annotated[list[Annotated[int, Field(ge=0), Number]], Field(min_length=1)] = [0]  # k: tokens after k blocks
 
 
 class ComputeParams(_Group):
@@ -118,6 +119,9 @@ class SurgeryParams(_Group):
     lam: Annotated[float, Field(ge=0), Number] = 0.2  # weight of prior alignment
     distill: Annotated[float, Field(ge=0), Number] = 1.0  # weight of feature distillation, where a method has it
     eps: Annotated[float, Field(ge=0), Number] = 1e-6  # added to the norm of the harmful direction
+    decay: Annotated[float, Field(ge=0), Number] = 0.01  # weight of the penalty on the adapters, where a method has it
+    mix: Annotated[float, Field(ge=0, le=1), Number] = 0.5  # share of the tuned weights, where a method averages
+    directions: Count = 16  # of the captions, that are erased where a method does so
     order: Literal["release", "paper"] = "release"  # release: suppression acts on task + alignment
     scale: Literal["release", "per_sample"] = "release"  # release: directions carry 1/B
 
@@ -132,6 +136,16 @@ class TrainParams(_Group):
     stage2: Stage2Params = Stage2Params()
     surgery: SurgeryParams = SurgeryParams()
     log_every: Count = 10  # steps between two records of loss and gradient angles
+
+
+_OF_METHODS = ("train.stage1.", "train.stage2.", "train.surgery.", "model.lora.", "model.levels")
+
+
+def _of_methods(names: dict[str, Any]) -> dict[str, Any]:
+    for name in names:
+        if not name.startswith(_OF_METHODS):
+            raise ValueError(f"'{name}' cannot differ between methods, only {', '.join(_OF_METHODS)}")
+    return names
 
 
 class EvaluateParams(_Group):
@@ -161,6 +175,7 @@ class Params(_Group):
     patches: PatchParams = PatchParams()
     model: ModelParams = ModelParams()
     train: TrainParams = TrainParams()
+    settings: dict[str, Annotated[dict[str, Any], AfterValidator(_of_methods)]] = {}  # of single methods, by full name
     compute: ComputeParams = ComputeParams()
     evaluate: EvaluateParams = EvaluateParams()
     gradient_angles: GradientAnglesParams = GradientAnglesParams()
@@ -171,6 +186,25 @@ class Params(_Group):
         if not self.patches.enabled:
             return self.model.image_size
         return round(self.patches.count**0.5) * self.patches.size
+
+    def tuned(self, method: str) -> Params:
+        """These parameters with the settings of one method in their place.
+
+        Raises:
+            UserError: a setting that is no parameter, or of the wrong type.
+        """
+        return validate(_replaced(self.model_dump(), self.settings.get(method, {})), f"settings.{method}")
+
+
+def _replaced(content: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`content`, changed in place: values by their dotted names."""
+    for dotted, value in values.items():
+        *groups, key = dotted.split(".")
+        target: Any = content
+        for group in groups:
+            target = target[group]
+        target[key] = value
+    return content
 
 
 # The flat names a notebook's `parameters` cell may set, and what they stand for in params.yaml.
@@ -321,6 +355,8 @@ def _assigned_names(cells: list[str]) -> list[str]:
 def with_overrides(notebook: str, params: Params, namespace: Mapping[str, Any]) -> Params:
     """`params` with a notebook's flat names (as edited or injected by papermill) put in their place.
 
+    A training notebook's method brings its own settings; a name whose value was changed stands above them.
+
     Args:
         notebook: "prepare", "train", "evaluate" or "gradient_angles".
         namespace: the notebook's `globals()`.
@@ -335,13 +371,18 @@ def with_overrides(notebook: str, params: Params, namespace: Mapping[str, Any]) 
                 f"Unknown parameter '{name}' for notebooks/{notebook}.ipynb.{did_you_mean(name, flat)} "
                 f"Known here: {', '.join(flat)}."
             )
-    content: dict[str, Any] = params.model_dump()
-    for name, dotted in flat.items():
-        if not dotted or name not in namespace:
-            continue
-        *groups, key = dotted.split(".")
-        target = content
-        for group in groups:
-            target = target[group]
-        target[key] = namespace[name]
-    return validate(content, f"notebooks/{notebook}.ipynb")
+    given = params.model_dump()
+    changed = {
+        dotted: namespace[name]
+        for name, dotted in flat.items()
+        if dotted and name in namespace and namespace[name] != _value(given, dotted)
+    }
+    own = params.tuned(method) if isinstance(method := namespace.get("method"), str) else params
+    return validate(_replaced(own.model_dump(), changed), f"notebooks/{notebook}.ipynb")
+
+
+def _value(content: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = content
+    for part in dotted.split("."):
+        value = value[part]
+    return value

@@ -31,8 +31,11 @@ def check_params(params: Params, root: Path) -> None:
     Raises:
         UserError: the first mistake.
     """
-    for method in params.methods:
+    for method in (*params.methods, *params.settings):
         get_method(method)
+        params.tuned(method)
+    if missing := [method for method in params.methods if method not in params.settings]:
+        raise UserError(f"Expected settings of {missing[0]}, found none. Add to settings: {missing[0]}: {{}}.")
 
     own = (root / "build" / params.profile).resolve()
     for name, given in (("data.root", params.data.root), ("model.clip", params.model.clip)):

@@ -171,6 +171,8 @@ def evaluate(
     keep = worth_keeping(len(rows), params)
     views = Views(rows, prepared.source, params, patches=prepared.patches, keep=keep)
     frozen = image_features(Backbone(clip).to(device).eval(), views, params, device, "frozen features")
+    width = frozen.shape[1]
+    of_levels: dict[tuple[int, ...], Features] = {(): frozen}  # of the frozen tower, by the levels beside its output
     shown = tsne_rows(rows[test], params.evaluate.tsne_images)
     at = pd.Series(range(len(rows)), index=rows.index)[shown.index].to_numpy()
     panels = {"frozen": (frozen[at], shown)}
@@ -180,11 +182,14 @@ def evaluate(
         backbone, heads, info = load_checkpoint(folder, clip)
         try:
             _check_fits(folder, info, prepared, params, clip)
-            features = frozen
-            if info["adapter"]:
+            known = None if info["adapter"] else of_levels.get(backbone.levels)
+            if known is None:
                 label = f"{method}, seed {seed}"
-                features = image_features(backbone.to(device), views, params, device, label)
-            logits = heads["image"](torch.from_numpy(features)).squeeze(1).numpy()
+                known = image_features(backbone.to(device), views, params, device, label)
+            if not info["adapter"]:
+                of_levels[backbone.levels] = known
+            logits = heads["image"](torch.from_numpy(known)).squeeze(1).numpy()
+            features = known[:, :width]
         finally:
             clip.model.visual = backbone.without_adapters()
         scores.append(score_rows(rows, logits, method, seed, rho))

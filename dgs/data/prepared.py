@@ -22,7 +22,7 @@ from dgs.params import Params, validate
 PREPARED_WITH = {
     "data": None,
     "patches": None,
-    "model": {"lora", "precision"},
+    "model": {"lora", "levels", "precision"},
 }  # parameter groups that are settled by preparing
 
 

@@ -257,23 +257,40 @@ def encode_prompts(clip: Clip, prompts: dict[str, list[str]]) -> tuple[list[str]
     return list(prompts), np.stack(rows).astype(np.float32)
 
 
+def token_statistics(tokens: Tensor) -> Tensor:
+    """Mean and standard deviation of every channel over the patch tokens: (B, 1 + L, W), class token first: (B, 2 W)."""
+    patches = tokens[:, 1:].float()
+    return torch.cat([patches.mean(1), (patches.var(1) + 1e-6).sqrt()], 1)
+
+
 class Backbone(nn.Module):
     """The image side: normalisation, the vision tower, and LoRA on q, k, v of the blocks asked for.
 
     Features are projected and *unnormalised*, as the method needs them, and float32 whatever the tower computes in.
+
+    Args:
+        clip: its tower is used, not copied.
+        lora: adapters, if any.
+        seed: of the adapters' initial values.
+        levels: k stands for the tokens after k blocks, whose statistics follow the tower's output in the features.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, clip: Clip, lora: LoraParams | None = None, seed: int = 0) -> None:
+    def __init__(self, clip: Clip, lora: LoraParams | None = None, seed: int = 0, levels: Sequence[int] = ()) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(clip.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(clip.std).view(1, 3, 1, 1))
         self.visual: Any = clip.model.visual
         self.precision = clip.precision
+        self.levels = tuple(levels)
+        depth = len(self.visual.transformer.resblocks)
+        if max(self.levels, default=0) > depth:
+            raise UserError(
+                f"Expected model.levels to be among 0 to {depth}, the depth of {clip.name}, found {max(self.levels)}."
+            )
         if lora is not None:
-            depth = len(self.visual.transformer.resblocks)
             if lora.blocks is not None and max(lora.blocks) >= depth:
                 raise UserError(
                     f"Expected model.lora.blocks to be among 0 to {depth - 1}, the blocks of {clip.name}, found "
@@ -292,12 +309,40 @@ class Backbone(nn.Module):
             self.visual = get_peft_model(self.visual, config)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 to features (B, D), float32 (float64 for a tower of that dtype)."""
+        """(B, 3, S, S) uint8 to features (B, D), float32 (float64 for a tower of that dtype).
+
+        With levels, D is the tower's width and two numbers for each channel of each level.
+        """
         normalised = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
-        if self.precision is torch.float32:
-            return self.visual(normalised)
-        with torch.autocast(images.device.type, self.precision):
-            return self.visual(normalised).float()
+        with self._listening() as heard:
+            if self.precision is torch.float32:
+                features = self.visual(normalised)
+            else:
+                with torch.autocast(images.device.type, self.precision):
+                    features = self.visual(normalised).float()
+        return torch.cat([features, *(token_statistics(heard[level]) for level in self.levels)], 1)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(T, D): columns of CLIP's own features, and of all that this backbone gives."""
+        own = int(self.visual.output_dim)
+        return own, own + 2 * len(self.levels) * int(self.visual.positional_embedding.shape[1])
+
+    @contextmanager
+    def _listening(self) -> Iterator[dict[int, Tensor]]:
+        heard: dict[int, Tensor] = {}
+        blocks = self.visual.transformer.resblocks if self.levels else []
+        hooks = [
+            blocks[level - 1].register_forward_hook(lambda block, given, out, level=level: heard.update({level: out}))
+            if level
+            else blocks[0].register_forward_pre_hook(lambda block, given: heard.update({0: given[0]}))
+            for level in self.levels
+        ]
+        try:
+            yield heard
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

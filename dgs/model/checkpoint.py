@@ -9,11 +9,11 @@ import tempfile
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class _Record(_Strict):
     """What dgs.json must hold to be of use; the rest is for people."""
 
     adapter: bool
+    levels: list[Annotated[int, Field(ge=0)]] = []  # that the image head reads beside the tower's output
     clip: _ClipRecord
     data_hash: str
     params: dict[str, Any]
@@ -79,6 +80,7 @@ def save_checkpoint(
             "carried": carried is not None,
         },
         "adapter": isinstance(backbone.visual, PeftModel),
+        "levels": list(backbone.levels),
         "preprocessing": {
             "image_size": params.image_size,
             "mean": list(clip.mean),
@@ -228,9 +230,12 @@ def load_checkpoint(folder: Path, clip: Clip) -> tuple[Backbone, dict[str, nn.Li
             f"Set model.clip and model.pretrained to the same weights, or train again."
         )
     heads = load_heads(folder)
-    backbone = Backbone(clip)
-    width = backbone.visual.output_dim
+    try:
+        backbone = Backbone(clip, levels=info.get("levels", ()))
+    except UserError as error:
+        raise damaged(folder / "dgs.json", str(error).rstrip(".")) from None
     for name, head in heads.items():
+        width = backbone.widths[0 if name == "text" else 1]
         if head.in_features != width:
             reason = f"expected {name}_head for {width} features, as this CLIP has, found {head.in_features}"
             raise damaged(folder / "heads.safetensors", reason)

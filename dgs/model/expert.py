@@ -6,12 +6,17 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from dgs.data.prepared import Prepared
 from dgs.errors import UserError
 
 FOLDS = 5
+
+
+def _model() -> Pipeline:
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1_000))
 
 
 def text_expert(captions: NDArray[np.float32], labels: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
@@ -37,6 +42,13 @@ def text_expert(captions: NDArray[np.float32], labels: NDArray[np.int64], seed: 
         raise UserError(
             f"Expected at least {FOLDS} training images of each label for a text expert, found {fewest}. Add images."
         )
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1_000))
+    model = _model()
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     return cross_val_predict(model, captions, labels, cv=folds, method="decision_function")
+
+
+def caption_probability(prepared: Prepared, split: str) -> NDArray[np.float64]:
+    """P(fake) of a split's images by their captions alone, (N,), learned on the training images."""
+    train, rows = prepared.split("train"), prepared.split(split)
+    model = _model().fit(prepared.caption_embeddings[train.index], train["label"].to_numpy())
+    return model.predict_proba(prepared.caption_embeddings[rows.index])[:, 1]

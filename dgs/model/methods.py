@@ -4,37 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dgs.errors import UserError, did_you_mean
+from dgs.model.adapters import hold_principal, squared_update
+from dgs.model.conflict import pcgrad, prograd, upgrad
+from dgs.model.lens import Affine, leace, null_space, standardise
 from dgs.model.surgery import alignment_loss, split_signs, suppress
 from dgs.params import Params, SurgeryParams, validate
+
+if TYPE_CHECKING:
+    from dgs.model.backbone import Backbone
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss on the features may look at; (B, D) but for `power`, gradients scaled as params.scale says.
+    """What a loss on the features may look at; (B, D) if nothing else is said, gradients scaled as params.scale says.
 
     features: the student's, a leaf that gradients are taken at.
     teacher: the frozen tower's features of the same views, constant.
-    power: (B,), mean |fT|^2 over all training images, the unit of distances between features.
+    shared: how many of the D columns, from the first, are CLIP's features; the rest are statistics of levels.
+    power: (B,), mean |fT|^2 of those columns over all training images, the unit of distances between features.
     teacher_grad: dL_T/dfT, constant.
+    opinion: (B,), the teacher's probability of a fake, constant.
     text_grad: dL_text/dt at the text head as it stands, constant.
+    head: the image head as it stands.
     noise: standard normal, for controls.
     """
 
     features: Tensor
     teacher: Tensor
+    shared: int
     power: Tensor
     teacher_grad: Tensor
+    opinion: Tensor
     text_grad: Tensor
+    head: nn.Module
     noise: Tensor
 
 
 Prior = Callable[[Batch, SurgeryParams], Tensor]
 GradientMap = Callable[[Tensor, Tensor, Batch, SurgeryParams], Tensor]
+Lens = Callable[[Tensor, Tensor, SurgeryParams], Affine]
 
 
 def _zero(batch: Batch, params: SurgeryParams) -> Tensor:
@@ -56,8 +70,14 @@ def random_alignment(batch: Batch, params: SurgeryParams) -> Tensor:
 
 
 def distillation(batch: Batch, params: SurgeryParams) -> Tensor:
-    """w mean_i |f_i - fT_i|^2 / mean |fT|^2: bounded below, whatever the scale of the features."""
-    return params.distill * ((batch.features - batch.teacher).square().sum(1) / batch.power).mean()
+    """w mean_i |f_i - fT_i|^2 / mean |fT|^2: bounded below, whatever the scale of the features; levels are free."""
+    moved = (batch.features - batch.teacher)[:, : batch.shared]
+    return params.distill * (moved.square().sum(1) / batch.power).mean()
+
+
+def agreement(batch: Batch, params: SurgeryParams) -> Tensor:
+    """KL(teacher's opinion || student's), but for a constant: ProGrad's general knowledge, of a probe for zero-shot."""
+    return F.binary_cross_entropy_with_logits(batch.head(batch.features).squeeze(1), batch.opinion)
 
 
 def text_harm(batch: Batch) -> Tensor:
@@ -75,6 +95,15 @@ def random_harm(batch: Batch) -> Tensor:
     direction = batch.noise.abs()
     norm = direction.norm(dim=1, keepdim=True)
     return direction / norm * text_harm(batch).norm(dim=1, keepdim=True)
+
+
+def combined(rule: Callable[[Tensor, Tensor], Tensor]) -> GradientMap:
+    """A map of (task gradient, prior gradient) alone."""
+
+    def combine(task: Tensor, prior: Tensor, batch: Batch, params: SurgeryParams) -> Tensor:
+        return rule(task, prior)
+
+    return combine
 
 
 def suppression(harmful: Callable[[Batch], Tensor]) -> GradientMap:
@@ -99,7 +128,15 @@ class Method:
     expert: in training the logit of a text expert (`dgs.model.expert`) is added to the image head's, so that neither
         head nor tower is asked for what captions explain; at test time the image head stands alone.
     shuffled: captions go to other images than their own.
+    levels: the head reads statistics of earlier tokens (`model.levels`) beside the tower's output.
+    lens: the map that the image head reads features through, fitted on the frozen tower's.
+    warm: the image head starts as stage 1's, not at random.
+    penalty: a loss on the adapters, weighed by train.surgery.decay.
+    confine: given the backbone, a function that puts the adapters back where they may be, called after every step.
+    mix: the tuned tower and head are averaged with the frozen ones at the end, train.surgery.mix of the tuned.
     settings: parameters of train.surgery that are the method's own.
+    knob: the parameter of train.surgery that sets the method's strength, tuned beside the learning rate.
+    like: the method whose tuned settings this one takes, since it is to differ from it in one thing.
     """
 
     name: str
@@ -109,7 +146,15 @@ class Method:
     gradient: GradientMap = _sum
     expert: bool = False
     shuffled: bool = False
+    levels: bool = False
+    lens: Lens | None = None
+    warm: bool = False
+    penalty: Callable[[Backbone], Tensor] | None = None
+    confine: Callable[[Backbone], Callable[[], None]] | None = None
+    mix: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    knob: str | None = None
+    like: str | None = None
 
     def of(self, params: Params) -> Params:
         """`params` with the method's own settings in train.surgery."""
@@ -135,6 +180,7 @@ _CORE = (
         reference="DGS-Net (arXiv 2511.13108): orthogonal suppression and prior alignment, the release's formulas.",
         prior=prior_alignment,
         gradient=suppression(text_harm),
+        knob="lam",
     ),
     Method(
         name="suppression_only",
@@ -145,11 +191,13 @@ _CORE = (
         name="alignment_only",
         reference="DGS-Net's prior alignment alone.",
         prior=prior_alignment,
+        knob="lam",
     ),
     Method(
         name="distillation",
         reference="Features held near the frozen tower's (Li & Hoiem 2016 with features for outputs).",
         prior=distillation,
+        knob="distill",
     ),
     Method(
         name="poe_probe",
@@ -167,6 +215,24 @@ _CORE = (
         reference="product_of_experts and distillation together.",
         prior=distillation,
         expert=True,
+        knob="distill",
+    ),
+    Method(
+        name="leace",
+        reference="LEACE (Belrose et al. 2023) on frozen CLIP: what features tell of captions is erased, then a probe.",
+        adapters=False,
+        lens=leace,
+        knob="directions",
+    ),
+    Method(
+        name="dgs_plus",
+        reference="DGS-Net's idea with other means: a text expert takes over what captions explain, the frozen tower's "
+        "output is held, and the head reads earlier tokens too, where little is semantic.",
+        prior=distillation,
+        expert=True,
+        levels=True,
+        lens=standardise,
+        knob="distill",
     ),
 )
 
@@ -176,6 +242,7 @@ _CONTROLS = (
         reference="Control of dgs: a random direction in the harmful one's place, equally long, anew in each step.",
         prior=prior_alignment,
         gradient=suppression(random_harm),
+        like="dgs",
     ),
     Method(
         name="shuffled_captions",
@@ -183,18 +250,21 @@ _CONTROLS = (
         prior=prior_alignment,
         gradient=suppression(text_harm),
         shuffled=True,
+        like="dgs",
     ),
     Method(
         name="signed",
         reference="Control of dgs: the whole text gradient instead of its non-negative half.",
         prior=prior_alignment,
         gradient=suppression(whole_text),
+        like="dgs",
     ),
     Method(
         name="random_alignment",
         reference="Control of dgs: alignment with random signs.",
         prior=random_alignment,
         gradient=suppression(text_harm),
+        like="dgs",
     ),
     Method(
         name="per_sample",
@@ -202,6 +272,7 @@ _CONTROLS = (
         prior=prior_alignment,
         gradient=suppression(text_harm),
         settings={"scale": "per_sample"},
+        like="dgs",
     ),
     Method(
         name="paper_order",
@@ -209,10 +280,99 @@ _CONTROLS = (
         prior=prior_alignment,
         gradient=suppression(text_harm),
         settings={"order": "paper"},
+        like="dgs",
     ),
 )
 
-METHODS: dict[str, Method] = {method.name: method for method in (*_CORE, *_CONTROLS)}
+_PARTS = (
+    Method(
+        name="levels_probe",
+        reference="Frozen CLIP, a linear layer on tokens of several depths (RINE, Koutlis & Papadopoulos 2024), here "
+        "on their mean and spread: part of dgs_plus.",
+        adapters=False,
+        levels=True,
+        lens=standardise,
+    ),
+    Method(
+        name="levels_poe_probe",
+        reference="levels_probe with poe_probe's text expert: dgs_plus without adapters.",
+        adapters=False,
+        levels=True,
+        lens=standardise,
+        expert=True,
+    ),
+    Method(
+        name="levels_distillation",
+        reference="dgs_plus without its text expert.",
+        prior=distillation,
+        levels=True,
+        lens=standardise,
+        knob="distill",
+    ),
+    Method(
+        name="levels_poe",
+        reference="dgs_plus without holding the tower's output.",
+        levels=True,
+        lens=standardise,
+        expert=True,
+    ),
+)
+
+_NEIGHBOURS = (
+    Method(
+        name="lp_ft",
+        reference="LP-FT (Kumar et al. 2022) with LoRA: fine-tuning starts from the probe's head.",
+        warm=True,
+    ),
+    Method(
+        name="wise_ft",
+        reference="WiSE-FT (Wortsman et al. 2022) with LoRA: tuned weights and head averaged with the frozen tower and "
+        "the probe.",
+        warm=True,
+        mix=True,
+        knob="mix",
+    ),
+    Method(
+        name="l2_sp",
+        reference="L2-SP (Li et al. 2018) with LoRA: the squared distance to the pre-trained weights as a penalty.",
+        penalty=squared_update,
+        knob="decay",
+    ),
+    Method(
+        name="pcgrad",
+        reference="PCGrad (Yu et al. 2020) of the task's and distillation's gradients, at the features.",
+        prior=distillation,
+        gradient=combined(pcgrad),
+        knob="distill",
+    ),
+    Method(
+        name="upgrad",
+        reference="UPGrad (Quinton & Rey 2024) of the task's and distillation's gradients, at the features.",
+        prior=distillation,
+        gradient=combined(upgrad),
+        knob="distill",
+    ),
+    Method(
+        name="prograd",
+        reference="ProGrad (Zhu et al. 2023) at the features, with the frozen probe's opinion as general knowledge.",
+        prior=agreement,
+        gradient=combined(prograd),
+    ),
+    Method(
+        name="effort",
+        reference="Effort (Yan et al. 2025) with LoRA: updates stay in the weights' smallest singular directions.",
+        confine=hold_principal,
+    ),
+    Method(
+        name="null_space",
+        reference="A probe on frozen CLIP off the principal directions of caption embeddings.",
+        adapters=False,
+        lens=null_space,
+        knob="directions",
+    ),
+)
+
+METHODS: dict[str, Method] = {method.name: method for method in (*_CORE, *_PARTS, *_CONTROLS, *_NEIGHBOURS)}
 
 
 def get_method(name: str) -> Method:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import cast
 
@@ -22,9 +22,9 @@ class Known:
     """What is known of images before stage 2, row by row.
 
     labels: (N,) float, 0 real, 1 fake.
-    captions: (N, D), frozen caption embeddings t.
-    teacher: (N, D), the frozen tower's features fT of the view at hand.
-    power: (N,), in every row the mean of |fT|^2 over all training images.
+    captions: (N, T), frozen caption embeddings t, of the width of CLIP's features.
+    teacher: (N, D), the frozen tower's features fT of the view at hand; D > T where the head reads levels too.
+    power: (N,), in every row the mean of |fT|^2 over all training images, of the first T columns.
     residual: (N,), sigmoid(zT) - y.
     expert: (N,), logits of the text expert; zero where a method has none.
     """
@@ -56,9 +56,9 @@ def surgery_step(
 
     Args:
         features: (B, D) of the student; only their values are used.
-        heads: "image" and "text", (B, D) -> (B, 1); "teacher", linear.
+        heads: "image", (B, D) -> (B, 1); "text", (B, T) -> (B, 1); "teacher", linear.
         known: of the B images.
-        noise: (B, D) standard normal, for controls.
+        noise: (B, T) standard normal, for controls.
         batch_size: of the whole batch, where these rows are a part of one; losses and directions are scaled by it.
 
     Returns:
@@ -88,13 +88,18 @@ def surgery_step(
         text_grad = residual_directions(text_residual, heads["text"].weight.detach()[0])
     else:
         text_grad = head_gradients(heads["text"], known.captions, known.labels)
+    # The text side knows nothing of levels: its gradient lies in the space it shares with CLIP's features.
+    text_grad = F.pad(text_grad, (0, leaf.shape[1] - text_grad.shape[1]))
     teacher_weight = cast(nn.Linear, heads["teacher"]).weight.detach()[0]
     batch = Batch(
         features=leaf,
         teacher=known.teacher,
+        shared=known.captions.shape[1],
         power=known.power,
         teacher_grad=per * residual_directions(known.residual, teacher_weight),
+        opinion=known.residual + known.labels,
         text_grad=per * text_grad,
+        head=heads["image"],
         noise=noise,
     )
     prior_loss = share * method.prior(batch, surgery)
@@ -115,6 +120,7 @@ def stage2_step(
     known: Known,
     noise: Tensor,
     params: Params,
+    after: Callable[[], None] | None = None,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """One optimiser step of stage 2 on a batch, in `train.accumulate` parts through the tower: losses and gradients.
 
@@ -122,6 +128,7 @@ def stage2_step(
 
     Args:
         images: (B, 3, S, S) uint8; the rest as in `surgery_step`.
+        after: called when the optimiser has stepped.
     """
     total = len(known)
     optimizer.zero_grad()
@@ -134,5 +141,11 @@ def stage2_step(
         features.backward(applied)
         losses = {name: losses.get(name, 0.0) + value for name, value in some.items()}
         parts.append(gradients)
+    if method.penalty is not None:
+        penalty = params.train.surgery.decay * method.penalty(backbone)
+        penalty.backward()
+        losses["loss_alignment"] += penalty.item()
     optimizer.step()
+    if after is not None:
+        after()
     return losses, {name: torch.cat([gradients[name] for gradients in parts]) for name in parts[0]}

@@ -1,0 +1,161 @@
+"""Settings of every method by one budget and one rule: six candidates each, chosen on validation images alone."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from dgs.data.prepared import load_prepared
+from dgs.model.methods import METHODS, Method, get_method
+from dgs.params import Params, validate
+
+Candidate = dict[str, float]
+LR, EPOCHS, LR_FROZEN = "train.stage2.lr", "train.stage1.epochs", "train.stage1.lr"
+STRENGTHS: dict[str, tuple[float, float]] = {
+    "lam": (0.2, 1.0),
+    "distill": (0.3, 3.0),
+    "decay": (0.001, 0.1),
+    "mix": (0.5, 0.8),
+    "directions": (8, 32),
+}
+RULES = {
+    "val": "validation images with the shortcut",
+    "val_balanced": "validation images with the shortcut, weighed so that captions tell nothing",
+    "val_unbiased": "validation images without the shortcut",
+}
+COLUMNS = ["data_hash", "method", "candidate", "seed", *RULES]
+
+
+def candidates(method: Method) -> list[Candidate]:
+    """The six settings tried: learning rate by strength, or six learning rates where a method has no strength.
+
+    On the frozen tower, where a step costs nothing, epochs take the strength's place.
+    """
+    if method.knob is not None:
+        rates: Sequence[float] = (1e-3, 3e-3, 1e-2) if method.adapters else (3e-3, 1e-2, 3e-2)
+        name = LR if method.adapters else LR_FROZEN
+        pairs = product(rates, STRENGTHS[method.knob])
+        return [{name: rate, f"train.surgery.{method.knob}": strength} for rate, strength in pairs]
+    if method.adapters:
+        return [{LR: rate} for rate in (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)]
+    return [{LR_FROZEN: rate, EPOCHS: epochs} for rate, epochs in product((3e-3, 1e-2, 3e-2), (20, 60))]
+
+
+def balance_weights(probability: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Weights under which captions tell nothing of labels: 1 / P(label | caption), at most 20.
+
+    So a sample with the shortcut stands for one without, and nobody needs to know what the shortcut is. It is
+    importance weighting, with the text expert for the propensity.
+
+    Args:
+        probability: (N,) of a fake, from captions alone.
+        labels: (N,) 0 real, 1 fake.
+    """
+    return 1 / np.clip(np.where(labels == 1, probability, 1 - probability), 0.05, 1)
+
+
+def weighted_balanced_accuracy(
+    labels: NDArray[np.int64], logits: NDArray[np.float32], weights: NDArray[np.float64]
+) -> float:
+    """Mean over both labels of the weighted share decided rightly at logit 0; all (N,)."""
+    right = (logits > 0) == (labels == 1)
+    return float(np.mean([np.average(right[labels == label], weights=weights[labels == label]) for label in (0, 1)]))
+
+
+def _score(name: str, candidate: Candidate, seed: int, params: Params, root: Path, folder: Path) -> dict[str, Any]:
+    # Imported here: the parent only waits, and should not spend seconds on loading CLIP's libraries.
+    from dgs.data.views import Views
+    from dgs.model.backbone import load_clip
+    from dgs.model.device import choose_device
+    from dgs.model.expert import caption_probability
+    from dgs.model.train import Trained, train, validation_logits
+
+    prepared = load_prepared(folder, root)
+    clip = load_clip(params.model, root, params.image_size, text=False)
+    device = choose_device(params.compute.device)
+    own = validate({**params.model_dump(), "settings": {name: candidate}}, "candidate").tuned(name)
+    row: dict[str, Any] = {}
+
+    def done(trained: Trained) -> None:
+        for split in ("val", "val_unbiased"):
+            rows = prepared.split(split)
+            if rows.empty:
+                continue
+            views = Views(rows, prepared.source, own, patches=prepared.patches)
+            logits = validation_logits(trained.backbone, trained.heads["image"], views, own, device)
+            labels = rows["label"].to_numpy()
+            row[split] = weighted_balanced_accuracy(labels, logits, np.ones(len(rows)))
+            if split == "val":
+                weights = balance_weights(caption_probability(prepared, split), labels)
+                row["val_balanced"] = weighted_balanced_accuracy(labels, logits, weights)
+
+    train(get_method(name), clip, prepared, own, seed, device, done)
+    return {
+        "data_hash": prepared.info["data_hash"],
+        "method": name,
+        "candidate": json.dumps(candidate),
+        "seed": seed,
+        **row,
+    }
+
+
+def tune(
+    names: Iterable[str], params: Params, root: Path, folder: Path, out: Path, seeds: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Try every candidate of every method, `compute.jobs` at a time; a row is written to `out` as it is found.
+
+    What `out` already holds for the same data is not tried again, so that a broken search goes on.
+
+    Args:
+        names: methods; those that take another's settings are passed over.
+        folder: what the prepare stage made.
+        out: the table, columns data_hash, method, candidate (JSON), seed, and a balanced accuracy for each of `RULES`.
+
+    Yields:
+        the new rows.
+    """
+    prepared = load_prepared(folder, root)
+    done = set()
+    if out.exists():
+        table = pd.read_csv(out)
+        done = set(zip(table["data_hash"], table["method"], table["candidate"], table["seed"], strict=True))
+    todo = [
+        (name, candidate, seed)
+        for name in names
+        if get_method(name).like is None
+        for candidate in candidates(get_method(name))
+        for seed in seeds
+        if (prepared.info["data_hash"], name, json.dumps(candidate), seed) not in done
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(params.compute.jobs, context) as pool:
+        for future in as_completed([pool.submit(_score, *what, params, root, folder) for what in todo]):
+            row = future.result()
+            pd.DataFrame([row]).reindex(columns=COLUMNS).to_csv(out, mode="a", header=not out.exists(), index=False)
+            yield row
+
+
+def chosen(table: pd.DataFrame, rule: str) -> dict[str, Candidate]:
+    """The best candidate of each method by its mean over seeds under `rule`, and for those that take another's, that.
+
+    Of equal ones the first listed.
+    """
+    best: dict[str, Candidate] = {}
+    for name, rows in table.groupby("method", sort=False):
+        means = rows.groupby("candidate")[rule].mean()
+        listed = [text for c in candidates(get_method(str(name))) if (text := json.dumps(c)) in means.index]
+        best[str(name)] = json.loads(max(listed, key=lambda text: means[text]))
+    for name, method in METHODS.items():
+        if method.like in best:
+            best[name] = best[method.like]
+    return {name: best[name] for name in METHODS if name in best}

@@ -1,0 +1,47 @@
+"""Neighbours of gradient surgery: maps that let two gradients into the features agree over a whole batch."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@cache
+def _aggregator(name: str) -> Any:
+    from torchjd import aggregation  # here: it takes a second to import, and few methods use it
+
+    return aggregation.PCGrad() if name == "pcgrad" else aggregation.UPGrad(pref_vector=torch.ones(2))
+
+
+def _together(name: str, task: Tensor, prior: Tensor) -> Tensor:
+    if not (task.any() and prior.any()):
+        return task + prior
+    jacobian = torch.stack([task.flatten(), prior.flatten()])
+    return _aggregator(name)(jacobian).view_as(task)
+
+
+def pcgrad(task: Tensor, prior: Tensor) -> Tensor:
+    """Each gradient off the other where they conflict, then their sum (Yu et al. 2020, by torchjd).
+
+    Args:
+        task, prior: (B, D), taken as two vectors of B D entries.
+    """
+    return _together("pcgrad", task, prior)
+
+
+def upgrad(task: Tensor, prior: Tensor) -> Tensor:
+    """Each gradient's nearest vector that conflicts with neither, then their sum (Quinton & Rey 2024, by torchjd)."""
+    return _together("upgrad", task, prior)
+
+
+def prograd(task: Tensor, general: Tensor) -> Tensor:
+    """The task gradient, off the general one where they conflict (Zhu et al. 2023, eq. 4).
+
+    Args:
+        task, general: (B, D), taken as two vectors of B D entries.
+    """
+    dot = (task * general).sum()
+    return task - (dot / general.square().sum()).clamp_max(0) * general if dot < 0 else task
