@@ -90,6 +90,44 @@ def stage(
 
 @app.command()
 @_for_users
+def tune(
+    methods: Annotated[list[str] | None, typer.Argument(help="default: every method of the registry")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="of the search, other than those of the results")] = None,
+    rule: Annotated[str, typer.Option(help="val, val_balanced or val_unbiased")] = "val_balanced",
+    as_json: Json = False,
+) -> None:
+    """Try six settings of each method on what was prepared last; print those that do best on validation images.
+
+    A search that was broken off goes on. The table is results/<profile>/tuning.csv; the profile is DGS_PROFILE's.
+    """
+    import pandas as pd
+
+    from dgs.analysis.tuning import RULES, chosen, tune
+    from dgs.model.methods import METHODS, get_method
+    from dgs.params import load_params
+    from dgs.workspace import Workspace
+
+    if rule not in RULES:
+        raise UserError(f"Unknown rule '{rule}'. Known: {', '.join(RULES)}.")
+    params = load_params()
+    workspace = Workspace.of(params.profile)
+    folder = workspace.find("prepare", made_by="prepare")
+    names = [get_method(name).name for name in methods or METHODS]
+    out = workspace.root / "results" / params.profile / "tuning.csv"
+    for row in tune(names, params, workspace.root, folder, out, seed or [100]):
+        _say(
+            f"{row['method']} {row['candidate']}: " + ", ".join(f"{key} {row[key]:.3f}" for key in RULES if key in row)
+        )
+    found = chosen(pd.read_csv(out), rule)
+    if as_json:
+        _print(as_json, found)
+    else:
+        for name, values in found.items():
+            print(f"  {name}: {{{', '.join(f'{key}: {value}' for key, value in values.items())}}}")
+
+
+@app.command()
+@_for_users
 def check(
     params: Annotated[Path | None, typer.Option(help="a complete parameter file; default params.yaml")] = None,
     as_json: Json = False,

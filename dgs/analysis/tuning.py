@@ -25,7 +25,7 @@ STRENGTHS: dict[str, tuple[float, float]] = {
     "distill": (0.3, 3.0),
     "decay": (0.001, 0.1),
     "mix": (0.5, 0.8),
-    "directions": (8, 32),
+    "directions": (4, 16),
 }
 RULES = {
     "val": "validation images with the shortcut",

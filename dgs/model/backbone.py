@@ -258,7 +258,7 @@ def encode_prompts(clip: Clip, prompts: dict[str, list[str]]) -> tuple[list[str]
 
 
 def token_statistics(tokens: Tensor) -> Tensor:
-    """Mean and standard deviation of every channel over the patch tokens: (B, 1 + L, W), class token first: (B, 2 W)."""
+    """Mean and standard deviation of each channel over patch tokens: (B, 1 + L, W), class token first, to (B, 2 W)."""
     patches = tokens[:, 1:].float()
     return torch.cat([patches.mean(1), (patches.var(1) + 1e-6).sqrt()], 1)
 
