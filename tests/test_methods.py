@@ -127,6 +127,42 @@ def test_a_product_of_experts_asks_little_where_the_expert_already_knows(name: s
     assert (pull.abs().max() > 0) == (name == "poe_distillation")
 
 
+def test_dgs_plus_holds_the_shared_space_and_leaves_levels_free() -> None:
+    """Six columns of CLIP's features, two of levels: the anchor pulls at the six alone, the expert takes its part."""
+    known = replace(some_known(), captions=some_known().captions[:, : WIDTH - 2])
+    heads = {**some_heads(), "text": nn.Linear(WIDTH - 2, 1).double()}
+    features = known.teacher + 1.0
+    noise = torch.zeros(COUNT, WIDTH - 2, dtype=torch.float64)
+    applied, _, gradients = surgery_step(get_method("dgs_plus"), features, heads, known, noise, settings())
+    pull = applied - gradients["task"]
+    assert (pull[:, : WIDTH - 2] > 0).all() and not pull[:, WIDTH - 2 :].any()
+    assert not gradients["harmful"][:, WIDTH - 2 :].any()  # the text side knows nothing of levels
+    sure = replace(known, expert=6 * (2 * known.labels - 1))
+    _, _, helped = surgery_step(get_method("dgs_plus"), features, heads, sure, noise, settings())
+    assert (helped["task"].norm(dim=1) < 0.05 * gradients["task"].norm(dim=1)).all()
+
+
+def test_general_knowledge_is_the_teachers_opinion() -> None:
+    """A teacher that is right says what the task says; one that is sure of the other label stands against it."""
+    known, heads = some_known(), some_heads()
+    features = torch.randn(COUNT, WIDTH, dtype=torch.float64)
+    right = replace(known, residual=torch.zeros_like(known.labels))
+    noise = torch.zeros_like(features)
+    applied, _, gradients = surgery_step(get_method("prograd"), features, heads, right, noise, settings())
+    assert same(applied, gradients["task"])
+    wrong = replace(known, residual=1 - 2 * known.labels)
+    applied, _, gradients = surgery_step(get_method("prograd"), features, heads, wrong, noise, settings())
+    assert applied.norm() < gradients["task"].norm()
+
+
+def test_a_control_takes_the_settings_of_what_it_controls() -> None:
+    controls = {name for name, method in METHODS.items() if method.like}
+    assert controls == {
+        "random_direction", "shuffled_captions", "signed", "random_alignment", "per_sample", "paper_order"
+    }  # fmt: skip
+    assert {METHODS[name].like for name in controls} == {"dgs"}
+
+
 def shortcut(count: int = 2_000) -> tuple[Tensor, np.ndarray, Tensor]:
     """Features (strong shortcut, weak evidence), captions that tell the shortcut, labels."""
     rng = np.random.default_rng(0)

@@ -21,6 +21,7 @@ from dgs.data.manifest import ImageSource
 from dgs.data.prepared import Prepared
 from dgs.data.views import Views, batch_order, batches
 from dgs.errors import UserError
+from dgs.model.adapters import adapters
 from dgs.model.backbone import Backbone, Clip, load_clip
 from dgs.model.checkpoint import load_checkpoint, load_heads, save_checkpoint
 from dgs.model.detector import Detector
@@ -193,12 +194,13 @@ def test_a_text_head_that_is_not_linear_is_differentiated_by_autograd() -> None:
     assert torch.linalg.matrix_rank(gradients["harmful"]) > 2  # a linear head's are two directions
 
 
-@pytest.mark.parametrize("method", ["dgs", "poe_distillation", "random_direction"])
+@pytest.mark.parametrize("method", ["dgs", "dgs_plus", "random_direction", "l2_sp"])
 @pytest.mark.parametrize("scale", ["per_sample", "release"])
 def test_accumulated_parts_equal_the_large_batch(method: str, scale: str, clip: Clip, prepared: Prepared) -> None:
     """4 parts of 2 and, in the last batch of an epoch, of 1."""
     whole, parts = (
-        run("dgs", clip, prepared, settings(accumulate=count, surgery={"scale": scale, "lam": 1.0})) for count in (1, 4)
+        run(method, clip, prepared, settings(accumulate=count, surgery={"scale": scale, "lam": 1.0}))
+        for count in (1, 4)
     )
     for name, value in whole[0].items():
         assert torch.allclose(parts[0][name], value, rtol=0, atol=1e-5), name
@@ -375,6 +377,58 @@ def test_a_diverging_run_stops_and_names_the_batch(clip: Clip, prepared: Prepare
         run("lora", clip, broken, settings())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_what_separates_real_from_fake(method: str, clip: Clip, prepared: Prepared) -> None:
+    params = settings(stage1={"lr": 0.05, "epochs": 30}, stage2={"lr": 0.02, "epochs": 8}, surgery={"directions": 2})
+    _, trained = run(method, clip, prepared, params)
+    losses = trained.journal.losses
+    assert np.isfinite(losses["loss"].dropna()).all()
+    assert losses["val_balanced_acc"].dropna().iloc[-1] >= 0.7
+
+
+def test_a_warm_head_starts_as_the_probes(clip: Clip, prepared: Prepared) -> None:
+    params = settings(stage2={"lr": 1e-9, "epochs": 1}, stage1={"lr": 0.05, "epochs": 5})
+    weights, _ = run("lp_ft", clip, prepared, params)
+    assert torch.allclose(weights["image.weight"], weights["teacher.weight"], atol=1e-6)
+    cold, _ = run("lora", clip, prepared, params)
+    assert (cold["image.weight"] - cold["teacher.weight"]).abs().max() > 1e-2
+
+
+def test_wise_ft_goes_from_the_probe_to_lp_ft(clip: Clip, prepared: Prepared) -> None:
+    """Head and update lie where the share says, between those of the probe on the frozen tower and of LP-FT."""
+    start, half, end = (
+        run("wise_ft", clip, prepared, settings(surgery={"mix": share}))[0] for share in (0.0, 0.5, 1.0)
+    )
+    tuned, _ = run("lp_ft", clip, prepared, settings())
+    for name, value in tuned.items():
+        assert torch.allclose(end[name], value, atol=1e-6)
+        if name.startswith("image") or "lora_B" in name:
+            assert torch.allclose(half[name], (start[name] + end[name]) / 2, atol=1e-6)
+    assert torch.equal(start["image.weight"], start["teacher.weight"])
+    assert not any(value.any() for name, value in start.items() if "lora_B" in name)
+
+
+def test_a_strong_penalty_keeps_the_tower_where_it_was(clip: Clip, prepared: Prepared) -> None:
+    def size(decay: float) -> float:
+        weights, _ = run("l2_sp", clip, prepared, settings(surgery={"decay": decay}, stage2={"lr": 0.01, "epochs": 5}))
+        return sum(value.square().sum().item() for name, value in weights.items() if "lora_B" in name)
+
+    assert size(100.0) < 0.2 * size(0.0)
+
+
+def test_effort_ends_in_the_smallest_singular_directions(clip: Clip, prepared: Prepared) -> None:
+    leaks, sizes = [], []
+
+    def look(trained: Trained) -> None:
+        for adapter in adapters(trained.backbone):
+            left, _, _ = torch.linalg.svd(adapter.weight)
+            leaks.append((left[:, : -len(adapter.a)].T @ adapter.b).abs().max().item())
+            sizes.append(adapter.b.norm().item())
+
+    train(get_method("effort"), clip, prepared, settings(), 0, torch.device("cpu"), look)
+    assert max(leaks) < 1e-5 and max(sizes) > 1e-3
+
+
 def test_unknown_method_lists_the_known() -> None:
     with pytest.raises(UserError, match=r"Unknown method 'loar'\. Did you mean 'lora'\? Known: probe, lora, dgs"):
         get_method("loar")
@@ -382,7 +436,7 @@ def test_unknown_method_lists_the_known() -> None:
         get_method(3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("method", ["probe", "dgs"])
+@pytest.mark.parametrize("method", ["probe", "dgs", "leace", "levels_probe", "dgs_plus", "wise_ft"])
 def test_a_checkpoint_scores_as_the_run_that_made_it(
     method: str, clip: Clip, prepared: Prepared, tmp_path: Path
 ) -> None:
@@ -399,7 +453,7 @@ def test_a_checkpoint_scores_as_the_run_that_made_it(
     train(get_method(method), clip, prepared, params, 0, torch.device("cpu"), keep)
     names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert {"dgs.json", "heads.safetensors"} <= names
-    assert ({"adapter_model.safetensors", "adapter_config.json"} <= names) == (method == "dgs")
+    assert ({"adapter_model.safetensors", "adapter_config.json"} <= names) == METHODS[method].adapters
     detector = Detector.load(tmp_path / "checkpoint", root=tmp_path)
     scores = detector.score(files)
     assert np.array_equal(scores, expected[0])
@@ -407,7 +461,7 @@ def test_a_checkpoint_scores_as_the_run_that_made_it(
     as_images = detector.score([Image.open(path) for path in files])
     assert np.allclose(as_images, scores, rtol=0, atol=1e-6)
     assert set(load_heads(tmp_path / "checkpoint")) == (
-        {"image"} if method == "probe" else {"image", "text", "teacher"}
+        {"image", "text", "teacher"} if METHODS[method].adapters else {"image"}
     )
 
 

@@ -1,0 +1,102 @@
+"""The search for settings: one budget, one rule, validation images alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from dgs.analysis import tuning
+from dgs.analysis.tuning import RULES, balance_weights, candidates, chosen, weighted_balanced_accuracy
+from dgs.model.methods import METHODS
+from dgs.params import validate
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_gets_six_different_settings_that_are_parameters(name: str) -> None:
+    tried = candidates(METHODS[name])
+    assert len(tried) == 6 == len({json.dumps(candidate) for candidate in tried})
+    given = validate({})
+    for candidate in tried:
+        assert validate({"settings": {name: candidate}}).tuned(name).train != given.train or candidate in tried
+    knob = METHODS[name].knob
+    assert all((f"train.surgery.{knob}" in candidate) == (knob is not None) for candidate in tried)
+
+
+def test_the_parameter_file_has_settings_for_every_method_and_a_control_has_those_of_dgs() -> None:
+    given = yaml.safe_load((ROOT / "params.yaml").read_text())["settings"]
+    assert list(given) == list(METHODS)
+    for name, method in METHODS.items():
+        if method.like:
+            assert given[name] == given[method.like]
+
+
+def test_balanced_weights_make_captions_tell_nothing() -> None:
+    """9 of 10 fakes on one background: weighed, backgrounds are half fake, and a caption reader is at chance."""
+    rng = np.random.default_rng(0)
+    group = rng.integers(0, 2, 20_000)
+    labels = np.where(rng.random(20_000) < 0.9, group, 1 - group)
+    weights = balance_weights(np.where(group == 1, 0.9, 0.1), labels)
+    for value in (0, 1):
+        share = np.average(labels[group == value], weights=weights[group == value])
+        assert share == pytest.approx(0.5, abs=0.02)
+    reader = (2.0 * group - 1).astype(np.float32)
+    assert weighted_balanced_accuracy(labels, reader, np.ones(20_000)) == pytest.approx(0.9, abs=0.01)
+    assert weighted_balanced_accuracy(labels, reader, weights) == pytest.approx(0.5, abs=0.02)
+    assert balance_weights(np.array([0.0, 1.0]), np.array([1, 0])).tolist() == [20, 20]
+
+
+def table(scores: dict[str, list[float]], name: str = "lora") -> pd.DataFrame:
+    tried = [json.dumps(candidate) for candidate in candidates(METHODS[name])]
+    return pd.DataFrame({"data_hash": "d", "method": name, "candidate": tried, "seed": 0, **scores})
+
+
+def test_each_rule_chooses_by_its_own_column_and_the_first_of_equals() -> None:
+    found = table({"val": [0.1, 0.2, 0.9, 0.3, 0.9, 0.4], "val_balanced": [0.5] * 6, "val_unbiased": [0.1] * 5 + [0.2]})
+    tried = candidates(METHODS["lora"])
+    assert chosen(found, "val") == {"lora": tried[2]}
+    assert chosen(found, "val_balanced") == {"lora": tried[0]}
+    assert chosen(found, "val_unbiased") == {"lora": tried[5]}
+
+
+def test_seeds_are_averaged_and_controls_follow() -> None:
+    one, two = (
+        table(dict.fromkeys(RULES, values), "dgs") for values in ([0.9, 0.5, 0, 0, 0, 0], [0.1, 0.7, 0, 0, 0, 0])
+    )
+    best = chosen(pd.concat([one, two.assign(seed=1)]), "val")
+    assert best["dgs"] == candidates(METHODS["dgs"])[1]
+    assert {name for name in best if name != "dgs"} == {name for name, method in METHODS.items() if method.like}
+    assert all(values == best["dgs"] for values in best.values())
+
+
+def test_a_broken_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what the table does not hold for these data is tried."""
+    out = tmp_path / "tuning.csv"
+    found = table({rule: [0.5] * 6 for rule in RULES})
+    found.iloc[:4].to_csv(out, index=False)
+    tried: list[tuple[str, str]] = []
+
+    class Serial:
+        def __init__(self, *_: object) -> None: ...
+        def __enter__(self) -> Serial:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def submit(self, _: object, name: str, candidate: tuning.Candidate, seed: int, *__: object) -> object:
+            tried.append((name, json.dumps(candidate)))
+            row = {"data_hash": "d", "method": name, "candidate": json.dumps(candidate), "seed": seed, "val": 0.7}
+            return type("Done", (), {"result": lambda self: row})()
+
+    monkeypatch.setattr(tuning, "ProcessPoolExecutor", Serial)
+    monkeypatch.setattr(tuning, "as_completed", list)
+    monkeypatch.setattr(tuning, "load_prepared", lambda *_: type("P", (), {"info": {"data_hash": "d"}})())
+    rows = list(tuning.tune(["lora", "paper_order"], validate({}), tmp_path, tmp_path, out, [0]))
+    assert tried == list(zip(found["method"][4:], found["candidate"][4:], strict=True)) and len(rows) == 2
+    assert len(pd.read_csv(out)) == 6
+    assert not list(tuning.tune(["lora"], validate({}), tmp_path, tmp_path, out, [0]))
