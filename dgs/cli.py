@@ -128,6 +128,19 @@ def tune(
 
 @app.command()
 @_for_users
+def study(
+    profiles: Annotated[list[str], typer.Argument(help="whose results to compare")], as_json: Json = False
+) -> None:
+    """Compare methods over the results of several profiles: results/study/REPORT.md and table.csv."""
+    from dgs.analysis.study import write_study
+    from dgs.workspace import find_root
+
+    root = find_root()
+    _print(as_json, {"report": write_study(root, profiles).relative_to(root).as_posix()})
+
+
+@app.command()
+@_for_users
 def check(
     params: Annotated[Path | None, typer.Option(help="a complete parameter file; default params.yaml")] = None,
     as_json: Json = False,

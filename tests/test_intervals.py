@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgs.analysis.intervals import paired_difference, percent_text, rounded_text, seed_interval
+from dgs.analysis.intervals import (
+    Interval,
+    iqm,
+    paired_difference,
+    percent_text,
+    rounded_text,
+    seed_interval,
+    stratified_bootstrap,
+)
 
 rates = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=10)
 
@@ -103,3 +111,24 @@ class TestPrinting:
     def test_what_is_no_number_is_refused(self) -> None:
         with pytest.raises(ValueError, match="finite"):
             rounded_text(math.nan)
+
+
+def test_the_interquartile_mean_leaves_out_the_outer_quarters() -> None:
+    assert iqm(np.array([[0.0, 1.0, 2.0, 100.0], [1.0, 2.0, -50.0, 3.0]])) == pytest.approx((1 + 1 + 2 + 2) / 4)
+    with pytest.raises(ValueError, match="finite"):
+        iqm(np.array([1.0, np.nan]))
+
+
+def test_a_stratified_bootstrap_draws_seeds_and_never_tasks() -> None:
+    """Tasks that differ by far and agree over seeds leave nothing uncertain."""
+    tasks = np.tile([0.1, 0.5, 0.9], (5, 1))
+    assert stratified_bootstrap(tasks, np.mean) == Interval(0.5, 0.5, 0.5)
+    noisy = tasks + np.random.default_rng(0).normal(0, 0.05, tasks.shape)
+    found = stratified_bootstrap(noisy, np.mean)
+    assert found.low < noisy.mean() < found.high
+    assert found == stratified_bootstrap(noisy, np.mean)
+    width = 2 * 1.96 * noisy.std(axis=0, ddof=0).mean() / np.sqrt(15)
+    assert found.high - found.low == pytest.approx(width, rel=0.3)
+    assert not stratified_bootstrap(noisy[:1]).known
+    with pytest.raises(ValueError, match="shape"):
+        stratified_bootstrap(noisy[0])

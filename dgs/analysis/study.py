@@ -1,0 +1,229 @@
+"""The study: every method under every condition, compared in pairs; read from the tables of its profiles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import kendalltau
+
+from dgs.analysis.intervals import (
+    Interval,
+    iqm,
+    paired_difference,
+    percent_text,
+    rounded_text,
+    seed_interval,
+    stratified_bootstrap,
+)
+from dgs.analysis.metrics import headline, in_order, per_seed_values, read_detection
+from dgs.analysis.report import markdown_table
+from dgs.errors import UserError
+
+SUBJECT, BASELINE, PAPERS = "dgs_plus", "lora", "dgs"
+PARTS = ("levels_probe", "levels_poe_probe", "levels_distillation", "levels_poe")  # of the subject, so no rivals of it
+GOALS = {0.9: 15.0, 0.75: 6.6, 0.5: 0.0}  # points above lora on unseen generators that were asked of the subject
+KEPT = 0.95  # share of the frozen tower's abilities that was asked of it
+SHOWN = {
+    "balanced_acc_unseen": "unseen",
+    "worst_generator_balanced_acc": "worst generator",
+    "balanced_acc_seen": "seen",
+    "ap_unseen": "AP, unseen",
+    "zero_shot_kept": "zero-shot kept",
+    "retrieval_kept": "retrieval kept",
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One profile's results.
+
+    values: columns method, seed, metric, value, as `metrics.per_seed_values` gives them.
+    cells: {method: (seeds, generators) balanced accuracy on unseen generators}, the seeds in order.
+    """
+
+    name: str
+    rho: float
+    data_hash: str
+    values: pd.DataFrame
+    cells: Mapping[str, np.ndarray]
+
+    def of(self, method: str, metric: str) -> pd.Series:
+        """Values by seed."""
+        rows = self.values[(self.values["method"] == method) & (self.values["metric"] == metric)]
+        return rows.set_index("seed")["value"].sort_index()
+
+    def gap(self, method: str, other: str, metric: str = "balanced_acc_unseen") -> Interval:
+        """`method` minus `other` in points, paired by seed."""
+        both = pd.concat([self.of(method, metric), self.of(other, metric)], axis=1, join="inner")
+        return paired_difference(*(100 * both.to_numpy(dtype=float).T))
+
+    @property
+    def methods(self) -> list[str]:
+        return in_order(self.values["method"])
+
+
+def read_condition(root: Path, name: str) -> Condition:
+    """The tables of results/<name>/.
+
+    Raises:
+        UserError: they are not there.
+    """
+    folder = root / "results" / name
+    if not (folder / "metrics.json").exists():
+        raise UserError(f"Expected results of the profile {name}, found none. Run make repro PROFILE={name}.")
+    detection, forgetting = read_detection(folder / "detection.csv"), pd.read_csv(folder / "forgetting.csv")
+    native = headline(detection)
+    unseen = native[~native["seen"]]
+    cells = {
+        str(method): rows.pivot_table(index="seed", columns="generator", values="balanced_acc").to_numpy()
+        for method, rows in unseen.groupby("method", sort=False)
+    }
+    values = per_seed_values(detection, forgetting)
+    about = json.loads((folder / "metrics.json").read_text())
+    return Condition(name, float(native["rho"].iloc[0]), about["data_hash"], values, cells)
+
+
+def comparison_table(conditions: Sequence[Condition]) -> pd.DataFrame:
+    """Every method, condition and measure: mean and 95 % interval over seeds, and the difference to lora and dgs.
+
+    Columns condition, rho, method, metric, n_seeds, mean, low, high (fractions), then for versus in lora, dgs:
+    minus_<versus>, minus_<versus>_low, minus_<versus>_high (points, Student's t, paired by seed); for
+    balanced_acc_unseen also iqm, and minus_<versus>_boot_low, _boot_high (stratified bootstrap of seeds within
+    generators).
+    """
+    rows: list[dict[str, Any]] = []
+    for condition in conditions:
+        for method in condition.methods:
+            for metric in SHOWN:
+                values = condition.of(method, metric)
+                if values.empty:
+                    continue
+                row: dict[str, Any] = {
+                    "condition": condition.name, "rho": condition.rho, "method": method, "metric": metric,
+                    "n_seeds": len(values), **seed_interval(values.to_numpy())._asdict(),
+                }  # fmt: skip
+                for other in (BASELINE, PAPERS):
+                    if other in condition.methods and other != method:
+                        gap = condition.gap(method, other, metric)
+                        row |= {
+                            f"minus_{other}": gap.mean,
+                            f"minus_{other}_low": gap.low,
+                            f"minus_{other}_high": gap.high,
+                        }
+                if metric == "balanced_acc_unseen":
+                    row["iqm"] = iqm(condition.cells[method])
+                    for other in (BASELINE, PAPERS):
+                        if other in condition.methods and other != method:
+                            apart = 100 * (condition.cells[method] - condition.cells[other])
+                            boot = stratified_bootstrap(apart)
+                            row |= {f"minus_{other}_boot_low": boot.low, f"minus_{other}_boot_high": boot.high}
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def best_rival(condition: Condition) -> str:
+    """The best method on unseen generators that is neither the subject nor a part of it."""
+    rivals = [name for name in condition.methods if name not in (SUBJECT, *PARTS)]
+    return max(rivals, key=lambda name: condition.of(name, "balanced_acc_unseen").mean())
+
+
+def agreement(first: Condition, second: Condition) -> float:
+    """Kendall's tau between two conditions of the order of methods by mean balanced accuracy on unseen generators."""
+    shared = [name for name in first.methods if name in second.methods]
+    means = [[c.of(name, "balanced_acc_unseen").mean() for name in shared] for c in (first, second)]
+    return float(kendalltau(*means).statistic)
+
+
+def _gap(gap: Interval) -> str:
+    if not gap.known:
+        return rounded_text(gap.mean, sign=True)
+    low, high = (rounded_text(end, sign=True) for end in (gap.low, gap.high))
+    return f"{rounded_text(gap.mean, sign=True)} [{low}, {high}]"
+
+
+def _ranking(condition: Condition) -> str:
+    order = sorted(condition.methods, key=lambda name: -condition.of(name, "balanced_acc_unseen").mean())
+    rows = []
+    for name in order:
+        cells = [f"`{name}`"]
+        for metric in SHOWN:
+            values = condition.of(name, metric)
+            interval = seed_interval(values.to_numpy()) if not values.empty else None
+            half = f" ±{percent_text(interval.high - interval.mean)}" if interval and interval.known else ""
+            cells.append(f"{percent_text(interval.mean)}{half}" if interval else "–")
+        cells.insert(2, percent_text(iqm(condition.cells[name])))
+        cells += [_gap(condition.gap(name, other)) if name != other else "–" for other in (BASELINE, PAPERS)]
+        rows.append(cells)
+    header = ["method", "unseen", "IQM", *list(SHOWN.values())[1:], f"minus `{BASELINE}`", f"minus `{PAPERS}`"]
+    return markdown_table(header, rows)
+
+
+def _goals(conditions: Sequence[Condition]) -> str:
+    rows = []
+    for condition in conditions:
+        goal, rival = GOALS.get(condition.rho), best_rival(condition)
+        gaps = {other: condition.gap(SUBJECT, other) for other in dict.fromkeys((BASELINE, PAPERS, rival))}
+        kept = min(condition.of(SUBJECT, metric).mean() for metric in ("zero_shot_kept", "retrieval_kept"))
+        wanted = "–" if goal is None else rounded_text(goal, sign=True)
+        reached = goal is not None and min(gaps[other].mean for other in (BASELINE, PAPERS)) >= goal
+        rows.append(
+            [
+                f"`{condition.name}`", wanted, _gap(gaps[BASELINE]), _gap(gaps[PAPERS]), "yes" if reached else "no",
+                f"`{rival}`", _gap(gaps[rival]), "yes" if gaps[rival].low > 0 else "no",
+                percent_text(kept), "yes" if kept >= KEPT else "no",
+            ]
+        )  # fmt: skip
+    header = [
+        "condition", "asked", f"minus `{BASELINE}`", f"minus `{PAPERS}`", "reached", "best rival", "minus it",
+        "shown above it", "least kept (%)", f"≥ {100 * KEPT:.0f}",
+    ]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def _orders(conditions: Sequence[Condition]) -> str:
+    rows = [[f"`{one.name}`", *(rounded_text(agreement(one, other), 2) for other in conditions)] for one in conditions]
+    return markdown_table(["", *(f"`{condition.name}`" for condition in conditions)], rows)
+
+
+def study_report(conditions: Sequence[Condition]) -> str:
+    """The study's REPORT.md.
+
+    Raises:
+        UserError: a condition without lora, dgs or dgs_plus, or with data of no known rho.
+    """
+    for condition in conditions:
+        if missing := {SUBJECT, BASELINE, PAPERS} - set(condition.methods):
+            raise UserError(f"Expected {', '.join(sorted(missing))} among the methods of {condition.name}. Train them.")
+    parts = [
+        "# Study",
+        "Balanced accuracy and abilities kept in per cent, differences in points; mean over seeds with 95 % intervals "
+        "(Student's t, paired by seed for differences). IQM: interquartile mean over seeds and unseen generators. "
+        "Bootstrap intervals stand in table.csv.",
+        f"## What was asked of `{SUBJECT}`",
+        "Points above `lora` and `dgs` on unseen generators, and against the best method that is no part of it; that "
+        "rival is picked on these same test images, which flatters it.",
+        _goals(conditions),
+        "## Does the order of methods carry over?",
+        "Kendall's tau of the order on unseen generators (1 the same, 0 unrelated, −1 reversed).",
+        _orders(conditions),
+    ]
+    for condition in conditions:
+        parts += [f"## {condition.name}", f"Data hash `{condition.data_hash[:12]}`, rho {condition.rho:g}.",
+                  _ranking(condition)]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def write_study(root: Path, names: Sequence[str]) -> Path:
+    """results/study/ from the results of the profiles `names`: table.csv and REPORT.md; returns the report."""
+    conditions = [read_condition(root, name) for name in names]
+    folder = root / "results" / "study"
+    folder.mkdir(parents=True, exist_ok=True)
+    comparison_table(conditions).round(6).to_csv(folder / "table.csv", index=False)
+    (folder / "REPORT.md").write_text(study_report(conditions), encoding="utf-8")
+    return folder / "REPORT.md"

@@ -1,0 +1,108 @@
+"""The study: conditions read from results/, compared in pairs, and what was asked told with yes or no."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from dgs.analysis.metrics import detection_table, write_detection
+from dgs.analysis.study import agreement, best_rival, comparison_table, read_condition, study_report, write_study
+from dgs.errors import UserError
+from dgs.model.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+SHIFT = {"lora": 0.5, "dgs": 0.1, "distillation": 1.5, "dgs_plus": 3.0, "levels_poe": 3.2}
+KEPT = {"lora": 0.6, "dgs": 0.2, "distillation": 0.99, "dgs_plus": 0.97, "levels_poe": 0.7}
+
+
+def write_results(root: Path, name: str, rho: float, shift: dict[str, float] = SHIFT) -> None:
+    """A profile's tables: logits of fakes lie `shift` above those of reals."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for seed in range(3):
+        for method, by in shift.items():
+            for generator, label in (("real", 0), ("seen", 1), ("new", 1), ("other", 1)):
+                logits = rng.normal(label * by - by / 2, 1.0, 200)
+                parts.append(
+                    pd.DataFrame(
+                        {
+                            "id": [f"{generator}{i}" for i in range(200)], "split": "test", "generator": generator,
+                            "label": label, "condition": "native", "applied_to": "both", "logit": logits,
+                            "method": method, "seed": seed, "rho": rho,
+                        }
+                    )
+                )  # fmt: skip
+    folder = root / "results" / name
+    write_detection(detection_table(pd.concat(parts), {"seen"}), folder / "detection.csv")
+    rows = [
+        {"rho": rho, "method": method, "seed": seed, "measure": measure, "before": 1.0, "after": KEPT[method]}
+        for method in shift
+        for seed in range(3)
+        for measure in ("zero_shot:shape", "retrieval_at_1")
+    ]
+    pd.DataFrame(rows).to_csv(folder / "forgetting.csv", index=False)
+    (folder / "metrics.json").write_text(json.dumps({"data_hash": "0123456789abcdef"}))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_results(tmp_path, "strong", 0.9)
+    write_results(tmp_path, "none", 0.5, {**SHIFT, "dgs_plus": -0.5})
+    return tmp_path
+
+
+def test_differences_are_paired_and_in_points(root: Path) -> None:
+    condition = read_condition(root, "strong")
+    table = comparison_table([condition]).set_index(["method", "metric"])
+    row = table.loc["dgs_plus", "balanced_acc_unseen"]
+    own, others = (condition.of(name, "balanced_acc_unseen") for name in ("dgs_plus", "lora"))
+    assert row["minus_lora"] == pytest.approx(100 * (own - others).mean())
+    assert row["minus_lora_low"] < row["minus_lora_boot_low"] < row["minus_lora"] < row["minus_lora_boot_high"]
+    assert row["n_seeds"] == 3 and row["low"] < row["mean"] < row["high"]
+    assert np.isnan(table.loc["lora", "balanced_acc_unseen"]["minus_lora"])
+    assert table.loc["dgs_plus", "zero_shot_kept"]["mean"] == pytest.approx(0.97)
+
+
+def test_parts_of_the_subject_are_no_rivals_of_it(root: Path) -> None:
+    assert best_rival(read_condition(root, "strong")) == "distillation"
+
+
+def test_the_order_of_methods_is_compared_between_conditions(root: Path) -> None:
+    strong, none = read_condition(root, "strong"), read_condition(root, "none")
+    assert agreement(strong, strong) == pytest.approx(1)
+    assert agreement(strong, none) < 0.9
+
+
+def test_the_report_says_what_was_reached_and_what_was_not(root: Path) -> None:
+    report = write_study(root, ["strong", "none"])
+    text = report.read_text()
+    (strong,) = [line for line in text.splitlines() if line.startswith("| `strong` | +15.0")]
+    (none,) = [line for line in text.splitlines() if line.startswith("| `none` | +0.0")]
+    assert [cell.strip() for cell in strong.split("|")][5] == "yes"
+    assert [cell.strip() for cell in none.split("|")][5] == "no"
+    assert "| `distillation` |" in strong and strong.rstrip(" |").endswith("yes")  # 97 % kept
+    table = text.partition("## strong")[2].partition("##")[0]
+    ranks = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert ranks[0] == "levels_poe" and ranks[-1] == "dgs"
+    assert len(pd.read_csv(report.parent / "table.csv")) == 2 * 5 * 6
+
+
+def test_missing_results_and_methods_are_one_sentence(root: Path) -> None:
+    with pytest.raises(UserError, match=r"results of the profile absent, found none. Run make repro PROFILE=absent"):
+        read_condition(root, "absent")
+    write_results(root, "few", 0.9, {"lora": 1.0, "dgs": 1.0})
+    with pytest.raises(UserError, match="Expected dgs_plus among the methods of few"):
+        study_report([read_condition(root, "few")])
+
+
+@pytest.mark.parametrize("name", ["study-90", "study-75", "study-50"])
+def test_the_study_has_every_method_of_the_registry(name: str) -> None:
+    profile = yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text())
+    assert profile["methods"] == list(METHODS)
+    assert profile["data"]["root"] == "scratch/fresh"
+    assert "seeds" not in profile  # those of params.yaml: five
