@@ -106,3 +106,9 @@ def test_the_study_has_every_method_of_the_registry(name: str) -> None:
     assert profile["methods"] == list(METHODS)
     assert profile["data"]["root"] == "scratch/fresh"
     assert "seeds" not in profile  # those of params.yaml: five
+
+
+def test_the_protocol_lists_every_method_as_the_registry_does() -> None:
+    lines = (ROOT / "docs" / "study.md").read_text().splitlines()
+    told = [line for line in lines if line.startswith("| `")]
+    assert told == [f"| `{method.name}` | {method.reference} |" for method in METHODS.values()]
