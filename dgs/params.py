@@ -97,6 +97,7 @@ class ComputeParams(_Group):
     workers: Annotated[int, Field(ge=0), Number] = 0  # loader processes
     batch_size: Count = 256  # images at a time where nothing is trained
     keep_mb: Annotated[int, Field(ge=0), Number] = 512  # views of a set stay in memory up to here
+    snapshot_seconds: Annotated[float, Field(ge=0), Number] | None = 60.0  # between snapshots of a seed; null: none
 
 
 class Stage1Params(_Group):
@@ -131,6 +132,7 @@ class TrainParams(_Group):
 
     batch_size: Count = 32
     accumulate: Count = 1  # a batch goes through the tower in so many parts, one after the other
+    processes: Count = 1  # that share every batch of a seed
     views: Count = 1  # distinct seeded views an image is seen in; epoch e uses view e mod views
     stage1: Stage1Params = Stage1Params()
     stage2: Stage2Params = Stage2Params()

@@ -13,6 +13,7 @@ import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
+from dgs.disk import alone, explained
 from dgs.errors import UserError, did_you_mean
 from dgs.params import load_params
 from dgs.workspace import find_root
@@ -82,7 +83,8 @@ def run_stage(stage: str, label: str, parameters: dict[str, Any], params_file: P
         params_file: a complete parameter file; None: params.yaml.
 
     Raises:
-        UserError: the run stopped; names the cell, and says in one sentence why if the mistake is the user's.
+        UserError: the run stopped; names the cell, and says in one sentence why if the mistake is the user's. Or
+            another run of the same stage is going on.
     """
     check_stage(stage)
     root = find_root()
@@ -93,6 +95,12 @@ def run_stage(stage: str, label: str, parameters: dict[str, Any], params_file: P
     os.environ.setdefault("TQDM_NCOLS", "90")
     os.environ.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "20")
     profile = load_params().profile
+    build = root / "build" / profile
+    with alone(build / "locks" / label, f"stage {label}"), explained(build):
+        _run_alone(stage, label, parameters, root, profile)
+
+
+def _run_alone(stage: str, label: str, parameters: dict[str, Any], root: Path, profile: str) -> None:
     build = root / "build" / profile
     for leftover in build.glob(f".{label}-*"):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -121,6 +129,7 @@ def run_stage(stage: str, label: str, parameters: dict[str, Any], params_file: P
             raise UserError(f"Stage {label} stopped. {_failure(error, stage)}") from None
         nbformat.write(normalise(nbformat.read(executed, as_version=4)), executed)
         _move_into(draft, root)
+    shutil.rmtree(build / "unfinished" / label, ignore_errors=True)
 
 
 def check_stage(stage: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +46,11 @@ class Workspace:
         return cls(root, Path(os.environ.get("DGS_OUT") or root / "scratch").resolve(), profile)
 
     @property
+    def _is_draft(self) -> bool:
+        """A pipeline stage writes to a draft below build/, whose contents then move to the repository itself."""
+        return self.out.is_relative_to(self.root / "build")
+
+    @property
     def results(self) -> Path:
         """Folder of metrics, tables, figures and reports."""
         return self.out / "results" / self.profile
@@ -54,6 +58,17 @@ class Workspace:
     def build(self, *parts: str) -> Path:
         """Folder of intermediate outputs: manifest, checkpoints, scores."""
         return self.out.joinpath("build", self.profile, *parts)
+
+    @contextmanager
+    def unfinished(self, label: str) -> Iterator[Path]:
+        """Folder of what a run that breaks off leaves for the next one of the same stage to go on with.
+
+        It goes when the block ends well; in a pipeline `run_stage` removes it, once the outputs are in place.
+        """
+        folder = (self.root if self._is_draft else self.out) / "build" / self.profile / "unfinished" / label
+        yield folder
+        if not self._is_draft:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def find(self, *parts: str, made_by: str) -> Path:
         """What an earlier stage made: in this workspace or in the pipeline's, whichever is newer.
@@ -76,9 +91,7 @@ class Workspace:
 
     def shown(self, path: Path) -> str:
         """A path as a reader of a notebook should see it: relative to the repository where it lies in it."""
-        # A pipeline stage writes to a draft below build/, whose contents then move to the repository itself.
-        draft = self.out.is_relative_to(self.root / "build") and path.is_relative_to(self.out)
-        base = self.out if draft else self.root
+        base = self.out if self._is_draft and path.is_relative_to(self.out) else self.root
         return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
 
     def resolve(self, path: str) -> Path:
@@ -101,18 +114,3 @@ def no_such_clip(asked: str, hint: str = "") -> UserError:
     """model.clip = `asked` is neither a folder nor a name."""
     embedded = " The embedded one is sample/clip." if "/" in asked else ""
     return UserError(f"Expected model.clip to be a folder or an open_clip name, found '{asked}'.{hint}{embedded}")
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` only if the block ends well: outputs are whole or absent."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield draft
-        draft.chmod(0o755)  # mkdtemp makes it private
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

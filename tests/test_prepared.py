@@ -13,9 +13,9 @@ from conftest import ImageTree, structured_image
 from dgs.data.manifest import build_manifest, data_hash
 from dgs.data.patches import patch_entropy, select_indices
 from dgs.data.prepared import compute_patches, load_prepared, save_prepared
+from dgs.disk import replacing
 from dgs.errors import UserError
 from dgs.params import DataParams, validate
-from dgs.workspace import replacing
 
 PARAMS = validate({"patches": {"enabled": True, "size": 8, "count": 49}})
 

@@ -34,10 +34,14 @@ def prepared(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_with(jobs: int, params: Params, prepared: Path, folder: Path) -> dict[str, bytes]:
+def train_with(
+    jobs: int, params: Params, prepared: Path, folder: Path, unfinished: Path | None = None
+) -> dict[str, bytes]:
     folder.mkdir()
     with_jobs = params.model_copy(update={"compute": params.compute.model_copy(update={"jobs": jobs})})
-    journals = train_seeds("lora", with_jobs, ROOT, prepared, folder)
+    journals = train_seeds(
+        "lora", with_jobs, ROOT, prepared, folder, unfinished or folder.parent / f"unfinished-{jobs}"
+    )
     assert [journal.seed for journal in journals] == params.seeds
     return {name: data for name, data in snapshot(folder).items() if not name.endswith("dgs.json")}
 
@@ -50,7 +54,19 @@ def test_results_do_not_depend_on_how_many_seeds_train_side_by_side(
     assert one == three
 
 
+def test_a_finished_seed_is_not_trained_again(params: Params, prepared: Path, tmp_path: Path) -> None:
+    """As after a kill between two seeds: what is there of the same run is taken, by the bytes."""
+    whole = train_with(2, params, prepared, tmp_path / "2")
+    (first,) = (
+        f for f in (tmp_path / "unfinished-2").glob("*/checkpoint") if '"seed": 1,' in (f / "dgs.json").read_text()
+    )
+    mark = b"trained before"
+    (first / "mark").write_bytes(mark)
+    again = train_with(2, params, prepared, tmp_path / "2b", tmp_path / "unfinished-2")
+    assert again == {**whole, "seed-1/mark": mark}
+
+
 def test_a_mistake_in_a_worker_reaches_the_user_as_its_sentence(params: Params, prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Expected model\.clip to be a folder or an open_clip name"):
         broken = params.model_copy(update={"model": params.model.model_copy(update={"clip": "nowhere"})})
-        train_seeds("lora", broken, ROOT, prepared, tmp_path)
+        train_seeds("lora", broken, ROOT, prepared, tmp_path, tmp_path / "unfinished")

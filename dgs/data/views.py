@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -107,13 +108,34 @@ def batch_order(size: int, seed: int, epoch: int) -> list[int]:
     return [int(i) for i in np.random.default_rng([seed, epoch, 7]).permutation(size)]
 
 
-def batches(views: Views, batch_size: int, workers: int = 0, order: list[int] | None = None) -> DataLoader[Any]:
-    """Batches of views, in `order` or as they stand; the last one may be smaller."""
+def _part_of_each(batch: Sequence[int]) -> Sequence[int]:
+    return batch
+
+
+def batches(
+    views: Views,
+    batch_size: int,
+    workers: int = 0,
+    order: Sequence[int] | None = None,
+    part: Callable[[Sequence[int]], Sequence[int]] = _part_of_each,
+) -> DataLoader[Any]:
+    """Batches of views, in `order` or as they stand; the last one may be smaller.
+
+    part: what to make of each batch's indices; a part may be empty, and is a batch of no images then.
+    """
+    chosen = range(len(views)) if order is None else order
     return DataLoader(
         views,
-        batch_size=batch_size,
-        sampler=order,
+        batch_sampler=[list(part(chosen[start : start + batch_size])) for start in range(0, len(chosen), batch_size)],
         num_workers=workers,
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
+        collate_fn=partial(_collate, views.params.image_size),
+        generator=torch.Generator(),  # or each loader would draw from torch's own, and shift the dropout masks
     )
+
+
+def _collate(side: int, items: list[tuple[Tensor, int]]) -> list[Tensor]:
+    if not items:
+        return [torch.empty(0, 3, side, side, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)]
+    return [torch.stack([image for image, _ in items]), torch.tensor([index for _, index in items])]

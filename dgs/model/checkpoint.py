@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dgs.disk import replacing
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, Clip, load_clip
 from dgs.model.release import ALPHA, Release, read_tensors, take_apart, write_clip
 from dgs.params import Params, validate
-from dgs.workspace import replacing
 
 FORMAT = 1
 RECORDED = ("torch", "open_clip_torch", "peft")

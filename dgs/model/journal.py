@@ -20,6 +20,7 @@ LOSS_COLUMNS = [
     "loss_alignment",
     "val_balanced_acc",
 ]
+Rows = dict[str, list[dict[str, Any]]]
 ANGLE_COLUMNS = ["method", "seed", "step", "layer", "pair", "mean", "p05", "p95", "cos2", "n"]
 
 
@@ -32,12 +33,19 @@ def angles(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Journal:
-    """Collects rows in memory; `losses` and `angles` give them as tables."""
+    """Collects rows in memory; `losses` and `angles` give them as tables.
 
-    def __init__(self, method: str, seed: int) -> None:
+    rows: what another journal's `rows` gave, to go on with.
+    """
+
+    def __init__(self, method: str, seed: int, rows: Rows | None = None) -> None:
         self.method, self.seed = method, seed
-        self._losses: list[dict[str, Any]] = []
-        self._angles: list[dict[str, Any]] = []
+        self._losses: list[dict[str, Any]] = list(rows["losses"]) if rows else []
+        self._angles: list[dict[str, Any]] = list(rows["angles"]) if rows else []
+
+    def rows(self) -> Rows:
+        """All that was noted, as plain numbers and text."""
+        return {"losses": list(self._losses), "angles": list(self._angles)}
 
     def loss(self, epoch: int, step: int, **values: float) -> None:
         """Note the losses of one step, or a validation result."""
@@ -51,7 +59,8 @@ class Journal:
         """
         cos2 = torch.deg2rad(degrees.double()).cos().square().nan_to_num(0.0).mean().item()
         known = degrees[~torch.isnan(degrees)].cpu().numpy()
-        mean, p05, p95 = (known.mean(), *np.percentile(known, [5, 95])) if known.size else (np.nan,) * 3
+        parts = (known.mean(), *np.percentile(known, [5, 95])) if known.size else (np.nan,) * 3
+        mean, p05, p95 = map(float, parts)
         entry = {"method": self.method, "seed": self.seed, "step": step, "layer": layer, "pair": pair}
         self._angles.append({**entry, "mean": mean, "p05": p05, "p95": p95, "cos2": cos2, "n": known.size})
 

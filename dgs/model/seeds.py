@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from dgs.data.prepared import load_prepared
+from dgs.model import processes
 from dgs.model.journal import Journal
 from dgs.model.methods import get_method, total_steps
 from dgs.params import Params
@@ -27,18 +27,11 @@ _steps: Any = None  # in a worker: the counter it shares with the parent
 def _share(counter: Any) -> None:
     global _steps  # noqa: PLW0603  # a process pool hands shared memory over at start only
     _steps = counter
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)  # a killed notebook must not leave workers training for nobody
+    processes.end_with_parent()
 
 
 def _count() -> None:
-    if _steps is not None:
+    if _steps is not None and processes.rank() == 0:
         with _steps.get_lock():
             _steps.value += 1
 
@@ -57,36 +50,61 @@ def _silent_workers() -> Iterator[None]:
             os.environ["TQDM_DISABLE"] = before
 
 
-def train_seed(method: str, seed: int, params: Params, root: Path, prepared_folder: Path, folder: Path) -> Journal:
-    """Train one method with one seed and save its checkpoint as `folder`/seed-<seed>."""
+def train_seed(
+    method: str, seed: int, params: Params, root: Path, prepared_folder: Path, folder: Path, unfinished: Path
+) -> Journal | None:
+    """Train one method with one seed and save its checkpoint as `folder`/seed-<seed>.
+
+    Args:
+        unfinished: where it keeps what it has; what an earlier run left there is gone on with, and a seed that it
+            finished is only copied.
+
+    Returns:
+        the journal; None in all but the first of several processes.
+    """
     # Imported here: the parent starts workers and waits, and should not spend seconds on loading CLIP's libraries.
     from dgs.model.backbone import load_clip
     from dgs.model.checkpoint import save_checkpoint
     from dgs.model.device import choose_device
     from dgs.model.train import train
+    from dgs.model.unfinished import Unfinished, run_key
 
+    chosen = get_method(method)
+    device = processes.own_device(choose_device(params.compute.device))
     clip = load_clip(params.model, root, params.image_size, text=False)
     prepared = load_prepared(prepared_folder, root)
-    journals: list[Journal] = []
+    key = run_key(method, seed, params, prepared_folder, clip.weights_hash, device)
+    kept = Unfinished(unfinished / key, params.compute.snapshot_seconds)
 
     def done(trained: Trained) -> None:
-        target = folder / f"seed-{seed}"
-        data_hash = prepared.info["data_hash"]
-        own = get_method(method).of(params)
-        save_checkpoint(target, trained.backbone, trained.heads, clip, own, method, seed, trained.thresholds, data_hash)
-        journals.append(trained.journal)
+        if processes.rank() == 0:
+            data_hash, target = prepared.info["data_hash"], kept.checkpoint
+            kept.keep_journal(trained.journal)
+            thresholds, own = trained.thresholds, chosen.of(params)
+            save_checkpoint(target, trained.backbone, trained.heads, clip, own, method, seed, thresholds, data_hash)
 
-    train(get_method(method), clip, prepared, params, seed, choose_device(params.compute.device), done, _count)
-    return journals[0]
+    if not kept.is_done:
+        train(chosen, clip, prepared, params, seed, device, done, _count, kept)
+    return kept.hand_over(method, seed, folder / f"seed-{seed}") if processes.rank() == 0 else None
 
 
-def train_seeds(method: str, params: Params, root: Path, prepared_folder: Path, folder: Path) -> list[Journal]:
+def _train_together(parts: int, *arguments: Any) -> Journal:
+    """`train_seed` in so many processes that share every batch."""
+    journal = processes.run(parts, train_seed, *arguments, begin=_share, begin_with=(_steps,))
+    assert journal is not None
+    return journal
+
+
+def train_seeds(
+    method: str, params: Params, root: Path, prepared_folder: Path, folder: Path, unfinished: Path
+) -> list[Journal]:
     """Train one method with every seed of `params`, `compute.jobs` at a time; the results do not depend on how many.
 
     Args:
         root: repository, for a relative model.clip and data.root.
         prepared_folder: what the prepare stage made.
         folder: gets one checkpoint folder a seed.
+        unfinished: as in `train_seed`; whoever has the results in place removes it.
 
     Returns:
         the journals, in the order of the seeds.
@@ -95,14 +113,16 @@ def train_seeds(method: str, params: Params, root: Path, prepared_folder: Path, 
     steps = len(params.seeds) * total_steps(get_method(method), size, params)
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
-    rest = (params, root, prepared_folder, folder)
+    rest = (params, root, prepared_folder, folder, unfinished)
     jobs = min(params.compute.jobs, len(params.seeds))
     with (
         _silent_workers(),
         ProcessPoolExecutor(jobs, context, initializer=_share, initargs=(counter,)) as pool,
         tqdm(total=steps, desc=f"{method}, all seeds", unit="step") as progress,
     ):
-        futures: list[Future[Journal]] = [pool.submit(train_seed, method, seed, *rest) for seed in params.seeds]
+        futures: list[Future[Journal]] = [
+            pool.submit(_train_together, params.train.processes, method, seed, *rest) for seed in params.seeds
+        ]
         try:
             while wait(futures, timeout=0.5).not_done:
                 progress.update(counter.value - progress.n)

@@ -13,8 +13,11 @@ from torch.nn import functional as F
 
 from dgs.model.backbone import Backbone
 from dgs.model.methods import Batch, Method
+from dgs.model.processes import rank, sum_gradients
 from dgs.model.surgery import head_gradients, residual_directions, split_signs
 from dgs.params import Params
+
+JOURNALED = ("task", "applied", "harmful", "beneficial")  # gradients of a step that angles are taken of
 
 
 @dataclass(frozen=True)
@@ -121,31 +124,35 @@ def stage2_step(
     noise: Tensor,
     params: Params,
     after: Callable[[], None] | None = None,
+    batch_size: int | None = None,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """One optimiser step of stage 2 on a batch, in `train.accumulate` parts through the tower: losses and gradients.
 
-    Without dropout the parts add up to the whole batch's step; with it each part draws its own masks.
+    Without dropout the parts add up to the whole batch's step; with it each part draws its own masks. The same holds
+    for the shares of several processes: their gradients are summed before the step.
 
     Args:
-        images: (B, 3, S, S) uint8; the rest as in `surgery_step`.
+        images: (B, 3, S, S) uint8; the rest as in `surgery_step`. B may be 0 where another process has rows.
         after: called when the optimiser has stepped.
     """
-    total = len(known)
+    count = len(known)
+    total = batch_size or count
     optimizer.zero_grad()
     losses: dict[str, float] = {}
     parts: list[dict[str, Tensor]] = []
-    for start in range(0, total, size := -(-total // params.train.accumulate)):
+    for start in range(0, count, size := max(1, -(-count // params.train.accumulate))):
         part = slice(start, start + size)
         features = backbone(images[part])
         applied, some, gradients = surgery_step(method, features, heads, known[part], noise[part], params, total)
         features.backward(applied)
         losses = {name: losses.get(name, 0.0) + value for name, value in some.items()}
         parts.append(gradients)
-    if method.penalty is not None:
+    if method.penalty is not None and rank() == 0:  # of the weights, which all processes share: once in the sum
         penalty = params.train.surgery.decay * method.penalty(backbone)
         penalty.backward()
-        losses["loss_alignment"] += penalty.item()
+        losses["loss_alignment"] = losses.get("loss_alignment", 0.0) + penalty.item()
+    sum_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
     optimizer.step()
     if after is not None:
         after()
-    return losses, {name: torch.cat([gradients[name] for gradients in parts]) for name in parts[0]}
+    return losses, {name: torch.cat([noise[:0], *(gradients[name] for gradients in parts)]) for name in JOURNALED}

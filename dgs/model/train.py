@@ -24,7 +24,9 @@ from dgs.model.expert import text_expert
 from dgs.model.journal import Journal, angles
 from dgs.model.lens import Affine, Through
 from dgs.model.methods import Method, total_steps
+from dgs.model.processes import rank, share, total, whole
 from dgs.model.step import Known, stage2_step
+from dgs.model.unfinished import Unfinished
 from dgs.params import Params
 
 RECORDS = 200  # of stage 1's losses: its steps are many and cheap
@@ -63,12 +65,10 @@ def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Adam:
 def extract_features(
     backbone: Backbone, views: Views, batch_size: int, workers: int, device: torch.device, label: str
 ) -> Tensor:
-    """Features of views in the tower as it stands: (N, D) float32 on `device`."""
-    parts = [
-        backbone(images.to(device)).float()
-        for images, _ in tqdm(batches(views, batch_size, workers), desc=label, unit="batch", leave=False)
-    ]
-    return torch.cat(parts)
+    """Features of views in the tower as it stands: (N, D) float32 on `device`; processes share the work."""
+    mine = batches(views, batch_size, workers, share(range(len(views))))
+    parts = [backbone(images.to(device)).float() for images, _ in tqdm(mine, desc=label, unit="batch", leave=False)]
+    return whole(torch.cat(parts) if parts else torch.zeros(0, backbone.visual.output_dim, device=device))
 
 
 def training_views(prepared: Prepared, params: Params, seed: int) -> list[Views]:
@@ -97,11 +97,24 @@ def frozen_features(backbone: Backbone, views: list[Views], params: Params, devi
         )
 
 
-def _diverged(loss: str, step: int, rows: pd.DataFrame, order: list[int]) -> UserError:
-    files = ", ".join(rows["id"].iloc[order[:3]])
+def _diverged(loss: str, step: int, rows: pd.DataFrame, order: list[int], stage: int) -> UserError:
+    some = 8
+    files = ", ".join(rows["id"].iloc[order[:some]]) + (f" and {len(order) - some} more" if len(order) > some else "")
     return UserError(
-        f"{loss} at step {step} (batch begins with {files}). Lower train.stage2.lr, or look at those images."
+        f"{loss} at step {step} of stage {stage}; the batch was {files}. Lower train.stage{stage}.lr, or look at those "
+        f"images and their captions."
     )
+
+
+def _known_finite(features: Tensor, rows: pd.DataFrame) -> Tensor:
+    """(views, N, D) as given, if no number in it is NaN or infinite: such an image would spoil every weight."""
+    bad = (~features.isfinite()).any(2).any(0).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"Expected finite features from CLIP, found others for {len(bad)} images, {rows['id'].iloc[bad[0]]} first. "
+            f"Look at those images; with model.precision: bf16 try fp32; else CLIP's weights are damaged."
+        )
+    return features
 
 
 @torch.no_grad()
@@ -114,6 +127,7 @@ def stage1(
     on_step: Callable[[], None] = _nothing,
     expert: Tensor | None = None,
     lens: Affine | None = None,
+    rows: pd.DataFrame | None = None,
 ) -> nn.Linear:
     """Stage 1: BCE and Adam on cached frozen features.
 
@@ -123,9 +137,13 @@ def stage1(
         journal: where the losses go, if anywhere.
         expert: (N,) logits that are added to the head's while it learns.
         lens: what the head reads features through while it learns; the head returned reads them as they are.
+        rows: of the manifest, so that an error can name images.
 
     Returns:
         the head, D -> 1.
+
+    Raises:
+        UserError: the loss is NaN or infinite.
     """
     plain = new_head(features.shape[2], seed, features.device)
     offset = torch.zeros_like(labels) if expert is None else expert
@@ -140,6 +158,10 @@ def stage1(
         for index in order.split(size):
             x, y = view[index], labels[index]
             logits = plain(x).squeeze(1) + offset[index]
+            if not logits.isfinite().all():
+                named = pd.DataFrame({"id": map(str, range(len(labels)))}) if rows is None else rows
+                loss = F.binary_cross_entropy_with_logits(logits, y).item()
+                raise _diverged(f"The loss became {loss}", step, named, index.tolist(), 1)
             # The gradient in closed form: autograd would take ten times as long as these few sums.
             residual = (logits.sigmoid() - y) / len(index)
             plain.weight.grad, plain.bias.grad = (residual @ x).unsqueeze(0), residual.sum().unsqueeze(0)
@@ -220,6 +242,7 @@ def stage2(
     views: list[Views],
     device: torch.device,
     on_step: Callable[[], None] = _nothing,
+    unfinished: Unfinished | None = None,
 ) -> Trained:
     """Stage 2: Adam on the adapters, the image head and the text head; the gradient into the features is operated on.
 
@@ -232,7 +255,9 @@ def stage2(
         teacher: the stage-1 head.
         frozen: (views, N, D) features of the frozen tower.
         views: what `frozen` are the features of.
+        unfinished: where snapshots go, and where an earlier one may lie to go on with.
     """
+    unfinished = unfinished or Unfinished()
     rows, validation = prepared.split("train"), validation_views(prepared, params)
     truth = prepared.split("val")["label"].to_numpy()
     known = known_before(method, prepared, teacher, frozen, seed)
@@ -245,17 +270,30 @@ def stage2(
     confine = method.confine(backbone) if method.confine is not None else None
     optimizer = _adam(learned, params.train.stage2.lr)
     journal = Journal(method.name, seed)
-    torch.manual_seed(seed)  # dropout masks
+    torch.manual_seed(seed + 1_000_003 * rank())  # dropout masks, each process's own
     random = torch.Generator().manual_seed(seed)  # of the controls, so that they leave the masks alone
     backbone.train()
-    step, steps = 0, total_steps(method, len(rows), params)
-    with tqdm(total=steps, desc=f"{method.name}, seed {seed}", unit="step") as progress:
-        for epoch in range(params.train.stage2.epochs):
+    size, workers = params.train.batch_size, params.compute.workers
+    step, steps, an_epoch = 0, total_steps(method, len(rows), params), -(-len(rows) // size)
+    if (state := unfinished.load()) is not None:
+        step, journal = state["step"], Journal(method.name, seed, state["journal"])
+        optimizer.load_state_dict(state["optimizer"])
+        random.set_state(state["random"])
+        with torch.no_grad():
+            for parameter, value in zip(learned, state["learned"], strict=True):
+                parameter.copy_(value)
+        for _ in range(step):
+            on_step()
+    first = max(step - 1, 0) // an_epoch  # a snapshot after an epoch's last step comes before its validation
+    with tqdm(total=steps, initial=step, desc=f"{method.name}, seed {seed}", unit="step") as progress:
+        for epoch in range(first, params.train.stage2.epochs):
             view = epoch % len(views)
-            order = batch_order(len(rows), seed, epoch)
-            for images, chosen in batches(views[view], params.train.batch_size, params.compute.workers, order):
-                index = chosen.to(device)
-                noise = torch.randn(len(index), text.in_features, generator=random).to(device)
+            order = batch_order(len(rows), seed, epoch)[(step - epoch * an_epoch) * size :]
+            loader = batches(views[view], size, workers, order, share)
+            for start, (images, chosen) in zip(range(0, len(order), size), loader, strict=True):
+                index, batch = chosen.to(device), order[start : start + size]
+                noise = torch.randn(len(batch), text.in_features, generator=random)
+                noise = noise[list(share(range(len(batch))))].to(device)
                 try:
                     losses, gradients = stage2_step(
                         method,
@@ -267,16 +305,28 @@ def stage2(
                         noise,
                         params,
                         confine,
+                        len(batch),
                     )
                 except FloatingPointError as error:
-                    raise _diverged(str(error), step, rows, index.tolist()) from None
+                    raise _diverged(str(error), step, rows, batch, 2) from None
                 if step % params.train.log_every == 0 or step == steps - 1:
+                    losses, gradients = total(losses), {name: whole(rows) for name, rows in gradients.items()}
                     journal.loss(epoch, step, loss=sum(losses.values()), **losses)
                     for other in ("harmful", "beneficial", "applied"):
                         journal.angle(step, "features", f"task-{other}", angles(gradients["task"], gradients[other]))
                 step += 1
                 progress.update()
                 on_step()
+                if unfinished.is_due():
+                    unfinished.save(
+                        {
+                            "step": step,
+                            "learned": [parameter.detach() for parameter in learned],
+                            "optimizer": optimizer.state_dict(),
+                            "random": random.get_state(),
+                            "journal": journal.rows(),
+                        }
+                    )
             logits = validation_logits(backbone, heads["image"], validation, params, device)
             journal.loss(epoch, step, val_balanced_acc=detection_row(truth, logits)["balanced_acc"])
     backbone.eval()
@@ -301,8 +351,13 @@ def train(
     device: torch.device,
     done: Callable[[Trained], None],
     on_step: Callable[[], None] = _nothing,
+    unfinished: Unfinished | None = None,
 ) -> None:
-    """Both stages of one method and seed; `done` gets the result, then the adapters come off `clip` again."""
+    """Both stages of one method and seed; `done` gets the result, then the adapters come off `clip` again.
+
+    With several processes all of them run this, and `done` is called in each.
+    """
+    unfinished = unfinished or Unfinished()
     set_determinism(params.compute.threads)
     params = method.of(params)
     clip.model.to(device)
@@ -311,17 +366,19 @@ def train(
     try:
         backbone.eval()
         views = training_views(prepared, params, seed)
-        frozen = frozen_features(backbone, views, params, device)
-        labels = _labels(prepared.split("train"), device)
+        rows = prepared.split("train")
+        frozen = unfinished.features(lambda: frozen_features(backbone, views, params, device)).to(device)
+        frozen = _known_finite(frozen, rows)
+        labels = _labels(rows, device)
         journal = Journal(method.name, seed)
-        captions = prepared.caption_embeddings[prepared.split("train").index]
+        captions = prepared.caption_embeddings[rows.index]
         lens = fitted_lens(method, frozen, captions, params)
         if method.adapters:
-            head = stage1(frozen, labels, params, seed, lens=lens)
-            done(stage2(method, backbone, prepared, params, seed, head, frozen, views, device, on_step))
+            head = stage1(frozen, labels, params, seed, lens=lens, rows=rows)
+            done(stage2(method, backbone, prepared, params, seed, head, frozen, views, device, on_step, unfinished))
         else:
             expert = expert_logits(method, captions, labels, seed)
-            head = stage1(frozen, labels, params, seed, journal, on_step, expert, lens)
+            head = stage1(frozen, labels, params, seed, journal, on_step, expert, lens, rows)
             truth = prepared.split("val")["label"].to_numpy()
             logits = validation_logits(backbone, head, validation_views(prepared, params), params, device)
             score = detection_row(truth, logits)["balanced_acc"]

@@ -1,0 +1,194 @@
+"""Writing so that nothing is ever half there, and what to say when the disk refuses."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dgs.errors import UserError
+
+REFUSALS = {  # what a user can mend by making room or choosing another place
+    errno.ENOSPC: "no space is left on it",
+    errno.EDQUOT: "the quota on it is used up",
+    errno.EFBIG: "a file would grow larger than this process may write",
+    errno.EROFS: "it is read-only",
+    errno.EACCES: "writing is not permitted",
+    errno.EPERM: "writing is not permitted",
+}
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux's renameat2
+
+
+def _refusal(error: BaseException, where: Path) -> int | None:
+    """The errno of a failed write below `where`; safetensors and torch put it into their message alone."""
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        named = isinstance(error.filename, str | os.PathLike)  # what cannot be read elsewhere is another matter
+        return error.errno if not named or Path(error.filename).is_relative_to(where) else None
+    if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
+        return int(found[1]) if int(found[1]) in REFUSALS else None
+    if isinstance(error, RuntimeError) and "file write failed" in str(error):  # torch.save's, without a reason
+        return errno.ENOSPC
+    return None
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """In this block a full or read-only disk is one sentence that names `folder`.
+
+    Raises:
+        UserError: in place of the OSError; what was whole before the block stays.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _refusal(error, folder.parent)
+        if number is None:
+            raise
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(place).free / 1e6
+        raise UserError(
+            f"Expected to write to {folder}, found that {REFUSALS[number]} ({free:,.0f} MB free). What was whole "
+            f"before is kept. Make room or mend the permissions, then run the same command again: it goes on where it "
+            f"can."
+        ) from None
+
+
+def to_disk(path: Path) -> None:
+    """A file, or a folder with all in it, out of the machine's cache and onto the disk (fsync)."""
+    inside = sorted(path.rglob("*"), reverse=True) if path.is_dir() else []
+    for each in (*inside, path):
+        if each.is_symlink() or not (each.is_file() or each.is_dir()):
+            continue
+        handle = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some file systems sync no folders
+                raise
+        finally:
+            os.close(handle)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step, where the system can: at no moment is either missing."""
+    with suppress(AttributeError, OSError):
+        library = ctypes.CDLL(None, use_errno=True)
+        return library.renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
+    return False
+
+
+def _sweep(folder: Path) -> None:
+    """Remove drafts beside `folder` that killed processes left: a living one holds a lock on its own."""
+    for draft in folder.parent.glob(f".{folder.name}-*"):
+        with suppress(OSError):
+            handle = os.open(draft, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(draft, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` only if the block ends well: outputs are whole or absent.
+
+    It is on the disk before it takes its place, in one step where the system can: whatever kills the process or the
+    machine, `folder` is the old one or the new one. Drafts that killed processes left are removed.
+
+    Raises:
+        UserError: as `explained`.
+    """
+    with explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        lock = os.open(draft, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield draft
+            draft.chmod(0o755)  # mkdtemp makes it private
+            to_disk(draft)
+            if folder.exists() and not _exchange(draft, folder):
+                shutil.rmtree(folder)
+            if not folder.exists():
+                draft.rename(folder)
+            to_disk_name(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+            os.close(lock)
+
+
+def to_disk_name(path: Path) -> None:
+    """The entry of `path` in its folder onto the disk: a rename that must outlast the machine."""
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """As `replacing`, for a file: write to the path that is given, and it takes the place of `path` in one step."""
+    with explained(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}-{os.getpid()}")
+        try:
+            yield draft
+            to_disk(draft)
+            draft.replace(path)
+            to_disk_name(path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(file: Path, what: str) -> Iterator[None]:
+    """A block that one process at a time may be in; the lock ends with the process, however it ends.
+
+    Args:
+        file: the lock, made if it is not there.
+        what: how the error calls what is going on.
+
+    Raises:
+        UserError: another process is in it.
+    """
+    with explained(file.parent):
+        handle = _locked(file, what)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # before the lock is let go: whoever waits looks again
+        os.close(handle)
+
+
+def _locked(file: Path, what: str) -> int:
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            number = os.read(handle, 20).decode("ascii", "replace").strip() or "unknown"
+            os.close(handle)
+            raise UserError(
+                f"Expected {what} to run once at a time, found another run of it, process {number}; a killed command "
+                f"may have left it behind. Wait for it, or end it (kill {number}), then run the same command again."
+            ) from None
+        except OSError:
+            return handle  # some network file systems have no locks
+        if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            return handle
+        os.close(handle)  # the process before removed it between opening and locking

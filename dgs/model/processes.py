@@ -1,0 +1,281 @@
+"""Several processes on one run: each takes its share of every batch, and sums make the whole (torch.distributed).
+
+The group is torch's own, one a process; without one every function here leaves things as they are, so that one process
+runs the same code. Not DistributedDataParallel, and not accelerate around it: they average gradients of a loss that is
+backpropagated through the whole model, while the surgery hands the tower a gradient of its own, scaled by the whole
+batch. That needs a sum, and only that.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dgs.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+PATIENCE = 1800.0  # seconds that a process waits for the others
+
+
+def _group() -> Any:
+    """torch.distributed where this process is in a group, else None."""
+    loaded = sys.modules.get("torch.distributed")
+    return loaded if loaded is not None and loaded.is_available() and loaded.is_initialized() else None
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    group = _group()
+    return 0 if group is None else int(group.get_rank())
+
+
+def count() -> int:
+    """How many processes share the run."""
+    group = _group()
+    return 1 if group is None else int(group.get_world_size())
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This process's part of `items`: contiguous, and in the order of processes they are `items` again."""
+    size = -(-len(items) // count())
+    return items[rank() * size : (rank() + 1) * size]
+
+
+def gathered(value: T) -> list[T]:
+    """The `value` of every process, in their order."""
+    group = _group()
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * count()
+    group.all_gather_object(values, value)
+    return values
+
+
+def agreed(value: bool) -> bool:
+    """The first process's `value`, for all."""
+    return gathered(value)[0]
+
+
+def wait_for_all() -> None:
+    """Go on when every process is here."""
+    gathered(None)
+
+
+def total(values: Mapping[str, float]) -> dict[str, float]:
+    """Sums over processes, by name; a process may lack names."""
+    sums: dict[str, float] = {}
+    for some in gathered(dict(values)):
+        for name, value in some.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def whole(rows: Tensor) -> Tensor:
+    """(n, ...) rows of each process to the (N, ...) rows of all, in their order, on every process."""
+    import torch
+
+    group = _group()
+    if group is None:
+        return rows
+    lengths = gathered(len(rows))
+    padded = rows.new_zeros(max(lengths), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in lengths]
+    group.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Every parameter's gradient becomes the sum over processes, the same bits on each; no gradient counts as zero."""
+    import torch
+
+    group = _group()
+    if group is None:
+        return
+    given = list(parameters)
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in given])
+    group.all_reduce(flat)
+    for parameter, gradient in zip(given, flat.split([p.numel() for p in given]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The GPU of this process, where `device` is a GPU without a number and there are several processes.
+
+    Raises:
+        UserError: fewer GPUs than processes on this machine.
+    """
+    import torch
+
+    if device.type != "cuda" or device.index is not None or count() == 1:
+        return device
+    local = int(os.environ.get("LOCAL_RANK", rank()))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", count()))
+    if torch.cuda.device_count() < here:
+        raise UserError(
+            f"Expected a GPU for each of {here} processes, found {torch.cuda.device_count()}. Set train.processes to "
+            f"that, or compute.device: cpu."
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def end_with_parent() -> None:
+    """From now on this process ends when the one that started it does: nobody waits for its work any more."""
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _join(number: int, processes: int, meeting: str, patience: float) -> None:
+    import torch
+    import torch.distributed as dist
+
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on this machine, which may have no network
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    store = dist.FileStore(meeting, processes)
+    dist.init_process_group(
+        backend, store=store, rank=number, world_size=processes, timeout=timedelta(seconds=patience)
+    )
+
+
+def join_torchrun() -> None:
+    """Join the group of a `torchrun` that started this process; without one, nothing happens."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _group() is None:
+        import torch
+        import torch.distributed as dist
+
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE))
+
+
+def _member(
+    number: int,
+    processes: int,
+    meeting: str,
+    patience: float,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    begin: Callable[..., None] | None,
+    begin_with: tuple[Any, ...],
+    answer: Any,
+) -> None:
+    end_with_parent()
+    try:
+        if begin is not None:
+            begin(*begin_with)
+        _join(number, processes, meeting, patience)
+        result = function(*arguments)
+        answer.send((True, result if number == 0 else None))
+        answer.recv()  # leave together: whoever leaves early looks like one that died
+    except BaseException as error:
+        with suppress(Exception):
+            answer.send((False, error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"))
+    sys.stderr.flush()
+    os._exit(0)  # threads of the group may wait for others for ever
+
+
+def run(
+    processes: int,
+    function: Callable[..., T],
+    *arguments: Any,
+    begin: Callable[..., None] | None = None,
+    begin_with: tuple[Any, ...] = (),
+    patience: float = PATIENCE,
+) -> T:
+    """`function(*arguments)` in so many processes that form a group; the first one's result.
+
+    One process needs no other: the function is called here. As soon as one fails or dies, all end.
+
+    Args:
+        function: importable, as are its arguments picklable.
+        begin: called in each process before anything else.
+        patience: seconds that a process waits for the others.
+
+    Raises:
+        UserError: what stopped one of them; that one died; that they waited too long for one.
+    """
+    if processes == 1:
+        return function(*arguments)
+    context = get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="dgs-") as folder:
+        members, answers = [], []
+        for number in range(processes):
+            mine, theirs = context.Pipe()
+            settings = (number, processes, str(Path(folder) / "meeting"), patience, function, arguments)
+            member = context.Process(target=_member, args=(*settings, begin, begin_with, theirs))
+            member.start()
+            theirs.close()
+            members.append(member)
+            answers.append(mine)
+        try:
+            return _outcome(members, answers)
+        finally:
+            for member in members:
+                member.kill()
+            for member in members:
+                member.join()
+
+
+def _outcome(members: list[Any], answers: list[Any]) -> Any:
+    """The first process's result, when all are done; or the most telling of what went wrong."""
+    results: dict[int, Any] = {}
+    failures: dict[int, Any] = {}
+    end = float("inf")
+    while len(results) + len(failures) < len(members) and time.monotonic() < end:
+        open_ones = {answers[i]: i for i in range(len(members)) if i not in results and i not in failures}
+        for ready in wait(list(open_ones), timeout=0.2):
+            number = open_ones[ready]
+            try:
+                good, said = answers[number].recv()
+            except (EOFError, OSError):
+                members[number].join()
+                good, said = False, members[number].exitcode
+            (results if good else failures)[number] = said
+        if failures and end == float("inf"):
+            end = time.monotonic() + 2.0  # the others' complaints may say more, or only that one has gone
+    if not failures:
+        for answer in answers:
+            answer.send(None)
+        return results[0]
+    for said in failures.values():
+        if isinstance(said, UserError):
+            raise said
+    for number, said in failures.items():
+        if isinstance(said, int):
+            raise UserError(
+                f"Expected {len(members)} processes to train together, found that process {number} died "
+                f"({_how(said)}). Run the same command again: it goes on from the last snapshot. If memory was short, "
+                f"lower train.processes, train.batch_size or compute.jobs."
+            )
+    number, said = next(iter(failures.items()))
+    if "imed out" in said or "imeout" in said:
+        raise UserError(
+            f"Expected {len(members)} processes to keep step, found that process {number} waited too long for another "
+            f"({said.splitlines()[0]}). Run the same command again: it goes on from the last snapshot."
+        )
+    raise RuntimeError(f"Process {number} of {len(members)} stopped. {said}")
+
+
+def _how(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"

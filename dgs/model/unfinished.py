@@ -1,0 +1,137 @@
+"""What a seed's training leaves on the disk while it runs, so that a run that was killed goes on bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dgs
+from dgs.disk import replacing_file
+from dgs.model import processes
+from dgs.model.journal import Journal
+from dgs.params import Params
+
+FREE = {"jobs", "workers", "keep_mb", "snapshot_seconds"}  # of `compute`: no result depends on them
+VERSIONS = ("torch", "open_clip_torch", "peft", "numpy")
+
+
+def run_key(
+    method: str, seed: int, params: Params, prepared_folder: Path, weights_hash: str, device: torch.device
+) -> str:
+    """A hash of everything that a trained seed depends on: parameters, code, data, weights, libraries, kind of device.
+
+    The whole package counts as code: what was left by other code is never gone on with.
+    """
+    digest = hashlib.sha256()
+    settings = params.model_dump(exclude={"compute": FREE})
+    versions = {name: version(name) for name in VERSIONS}
+    digest.update(json.dumps([method, seed, settings, weights_hash, device.type, versions], sort_keys=True).encode())
+    package = Path(dgs.__file__).parent
+    for folder, pattern in ((package, "*.py"), (prepared_folder, "*")):
+        for file in sorted(path for path in folder.rglob(pattern) if path.is_file()):
+            with file.open("rb") as opened:
+                content = hashlib.file_digest(opened, "sha256").hexdigest()
+            digest.update(f"\n{file.relative_to(folder).as_posix()} {content}".encode())
+    return digest.hexdigest()[:20]
+
+
+class Unfinished:
+    """The folder of one seed's training: snapshots on the way, its checkpoint and journal when it is done.
+
+    Every file in it takes its place whole. With several processes all read it and the first one writes.
+
+    Args:
+        folder: its own, named by `run_key`; None: nothing is kept.
+        seconds: between two snapshots; None: none are made.
+    """
+
+    def __init__(self, folder: Path | None = None, seconds: float | None = None) -> None:
+        self.folder, self.seconds = folder, seconds
+        self._saved = time.monotonic()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the finished checkpoint goes."""
+        assert self.folder is not None
+        return self.folder / "checkpoint"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether a run before finished this seed."""
+        return self.folder is not None and self.checkpoint.is_dir()
+
+    def keep_journal(self, journal: Journal) -> None:
+        """Before the checkpoint, whose being there says that all is."""
+        assert self.folder is not None
+        with replacing_file(self.folder / "journal.json") as draft:
+            draft.write_text(json.dumps(journal.rows()))
+
+    def hand_over(self, method: str, seed: int, target: Path) -> Journal:
+        """Copy the finished checkpoint to `target`; returns its journal."""
+        assert self.folder is not None
+        shutil.copytree(self.checkpoint, target)
+        return Journal(method, seed, json.loads((self.folder / "journal.json").read_text()))
+
+    def is_due(self) -> bool:
+        """Whether it is time for a snapshot; all processes get the answer of the first one's clock."""
+        if self.folder is None or self.seconds is None:
+            return False
+        return processes.agreed(time.monotonic() - self._saved >= self.seconds)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Keep the state of training between two steps: tensors, numbers, text, and lists and dicts of them."""
+        assert self.folder is not None
+        whole = {**state, "masks": processes.gathered(_random_state())}
+        if processes.rank() == 0:
+            with replacing_file(self.folder / "snapshot.pt") as draft:
+                torch.save(whole, draft)
+        self._saved = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """The state that was kept last, with torch's random numbers set as they were then; None: there is none.
+
+        A file that cannot be read is as good as none.
+        """
+        if self.folder is None or not (file := self.folder / "snapshot.pt").exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(file, weights_only=True)
+        except Exception:  # a damaged file fails in many ways
+            return None
+        _set_random_state(state.pop("masks")[processes.rank()])
+        return state
+
+    def features(self, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, kept from run to run where making it takes longer than what may be lost."""
+        file = self.folder / "features.pt" if self.folder is not None and self.seconds is not None else None
+        if file is not None and file.exists():
+            kept: Tensor = torch.load(file, weights_only=True)
+            return kept
+        start = time.monotonic()
+        made = make()
+        if file is not None and processes.agreed(time.monotonic() - start >= (self.seconds or 0.0)):
+            if processes.rank() == 0:
+                with replacing_file(file) as draft:
+                    torch.save(made, draft)
+            processes.wait_for_all()
+        return made
+
+
+def _random_state() -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states
+
+
+def _set_random_state(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)

@@ -1,0 +1,154 @@
+"""Training that goes on where it was broken off, to the bit, and what is never gone on with."""
+
+# ruff: noqa: F811  # fixtures of test_train
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import SETTINGS, clip, prepared  # noqa: F401  # fixtures
+from torch import Tensor
+
+from dgs.data.prepared import Prepared
+from dgs.model.backbone import Clip
+from dgs.model.journal import Journal
+from dgs.model.methods import get_method
+from dgs.model.train import Trained, train
+from dgs.model.unfinished import Unfinished, run_key
+from dgs.params import Params, validate
+
+STEPS = 6  # two epochs of three
+
+
+@pytest.fixture
+def params() -> Params:
+    """Dropout and an odd last batch: whatever draws random numbers must go on with the next one."""
+    model = {**SETTINGS["model"], "lora": {"rank": 2, "dropout": 0.5}}
+    return validate({**SETTINGS, "model": model, "train": {**SETTINGS["train"], "stage2": {"epochs": 2, "lr": 0.01}}})
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def train_until(
+    stop: int | None, method: str, clip: Clip, prepared: Prepared, params: Params, kept: Unfinished
+) -> tuple[dict[str, Tensor], dict[str, object], int]:
+    """Train, killed in the given step (from 1) before its snapshot: (weights, journal, steps that were made)."""
+    found: list[tuple[dict[str, Tensor], dict[str, object]]] = []
+    made = 0
+
+    def on_step() -> None:
+        nonlocal made
+        made += 1
+        if made == stop:
+            raise Killed
+
+    def done(trained: Trained) -> None:
+        learned = {n: p.detach().clone() for n, p in trained.backbone.named_parameters() if p.requires_grad}
+        learned |= {f"{n}.{k}": v.clone() for n, h in trained.heads.items() for k, v in h.state_dict().items()}
+        found.append((learned, {**trained.journal.rows(), "thresholds": trained.thresholds}))
+
+    try:
+        train(get_method(method), clip, prepared, params, 0, torch.device("cpu"), done, on_step, kept)
+    except Killed:
+        return {}, {}, made
+    return *found[0], made
+
+
+@pytest.mark.parametrize("method", ["dgs", "random_direction"])
+def test_broken_off_after_any_step_it_ends_with_the_same_bits(
+    method: str, clip: Clip, prepared: Prepared, params: Params, tmp_path: Path
+) -> None:
+    whole, notes, _ = train_until(None, method, clip, prepared, params, Unfinished())
+    for step in range(2, STEPS + 1):
+        folder = tmp_path / str(step)
+        train_until(step, method, clip, prepared, params, Unfinished(folder, 0.0))
+        assert Unfinished(folder, 0.0).load()["step"] == step - 1
+        torch.rand(step)  # another process's random numbers stand elsewhere
+        again, noted, _ = train_until(None, method, clip, prepared, params, Unfinished(folder, 0.0))
+        assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+        assert json.dumps(noted) == json.dumps(notes), "the journal has every record once"
+
+
+def test_killed_again_and_again_it_still_arrives(
+    clip: Clip, prepared: Prepared, params: Params, tmp_path: Path
+) -> None:
+    whole, notes, _ = train_until(None, "dgs", clip, prepared, params, Unfinished())
+    for step in range(2, STEPS + 1):  # each run makes one step more
+        assert train_until(step, "dgs", clip, prepared, params, Unfinished(tmp_path, 0.0))[2] == step
+    again, noted, _ = train_until(None, "dgs", clip, prepared, params, Unfinished(tmp_path, 0.0))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert json.dumps(noted) == json.dumps(notes)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: b"", lambda content: b"no archive"])
+def test_a_damaged_snapshot_is_as_good_as_none(
+    clip: Clip,
+    prepared: Prepared,
+    params: Params,
+    tmp_path: Path,
+    damage,  # type: ignore[no-untyped-def]
+) -> None:
+    whole, _, _ = train_until(None, "dgs", clip, prepared, params, Unfinished())
+    train_until(4, "dgs", clip, prepared, params, Unfinished(tmp_path, 0.0))
+    file = tmp_path / "snapshot.pt"
+    file.write_bytes(damage(file.read_bytes()))
+    again, _, made = train_until(None, "dgs", clip, prepared, params, Unfinished(tmp_path, 0.0))
+    assert made == STEPS
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_without_a_time_to_wait_no_snapshot_is_made(
+    clip: Clip, prepared: Prepared, params: Params, tmp_path: Path
+) -> None:
+    for seconds in (None, 3600.0):
+        train_until(4, "dgs", clip, prepared, params, Unfinished(tmp_path, seconds))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_journal_on_the_disk_is_the_same_journal(tmp_path: Path) -> None:
+    journal = Journal("dgs", 0)
+    journal.loss(0, 3, loss=1 / 3, loss_task=float("nan"))
+    journal.angle(3, "features", "task-harmful", torch.rand(7, dtype=torch.float64) * 180)
+    kept = Unfinished(tmp_path / "seed")
+    kept.keep_journal(journal)
+    assert not kept.is_done, "the checkpoint comes last, and says that all is there"
+    kept.checkpoint.mkdir()
+    assert kept.is_done
+    read = kept.hand_over("dgs", 0, tmp_path / "out")
+    assert read.losses.equals(journal.losses) and read.angle_table.equals(journal.angle_table)
+
+
+def test_whatever_a_result_depends_on_changes_the_key_and_nothing_else_does(params: Params, tmp_path: Path) -> None:
+    folder = tmp_path / "prepared"
+    folder.mkdir()
+    (folder / "data.json").write_text("{}")
+    cpu = torch.device("cpu")
+
+    def key(changed: Params = params, method: str = "dgs", seed: int = 0, weights: str = "w") -> str:
+        return run_key(method, seed, changed, folder, weights, cpu)
+
+    def with_(group: str, **values: object) -> Params:
+        return params.model_copy(update={group: getattr(params, group).model_copy(update=values)})
+
+    first = key()
+    for free in ({"jobs": 7}, {"workers": 3}, {"keep_mb": 1}, {"snapshot_seconds": None}):
+        assert key(with_("compute", **free)) == first
+    others = {
+        key(method="lora"),
+        key(seed=1),
+        key(weights="v"),
+        key(with_("compute", threads=2)),
+        key(with_("train", processes=2)),
+        key(with_("train", batch_size=5)),
+        key(with_("data", limit=3)),
+        run_key("dgs", 0, params, folder, "w", torch.device("cuda")),
+    }
+    (folder / "data.json").write_text("{ }")
+    assert len(others | {first, key()}) == 10
+    shutil.rmtree(folder)
