@@ -27,14 +27,12 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux's renameat2
 
 
 def _refusal(error: BaseException, where: Path) -> int | None:
-    """The errno of a failed write below `where`; safetensors and torch put it into their message alone."""
+    """The errno of a failed write below `where`; safetensors puts it into its message alone."""
     if isinstance(error, OSError) and error.errno in REFUSALS:
         named = isinstance(error.filename, str | os.PathLike)  # what cannot be read elsewhere is another matter
         return error.errno if not named or Path(error.filename).is_relative_to(where) else None
     if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
         return int(found[1]) if int(found[1]) in REFUSALS else None
-    if isinstance(error, RuntimeError) and "file write failed" in str(error):  # torch.save's, without a reason
-        return errno.ENOSPC
     return None
 
 

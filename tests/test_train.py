@@ -373,7 +373,10 @@ def test_a_diverging_run_stops_and_names_the_batch(clip: Clip, prepared: Prepare
     broken = Prepared(
         prepared.manifest, prepared.info, np.full_like(prepared.caption_embeddings, np.inf), {}, None, prepared.source
     )
-    with pytest.raises(UserError, match=r"text loss became (nan|inf) at step 0 .*Lower train\.stage2\.lr"):
+    first = batch_order(20, 0, 0)[:8]
+    batch = ", ".join(prepared.split("train")["id"].iloc[first])
+    sentence = rf"text loss became (nan|inf) at step 0 of stage 2; the batch was {batch}\. Lower train\.stage2\.lr"
+    with pytest.raises(UserError, match=sentence):
         run("lora", clip, broken, settings())
 
 
@@ -427,6 +430,28 @@ def test_effort_ends_in_the_smallest_singular_directions(clip: Clip, prepared: P
 
     train(get_method("effort"), clip, prepared, settings(), 0, torch.device("cpu"), look)
     assert max(leaks) < 1e-5 and max(sizes) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["probe", "dgs"])
+def test_a_diverging_first_stage_stops_and_names_the_batch(method: str, clip: Clip, prepared: Prepared) -> None:
+    sentence = r"loss became (nan|inf) at step \d of stage 1; the batch was \d\d, .*Lower train\.stage1\.lr"
+    with pytest.raises(UserError, match=sentence):
+        run(method, clip, prepared, settings(stage1={"epochs": 1, "lr": 3e37}))
+
+
+def test_an_image_with_features_that_are_no_numbers_is_named(
+    clip: Clip, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Backbone.forward
+
+    def spoilt(self: Backbone, images: Tensor) -> Tensor:
+        features = forward(self, images).clone()
+        features[7, 3] = torch.nan
+        return features
+
+    monkeypatch.setattr(Backbone, "forward", spoilt)
+    with pytest.raises(UserError, match=r"Expected finite features from CLIP, found others for 1 images, 07 first"):
+        run("dgs", clip, prepared, settings())
 
 
 def test_unknown_method_lists_the_known() -> None:

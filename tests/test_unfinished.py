@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_disk import full_disk  # noqa: F401
 from test_train import SETTINGS, clip, prepared  # noqa: F401  # fixtures
 from torch import Tensor
 
 from dgs.data.prepared import Prepared
+from dgs.errors import UserError
 from dgs.model.backbone import Clip
 from dgs.model.journal import Journal
 from dgs.model.methods import get_method
@@ -100,6 +102,23 @@ def test_a_damaged_snapshot_is_as_good_as_none(
     file.write_bytes(damage(file.read_bytes()))
     again, _, made = train_until(None, "dgs", clip, prepared, params, Unfinished(tmp_path, 0.0))
     assert made == STEPS
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_snapshot_that_does_not_fit_on_the_disk_stops_with_a_sentence_and_the_one_before_stays(
+    clip: Clip, prepared: Prepared, params: Params, full_disk: Path
+) -> None:
+    if not full_disk.is_mount():
+        pytest.skip("needs a disk that can be filled")
+    kept = Unfinished(full_disk / "seed", 0.0)
+    train_until(3, "dgs", clip, prepared, params, kept)
+    (full_disk / "other").write_bytes(b"0" * (shutil.disk_usage(full_disk).free - 8192))
+    with pytest.raises(UserError, match="no space is left"):
+        train_until(None, "dgs", clip, prepared, params, kept)
+    assert kept.load()["step"] == 2
+    (full_disk / "other").unlink()
+    whole, _, _ = train_until(None, "dgs", clip, prepared, params, Unfinished())
+    again, _, _ = train_until(None, "dgs", clip, prepared, params, kept)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dgs
@@ -92,8 +94,10 @@ class Unfinished:
         assert self.folder is not None
         whole = {**state, "masks": processes.gathered(_random_state())}
         if processes.rank() == 0:
+            content = io.BytesIO()  # to a file itself torch.save hides why it could not be written
+            torch.save(whole, content)
             with replacing_file(self.folder / "snapshot.pt") as draft:
-                torch.save(whole, draft)
+                draft.write_bytes(content.getbuffer())
         self._saved = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
@@ -112,16 +116,15 @@ class Unfinished:
 
     def features(self, make: Callable[[], Tensor]) -> Tensor:
         """What `make` gives, kept from run to run where making it takes longer than what may be lost."""
-        file = self.folder / "features.pt" if self.folder is not None and self.seconds is not None else None
+        file = self.folder / "features.safetensors" if self.folder is not None and self.seconds is not None else None
         if file is not None and file.exists():
-            kept: Tensor = torch.load(file, weights_only=True)
-            return kept
+            return load_file(file)["features"]
         start = time.monotonic()
         made = make()
         if file is not None and processes.agreed(time.monotonic() - start >= (self.seconds or 0.0)):
             if processes.rank() == 0:
                 with replacing_file(file) as draft:
-                    torch.save(made, draft)
+                    save_file({"features": made.cpu().contiguous()}, draft)
             processes.wait_for_all()
         return made
 
