@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 from clips import write_random_clip
+from copies import ROOT
 from PIL import Image
+
+from dgs.data.manifest import build_manifest
+from dgs.data.prepared import save_prepared
+from dgs.model.backbone import encode_texts, load_clip
+from dgs.params import Params, load_params
 
 ImageTree = Callable[..., Path]
 SPLITS: Mapping[str, tuple[str, ...]] = {
@@ -80,3 +86,21 @@ def image_tree(tmp_path: Path) -> ImageTree:
         return root
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Params:
+    """The profile of tests."""
+    return load_params("tiny", ROOT)
+
+
+@pytest.fixture(scope="session")
+def tiny_prepared(tiny: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the prepare stage makes of it, captions embedded by the embedded CLIP."""
+    folder = tmp_path_factory.mktemp("prepared")
+    manifest = build_manifest(ROOT / tiny.data.root, tiny.data)
+    texts = sorted(manifest["caption"].unique())
+    embeddings = encode_texts(load_clip(tiny.model, ROOT, tiny.image_size), texts)
+    captions = dict(zip(texts, embeddings, strict=True))
+    save_prepared(folder, manifest, {"data_hash": "d", "rho": 0.9, "seen": []}, captions, {}, None, tiny)
+    return folder

@@ -7,66 +7,53 @@ from pathlib import Path
 import pytest
 from copies import ROOT, snapshot
 
-from dgs.data.manifest import build_manifest
-from dgs.data.prepared import save_prepared
 from dgs.errors import UserError
-from dgs.model.backbone import encode_texts, load_clip
 from dgs.model.seeds import train_seeds
-from dgs.params import Params, load_params
+from dgs.params import Params
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def params() -> Params:
-    tiny = load_params("tiny", ROOT)
+@pytest.fixture
+def params(tiny: Params) -> Params:
     return tiny.model_copy(update={"seeds": [0, 1, 2]})
 
 
-@pytest.fixture(scope="module")
-def prepared(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared")
-    manifest = build_manifest(ROOT / params.data.root, params.data)
-    texts = sorted(manifest["caption"].unique())
-    embeddings = encode_texts(load_clip(params.model, ROOT, params.image_size), texts)
-    captions = dict(zip(texts, embeddings, strict=True))
-    save_prepared(folder, manifest, {"data_hash": "d", "rho": 0.9}, captions, {}, None, params)
-    return folder
-
-
 def train_with(
-    jobs: int, params: Params, prepared: Path, folder: Path, unfinished: Path | None = None
+    jobs: int, params: Params, tiny_prepared: Path, folder: Path, unfinished: Path | None = None
 ) -> dict[str, bytes]:
     folder.mkdir()
     with_jobs = params.model_copy(update={"compute": params.compute.model_copy(update={"jobs": jobs})})
     journals = train_seeds(
-        "lora", with_jobs, ROOT, prepared, folder, unfinished or folder.parent / f"unfinished-{jobs}"
+        "lora", with_jobs, ROOT, tiny_prepared, folder, unfinished or folder.parent / f"unfinished-{jobs}"
     )
     assert [journal.seed for journal in journals] == params.seeds
     return {name: data for name, data in snapshot(folder).items() if not name.endswith("dgs.json")}
 
 
 def test_results_do_not_depend_on_how_many_seeds_train_side_by_side(
-    params: Params, prepared: Path, tmp_path: Path
+    params: Params, tiny_prepared: Path, tmp_path: Path
 ) -> None:
-    one, three = (train_with(jobs, params, prepared, tmp_path / str(jobs)) for jobs in (1, 3))
+    one, three = (train_with(jobs, params, tiny_prepared, tmp_path / str(jobs)) for jobs in (1, 3))
     assert len(one) == 3 * 3
     assert one == three
 
 
-def test_a_finished_seed_is_not_trained_again(params: Params, prepared: Path, tmp_path: Path) -> None:
+def test_a_finished_seed_is_not_trained_again(params: Params, tiny_prepared: Path, tmp_path: Path) -> None:
     """As after a kill between two seeds: what is there of the same run is taken, by the bytes."""
-    whole = train_with(2, params, prepared, tmp_path / "2")
+    whole = train_with(2, params, tiny_prepared, tmp_path / "2")
     (first,) = (
         f for f in (tmp_path / "unfinished-2").glob("*/checkpoint") if '"seed": 1,' in (f / "dgs.json").read_text()
     )
     mark = b"trained before"
     (first / "mark").write_bytes(mark)
-    again = train_with(2, params, prepared, tmp_path / "2b", tmp_path / "unfinished-2")
+    again = train_with(2, params, tiny_prepared, tmp_path / "2b", tmp_path / "unfinished-2")
     assert again == {**whole, "seed-1/mark": mark}
 
 
-def test_a_mistake_in_a_worker_reaches_the_user_as_its_sentence(params: Params, prepared: Path, tmp_path: Path) -> None:
+def test_a_mistake_in_a_worker_reaches_the_user_as_its_sentence(
+    params: Params, tiny_prepared: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"Expected model\.clip to be a folder or an open_clip name"):
         broken = params.model_copy(update={"model": params.model.model_copy(update={"clip": "nowhere"})})
-        train_seeds("lora", broken, ROOT, prepared, tmp_path, tmp_path / "unfinished")
+        train_seeds("lora", broken, ROOT, tiny_prepared, tmp_path, tmp_path / "unfinished")

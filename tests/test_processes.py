@@ -1,0 +1,174 @@
+"""Several processes on one run: together they make what one makes, and none is waited for in vain."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from copies import ROOT
+from torch import nn
+
+from dgs.errors import UserError
+from dgs.model import processes
+from dgs.model.checkpoint import read_info
+from dgs.model.journal import Journal
+from dgs.model.seeds import train_seeds
+from dgs.params import Params, validate
+
+
+def square(number: int) -> tuple[int, int]:
+    return number * number, processes.count()
+
+
+def parts_of_seven() -> list[list[int]]:
+    return processes.gathered(list(processes.share(range(7))))
+
+
+def collected() -> dict[str, object]:
+    """What the collectives make of what each process has."""
+    me = processes.rank()
+    layer = nn.Linear(2, 1)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    if me == 0:  # the other one saw no image: its gradients are None
+        layer(torch.tensor([[2.0, 3.0]])).sum().backward()
+    processes.sum_gradients(layer.parameters())
+    return {
+        "rows": processes.whole(torch.full((3 * me, 2), float(me))),  # none of process 0
+        "total": processes.total({"a": 1.0} if me == 0 else {"a": 2.0, "b": 0.5}),
+        "agreed": processes.agreed(me == 0),
+        "gradients": processes.gathered(layer.weight.grad.tolist()),
+    }
+
+
+def refuse() -> None:
+    if processes.rank() == 1:
+        raise UserError("Expected a, found b. Do c.")
+    processes.wait_for_all()
+
+
+def die() -> None:
+    if processes.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    processes.wait_for_all()
+
+
+def fall_asleep() -> None:
+    if processes.rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    processes.wait_for_all()
+
+
+def stumble() -> None:
+    if processes.rank() == 0:
+        raise ZeroDivisionError("a bug")
+    processes.wait_for_all()
+
+
+class TestRun:
+    def test_one_process_is_this_one(self) -> None:
+        assert processes.run(1, square, 3) == (9, 1)
+        assert processes.run(1, os.getpid) == os.getpid()
+
+    @pytest.mark.slow
+    def test_the_first_ones_result_comes_back(self) -> None:
+        assert processes.run(2, square, 3) == (9, 2)
+        assert processes.run(3, parts_of_seven) == [[0, 1, 2], [3, 4, 5], [6]]
+
+    @pytest.mark.slow
+    def test_what_each_has_becomes_what_all_have(self) -> None:
+        made = processes.run(2, collected)
+        assert torch.equal(made["rows"], torch.ones(3, 2))
+        assert made["total"] == {"a": 3.0, "b": 0.5}
+        assert made["agreed"] is True
+        assert made["gradients"] == [[[2.0, 3.0]], [[2.0, 3.0]]]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("function", "kind", "sentence"),
+        [
+            (refuse, UserError, r"^Expected a, found b\. Do c\.$"),
+            (die, UserError, r"^Expected 2 processes .* process 1 died \(killed by signal 9\)\. Run the same command"),
+            (stumble, RuntimeError, r"^Process 0 of 2 stopped\. ZeroDivisionError: a bug"),
+        ],
+    )
+    def test_what_stops_one_is_one_message_and_ends_all_at_once(
+        self,
+        function,
+        kind: type[Exception],
+        sentence: str,  # type: ignore[no-untyped-def]
+    ) -> None:
+        start = time.monotonic()
+        with pytest.raises(kind, match=sentence):
+            processes.run(2, function)
+        assert time.monotonic() - start < 60
+
+    @pytest.mark.slow
+    def test_one_that_stands_still_is_not_waited_for_for_ever(self) -> None:
+        with pytest.raises(
+            UserError, match=r"^Expected 2 processes to keep step, found that process 0 waited too long"
+        ):
+            processes.run(2, fall_asleep, patience=5.0)
+
+
+def changed(params: Params, **groups: dict[str, object]) -> Params:
+    content = params.model_dump()
+    for group, values in groups.items():
+        for name, value in values.items():
+            old = content[group][name]
+            content[group][name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    return validate({**content, "seeds": [0]})
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    found = {}
+    for file in ("adapter_model.safetensors", "heads.safetensors"):
+        if (folder / file).exists():
+            found |= load_file(folder / file)
+    return found
+
+
+def train_in(count: int, method: str, params: Params, prepared: Path, folder: Path) -> tuple[Path, Journal]:
+    folder.mkdir()
+    many = changed(params, train={"processes": count})
+    (journal,) = train_seeds(method, many, ROOT, prepared, folder, folder / "unfinished")
+    return folder / "seed-0", journal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scale", "method"), [("release", "dgs"), ("per_sample", "random_direction")])
+def test_two_processes_train_what_one_trains(
+    scale: str,
+    method: str,
+    tiny: Params,
+    tiny_prepared: Path,
+    tmp_path: Path,
+) -> None:
+    """48 training images in batches of 47: the last one leaves the second process without any; and parts in each.
+
+    At the paper's learning rate: Adam divides a gradient by its own size, so that where that is nearly zero, the
+    rounding of sums in another order is magnified up to the learning rate.
+    """
+    train = {"batch_size": 47, "accumulate": 2, "stage2": {"epochs": 3, "lr": 1e-4}, "surgery": {"scale": scale, "lam": 1.0}}
+    params = changed(tiny, train=train)
+    one, noted = train_in(1, method, params, tiny_prepared, tmp_path / "one")
+    two, noted_by_two = train_in(2, method, params, tiny_prepared, tmp_path / "two")
+    a, b = tensors(one), tensors(two)
+    assert set(a) == set(b)
+    gaps = {name: (a[name] - b[name]).abs().max().item() for name in a}
+    print(f"{method}, {scale}: largest difference {max(gaps.values()):.1e}")
+    assert max(gaps.values()) < 1e-6
+    for table in ("losses", "angle_table"):
+        first, second = (getattr(journal, table) for journal in (noted, noted_by_two))
+        pd.testing.assert_frame_equal(first, second, check_exact=False, rtol=0, atol=2e-2)  # degrees
+        assert np.allclose(first.get("loss", 0), second.get("loss", 0), rtol=0, atol=1e-5, equal_nan=True)
+    thresholds = [read_info(folder)["thresholds"]["val"] for folder in (one, two)]
+    assert abs(thresholds[0] - thresholds[1]) < 1e-5
