@@ -157,7 +157,8 @@ def test_two_processes_train_what_one_trains(
     At the paper's learning rate: Adam divides a gradient by its own size, so that where that is nearly zero, the
     rounding of sums in another order is magnified up to the learning rate.
     """
-    train = {"batch_size": 47, "accumulate": 2, "stage2": {"epochs": 3, "lr": 1e-4}, "surgery": {"scale": scale, "lam": 1.0}}
+    train = {"batch_size": 47, "accumulate": 2, "stage2": {"epochs": 3, "lr": 1e-4}}
+    train["surgery"] = {"scale": scale, "lam": 1.0}
     params = changed(tiny, train=train)
     one, noted = train_in(1, method, params, tiny_prepared, tmp_path / "one")
     two, noted_by_two = train_in(2, method, params, tiny_prepared, tmp_path / "two")
@@ -166,6 +167,7 @@ def test_two_processes_train_what_one_trains(
     gaps = {name: (a[name] - b[name]).abs().max().item() for name in a}
     print(f"{method}, {scale}: largest difference {max(gaps.values()):.1e}")
     assert max(gaps.values()) < 1e-6
+    assert max(value.abs().max() for name, value in a.items() if "lora_B" in name) > 1e-4, "they start at zero"
     for table in ("losses", "angle_table"):
         first, second = (getattr(journal, table) for journal in (noted, noted_by_two))
         pd.testing.assert_frame_equal(first, second, check_exact=False, rtol=0, atol=2e-2)  # degrees

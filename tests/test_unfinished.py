@@ -62,6 +62,11 @@ def train_until(
     return *found[0], made
 
 
+def kept_step(folder: Path) -> int:
+    """How far the snapshot in `folder` is."""
+    return torch.load(folder / "snapshot.pt", weights_only=True)["step"]
+
+
 @pytest.mark.parametrize("method", ["dgs", "random_direction"])
 def test_broken_off_after_any_step_it_ends_with_the_same_bits(
     method: str, clip: Clip, prepared: Prepared, params: Params, tmp_path: Path
@@ -70,7 +75,7 @@ def test_broken_off_after_any_step_it_ends_with_the_same_bits(
     for step in range(2, STEPS + 1):
         folder = tmp_path / str(step)
         train_until(step, method, clip, prepared, params, Unfinished(folder, 0.0))
-        assert Unfinished(folder, 0.0).load()["step"] == step - 1
+        assert kept_step(folder) == step - 1
         torch.rand(step)  # another process's random numbers stand elsewhere
         again, noted, _ = train_until(None, method, clip, prepared, params, Unfinished(folder, 0.0))
         assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
@@ -115,7 +120,7 @@ def test_a_snapshot_that_does_not_fit_on_the_disk_stops_with_a_sentence_and_the_
     (full_disk / "other").write_bytes(b"0" * (shutil.disk_usage(full_disk).free - 8192))
     with pytest.raises(UserError, match="no space is left"):
         train_until(None, "dgs", clip, prepared, params, kept)
-    assert kept.load()["step"] == 2
+    assert kept_step(full_disk / "seed") == 2
     (full_disk / "other").unlink()
     whole, _, _ = train_until(None, "dgs", clip, prepared, params, Unfinished())
     again, _, _ = train_until(None, "dgs", clip, prepared, params, kept)

@@ -33,19 +33,20 @@ def angles(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Journal:
-    """Collects rows in memory; `losses` and `angles` give them as tables.
+    """Collects rows in memory; `losses` and `angles` give them as tables."""
 
-    rows: what another journal's `rows` gave, to go on with.
-    """
-
-    def __init__(self, method: str, seed: int, rows: Rows | None = None) -> None:
+    def __init__(self, method: str, seed: int) -> None:
         self.method, self.seed = method, seed
-        self._losses: list[dict[str, Any]] = list(rows["losses"]) if rows else []
-        self._angles: list[dict[str, Any]] = list(rows["angles"]) if rows else []
+        self._losses: list[dict[str, Any]] = []
+        self._angles: list[dict[str, Any]] = []
 
     def rows(self) -> Rows:
         """All that was noted, as plain numbers and text."""
         return {"losses": list(self._losses), "angles": list(self._angles)}
+
+    def restore(self, rows: Rows) -> None:
+        """Go on after what another journal's `rows` gave."""
+        self._losses, self._angles = list(rows["losses"]), list(rows["angles"])
 
     def loss(self, epoch: int, step: int, **values: float) -> None:
         """Note the losses of one step, or a validation result."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from dgs.analysis.metrics import best_threshold, detection_row
 from dgs.data.prepared import Prepared
 from dgs.data.views import Views, batch_order, batches, worth_keeping
 from dgs.errors import UserError
+from dgs.model import processes
 from dgs.model.adapters import shrink
 from dgs.model.backbone import Backbone, Clip
 from dgs.model.device import set_determinism
@@ -24,9 +25,8 @@ from dgs.model.expert import text_expert
 from dgs.model.journal import Journal, angles
 from dgs.model.lens import Affine, Through
 from dgs.model.methods import Method, total_steps
-from dgs.model.processes import rank, share, total, whole
 from dgs.model.step import Known, stage2_step
-from dgs.model.unfinished import Unfinished
+from dgs.model.unfinished import State, Unfinished
 from dgs.params import Params
 
 RECORDS = 200  # of stage 1's losses: its steps are many and cheap
@@ -66,9 +66,9 @@ def extract_features(
     backbone: Backbone, views: Views, batch_size: int, workers: int, device: torch.device, label: str
 ) -> Tensor:
     """Features of views in the tower as it stands: (N, D) float32 on `device`; processes share the work."""
-    mine = batches(views, batch_size, workers, share(range(len(views))))
+    mine = batches(views, batch_size, workers, processes.share(range(len(views))))
     parts = [backbone(images.to(device)).float() for images, _ in tqdm(mine, desc=label, unit="batch", leave=False)]
-    return whole(torch.cat(parts) if parts else torch.zeros(0, backbone.visual.output_dim, device=device))
+    return processes.whole(torch.cat(parts) if parts else torch.zeros(0, backbone.widths[1], device=device))
 
 
 def training_views(prepared: Prepared, params: Params, seed: int) -> list[Views]:
@@ -231,6 +231,23 @@ def expert_logits(method: Method, captions: NDArray[np.float32], labels: Tensor,
     return torch.tensor(found, dtype=labels.dtype, device=labels.device)
 
 
+def training_batches(
+    views: list[Views], params: Params, seed: int, done: int
+) -> Iterator[tuple[int, list[int], Tensor, Tensor]]:
+    """The batches of stage 2 after the first `done`, in the order that all methods visit them.
+
+    Yields:
+        (epoch, the whole batch's rows, and of this process's share: (B, 3, S, S) uint8 images and their rows).
+    """
+    size, count = params.train.batch_size, len(views[0])
+    an_epoch = -(-count // size)
+    for epoch in range(done // an_epoch, params.train.stage2.epochs):
+        order = batch_order(count, seed, epoch)[max(0, done - epoch * an_epoch) * size :]
+        loader = batches(views[epoch % len(views)], size, params.compute.workers, order, processes.share)
+        for start, (images, chosen) in zip(range(0, len(order), size), loader, strict=True):
+            yield epoch, order[start : start + size], images, chosen
+
+
 def stage2(
     method: Method,
     backbone: Backbone,
@@ -268,67 +285,40 @@ def stage2(
     heads = {"image": image if lens is None else Through(lens, image), "text": text, "teacher": teacher}
     learned = [*backbone.adapter_parameters(), *image.parameters(), *text.parameters()]
     confine = method.confine(backbone) if method.confine is not None else None
-    optimizer = _adam(learned, params.train.stage2.lr)
-    journal = Journal(method.name, seed)
-    torch.manual_seed(seed + 1_000_003 * rank())  # dropout masks, each process's own
+    torch.manual_seed(seed + 1_000_003 * processes.rank())  # dropout masks, each process's own
     random = torch.Generator().manual_seed(seed)  # of the controls, so that they leave the masks alone
+    journal = Journal(method.name, seed)
+    state = State(learned, _adam(learned, params.train.stage2.lr), random, journal)
+    unfinished.resume(state)
+    for _ in range(state.step):
+        on_step()
     backbone.train()
-    size, workers = params.train.batch_size, params.compute.workers
-    step, steps, an_epoch = 0, total_steps(method, len(rows), params), -(-len(rows) // size)
-    if (state := unfinished.load()) is not None:
-        step, journal = state["step"], Journal(method.name, seed, state["journal"])
-        optimizer.load_state_dict(state["optimizer"])
-        random.set_state(state["random"])
-        with torch.no_grad():
-            for parameter, value in zip(learned, state["learned"], strict=True):
-                parameter.copy_(value)
-        for _ in range(step):
+    steps, an_epoch = total_steps(method, len(rows), params), -(-len(rows) // params.train.batch_size)
+    with tqdm(total=steps, initial=state.step, desc=f"{method.name}, seed {seed}", unit="step") as progress:
+        for epoch, batch, images, chosen in training_batches(views, params, seed, state.step):
+            step, index = state.step, chosen.to(device)
+            noise = torch.randn(len(batch), text.in_features, generator=random)
+            own = noise[list(processes.share(range(len(batch))))].to(device)
+            facts = known[epoch % len(views)][index]
+            try:
+                losses, gradients = stage2_step(
+                    method, backbone, heads, state.optimizer, images.to(device), facts, own, params, confine, len(batch)
+                )
+            except FloatingPointError as error:
+                raise _diverged(str(error), step, rows, batch, 2) from None
+            if step % params.train.log_every == 0 or step == steps - 1:
+                losses, gradients = processes.total(losses), {n: processes.whole(g) for n, g in gradients.items()}
+                journal.loss(epoch, step, loss=sum(losses.values()), **losses)
+                for other in ("harmful", "beneficial", "applied"):
+                    journal.angle(step, "features", f"task-{other}", angles(gradients["task"], gradients[other]))
+            state.step += 1
+            progress.update()
             on_step()
-    first = max(step - 1, 0) // an_epoch  # a snapshot after an epoch's last step comes before its validation
-    with tqdm(total=steps, initial=step, desc=f"{method.name}, seed {seed}", unit="step") as progress:
-        for epoch in range(first, params.train.stage2.epochs):
-            view = epoch % len(views)
-            order = batch_order(len(rows), seed, epoch)[(step - epoch * an_epoch) * size :]
-            loader = batches(views[view], size, workers, order, share)
-            for start, (images, chosen) in zip(range(0, len(order), size), loader, strict=True):
-                index, batch = chosen.to(device), order[start : start + size]
-                noise = torch.randn(len(batch), text.in_features, generator=random)
-                noise = noise[list(share(range(len(batch))))].to(device)
-                try:
-                    losses, gradients = stage2_step(
-                        method,
-                        backbone,
-                        heads,
-                        optimizer,
-                        images.to(device),
-                        known[view][index],
-                        noise,
-                        params,
-                        confine,
-                        len(batch),
-                    )
-                except FloatingPointError as error:
-                    raise _diverged(str(error), step, rows, batch, 2) from None
-                if step % params.train.log_every == 0 or step == steps - 1:
-                    losses, gradients = total(losses), {name: whole(rows) for name, rows in gradients.items()}
-                    journal.loss(epoch, step, loss=sum(losses.values()), **losses)
-                    for other in ("harmful", "beneficial", "applied"):
-                        journal.angle(step, "features", f"task-{other}", angles(gradients["task"], gradients[other]))
-                step += 1
-                progress.update()
-                on_step()
-                if unfinished.is_due():
-                    unfinished.save(
-                        {
-                            "step": step,
-                            "learned": [parameter.detach() for parameter in learned],
-                            "optimizer": optimizer.state_dict(),
-                            "random": random.get_state(),
-                            "journal": journal.rows(),
-                        }
-                    )
-            logits = validation_logits(backbone, heads["image"], validation, params, device)
-            journal.loss(epoch, step, val_balanced_acc=detection_row(truth, logits)["balanced_acc"])
+            if state.step % an_epoch == 0:
+                logits = validation_logits(backbone, heads["image"], validation, params, device)
+                journal.loss(epoch, state.step, val_balanced_acc=detection_row(truth, logits)["balanced_acc"])
+            if state.step < steps and unfinished.is_due():
+                unfinished.save(state)
     backbone.eval()
     decides = image if lens is None else lens.before(image)
     if method.mix:
@@ -337,7 +327,7 @@ def stage2(
         for mine, frozen_one in zip(decides.parameters(), teacher.parameters(), strict=True):
             mine.data.lerp_(frozen_one.data, 1 - share)
         logits = validation_logits(backbone, decides, validation, params, device)
-        journal.loss(epoch, step, val_balanced_acc=detection_row(truth, logits)["balanced_acc"])
+        journal.loss(epoch, steps, val_balanced_acc=detection_row(truth, logits)["balanced_acc"])
     plain = {"image": decides, "text": text, "teacher": teacher}
     return Trained(backbone, plain, journal, {"0.5": 0.0, "val": best_threshold(truth, logits)})
 

@@ -8,13 +8,14 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import dgs
 from dgs.disk import replacing_file
@@ -44,6 +45,42 @@ def run_key(
                 content = hashlib.file_digest(opened, "sha256").hexdigest()
             digest.update(f"\n{file.relative_to(folder).as_posix()} {content}".encode())
     return digest.hexdigest()[:20]
+
+
+@dataclass
+class State:
+    """All that stage 2 changes from step to step, but for torch's own random numbers.
+
+    learned: the parameters, always in the same order.
+    random: the generator of the controls' noise.
+    step: steps that were made.
+    """
+
+    learned: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    random: torch.Generator
+    journal: Journal
+    step: int = 0
+
+    def content(self) -> dict[str, Any]:
+        """As tensors, numbers, text, and lists and dicts of them."""
+        return {
+            "step": self.step,
+            "learned": [parameter.detach() for parameter in self.learned],
+            "optimizer": self.optimizer.state_dict(),
+            "random": self.random.get_state(),
+            "journal": self.journal.rows(),
+        }
+
+    @torch.no_grad()
+    def restore(self, content: Mapping[str, Any]) -> None:
+        """Become what `content` was taken of."""
+        self.step = content["step"]
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.random.set_state(content["random"])
+        self.journal.restore(content["journal"])
+        for parameter, value in zip(self.learned, content["learned"], strict=True):
+            parameter.copy_(value)
 
 
 class Unfinished:
@@ -81,7 +118,9 @@ class Unfinished:
         """Copy the finished checkpoint to `target`; returns its journal."""
         assert self.folder is not None
         shutil.copytree(self.checkpoint, target)
-        return Journal(method, seed, json.loads((self.folder / "journal.json").read_text()))
+        journal = Journal(method, seed)
+        journal.restore(json.loads((self.folder / "journal.json").read_text()))
+        return journal
 
     def is_due(self) -> bool:
         """Whether it is time for a snapshot; all processes get the answer of the first one's clock."""
@@ -89,30 +128,30 @@ class Unfinished:
             return False
         return processes.agreed(time.monotonic() - self._saved >= self.seconds)
 
-    def save(self, state: Mapping[str, Any]) -> None:
-        """Keep the state of training between two steps: tensors, numbers, text, and lists and dicts of them."""
+    def save(self, state: State) -> None:
+        """Keep the state of training between two steps, with each process's random numbers."""
         assert self.folder is not None
-        whole = {**state, "masks": processes.gathered(_random_state())}
+        masks = processes.gathered(_random_state())
         if processes.rank() == 0:
             content = io.BytesIO()  # to a file itself torch.save hides why it could not be written
-            torch.save(whole, content)
+            torch.save({**state.content(), "masks": masks}, content)
             with replacing_file(self.folder / "snapshot.pt") as draft:
                 draft.write_bytes(content.getbuffer())
         self._saved = time.monotonic()
 
-    def load(self) -> dict[str, Any] | None:
-        """The state that was kept last, with torch's random numbers set as they were then; None: there is none.
+    def resume(self, state: State) -> None:
+        """Put `state`, and torch's random numbers, where they were when it was kept last.
 
-        A file that cannot be read is as good as none.
+        Without a snapshot nothing happens; one that cannot be read is as good as none.
         """
         if self.folder is None or not (file := self.folder / "snapshot.pt").exists():
-            return None
+            return
         try:
-            state: dict[str, Any] = torch.load(file, weights_only=True)
+            content: dict[str, Any] = torch.load(file, weights_only=True)
         except Exception:  # a damaged file fails in many ways
-            return None
-        _set_random_state(state.pop("masks")[processes.rank()])
-        return state
+            return
+        _set_random_state(content.pop("masks")[processes.rank()])
+        state.restore(content)
 
     def features(self, make: Callable[[], Tensor]) -> Tensor:
         """What `make` gives, kept from run to run where making it takes longer than what may be lost."""
