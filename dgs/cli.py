@@ -141,6 +141,39 @@ def study(
 
 @app.command()
 @_for_users
+def train(
+    method: Annotated[str, typer.Argument(help="which method")],
+    seed: Annotated[int, typer.Option(help="which seed")] = 0,
+    out: Annotated[Path | None, typer.Option(help="folder for the checkpoint; default below scratch/")] = None,
+    profile: Annotated[str | None, typer.Option(help="whose parameters and prepared data; default mini")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train one seed without a notebook, alone or as one of the processes that torchrun starts."""
+    from dgs.data.prepared import load_prepared
+    from dgs.model import processes
+    from dgs.model.methods import get_method
+    from dgs.model.seeds import train_seed
+    from dgs.params import load_params
+    from dgs.workspace import Workspace
+
+    get_method(method)
+    params = load_params(profile)
+    workspace = Workspace.of(params.profile)
+    prepared_folder = workspace.find("prepare", made_by="prepare")
+    folder = out or workspace.build("train", method)
+    processes.join_torchrun()
+    params = load_prepared(prepared_folder, workspace.root).adopt(params.tuned(method))
+    params = params.model_copy(update={"train": params.train.model_copy(update={"processes": processes.count()})})
+    with workspace.unfinished(f"train-{method}-{seed}") as unfinished:
+        train_seed(method, seed, params, workspace.root, prepared_folder, folder.resolve(), unfinished)
+        processes.wait_for_all()
+    made = str(folder / f"seed-{seed}")
+    if processes.rank() == 0:
+        _print(as_json, {"checkpoint": made, "method": method, "seed": seed}, made)
+
+
+@app.command()
+@_for_users
 def check(
     params: Annotated[Path | None, typer.Option(help="a complete parameter file; default params.yaml")] = None,
     as_json: Json = False,

@@ -12,17 +12,20 @@ import torch
 from numpy.typing import NDArray
 
 from dgs.analysis.forgetting import cosine_drift, linear_cka, retrieval_at_1, zero_shot_accuracy
-from dgs.data.prepared import Prepared
+from dgs.data.prepared import Prepared, load_prepared
 from dgs.data.views import Views, worth_keeping
 from dgs.errors import UserError
-from dgs.model.backbone import Backbone, Clip
+from dgs.model import processes
+from dgs.model.backbone import Backbone, Clip, load_clip
 from dgs.model.checkpoint import load_checkpoint, read_info
+from dgs.model.device import choose_device, set_determinism
 from dgs.model.methods import get_method
 from dgs.model.train import extract_features
 from dgs.params import Params
 from dgs.workspace import Workspace
 
 Features = NDArray[np.float32]
+Panels = dict[str, tuple[Features, pd.DataFrame]]
 TRAINED_WITH = ("data", "patches", "model", "train")  # parameter groups that a checkpoint's training depends on
 
 
@@ -157,7 +160,7 @@ def tsne_rows(rows: pd.DataFrame, per_cell: int) -> pd.DataFrame:
 
 def evaluate(
     found: dict[tuple[str, int], Path], clip: Clip, prepared: Prepared, params: Params, device: torch.device
-) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, tuple[Features, pd.DataFrame]]]:
+) -> tuple[pd.DataFrame, pd.DataFrame, Panels]:
     """Every checkpoint on the validation and test images.
 
     Returns:
@@ -201,3 +204,24 @@ def evaluate(
         if method not in panels and info["adapter"]:
             panels[method] = (features[at], shown)
     return pd.concat(scores, ignore_index=True), pd.DataFrame(forgetting), panels
+
+
+def evaluate_from_disk(
+    found: dict[tuple[str, int], Path], root: Path, prepared_folder: Path, params: Params
+) -> tuple[pd.DataFrame, pd.DataFrame, Panels]:
+    """`evaluate`, in `train.processes` processes with a share of the images each; the rows are the same, in order.
+
+    Args:
+        root: repository, for a relative model.clip and data.root.
+        prepared_folder: what the prepare stage made.
+    """
+    return processes.run(params.train.processes, _evaluate_share, found, root, prepared_folder, params)
+
+
+def _evaluate_share(
+    found: dict[tuple[str, int], Path], root: Path, prepared_folder: Path, params: Params
+) -> tuple[pd.DataFrame, pd.DataFrame, Panels]:
+    set_determinism(max(1, params.compute.threads * params.compute.jobs // processes.count()))
+    clip = load_clip(params.model, root, params.image_size, text=False)
+    device = processes.own_device(choose_device(params.compute.device))
+    return evaluate(found, clip, load_prepared(prepared_folder, root), params, device)

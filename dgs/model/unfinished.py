@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dgs
-from dgs.disk import replacing_file
+from dgs.disk import replacing, replacing_file
 from dgs.model import processes
 from dgs.model.journal import Journal
 from dgs.params import Params
@@ -117,7 +117,8 @@ class Unfinished:
     def hand_over(self, method: str, seed: int, target: Path) -> Journal:
         """Copy the finished checkpoint to `target`; returns its journal."""
         assert self.folder is not None
-        shutil.copytree(self.checkpoint, target)
+        with replacing(target) as draft:
+            shutil.copytree(self.checkpoint, draft, dirs_exist_ok=True)
         journal = Journal(method, seed)
         journal.restore(json.loads((self.folder / "journal.json").read_text()))
         return journal
