@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from enum import StrEnum
 from functools import wraps
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from dgs.data.captions import BLIP
-from dgs.errors import UserError
+from dgs.errors import UserError, printable
 
 app = typer.Typer(
     help="Distillation-guided gradient surgery for AI-generated image detection.",
@@ -217,21 +218,39 @@ def verify(
         raise typer.Exit(1)
 
 
+COLUMNS = ("path", "probability", "verdict", "error")  # of dgs score --csv
+
+
+def _csv_line(values: Iterable[Any]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(values)
+    return line.getvalue()
+
+
 @app.command()
 @_for_users
 def score(
     paths: Annotated[list[Path], typer.Argument(help="image files, or folders: every file in them is tried")],
     checkpoint: Annotated[Path | None, typer.Option(help="checkpoint folder; default: the newest trained here")] = None,
+    explain: Annotated[Path | None, typer.Option(help="new folder for what the model saw of each image")] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="data as CSV, with a line of names first")] = False,
     as_json: Json = False,
 ) -> None:
     """Score images: path, probability that it is generated, verdict. Exit 1 if some could not be read."""
-    from dgs.model.detector import score_files
+    from dgs.model.scoring import score_files
 
+    if as_csv and as_json:
+        raise UserError("Expected --csv or --json, found both. Leave one of them out.")
     failed = 0
-    for row in score_files(paths, checkpoint, warn=_say):
+    for number, row in enumerate(score_files(paths, checkpoint, _say, explain=explain)):
         failed += "error" in row
+        if as_csv:
+            if number == 0:
+                print(_csv_line(COLUMNS))
+            print(_csv_line(row.get(column, "") for column in COLUMNS), flush=True)
+            continue
         columns = ["-", row["error"]] if "error" in row else [f"{row['probability']:.4f}", row["verdict"]]
-        _print(as_json, row, "\t".join([row["path"], *columns]))
+        _print(as_json, row, "\t".join([printable(row["path"]), *columns]))
     if failed:
         raise typer.Exit(1)
 

@@ -6,6 +6,11 @@ import difflib
 from collections.abc import Iterable
 
 
+def printable(name: str) -> str:
+    """A file's name as it may be shown: what could break a line or steer a terminal is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
 class UserError(Exception):
     """A mistake the user can mend: the message says what was expected, what was found and what to do.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from test_checkpoint import assert_helpful, edit_json
 
 from dgs.data.images import UnreadableImage
 from dgs.errors import UserError
-from dgs.model.detector import Detector, probability, score_files
+from dgs.model.detector import Detector, probability
+from dgs.model.scoring import score_files
 
 Rows = list[dict[str, Any]]
 
@@ -115,10 +117,21 @@ class TestEveryFileIsAccountedFor:
         assert ["error" in row for row in rows] == [False, False, False, True, True]
         assert "No such file" in rows[3]["error"] and "symbolic links" in rows[4]["error"]
 
-    def test_a_pipe_in_a_folder_does_not_hang(self, folder: Path, score: Callable[..., Rows]) -> None:
+    def test_what_is_no_file_is_refused_and_nothing_waits_for_it(
+        self, folder: Path, score: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         image(folder / "a.png")
-        os.mkfifo(folder / "pipe")
-        assert names(score(folder), folder) == ["a.png"]
+        os.mkfifo(folder / "pipe.png")
+        (folder / "zero.png").symlink_to("/dev/zero")
+        monkeypatch.chdir(folder)  # a socket's address may not be long
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind("socket.png")
+            rows = score(folder)
+        assert names(rows, folder) == ["a.png", "pipe.png", "socket.png", "zero.png"]
+        for row, kind in zip(rows[1:], ("named pipe", "socket", "device"), strict=True):
+            assert f"expected a file, found a {kind}" in row["error"]
+        named = score(folder / "pipe.png", Path("/dev/zero"), folder / "a.png")
+        assert ["error" in row for row in named] == [True, True, False]
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
     def test_what_may_not_be_read_is_an_error_row(self, folder: Path, score: Callable[..., Rows]) -> None:
@@ -148,7 +161,7 @@ class TestEveryFileIsAccountedFor:
     def test_a_file_too_large_for_an_image_is_refused_unread(self, folder: Path, score: Callable[..., Rows]) -> None:
         with (folder / "film.mp4").open("wb") as file:
             file.truncate(50_000_000_000)  # sparse: takes no disk
-        assert "50.0 GB, expected at most 1 GB" in score(folder)[0]["error"]
+        assert "50.0 GB, expected at most 0.4 GB" in score(folder)[0]["error"]
 
     def test_an_image_smaller_than_a_patch_is_an_error_row(
         self, folder: Path, tmp_path: Path, clip_folder: Path

@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from dgs.errors import UserError
+from dgs.errors import UserError, printable
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+# Photographs and what generators write; not every format that Pillow knows: for EPS, say, it starts another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "PPM")
 MAX_PIXELS = 100_000_000  # refuse decompression bombs: 100 MP decode to 300 MB
+MAX_BYTES = 400_000_000  # of a file: MAX_PIXELS uncompressed, in four channels, fit
+LONGEST = 16  # times the shorter side: what is longer is cut to its middle before it is scaled
+BAND = 1 << 22  # pixels converted at a time
+
+# Once and for all: warnings.catch_warnings around each image would not be safe in threads. What matters is an error.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class UnreadableImage(UserError):
-    """The file is not an image that can be decoded whole."""
+    """The file is not an image that can be decoded whole. One line, whatever its name is."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(printable(sentence))
+
+
+GRAY_MODES = ("I;16", "I;16B", "I;16L", "I")
 
 
 def is_image_name(path: Path) -> bool:
@@ -35,8 +50,8 @@ def _names(folder: Path) -> list[str]:
 def files_under(paths: Iterable[Path]) -> Iterator[Path]:
     """Every file under `paths`, in the order of names; what cannot be looked at is passed on, reading it says why.
 
-    In folders, whatever begins with a dot is left out, and so are pipes and devices. Links are followed, but no folder
-    is entered twice. Kept in memory: the names in the folders that lead to the current file.
+    In folders, whatever begins with a dot is left out. Links are followed, but no folder is entered twice. Kept in
+    memory: the names in the folders that lead to the current file.
     """
     for top in paths:
         entered: set[Path] = set()
@@ -52,45 +67,99 @@ def files_under(paths: Iterable[Path]) -> Iterator[Path]:
                     branches.append(map(path.joinpath, () if real in entered else _names(path)))
                     entered.add(real)
                     continue
-                special = path != top and path.exists() and not path.is_file()
             except OSError:
-                special = False
-            if not special:
-                yield path
+                pass
+            yield path
+
+
+def _band_to_rgb(band: Image.Image, gray_divisor: float) -> NDArray[np.uint8]:
+    if band.mode in GRAY_MODES:
+        gray = np.clip(np.asarray(band).astype(np.float64) / gray_divisor, 0, 255).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=2)
+    if band.mode in ("RGBA", "LA", "PA") or "transparency" in band.info:
+        rgba = band.convert("RGBA")
+        band = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
+    return np.asarray(band.convert("RGB"))
 
 
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """A PIL image of any mode to (H, W, 3) uint8: EXIF rotation applied, 16 bits scaled to 8, alpha over white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
-        levels = np.asarray(image).astype(np.float64)
-        eight_bits = image.mode == "I" and levels.max() <= 255  # mode I alone does not say how deep the file was
-        gray = np.clip(levels / (1.0 if eight_bits else 257.0), 0, 255).astype(np.uint8)
-        return np.repeat(gray[..., None], 3, axis=2)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
-    return np.array(image.convert("RGB"), dtype=np.uint8)
+    """A PIL image of any mode to (H, W, 3) uint8: EXIF rotation applied, 16 bits scaled to 8, alpha over white.
+
+    In bands, so that beside the two images little memory is needed.
+    """
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    divisor = 257.0
+    if image.mode == "I":  # which alone does not say how deep the file was
+        divisor = 1.0 if np.max(image.getextrema()) <= 255 else 257.0
+    width, height = image.size
+    rgb = np.empty((height, width, 3), dtype=np.uint8)
+    rows = max(1, BAND // width)
+    for top in range(0, height, rows):
+        bottom = min(height, top + rows)
+        band = image if rows >= height else image.crop((0, top, width, bottom))
+        rgb[top:bottom] = _band_to_rgb(band, divisor)
+    return rgb
+
+
+# What a file that is none is called; Windows knows but the first two.
+KINDS: dict[str, Callable[[int], bool]] = {
+    "a folder": stat.S_ISDIR,
+    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+    "a named pipe": stat.S_ISFIFO,
+    "a socket": stat.S_ISSOCK,
+}
+
+
+def _require_file(found: os.stat_result, path: Path) -> None:
+    for kind, is_one in KINDS.items():
+        if is_one(found.st_mode):
+            raise UnreadableImage(f"Cannot read {path}: expected a file, found {kind}.")
+    if found.st_size > MAX_BYTES:
+        size, most = found.st_size / 1e9, MAX_BYTES / 1e9
+        raise UnreadableImage(f"Refused {path}: {size:.1f} GB, expected at most {most:.1f} GB.")
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def size_of(path: Path) -> int:
+    """Of a file, in bytes; 0 where that cannot be known."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def read(path: Path) -> bytes:
     """A file's bytes.
 
     Raises:
-        UnreadableImage: missing, a folder, or no permission.
+        UnreadableImage: missing, no permission, over `MAX_BYTES`, or no file: a folder, pipe, device or socket.
     """
     try:
-        return path.read_bytes()
+        _require_file(path.stat(), path)  # before it is opened, which may already do something to a device
+        # Neither a pipe put there meanwhile nor a file of the kernel's may make us wait.
+        with open(path, "rb", opener=_without_waiting) as file:
+            found = os.fstat(file.fileno())
+            _require_file(found, path)
+            return file.read(found.st_size + 1) or b""  # the kernel's own files say 0, and may have no end
     except OSError as error:
         raise UnreadableImage(f"Cannot read {path}: {error.strerror or error}.") from None
 
 
-def decode(data: bytes, name: str = "image") -> NDArray[np.uint8]:
+def _nothing(_: int) -> None:
+    pass
+
+
+def decode(data: bytes, name: str = "image", before: Callable[[int], object] = _nothing) -> NDArray[np.uint8]:
     """An encoded image, whole, as (H, W, 3) uint8 RGB.
 
     Args:
-        data: the file's bytes.
+        data: the file's bytes, in one of `FORMATS`.
         name: how an error calls it.
+        before: called with the number of pixels when the header has been read and nothing has been decoded yet.
 
     Raises:
         UnreadableImage: empty, truncated, not an image, or over `MAX_PIXELS`.
@@ -98,28 +167,39 @@ def decode(data: bytes, name: str = "image") -> NDArray[np.uint8]:
     if not data:
         raise UnreadableImage(f"Cannot decode {name}: the file is empty. Remove or replace it.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise UnreadableImage(
-                        f"Refused {name}: {width} x {height} px, expected at most {MAX_PIXELS / 1e6:.0f} megapixels."
-                    )
-                image.load()
-                return to_rgb(image)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise _too_large(name, f"{width} x {height} px")
+            before(width * height)
+            image.load()
+            return to_rgb(image)
     except UnreadableImage:
         raise
+    except Image.DecompressionBombError:  # Pillow's own limit, of 179 megapixels
+        raise _too_large(name, "more than 179") from None
     except Exception as error:  # decoders raise anything at all on hostile bytes
         reason = " ".join(str(error).split()) or type(error).__name__
         if "cannot identify image file" in reason:
-            reason = "not an image"
+            reason = f"not an image in a format that is read ({', '.join(FORMATS)})"
         raise UnreadableImage(f"Cannot decode {name}: {reason}. Remove or replace it.") from None
+
+
+def _too_large(name: str, found: str) -> UnreadableImage:
+    return UnreadableImage(f"Refused {name}: {found}, expected at most {MAX_PIXELS / 1e6:.0f} megapixels.")
+
+
+def _middle(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    # Scaled up, a line of 1 x 1,000,000 px would take gigabytes, of which all but the centre is cut off.
+    most = LONGEST * min(image.shape[:2])
+    top, left = (max(0, side - most) // 2 for side in image.shape[:2])
+    return image[top : top + most, left : left + most]
 
 
 def fit(image: NDArray[np.uint8], size: int, how: str) -> NDArray[np.uint8]:
     """An image as (size, size, 3): "crop" keeps pixels (centre crop; smaller sides are enlarged first), "resize"
     scales the shorter side (bicubic) and then crops the centre, as CLIP does."""
+    image = _middle(image)
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.special import expit
 from torch import nn
-from tqdm.auto import tqdm
 
-from dgs.data.images import UnreadableImage, decode, files_under, read, to_rgb
+from dgs.data.ahead import Room, ahead
+from dgs.data.images import MAX_BYTES, MAX_PIXELS, decode, read, size_of, to_rgb
 from dgs.data.patches import patch_entropy, select_indices
 from dgs.data.views import EVALUATION, make_view
 from dgs.errors import UserError
@@ -27,7 +27,8 @@ from dgs.params import Params, validate
 from dgs.workspace import find_root
 
 USED = ("profile", "data", "patches", "model")  # parameters that a score depends on; others may change their names
-MAX_BYTES = 1_000_000_000  # of a file: images.MAX_PIXELS uncompressed, four channels of 16 bits, fit
+BATCH = 64
+AHEAD = 2  # batches whose views may be waiting while the tower works on another
 
 
 def probability(logits: NDArray[Any]) -> NDArray[np.float64]:
@@ -40,6 +41,7 @@ class Detector:
 
     def __init__(self, backbone: Backbone, head: nn.Linear, params: Params, info: dict[str, Any]) -> None:
         self.backbone, self.head, self.params, self.info = backbone, head, params, info
+        self._bytes, self._pixels = Room(MAX_BYTES), Room(MAX_PIXELS)  # of all views being made at a time
 
     @classmethod
     def load(cls, path: str | Path, root: Path | None = None, device: str = "auto") -> Detector:
@@ -85,17 +87,20 @@ class Detector:
             UnreadableImage: a file that cannot be decoded whole; the message names it.
             UserError: an image smaller than a patch.
         """
-        if isinstance(image, Image.Image):
-            pixels = to_rgb(image)
-            sha = hashlib.sha256(pixels.tobytes()).hexdigest()
-        else:
-            data = _read(Path(image))
-            pixels = decode(data, str(image))
-            sha = hashlib.sha256(data).hexdigest()
-        patches = None
-        if self.params.patches.enabled:
-            patches = select_indices(patch_entropy(pixels, self.params.patches.size), self.params.patches.count)
-        return make_view(pixels, sha, self.params, 0, EVALUATION, patches)
+        with ExitStack() as held:
+            if isinstance(image, Image.Image):
+                pixels = to_rgb(image)
+                sha = hashlib.sha256(pixels.tobytes()).hexdigest()
+            else:
+                with self._bytes.take(size_of(Path(image))):
+                    data = read(Path(image))
+                    pixels = decode(data, str(image), lambda count: held.enter_context(self._pixels.take(count)))
+                    sha = hashlib.sha256(data).hexdigest()
+                    del data
+            patches = None
+            if self.params.patches.enabled:
+                patches = select_indices(patch_entropy(pixels, self.params.patches.size), self.params.patches.count)
+            return make_view(pixels, sha, self.params, 0, EVALUATION, patches)
 
     @torch.no_grad()
     def logits(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -103,7 +108,7 @@ class Detector:
         images = torch.from_numpy(views).permute(0, 3, 1, 2).to(self.backbone.mean.device)
         return self.head(self.backbone(images).float()).squeeze(1).cpu().numpy()
 
-    def score(self, images: Iterable[str | Path | Image.Image], batch_size: int = 64) -> NDArray[np.float64]:
+    def score(self, images: Iterable[str | Path | Image.Image], batch_size: int = BATCH) -> NDArray[np.float64]:
         """Probability that each image is generated, (N,) float64 in 0..1.
 
         Args:
@@ -114,8 +119,8 @@ class Detector:
         """
         parts: list[NDArray[np.float32]] = []
         pending: list[NDArray[np.uint8]] = []
-        for image in images:
-            pending.append(self.view(image))
+        for view in ahead(self.view, images, AHEAD * batch_size):
+            pending.append(view)
             if len(pending) == batch_size:
                 parts.append(self.logits(np.stack(pending)))
                 pending = []
@@ -134,85 +139,3 @@ def newest_checkpoint(root: Path) -> Path:
     if not found:
         raise UserError("Expected a checkpoint under build/, found none. Run make repro, or give --checkpoint DIR.")
     return found[-1].parent
-
-
-def _read(path: Path) -> bytes:
-    try:
-        size = path.stat().st_size
-    except OSError:
-        size = 0  # reading says why
-    if size > MAX_BYTES:
-        raise UnreadableImage(f"Refused {path}: {size / 1e9:.1f} GB, expected at most {MAX_BYTES / 1e9:.0f} GB.")
-    return read(path)
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name too long, or a folder that may not be looked into
-        return False
-
-
-def _named(paths: list[Path]) -> str:
-    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} or the {len(paths) - 1} other paths"
-
-
-def score_files(
-    paths: Iterable[Path], checkpoint: Path | None, warn: Callable[[str], None], batch_size: int = 64
-) -> Iterator[dict[str, Any]]:
-    """Every file under `paths`, scored or refused; one batch of images is in memory at a time.
-
-    Args:
-        paths: files, or folders: every file in them is tried, whatever its name (but for a dot at its beginning).
-        checkpoint: a checkpoint folder; None: the newest trained here.
-        warn: told of what a verdict is worth.
-
-    Yields:
-        {"path", "probability", "verdict"} ("generated" or "real", at the threshold chosen on validation images), or
-        {"path", "error"}.
-
-    Raises:
-        UserError: none of the paths exists, nothing to score in them, no checkpoint or a damaged one.
-    """
-    paths = list(paths)
-    if paths and not any(map(_is_there, paths)):
-        raise UserError(f"Expected a file or folder at {_named(paths)}, found none.")
-    files = files_under(paths)
-    first = next(files, None)
-    if first is None:
-        raise UserError(f"Expected a file to score in {_named(paths) if paths else 'no path'}, found none.")
-    folder = checkpoint or newest_checkpoint(find_root())
-    detector = Detector.load(folder)
-    thresholds = detector.info["thresholds"]
-    if not thresholds:
-        raise damaged(folder / "dgs.json", "expected a threshold, found none")
-    rule = "val" if "val" in thresholds else min(thresholds)
-    why = "the best threshold on its validation images" if rule == "val" else "not calibrated on any images"
-    threshold = thresholds[rule]
-    warn(
-        f"checkpoint {folder}: 'generated' above a probability of {float(probability(np.array(threshold))):.3f}, {why}."
-    )
-    if detector.params.data.layout == "minibench":
-        warn(f"warning: {folder} was trained on the embedded 64 px benchmark; its verdicts on photographs mean little.")
-    pending: list[tuple[Path, NDArray[np.uint8] | None, str]] = []
-
-    def flush() -> Iterator[dict[str, Any]]:
-        views = [view for _, view, _ in pending if view is not None]
-        logits = detector.logits(np.stack(views)).astype(np.float64) if views else np.zeros(0)
-        scored = iter(zip(logits > threshold, probability(logits), strict=True))
-        for path, view, error in pending:
-            if view is None:
-                yield {"path": str(path), "error": error}
-            else:
-                generated, p = next(scored)
-                yield {"path": str(path), "probability": float(p), "verdict": "generated" if generated else "real"}
-        pending.clear()
-
-    for path in tqdm(chain([first], files), desc="scoring", unit="image"):
-        try:
-            pending.append((path, detector.view(path), ""))
-        except UserError as error:
-            pending.append((path, None, str(error)))
-        if len(pending) == batch_size:
-            yield from flush()
-    yield from flush()
