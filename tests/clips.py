@@ -11,10 +11,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dgs.model.backbone import Backbone, load_clip
-from dgs.model.checkpoint import save_checkpoint
+from dgs.model.checkpoint import file_hashes, save_checkpoint, seal
 from dgs.params import LoraParams, Params, validate
 
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0)
+CALIBRATION = {
+    "false_alarm": {"count": 21, "of": 250, "rate": 0.084, "low": 0.055599, "high": 0.125015},
+    "caught": {"count": 200, "of": 250, "rate": 0.8, "low": 0.746015, "high": 0.844878},
+}
 WIDTH = 24  # features of the random CLIP
 CONFIG = {
     "embed_dim": 24,
@@ -55,5 +59,16 @@ def write_checkpoint(folder: Path, clip_folder: Path, params: Params | None = No
         nn.init.normal_(parameter, std=0.3)
     heads = {name: nn.Linear(WIDTH, 1) for name in ("image", "text", "teacher")}
     heads["image"].weight.data *= scale
-    save_checkpoint(folder, backbone, heads, clip, params, "dgs", 0, {"0.5": 0.0, "val": 0.0}, "d")
+    thresholds, calibration = {"0.5": 0.0, "val": 0.0}, dict.fromkeys(("0.5", "val"), CALIBRATION)
+    save_checkpoint(folder, backbone, heads, clip, params, "dgs", 0, thresholds, "d", calibration)
     return folder
+
+
+def reseal(folder: Path) -> None:
+    """Make the hashes of a checkpoint agree with what its files are now, as one who means harm could."""
+    try:
+        info = json.loads((folder / "dgs.json").read_bytes())
+        info["files"] = {**info["files"], **file_hashes(folder)}
+    except (ValueError, KeyError, TypeError):
+        return  # no dgs.json to seal
+    (folder / "dgs.json").write_bytes(seal(info))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clips import WIDTH, settings, write_checkpoint
+from clips import WIDTH, reseal, settings, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from dgs.errors import UserError
@@ -46,12 +46,14 @@ def edit_tensors(file: Path, edit: Callable[[dict[str, torch.Tensor]], object]) 
     tensors = load_file(file)
     edit(tensors)
     save_file(tensors, file)
+    reseal(file.parent)
 
 
 def edit_json(file: Path, edit: Callable[[dict], object]) -> None:
     content = json.loads(file.read_text())
     edit(content)
     file.write_text(json.dumps(content))
+    reseal(file.parent)
 
 
 ADAPTER, CONFIG, HEADS, INFO = "adapter_model.safetensors", "adapter_config.json", "heads.safetensors", "dgs.json"
@@ -69,6 +71,8 @@ SETTINGS: list[tuple[str, str, Callable[[dict], object]]] = [
     ("adapter settings of another rank", CONFIG, lambda c: c.update(r=3)),
     ("adapter settings for no such layer", CONFIG, lambda c: c.update(target_modules=["x"])),
     ("adapter settings without a type", CONFIG, lambda c: c.pop("peft_type")),
+    ("adapter settings that would import a module", CONFIG, lambda c: c.update(megatron_config={"a": 1})),
+    ("adapter settings of another kind of LoRA", CONFIG, lambda c: c.update(use_dora=True)),
     ("dgs.json of another format", INFO, lambda c: c.update(format=99)),
     ("dgs.json without the hash of the CLIP", INFO, lambda c: c["clip"].pop("weights_sha256")),
     ("dgs.json with a word for a threshold", INFO, lambda c: c["thresholds"].update(val="0.5")),
@@ -113,6 +117,7 @@ def test_a_damaged_checkpoint_is_one_sentence_and_asks_no_hub(
         monkeypatch.setattr(function, no_network)
     name, break_it = DAMAGES[damage]
     break_it(checkpoint / name)
+    reseal(checkpoint)
     with pytest.raises(UserError) as caught:
         load_checkpoint(checkpoint, clip)
     assert_helpful(str(caught.value), checkpoint / name)

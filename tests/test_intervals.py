@@ -16,6 +16,7 @@ from dgs.analysis.intervals import (
     percent_text,
     rounded_text,
     seed_interval,
+    share_interval,
     stratified_bootstrap,
 )
 
@@ -132,3 +133,12 @@ def test_a_stratified_bootstrap_draws_seeds_and_never_tasks() -> None:
     assert not stratified_bootstrap(noisy[:1]).known
     with pytest.raises(ValueError, match="shape"):
         stratified_bootstrap(noisy[0])
+
+
+def test_a_share_of_few_is_uncertain_and_stays_a_share() -> None:
+    assert share_interval(8, 10) == pytest.approx((0.8, 0.490157, 0.943324), abs=1e-6)  # Wilson by hand
+    for count in (0, 10):
+        mean, low, high = share_interval(count, 10)
+        assert 0 <= low < high <= 1 and mean == count / 10 and high - low > 0.2
+    with pytest.raises(ValueError):
+        share_interval(0, 0)

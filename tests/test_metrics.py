@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dgs.analysis.metrics import (
     DETECTION_COLUMNS,
     best_threshold,
+    calibrate,
     cells_table,
     detection_row,
     detection_table,
@@ -145,6 +146,16 @@ class TestThreshold:
         fakes, reals = logits[labels == 1], logits[labels == 0]
         tried = [(np.mean(fakes > t) + np.mean(reals <= t)) / 2 for t in np.arange(-4.0, 4.0, 0.125)]
         assert best >= max(tried) - 1e-12
+
+    def test_calibration_says_how_often_each_rule_was_wrong(self) -> None:
+        labels, logits = np.array([0, 0, 0, 0, 1, 1]), np.array([-2.0, -1.0, 0.5, 1.0, 2.0, 3.0])
+        thresholds, measured = calibrate(labels, logits)
+        assert thresholds == {"0.5": 0.0, "val": 1.5}
+        assert [measured[rule]["false_alarm"]["count"] for rule in ("0.5", "val")] == [2, 0]
+        assert measured["0.5"]["false_alarm"] == {"count": 2, "of": 4, "rate": 0.5, "low": 0.150039, "high": 0.849961}
+        assert measured["val"]["false_alarm"]["high"] > 0.4, "none of four real images says little"
+        assert measured["val"]["caught"]["rate"] == 1.0
+        assert json.loads(json.dumps(measured)) == measured
 
     @given(scored(), st.integers(-5, 5))
     @settings(deadline=None)

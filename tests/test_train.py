@@ -256,11 +256,13 @@ def test_the_threshold_that_decides_verdicts_is_the_best_on_validation(
 ) -> None:
     rows = prepared.split("val")
     found: list[tuple[float, np.ndarray]] = []
+    alarms: list[dict[str, float]] = []
 
     def keep(trained: Trained) -> None:
         views = Views(rows, prepared.source, settings())
         features = trained.backbone(torch.stack([view for view, _ in views]))  # type: ignore[attr-defined]
         logits = trained.heads["image"](features).detach().squeeze(1).numpy()
+        alarms.append(trained.calibration["val"]["false_alarm"])
         found.append((trained.thresholds["val"], logits))
 
     train(get_method(method), clip, prepared, settings(), 0, torch.device("cpu"), keep)
@@ -273,6 +275,7 @@ def test_the_threshold_that_decides_verdicts_is_the_best_on_validation(
     ends = np.sort(logits)
     best = max(balanced(at) for at in [ends[0] - 1, *(ends[1:] + ends[:-1]) / 2, ends[-1] + 1])
     assert balanced(threshold) == best > balanced(ends[0] - 1)
+    assert (alarms[0]["count"], alarms[0]["of"]) == ((logits[truth == 0] > threshold).sum(), (truth == 0).sum())
 
 
 def test_lora_sends_the_task_gradient_untouched() -> None:

@@ -53,6 +53,15 @@ def seed_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> 
     return Interval(mean, mean - half, mean + half)
 
 
+def share_interval(count: int, of: int, level: float = 0.95) -> Interval:
+    """A share with its interval after Wilson (1927), which stays in [0, 1] and says something for 0 of n too.
+
+    Raises ValueError unless 0 <= count <= of and of > 0.
+    """
+    ends = stats.binomtest(count, of).proportion_ci(level, method="wilson")
+    return Interval(count / of, float(ends.low), float(ends.high))
+
+
 def paired_difference(
     a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, level: float = 0.95
 ) -> Interval:

@@ -97,7 +97,7 @@ class Clip:
     """A loaded CLIP.
 
     model: open_clip's, frozen, in eval mode, image attention split.
-    tokenizer: texts -> (N, context) int64.
+    tokenizer: texts -> (N, context) int64; None without the text side.
     mean, std: normalisation constants for RGB in 0..1.
     precision: what the image tower computes in; weights stay fp32.
     name, weights_hash: what a checkpoint records to find and check it again.
@@ -200,10 +200,11 @@ def load_clip(params: ModelParams, root: Path, image_size: int, seed: int = 0, t
                 f"{params.pretrained} too. Set model.pretrained: null."
             )
         model, preprocess = _from_folder(folder, image_size)
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        source = f"local-dir:{folder}"
     else:
         model, preprocess = _from_name(params, image_size, seed)
-        tokenizer = open_clip.get_tokenizer(params.clip)
+        source = params.clip
+    tokenizer = open_clip.get_tokenizer(source) if text else None  # one that a folder names could bring code
     weights_hash = _tensors_hash({k: v for k, v in model.state_dict().items() if "positional_embedding" not in k})
     if not text:
         _drop_text(model)

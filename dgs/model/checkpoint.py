@@ -1,4 +1,8 @@
-"""Checkpoints: a folder with peft's adapter, the heads as safetensors, and dgs.json saying what they belong to."""
+"""Checkpoints: a folder with peft's adapter, the heads as safetensors, dgs.json saying what they belong to, a card.
+
+Loading reads numbers and settings and runs nothing that a folder brings: weights are safetensors, adapter settings
+are LoRA's alone, and every file has the hash that dgs.json says it had when it was saved.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,10 @@ import tempfile
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,12 +24,16 @@ from torch import Tensor, nn
 
 from dgs.disk import replacing
 from dgs.errors import UserError
+from dgs.minibench.stem import ConvStem
 from dgs.model.backbone import Backbone, Clip, load_clip
+from dgs.model.card import card
 from dgs.model.release import ALPHA, Release, read_tensors, take_apart, write_clip
 from dgs.params import Params, validate
 
-FORMAT = 1
+FORMAT = 2
 RECORDED = ("torch", "open_clip_torch", "peft")
+INFO, CARD = "dgs.json", "README.md"
+UNSEALED = "0" * 64  # stands for dgs.json's own hash while that is taken
 
 
 class _Strict(BaseModel):
@@ -47,6 +55,24 @@ class _Record(_Strict):
     data_hash: str
     params: dict[str, Any]
     thresholds: dict[str, FiniteFloat]
+    files: dict[str, str]  # sha256 by path in the folder
+
+
+class _Lora(_Strict):
+    """What adapter_config.json may say; other settings of peft's must be as they are by default."""
+
+    peft_type: Literal["LORA"]
+    r: int
+    lora_alpha: FiniteFloat
+    lora_dropout: FiniteFloat
+    use_rslora: bool
+    target_modules: list[str]
+    layers_to_transform: list[int] | None
+    layers_pattern: Literal["resblocks"] | None
+
+
+# Neither in _Lora nor of any effect on what is computed.
+REMARKS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 
 
 def save_checkpoint(
@@ -59,6 +85,7 @@ def save_checkpoint(
     seed: int | None,
     thresholds: dict[str, float],
     data_hash: str,
+    calibration: dict[str, Any] | None = None,
     carried: Path | None = None,
 ) -> None:
     """Write a checkpoint folder, whole or not at all.
@@ -67,6 +94,7 @@ def save_checkpoint(
         heads: by name; "image" is required, it decides.
         seed: None where it is not known.
         thresholds: by rule, on the logit: {"0.5": 0.0, "val": ...}.
+        calibration: how each rule did on validation images, as `dgs.analysis.metrics.calibrate` says it.
         carried: the folder of the CLIP, if it is to be moved into the checkpoint; params.model.clip then says "clip".
     """
     info = {
@@ -89,6 +117,7 @@ def save_checkpoint(
             "fit": params.data.fit,
         },
         "thresholds": thresholds,
+        "calibration": calibration or {},
         "data_hash": data_hash,
         "params": params.model_dump(),
         "versions": {name: version(name) for name in RECORDED},
@@ -96,10 +125,10 @@ def save_checkpoint(
     with replacing(folder) as draft:
         if isinstance(backbone.visual, PeftModel):
             backbone.visual.save_pretrained(str(draft))
-            (draft / "README.md").unlink(missing_ok=True)  # peft's empty model card
             config = draft / "adapter_config.json"  # peft writes a set in the order of this process's hash seed
             settings = json.loads(config.read_text())
             settings["target_modules"] = sorted(settings["target_modules"])
+            settings["auto_mapping"] = None  # a module that peft's AutoPeftModel would import
             config.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
         tensors = {
             f"{name}_head.{key}": value for name, head in heads.items() for key, value in head.state_dict().items()
@@ -107,9 +136,51 @@ def save_checkpoint(
         save_file(
             {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, draft / "heads.safetensors"
         )
-        (draft / "dgs.json").write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
         if carried is not None:
             shutil.move(carried, draft / "clip")
+        (draft / CARD).write_text(card(info, stem=isinstance(backbone.visual.conv1, ConvStem)), encoding="utf-8")
+        info["files"] = file_hashes(draft)
+        (draft / INFO).write_bytes(seal(info))
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a checkpoint but dgs.json and the card, which is for people to go on writing."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        name: _file_hash(path)
+        for path in files
+        if (name := path.relative_to(folder).as_posix()) not in (INFO, CARD) and not path.name.startswith(".")
+    }
+
+
+def seal(info: dict[str, Any]) -> bytes:
+    """dgs.json with its own hash in it, under "sha256": of the bytes with `UNSEALED` in its place."""
+    unsealed = (json.dumps({**info, "sha256": UNSEALED}, indent=1, sort_keys=True) + "\n").encode()
+    return unsealed.replace(UNSEALED.encode(), hashlib.sha256(unsealed).hexdigest().encode())
+
+
+def _require_sealed(file: Path, info: dict[str, Any]) -> None:
+    said = str(info.get("sha256")).encode()
+    if len(said) != len(UNSEALED) or (
+        hashlib.sha256(file.read_bytes().replace(said, UNSEALED.encode())).hexdigest().encode() != said
+    ):
+        raise damaged(file, "its content is not what was saved")
+
+
+def require_unchanged(folder: Path, info: dict[str, Any], carried: bool) -> None:
+    """Raise UserError unless the files of the `carried` CLIP, or else the other ones, are as they were saved."""
+    for name, said in info["files"].items():
+        if name.startswith("clip/") != carried:
+            continue
+        file = folder / name
+        try:
+            found = _file_hash(file)
+        except FileNotFoundError:
+            raise damaged(file, "no such file") from None
+        except OSError as error:
+            raise damaged(file, f"cannot be read ({error.strerror or error})") from None
+        if found != said:
+            raise damaged(file, f"its content is not what was saved (sha256 {said[:12]} expected, {found[:12]} found)")
 
 
 def damaged(file: Path, reason: str) -> UserError:
@@ -151,7 +222,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: no checkpoint there, one of another format, or a damaged one.
     """
-    file = folder / "dgs.json"
+    file = folder / INFO
     try:
         file.stat()
     except OSError:
@@ -162,12 +233,28 @@ def read_info(folder: Path) -> dict[str, Any]:
             f"Expected a checkpoint of format {FORMAT} in {file}, found {info.get('format')!r}. "
             "Train it again, or give another --checkpoint."
         )
+    _require_sealed(file, info)
+    _require(_Record, info, file)
+    return info
+
+
+def _require(shape: type[_Strict], content: dict[str, Any], file: Path) -> None:
     try:
-        _Record.model_validate(info)
+        shape.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise damaged(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return info
+
+
+def _lora_config(file: Path) -> LoraConfig:
+    """adapter_config.json, if it is plain LoRA: some of peft's settings would import a module that they name."""
+    settings = _read_object(file)
+    _require(_Lora, settings, file)
+    known, usual = set(_Lora.model_fields), LoraConfig().to_dict()
+    for name in sorted(set(settings) - known - REMARKS):
+        if settings[name] and settings[name] != usual.get(name):
+            raise damaged(file, f"expected plain LoRA, found {name} = {settings[name]!r}")
+    return LoraConfig(**{name: settings[name] for name in known - {"peft_type"}})
 
 
 def load_heads(folder: Path) -> dict[str, nn.Linear]:
@@ -198,11 +285,11 @@ def _load_adapter(visual: nn.Module, folder: Path) -> PeftModel:
     # peft asks the hub for a file that is not here, and only warns of weights that fit no adapter: both are errors.
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     weights = _read_tensors(file)
-    _read_object(config)
+    settings = _lora_config(config)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(visual, folder)
+            adapted = PeftModel.from_pretrained(visual, folder, config=settings)
     except Exception as error:  # peft lets through whatever a wrong setting or shape leads to
         reason = f"does not fit {file.name} or the CLIP ({type(error).__name__}: {error})"
         raise damaged(config, reason) from None
@@ -229,6 +316,7 @@ def load_checkpoint(folder: Path, clip: Clip) -> tuple[Backbone, dict[str, nn.Li
             f"{info['clip']['weights_sha256'][:12]}, found {clip.name} with {clip.weights_hash[:12]}. "
             f"Set model.clip and model.pretrained to the same weights, or train again."
         )
+    require_unchanged(folder, info, carried=False)
     heads = load_heads(folder)
     try:
         backbone = Backbone(clip, levels=info.get("levels", ()))
@@ -314,7 +402,8 @@ def import_release(step2: str | Path, step1: str | Path | None = None, *, out: s
         method = "dgs" if release.adapters else "probe"
         digest = f"release:{_file_hash(path)}"
         source = Path(scratch) / "clip"
-        save_checkpoint(folder, backbone, release.heads, clip, params, method, None, {"0.5": 0.0}, digest, source)
+        heads, thresholds = release.heads, {"0.5": 0.0}
+        save_checkpoint(folder, backbone, heads, clip, params, method, None, thresholds, digest, carried=source)
     return {
         "out": str(out),
         "stage": 2 if release.adapters else 1,

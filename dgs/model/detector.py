@@ -21,7 +21,7 @@ from dgs.data.patches import patch_entropy, select_indices
 from dgs.data.views import EVALUATION, make_view
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, load_clip
-from dgs.model.checkpoint import damaged, load_checkpoint, read_info
+from dgs.model.checkpoint import damaged, load_checkpoint, read_info, require_unchanged
 from dgs.model.device import choose_device
 from dgs.params import Params, validate
 from dgs.workspace import find_root
@@ -64,6 +64,7 @@ class Detector:
             carried = info["clip"].get("carried")
             if carried and not (folder / "clip").is_dir():
                 raise damaged(folder / "clip", "expected the CLIP that this checkpoint carries, found none")
+            require_unchanged(folder, info, carried=True)
             home = folder if carried else root or find_root()
             clip = load_clip(params.model, home, params.image_size, text=False)
         except UserError:

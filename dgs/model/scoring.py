@@ -17,6 +17,7 @@ from dgs.analysis.intervals import percent_text
 from dgs.data.ahead import ahead
 from dgs.data.images import files_under
 from dgs.errors import UserError
+from dgs.model.card import deciding_rule
 from dgs.model.checkpoint import damaged
 from dgs.model.detector import AHEAD, BATCH, Detector, newest_checkpoint, probability
 from dgs.workspace import find_root
@@ -46,7 +47,7 @@ def threshold_of(detector: Detector, folder: Path) -> tuple[str, float]:
     thresholds = detector.info["thresholds"]
     if not thresholds:
         raise damaged(folder / "dgs.json", "expected a threshold, found none")
-    rule = "val" if "val" in thresholds else min(thresholds)
+    rule = deciding_rule(thresholds)
     return rule, thresholds[rule]
 
 

@@ -78,10 +78,10 @@ def train_seed(
 
     def done(trained: Trained) -> None:
         if processes.rank() == 0:
-            data_hash, target = prepared.info["data_hash"], kept.checkpoint
             kept.keep_journal(trained.journal)
-            thresholds, own = trained.thresholds, chosen.of(params)
-            save_checkpoint(target, trained.backbone, trained.heads, clip, own, method, seed, thresholds, data_hash)
+            decisions = (trained.thresholds, prepared.info["data_hash"], trained.calibration)
+            own = chosen.of(params)
+            save_checkpoint(kept.checkpoint, trained.backbone, trained.heads, clip, own, method, seed, *decisions)
 
     if not kept.is_done:
         train(chosen, clip, prepared, params, seed, device, done, _count, kept)

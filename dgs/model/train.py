@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dgs.analysis.metrics import best_threshold, detection_row
+from dgs.analysis.metrics import calibrate, detection_row
 from dgs.data.prepared import Prepared
 from dgs.data.views import Views, batch_order, batches, worth_keeping
 from dgs.errors import UserError
@@ -40,6 +41,7 @@ class Trained:
     heads: dict[str, nn.Linear]  # "image", and "text" and "teacher" where the method has them
     journal: Journal
     thresholds: dict[str, float]  # on the logit, by rule
+    calibration: dict[str, Any]  # by rule: how each did on validation images
 
 
 def new_head(width: int, seed: int, device: torch.device) -> nn.Linear:
@@ -329,7 +331,7 @@ def stage2(
         logits = validation_logits(backbone, decides, validation, params, device)
         journal.loss(epoch, steps, val_balanced_acc=detection_row(truth, logits)["balanced_acc"])
     plain = {"image": decides, "text": text, "teacher": teacher}
-    return Trained(backbone, plain, journal, {"0.5": 0.0, "val": best_threshold(truth, logits)})
+    return Trained(backbone, plain, journal, *calibrate(truth, logits))
 
 
 def train(
@@ -374,6 +376,6 @@ def train(
             score = detection_row(truth, logits)["balanced_acc"]
             steps = total_steps(method, len(labels), params)
             journal.loss(params.train.stage1.epochs - 1, steps, val_balanced_acc=score)
-            done(Trained(backbone, {"image": head}, journal, {"0.5": 0.0, "val": best_threshold(truth, logits)}))
+            done(Trained(backbone, {"image": head}, journal, *calibrate(truth, logits)))
     finally:
         clip.model.visual = backbone.without_adapters()

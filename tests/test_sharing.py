@@ -1,0 +1,227 @@
+"""A checkpoint that is passed on: it needs no `dgs`, runs no code, shows each changed byte, and says what it is for."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from clips import CALIBRATION, WIDTH, reseal, settings, write_checkpoint
+from conftest import structured_image
+from test_checkpoint import assert_helpful
+from torch import nn
+
+from dgs.errors import UserError
+from dgs.minibench.stem import ConvStem
+from dgs.model.backbone import Backbone, load_clip
+from dgs.model.card import card
+from dgs.model.checkpoint import read_info, save_checkpoint
+from dgs.model.detector import Detector
+from dgs.model.scoring import score_files
+from dgs.params import Params
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("adapter_config.json", "adapter_model.safetensors", "dgs.json", "heads.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "seed-0", clip_folder)
+
+
+def carrying(folder: Path, clip_folder: Path) -> Path:
+    """A probe's checkpoint with its CLIP in it."""
+    shutil.copytree(clip_folder, folder.parent / "moved")
+    params = settings(Path("clip"))
+    clip = load_clip(params.model, clip_folder.parent, params.image_size)
+    head = {"image": nn.Linear(WIDTH, 1)}
+    carried = folder.parent / "moved"
+    save_checkpoint(folder, Backbone(clip), head, clip, params, "probe", 0, {"0.5": 0.0}, "d", carried=carried)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_with_clip(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
+    return carrying(tmp_path_factory.mktemp("carrying") / "seed-0", clip_folder)
+
+
+@pytest.fixture
+def checkpoint(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "seed-0")
+
+
+@pytest.fixture
+def with_clip(whole_with_clip: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole_with_clip, tmp_path / "carrying")
+
+
+def code_of(folder: Path) -> str:
+    (found,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    return found
+
+
+def run_card(folder: Path, view: Path, but: str = "") -> str:
+    """What the card's code prints where `dgs` cannot be imported; but: a line of it that may, and is run first."""
+    code = code_of(folder)
+    assert but in code
+    shutil.copy(view, folder / "000001.png")
+    blocked = f"import sys\n{but}\nsys.modules['dgs'] = None\n"
+    command = [sys.executable, "-c", blocked + code.replace(but, "")]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+class TestWithoutDgs:
+    def test_open_clip_and_peft_alone_give_the_same_score_to_what_the_model_saw(
+        self, checkpoint: Path, tmp_path: Path
+    ) -> None:
+        structured_image(3, 50, 40).save(tmp_path / "a.png")
+        (row,) = score_files([tmp_path / "a.png"], checkpoint, lambda _: None, explain=tmp_path / "seen")
+        printed = run_card(checkpoint, tmp_path / "seen/000001.png").split()
+        assert printed == [f"{row['probability']:.4f}", row["verdict"]]
+        assert re.search(r"import (dgs|pickle)|from dgs", code_of(checkpoint)) is None
+
+    @pytest.mark.slow
+    def test_the_embedded_clip_needs_one_line_more(self, tmp_path: Path) -> None:
+        params = settings(ROOT / "sample/clip", data={"layout": "minibench"})
+        params = params.model_copy(update={"model": params.model.model_copy(update={"image_size": 64})})
+        folder = mini_checkpoint(tmp_path / "seed-0", params)
+        structured_image(3, 64, 64).save(tmp_path / "a.png")
+        (row,) = score_files([tmp_path / "a.png"], folder, lambda _: None)
+        (line,) = [line for line in code_of(folder).splitlines() if "dgs.minibench" in line]
+        printed = run_card(folder, tmp_path / "a.png", but=line).split()
+        assert printed == [f"{row['probability']:.4f}", row["verdict"]]
+
+    @pytest.mark.slow
+    def test_a_checkpoint_that_carries_its_clip_needs_nothing_else(self, with_clip: Path, tmp_path: Path) -> None:
+        structured_image(3, 32, 32).save(tmp_path / "a.png")
+        (row,) = score_files([tmp_path / "a.png"], with_clip, lambda _: None)
+        assert run_card(with_clip, tmp_path / "a.png").split() == [f"{row['probability']:.4f}", row["verdict"]]
+
+
+def mini_checkpoint(folder: Path, params: Params) -> Path:
+    clip = load_clip(params.model, Path(), params.image_size)
+    backbone = Backbone(clip, params.model.lora)
+    assert isinstance(backbone.visual.conv1, ConvStem)
+    for parameter in backbone.adapter_parameters():
+        nn.init.normal_(parameter, std=0.3)
+    heads = {"image": nn.Linear(clip.model.visual.output_dim, 1)}
+    save_checkpoint(folder, backbone, heads, clip, params, "lora", 0, {"val": 0.1}, "d", {"val": CALIBRATION})
+    return folder
+
+
+class TestEveryByteCounts:
+    @pytest.mark.parametrize("name", PARTS)
+    @pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 0.999])
+    def test_a_changed_byte_is_an_error_that_names_the_file(self, name: str, where: float, checkpoint: Path) -> None:
+        self.flip(checkpoint / name, where)
+        with pytest.raises(UserError) as caught:
+            Detector.load(checkpoint)
+        assert_helpful(str(caught.value), checkpoint / name)
+
+    @pytest.mark.parametrize("name", ["open_clip_config.json", "open_clip_model.safetensors"])
+    def test_so_is_one_in_the_clip_that_is_carried(self, name: str, with_clip: Path) -> None:
+        self.flip(with_clip / "clip" / name, 0.7)
+        with pytest.raises(UserError) as caught:
+            Detector.load(with_clip)
+        assert_helpful(str(caught.value), with_clip / "clip" / name)
+
+    def test_every_digit_of_a_threshold_counts(self, checkpoint: Path) -> None:
+        file = checkpoint / "dgs.json"
+        content = file.read_bytes()
+        for digit in re.finditer(rb'"(?:val|0\.5)": 0\.0', content):
+            file.write_bytes(content[: digit.end() - 1] + b"9" + content[digit.end() :])
+            with pytest.raises(UserError, match="not what was saved"):
+                read_info(checkpoint)
+
+    def test_the_card_is_for_people_and_may_be_edited(self, checkpoint: Path) -> None:
+        (checkpoint / "README.md").write_text("Ask us first.")
+        Detector.load(checkpoint)
+
+    def flip(self, file: Path, where: float) -> None:
+        content = bytearray(file.read_bytes())
+        content[int(where * len(content))] ^= 1
+        file.write_bytes(content)
+
+
+class Malice:
+    """What a pickle would do when it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return (Path.touch, (self.marker,))
+
+
+class TestLoadingRunsNoCode:
+    NAMES = (
+        *PARTS, "adapter_model.bin", "adapter_model.pt", "pytorch_model.bin", "heads.pt", "heads.bin", "model.pkl",
+        "clip/open_clip_config.json", "clip/open_clip_model.safetensors", "clip/open_clip_pytorch_model.bin",
+        "clip/open_clip_model.pt",
+    )  # fmt: skip
+
+    def test_a_pickle_under_any_name_is_not_read_as_one(self, checkpoint: Path, with_clip: Path) -> None:
+        marker = checkpoint.parent / "ran"
+        plain, zipped = pickle.dumps(Malice(marker)), checkpoint.parent / "zipped.pt"
+        torch.save({"a": Malice(marker)}, zipped)
+        pickle.loads(plain)
+        assert marker.exists(), "the pickle must be one that would do harm"
+        marker.unlink()
+        for payload in (plain, zipped.read_bytes()):
+            for folder in (checkpoint, with_clip):
+                for name in self.NAMES:
+                    self.try_with(payload, folder, name)
+                    assert not marker.exists(), name
+
+    def try_with(self, payload: bytes, whole: Path, name: str) -> None:
+        folder = shutil.copytree(whole, whole.parent / "tried")
+        file = folder / name
+        known = file.exists()
+        if file.parent.is_dir():
+            file.write_bytes(payload)
+            reseal(folder)
+            try:
+                Detector.load(folder)
+                assert not known, f"{name} is not what it should be"
+            except UserError as error:
+                assert known and "\n" not in str(error)
+        shutil.rmtree(folder)
+
+    def test_a_tokenizer_that_a_clip_names_is_not_loaded(
+        self, with_clip: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("a tokenizer may bring code")
+
+        monkeypatch.setattr(open_clip, "get_tokenizer", refuse)
+        Detector.load(with_clip)
+
+
+class TestCard:
+    def test_it_says_what_is_known_and_is_the_same_each_time(self, whole: Path, clip_folder: Path) -> None:
+        info = read_info(whole)
+        text = (whole / "README.md").read_text()
+        assert text == card(info) == card(read_info(whole))
+        for part in (
+            info["data_hash"], info["clip"]["weights_sha256"][:12], "8.4 [5.6, 12.5] of 250", "80.0 [74.6, 84.5] of 250",
+            "results/mini/", "## Use", "Known failures", "## Licence", "library_name: peft",
+        ):  # fmt: skip
+            assert part in text
+        assert np.isclose(CALIBRATION["false_alarm"]["rate"], 21 / 250)
+
+    def test_without_calibration_it_says_so(self, whole_with_clip: Path) -> None:
+        text = (whole_with_clip / "README.md").read_text()
+        assert "how often it raises a false alarm is not known" in text
+        assert "peft" not in text.split("```")[1], "a probe needs no peft"
+
+    def test_the_files_it_names_are_all_there_are(self, whole: Path) -> None:
+        assert sorted(path.name for path in whole.iterdir()) == sorted([*PARTS, "README.md"])
+        assert set(json.loads((whole / "dgs.json").read_text())["files"]) == set(PARTS) - {"dgs.json"}
