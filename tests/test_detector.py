@@ -161,7 +161,7 @@ class TestEveryFileIsAccountedFor:
     def test_a_file_too_large_for_an_image_is_refused_unread(self, folder: Path, score: Callable[..., Rows]) -> None:
         with (folder / "film.mp4").open("wb") as file:
             file.truncate(50_000_000_000)  # sparse: takes no disk
-        assert "50.0 GB, expected at most 0.4 GB" in score(folder)[0]["error"]
+        assert "50.0 GB, expected at most 0.2 GB" in score(folder)[0]["error"]
 
     def test_an_image_smaller_than_a_patch_is_an_error_row(
         self, folder: Path, tmp_path: Path, clip_folder: Path

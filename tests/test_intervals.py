@@ -136,7 +136,7 @@ def test_a_stratified_bootstrap_draws_seeds_and_never_tasks() -> None:
 
 
 def test_a_share_of_few_is_uncertain_and_stays_a_share() -> None:
-    assert share_interval(8, 10) == pytest.approx((0.8, 0.490157, 0.943324), abs=1e-6)  # Wilson by hand
+    assert share_interval(8, 10) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)  # Wilson by hand
     for count in (0, 10):
         mean, low, high = share_interval(count, 10)
         assert 0 <= low < high <= 1 and mean == count / 10 and high - low > 0.2

@@ -211,7 +211,8 @@ class TestCard:
         text = (whole / "README.md").read_text()
         assert text == card(info) == card(read_info(whole))
         for part in (
-            info["data_hash"], info["clip"]["weights_sha256"][:12], "8.4 [5.6, 12.5] of 250", "80.0 [74.6, 84.5] of 250",
+            info["data_hash"], info["clip"]["weights_sha256"][:12],
+            "8.4 [5.6, 12.5] of 250", "80.0 [74.6, 84.5] of 250",
             "results/mini/", "## Use", "Known failures", "## Licence", "library_name: peft",
         ):  # fmt: skip
             assert part in text

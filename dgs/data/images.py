@@ -17,9 +17,10 @@ from dgs.errors import UserError, printable
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 # Photographs and what generators write; not every format that Pillow knows: for EPS, say, it starts another program.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "PPM")
-MAX_PIXELS = 100_000_000  # refuse decompression bombs: 100 MP decode to 300 MB
-MAX_BYTES = 400_000_000  # of a file: MAX_PIXELS uncompressed, in four channels, fit
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")
+MAX_PIXELS = 80_000_000  # refuse decompression bombs: 80 MP decode to 240 MB, and take 1 GB on the way
+SHARES = {"WEBP": 0.6, "AVIF": 0.6, "CMYK": 0.8}  # of MAX_PIXELS, where decoding takes more memory than that a pixel
+MAX_BYTES = 200_000_000  # of a file
 LONGEST = 16  # times the shorter side: what is longer is cut to its middle before it is scaled
 BAND = 1 << 22  # pixels converted at a time
 
@@ -82,12 +83,16 @@ def _band_to_rgb(band: Image.Image, gray_divisor: float) -> NDArray[np.uint8]:
     return np.asarray(band.convert("RGB"))
 
 
+def _is_askew(image: Image.Image) -> bool:
+    return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+
+
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     """A PIL image of any mode to (H, W, 3) uint8: EXIF rotation applied, 16 bits scaled to 8, alpha over white.
 
     In bands, so that beside the two images little memory is needed.
     """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+    if _is_askew(image):
         image = ImageOps.exif_transpose(image)
     divisor = 257.0
     if image.mode == "I":  # which alone does not say how deep the file was
@@ -117,7 +122,7 @@ def _require_file(found: os.stat_result, path: Path) -> None:
             raise UnreadableImage(f"Cannot read {path}: expected a file, found {kind}.")
     if found.st_size > MAX_BYTES:
         size, most = found.st_size / 1e9, MAX_BYTES / 1e9
-        raise UnreadableImage(f"Refused {path}: {size:.1f} GB, expected at most {most:.1f} GB.")
+        raise UnreadableImage(f"Refused {path}: {size:.1f} GB, expected at most {most} GB.")
 
 
 def _without_waiting(name: str, flags: int) -> int:
@@ -159,20 +164,24 @@ def decode(data: bytes, name: str = "image", before: Callable[[int], object] = _
     Args:
         data: the file's bytes, in one of `FORMATS`.
         name: how an error calls it.
-        before: called with the number of pixels when the header has been read and nothing has been decoded yet.
+        before: called when the header has been read and nothing has been decoded yet, with the number of pixels (more
+            where they take more memory than others, at most `MAX_PIXELS`).
 
     Raises:
-        UnreadableImage: empty, truncated, not an image, or over `MAX_PIXELS`.
+        UnreadableImage: empty, truncated, not an image, or over `MAX_PIXELS` (some formats: over less).
     """
     if not data:
         raise UnreadableImage(f"Cannot decode {name}: the file is empty. Remove or replace it.")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            share = min(SHARES.get(str(image.format), 1.0), SHARES.get(image.mode, 1.0))
             width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise _too_large(name, f"{width} x {height} px")
-            before(width * height)
+            if width * height > share * MAX_PIXELS:
+                raise _too_large(name, f"{width} x {height} px", share)
+            before(int(width * height / share))
             image.load()
+            if _is_askew(image):
+                ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
     except UnreadableImage:
         raise
@@ -185,8 +194,8 @@ def decode(data: bytes, name: str = "image", before: Callable[[int], object] = _
         raise UnreadableImage(f"Cannot decode {name}: {reason}. Remove or replace it.") from None
 
 
-def _too_large(name: str, found: str) -> UnreadableImage:
-    return UnreadableImage(f"Refused {name}: {found}, expected at most {MAX_PIXELS / 1e6:.0f} megapixels.")
+def _too_large(name: str, found: str, share: float = 1.0) -> UnreadableImage:
+    return UnreadableImage(f"Refused {name}: {found}, expected at most {share * MAX_PIXELS / 1e6:.0f} megapixels.")
 
 
 def _middle(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
