@@ -150,19 +150,19 @@ def score_files(
     if detector.params.data.layout == "minibench":
         warn(f"warning: {folder} was trained on the embedded 64 px benchmark; its verdicts on photographs mean little.")
 
-    def view(path: Path) -> tuple[Path, View | UserError]:
+    def view(path: Path) -> tuple[Path, View | str]:
         try:
             return path, detector.view(path)
         except UserError as error:
-            return path, error
+            return path, str(error)  # not the error itself, whose traceback keeps the image in memory
 
     def flush() -> Iterator[Row]:
-        views = [view for _, view in pending if not isinstance(view, UserError)]
+        views = [view for _, view in pending if not isinstance(view, str)]
         logits = detector.logits(np.stack(views)).astype(np.float64) if views else np.zeros(0)
         scored = iter(zip(logits > threshold, probability(logits), strict=True))
         for path, view in pending:
-            if isinstance(view, UserError):
-                yield {"path": str(path), "error": str(view)}
+            if isinstance(view, str):
+                yield {"path": str(path), "error": view}
                 continue
             generated, p = next(scored)
             row = {"path": str(path), "probability": float(p), "verdict": "generated" if generated else "real"}
@@ -171,7 +171,7 @@ def score_files(
             yield row
         pending.clear()
 
-    pending: list[tuple[Path, View | UserError]] = []
+    pending: list[tuple[Path, View | str]] = []
     found = ahead(view, chain([first], files), AHEAD * batch_size)
     for item in tqdm(found, desc="scoring", unit="image"):
         pending.append(item)
