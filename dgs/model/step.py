@@ -155,4 +155,5 @@ def stage2_step(
     optimizer.step()
     if after is not None:
         after()
-    return losses, {name: torch.cat([noise[:0], *(gradients[name] for gradients in parts)]) for name in JOURNALED}
+    none = noise.new_zeros(0, cast(nn.Linear, heads["teacher"]).in_features)  # all of a process without rows
+    return losses, {name: torch.cat([none, *(gradients[name] for gradients in parts)]) for name in JOURNALED}
