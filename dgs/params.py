@@ -137,7 +137,8 @@ class TrainParams(_Group):
     stage1: Stage1Params = Stage1Params()
     stage2: Stage2Params = Stage2Params()
     surgery: SurgeryParams = SurgeryParams()
-    log_every: Count = 10  # steps between two records of loss and gradient angles
+    log_every: Count = 10  # steps between two records of loss and gradients
+    log_gradients: bool = True  # inner products of gradients, for gradient_angles; false: losses alone
 
 
 _OF_METHODS = ("train.stage1.", "train.stage2.", "train.surgery.", "model.lora.", "model.levels")
@@ -160,11 +161,16 @@ class EvaluateParams(_Group):
 class GradientAnglesParams(_Group):
     """The gradient-angle analysis."""
 
-    pairs: list[Literal["task-harmful", "task-beneficial", "task-applied"]] = [
-        "task-harmful",
-        "task-beneficial",
-        "task-applied",
-    ]
+    pairs: list[
+        Literal[
+            "task-harmful",
+            "task-beneficial",
+            "task-applied",
+            "harmful-beneficial",
+            "applied-harmful",
+            "applied-beneficial",
+        ]
+    ] = ["task-harmful", "task-beneficial", "task-applied"]
 
 
 class Params(_Group):

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dgs.analysis.angles import degrees
 from dgs.data.manifest import ImageSource
 from dgs.data.prepared import Prepared
 from dgs.data.views import Views, batch_order, batches
@@ -204,9 +205,9 @@ def test_accumulated_parts_equal_the_large_batch(method: str, scale: str, clip: 
     )
     for name, value in whole[0].items():
         assert torch.allclose(parts[0][name], value, rtol=0, atol=1e-5), name
-    for table in ("losses", "angle_table"):
+    for table in ("losses", "samples", "layers", "batches"):
         a, b = (getattr(trained.journal, table).select_dtypes("number") for _, trained in (whole, parts))
-        assert np.allclose(a, b, rtol=0, atol=0.02, equal_nan=True)  # degrees
+        assert np.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 def test_parts_see_fewer_images_at_a_time(clip: Clip, prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,16 +361,37 @@ def test_training_separates_fakes_with_a_checkerboard(clip: Clip, prepared: Prep
     assert trained.journal.losses["val_balanced_acc"].dropna().iloc[-1] >= 0.9
 
 
-def test_the_journal_notes_losses_and_angles_at_the_steps_asked_for(clip: Clip, prepared: Prepared) -> None:
+def test_the_journal_notes_losses_and_gradients_at_the_steps_asked_for(clip: Clip, prepared: Prepared) -> None:
     _, lora = run("lora", clip, prepared, settings(log_every=2))
     _, dgs = run("dgs", clip, prepared, settings(log_every=2))
     assert sorted(dgs.journal.losses["step"].unique()) == [0, 2, 3]  # 3 steps an epoch; validation after the last
-    pairs = dgs.journal.angle_table.pivot(index="step", columns="pair", values="mean")
-    assert list(pairs.index) == [0, 2]
-    assert set(pairs) == {"task-harmful", "task-beneficial", "task-applied"}
-    assert (pairs["task-applied"] > 0).all()
-    turned = lora.journal.angle_table.query("pair == 'task-applied'")["mean"]
-    assert np.allclose(turned, 0, rtol=0, atol=1e-4)
+    samples = dgs.journal.samples
+    assert samples.groupby("step").size().to_dict() == {0: 8, 2: 4}, "a row an image of the batch"
+    first = batch_order(20, 0, 0)[:8]
+    assert samples.loc[samples["step"] == 0, "image"].tolist() == first
+    assert (samples["label"].to_numpy() == prepared.split("train")["label"].to_numpy()[samples["image"]]).all()
+    assert list(dgs.journal.batches["step"]) == [0, 2] and (dgs.journal.batches["effective_rank"] <= 2 + 1e-6).all()
+    assert (degrees(samples, "task-applied") > 0).all()
+    assert np.allclose(degrees(lora.journal.samples, "task-applied"), 0, rtol=0, atol=1e-4)
+
+
+def test_layers_are_noted_every_fifth_record_block_by_block(clip: Clip, prepared: Prepared) -> None:
+    _, dgs = run("dgs", clip, prepared, settings(stage2={"epochs": 3, "lr": 0.01}))
+    _, lora = run("lora", clip, prepared, settings(stage2={"epochs": 3, "lr": 0.01}))
+    blocks = len(clip.model.visual.transformer.resblocks)
+    assert dgs.journal.layers.groupby("step").size().to_dict() == {0: 3 * blocks, 5: 3 * blocks}
+    assert set(dgs.journal.layers["layer"]) == {f"{block}.{name}" for block in range(blocks) for name in "qkv"}
+    assert (degrees(dgs.journal.layers, "task-applied") > 0.01).all()
+    assert np.allclose(degrees(lora.journal.layers, "task-applied"), 0, rtol=0, atol=0.05)
+
+
+def test_what_is_logged_changes_no_bit_of_a_run_and_nothing_is_logged_when_off(clip: Clip, prepared: Prepared) -> None:
+    loud, noted = run("dgs", clip, prepared, settings())
+    quiet, silent = run("dgs", clip, prepared, settings(log_gradients=False))
+    assert all(torch.equal(loud[name], quiet[name]) for name in loud)
+    pd.testing.assert_frame_equal(noted.journal.losses, silent.journal.losses)
+    assert silent.journal.samples.empty and silent.journal.layers.empty and silent.journal.batches.empty
+    assert not noted.journal.layers.empty
 
 
 def test_a_diverging_run_stops_and_names_the_batch(clip: Clip, prepared: Prepared) -> None:

@@ -66,8 +66,8 @@ CAPTIONS = {
 }
 # Settings that may differ between checkpoints without making their training differ.
 NOT_OF_TRAINING = (
-    "methods", "train.log_every", "compute.batch_size", "compute.jobs", "compute.workers", "evaluate.",
-    "gradient_angles.",
+    "methods", "train.log_every", "train.log_gradients", "compute.batch_size", "compute.jobs", "compute.workers",
+    "evaluate.", "gradient_angles.",
 )  # fmt: skip
 DIFFERENT_SETTINGS = (
     "**Methods were trained with different settings** (named below): their differences are not of the method alone."

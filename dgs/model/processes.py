@@ -103,14 +103,25 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Every parameter's gradient becomes the sum over processes, the same bits on each; no gradient counts as zero."""
     import torch
 
-    group = _group()
-    if group is None:
+    if _group() is None:
         return
     given = list(parameters)
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in given])
+    sums = summed([torch.zeros_like(p) if p.grad is None else p.grad for p in given])
+    for parameter, gradient in zip(given, sums, strict=True):
+        parameter.grad = gradient
+
+
+def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sum over processes of each tensor, the same bits on each; shapes must agree."""
+    import torch
+
+    group = _group()
+    if group is None:
+        return list(tensors)
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     group.all_reduce(flat)
-    for parameter, gradient in zip(given, flat.split([p.numel() for p in given]), strict=True):
-        parameter.grad = gradient.view_as(parameter)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgs.model.backbone import Backbone
+from dgs.model.layers import LayerGradients
 from dgs.model.methods import Batch, Method
 from dgs.model.processes import rank, sum_gradients
 from dgs.model.surgery import head_gradients, residual_directions, split_signs
@@ -125,6 +126,7 @@ def stage2_step(
     params: Params,
     after: Callable[[], None] | None = None,
     batch_size: int | None = None,
+    layers: LayerGradients | None = None,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """One optimiser step of stage 2 on a batch, in `train.accumulate` parts through the tower: losses and gradients.
 
@@ -134,6 +136,7 @@ def stage2_step(
     Args:
         images: (B, 3, S, S) uint8; the rest as in `surgery_step`. B may be 0 where another process has rows.
         after: called when the optimiser has stepped.
+        layers: takes the gradients of each layer, where they are to be noted.
     """
     count = len(known)
     total = batch_size or count
@@ -144,6 +147,8 @@ def stage2_step(
         part = slice(start, start + size)
         features = backbone(images[part])
         applied, some, gradients = surgery_step(method, features, heads, known[part], noise[part], params, total)
+        if layers is not None:
+            layers.take(features, gradients)
         features.backward(applied)
         losses = {name: losses.get(name, 0.0) + value for name, value in some.items()}
         parts.append(gradients)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ from dgs.model.adapters import shrink
 from dgs.model.backbone import Backbone, Clip
 from dgs.model.device import set_determinism
 from dgs.model.expert import text_expert
-from dgs.model.journal import Journal, angles
+from dgs.model.journal import LAYERS_EVERY, Journal
+from dgs.model.layers import LayerGradients
 from dgs.model.lens import Affine, Through
 from dgs.model.methods import Method, total_steps
 from dgs.model.step import Known, stage2_step
@@ -250,6 +251,36 @@ def training_batches(
             yield epoch, order[start : start + size], images, chosen
 
 
+def note(
+    journal: Journal,
+    epoch: int,
+    step: int,
+    losses: Mapping[str, float],
+    gradients: Mapping[str, Tensor],
+    batch: list[int],
+    labels: Tensor,
+) -> None:
+    """A step into the journal: this process's losses and gradients, joined with those of the others.
+
+    Args:
+        gradients: of this process's rows; none: they are not logged.
+        batch: the whole batch's rows.
+        labels: (B,) of them.
+    """
+    losses = processes.total(losses)
+    journal.loss(epoch, step, loss=sum(losses.values()), **losses)
+    if gradients:
+        journal.gradients(step, batch, labels, {name: processes.whole(part) for name, part in gradients.items()})
+
+
+@torch.no_grad()
+def average(backbone: Backbone, head: nn.Linear, teacher: nn.Linear, share: float) -> None:
+    """Weight averaging (WiSE-FT), in place: `share` of the tuned adapters and head, the rest of tower and probe."""
+    shrink(backbone, share)
+    for mine, frozen in zip(head.parameters(), teacher.parameters(), strict=True):
+        mine.lerp_(frozen, 1 - share)
+
+
 def stage2(
     method: Method,
     backbone: Backbone,
@@ -267,7 +298,7 @@ def stage2(
 
     Every method sees the same views in the same order, the same initial adapters and heads, and the same dropout
     masks, so that methods are compared in pairs. The text head learns beside every method, also those that do not
-    use it, so that angles can be compared; it does not touch them.
+    use it, so that angles can be compared; it does not touch them. What is logged changes no bit of a run.
 
     Args:
         backbone: with adapters.
@@ -295,6 +326,7 @@ def stage2(
     for _ in range(state.step):
         on_step()
     backbone.train()
+    log_gradients, layers_every = params.train.log_gradients, params.train.log_every * LAYERS_EVERY
     steps, an_epoch = total_steps(method, len(rows), params), -(-len(rows) // params.train.batch_size)
     with tqdm(total=steps, initial=state.step, desc=f"{method.name}, seed {seed}", unit="step") as progress:
         for epoch, batch, images, chosen in training_batches(views, params, seed, state.step):
@@ -302,17 +334,27 @@ def stage2(
             noise = torch.randn(len(batch), text.in_features, generator=random)
             own = noise[list(processes.share(range(len(batch))))].to(device)
             facts = known[epoch % len(views)][index]
+            layers = LayerGradients(backbone) if log_gradients and step % layers_every == 0 else None
             try:
                 losses, gradients = stage2_step(
-                    method, backbone, heads, state.optimizer, images.to(device), facts, own, params, confine, len(batch)
+                    method,
+                    backbone,
+                    heads,
+                    state.optimizer,
+                    images.to(device),
+                    facts,
+                    own,
+                    params,
+                    confine,
+                    len(batch),
+                    layers,
                 )
             except FloatingPointError as error:
                 raise _diverged(str(error), step, rows, batch, 2) from None
             if step % params.train.log_every == 0 or step == steps - 1:
-                losses, gradients = processes.total(losses), {n: processes.whole(g) for n, g in gradients.items()}
-                journal.loss(epoch, step, loss=sum(losses.values()), **losses)
-                for other in ("harmful", "beneficial", "applied"):
-                    journal.angle(step, "features", f"task-{other}", angles(gradients["task"], gradients[other]))
+                note(journal, epoch, step, losses, gradients if log_gradients else {}, batch, known[0].labels[batch])
+            if layers is not None:
+                layers.note(journal, step)
             state.step += 1
             progress.update()
             on_step()
@@ -324,10 +366,7 @@ def stage2(
     backbone.eval()
     decides = image if lens is None else lens.before(image)
     if method.mix:
-        share = params.train.surgery.mix
-        shrink(backbone, share)
-        for mine, frozen_one in zip(decides.parameters(), teacher.parameters(), strict=True):
-            mine.data.lerp_(frozen_one.data, 1 - share)
+        average(backbone, decides, teacher, params.train.surgery.mix)
         logits = validation_logits(backbone, decides, validation, params, device)
         journal.loss(epoch, steps, val_balanced_acc=detection_row(truth, logits)["balanced_acc"])
     plain = {"image": decides, "text": text, "teacher": teacher}

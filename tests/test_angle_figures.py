@@ -1,0 +1,130 @@
+"""Figures of the gradient-angle analysis: what they say is what the tables say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from dgs.analysis import angle_figures as figures
+from dgs.analysis.angles import angle_table, batch_table, one_sample
+from dgs.analysis.correlation import UNSEEN, WITHIN
+from dgs.analysis.figures import save
+from dgs.analysis.heads import rank_by_head
+from dgs.model.journal import Journal
+from dgs.model.surgery import suppress
+
+Logged = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
+
+
+@pytest.fixture(scope="module")
+def logged() -> Logged:
+    """lora and dgs, three seeds, eight steps: real images 80 degrees from harm, fakes 60."""
+    journals = []
+    for method in ("lora", "dgs"):
+        for seed in range(3):
+            journal = Journal(method, seed)
+            for step in range(0, 80, 10):
+                labels = torch.arange(8).remainder(2)
+                radians = torch.deg2rad(80.0 - 20.0 * labels)
+                task = torch.stack([radians.cos(), radians.sin(), torch.zeros(8)], dim=1)
+                harm = torch.tensor([[1.0, 0.0, 0.0]]).repeat(8, 1)
+                applied = suppress(task, harm, eps=0.0) if method == "dgs" else task
+                vectors = {"task": task, "harmful": harm, "beneficial": -harm.roll(1, 1), "applied": applied}
+                journal.gradients(step, list(range(8)), labels, vectors)
+                for layer in ("0.q", "10.v", "2.k"):
+                    flat = {name: vectors[name].flatten()[None] for name in ("task", "harmful", "applied")}
+                    journal.layer(step, layer, flat)
+            journals.append(journal)
+    samples, layers, batches = (
+        pd.concat([getattr(j, name) for j in journals]) for name in ("samples", "layers", "batches")
+    )
+    return samples, layers, batches
+
+
+def title(fig: Figure) -> str:
+    suptitle = fig.get_suptitle()
+    return suptitle.replace("\n", " ").replace("\u00a0", " ")
+
+
+def said(fig: Figure) -> str:
+    return " ".join(text.get_text() for text in fig.texts)
+
+
+def test_ridges_part_real_from_fake(logged: Logged) -> None:
+    fig = figures.angle_ridges(logged[0])
+    assert title(fig) == "In dgs, task and harmful are 80° apart for real images, 60° for fakes"
+    left = fig.axes[0]
+    assert len(left.collections) == figures.RIDGES == len(left.get_yticks())
+    real = left.collections[0].get_paths()[0].vertices
+    assert real[np.argmax(real[:, 1]), 0] == pytest.approx(80, abs=0.6), (
+        "the filled ridge peaks at the real images' angle"
+    )
+    fake = left.lines[0].get_xydata()
+    assert fake[np.argmax(fake[:, 1]), 0] == pytest.approx(60, abs=0.6)
+
+
+def test_the_sketch_draws_the_sample_it_names(logged: Logged) -> None:
+    row = one_sample(logged[0], "dgs", 0)
+    fig = figures.surgery_sketch(row)
+    apart = 60 if row["label"] == 1 else 80
+    assert f"{apart}° from harm" in title(fig) and f"turned by {90 - apart}°" in title(fig)
+    tips = [text.xy for text in fig.axes[0].texts]
+    radians = np.radians(apart)
+    assert any(np.allclose(tip, (np.cos(radians), np.sin(radians)), atol=1e-6) for tip in tips), "the task gradient"
+    assert any(np.allclose(tip, (0, np.sin(radians)), atol=1e-6) for tip in tips), "what is applied"
+
+
+def test_the_layer_map_shows_methods_that_turn_and_orders_blocks_by_number(logged: Logged) -> None:
+    table = angle_table(*logged[:2], ["task-applied"], 0.9)
+    fig = figures.layer_heatmap(table)
+    panel = fig.axes[0]
+    assert panel.get_title(loc="left") == "dgs"
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["0 q", "2 k", "10 v"]
+    assert title(fig).startswith("dgs turns the adapters' gradients by")
+    assert "No method here turns" in said(figures.layer_heatmap(table[table["method"] == "lora"]))
+
+
+def test_energies_and_ranks_over_training(logged: Logged) -> None:
+    fig = figures.surgery_over_training(batch_table(logged[0], logged[2], 0.9))
+    expected = 100 * np.mean([np.cos(np.radians(a)) ** 2 for a in (60, 80)])
+    assert f"dgs removes {expected:.1f} % of the task gradients' energy and adds 0.0 %" in title(fig)
+    assert "No gradients were logged" in said(figures.surgery_over_training(pd.DataFrame()))
+
+
+def test_ranks_by_head() -> None:
+    captions = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    ranks = rank_by_head(captions, np.arange(64) % 2, seed=0, steps=10)
+    last = ranks.groupby("head")["effective_rank"].last()
+    assert title(figures.rank_figure(ranks)) == (
+        f"Harmful directions of a batch: {last['linear']:.1f} under a linear head, {last['MLP']:.1f} under an MLP"
+    )
+
+
+def test_a_forest_counts_the_intervals_that_exclude_zero() -> None:
+    rows = [("angle task-harmful", WITHIN, name, 10, 5, 0.5, low, 0.9) for name, low in ((UNSEEN, -0.3), ("a", 0.1))]
+    columns = ["measure", "method", "generator", "runs", "seeds", "r", "low", "high"]
+    table = pd.DataFrame(rows, columns=columns)
+    fig = figures.correlation_forest(table)
+    assert title(fig) == (
+        "The task to harmful angle: 1 of 2 intervals exclude zero; on all unseen r = 0.50 [−0.30, 0.90]"
+    )
+    assert "Too few runs" in said(figures.correlation_forest(table.assign(low=np.nan)))
+
+
+def test_subspaces_name_the_mean_and_what_chance_would_give(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    rows = [
+        (0.9, "lora", seed, other, 1 - seed if other == "lora" else seed, layer, "output", mean, 0.0, 78.0)
+        for seed in (0, 1)
+        for other, mean in (("dgs", 30.0 + 2 * seed), ("lora", 70.0))
+        for layer in ("0.q", "0.k")
+    ]
+    columns = ["rho", "method", "seed", "other_method", "other_seed", "layer", "side", "mean", "smallest", "random"]
+    fig = figures.subspace_figure(pd.DataFrame(rows, columns=columns))
+    assert title(fig) == "dgs and lora write into subspaces 31° apart on average; random ones are 78° apart"
+    first = save(fig, tmp_path / "a.png").read_bytes()
+    again = save(figures.subspace_figure(pd.DataFrame(rows, columns=columns)), tmp_path / "b.png").read_bytes()
+    assert first == again, "figures repeat to the byte"
+    assert "Fewer than two runs" in said(figures.subspace_figure(pd.DataFrame(columns=columns)))
