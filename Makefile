@@ -25,7 +25,7 @@ export PATH := $(BIN):$(PATH)
 STUDY ?= study-90 study-75 study-50 study-object study-networks
 FRESH := 20261125
 
-NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gradient_angles))
+NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gradient_angles explore))
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120
 
 .PHONY: environment repro test test-slow verify study bench lint lab lock

@@ -259,6 +259,7 @@ NOTEBOOK_PARAMETERS: dict[str, dict[str, str]] = {
         "device": "compute.device",
     },
     "gradient_angles": {"methods": "methods", "seeds": "seeds", "pairs": "gradient_angles.pairs"},
+    "explore": {"method": "", "seed": "", "image": "", "label": "", "caption": ""},
 }
 
 
@@ -368,7 +369,7 @@ def with_overrides(notebook: str, params: Params, namespace: Mapping[str, Any]) 
     A training notebook's method brings its own settings; a name whose value was changed stands above them.
 
     Args:
-        notebook: "prepare", "train", "evaluate" or "gradient_angles".
+        notebook: "prepare", "train", "evaluate", "gradient_angles" or "explore".
         namespace: the notebook's `globals()`.
 
     Raises:

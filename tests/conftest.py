@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from clips import write_random_clip
-from copies import ROOT
+from copies import ROOT, copy_repository, run
 from PIL import Image
 
 from dgs.data.manifest import build_manifest
@@ -103,4 +103,13 @@ def tiny_prepared(tiny: Params, tmp_path_factory: pytest.TempPathFactory) -> Pat
     embeddings = encode_texts(load_clip(tiny.model, ROOT, tiny.image_size), texts)
     captions = dict(zip(texts, embeddings, strict=True))
     save_prepared(folder, manifest, {"data_hash": "d", "rho": 0.9, "seen": []}, captions, {}, None, tiny)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this repository at the tiny size in which `dvc repro` has run; to be looked at, not changed."""
+    folder = copy_repository(tmp_path_factory.mktemp("finished"))
+    done = run(folder, "dvc", "repro")
+    assert done.returncode == 0, done.stderr + done.stdout
     return folder

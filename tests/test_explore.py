@@ -1,0 +1,213 @@
+"""The explorer computes what training does, says what it found, and answers at once."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import structured_image
+from torch import nn
+
+from dgs.analysis.explore import (
+    Gradients,
+    Settings,
+    Subject,
+    Workbench,
+    confident_mistakes,
+    measure,
+    operate,
+    ranks,
+    suppress_all,
+    sweeps,
+)
+from dgs.analysis.explore_figures import mistakes_sheet, png, portrait, surgery_plane, sweep_figure
+from dgs.analysis.explore_widgets import LAMBDAS, WIDGET, SurgeryControls, bundle
+from dgs.errors import UserError
+from dgs.model.methods import get_method
+from dgs.model.step import Known, surgery_step
+from dgs.model.surgery import head_gradients, suppress
+from dgs.params import load_params, validate
+from dgs.workspace import Workspace
+
+RUN = Settings(lam=0.2, eps=1e-6, rank=1, order="release", scale="release")
+
+
+def some_subject(width: int = 96, directions: int = 4) -> Subject:
+    torch.manual_seed(1)
+    rows = torch.randn(2 + directions, 1, width)
+    gradients = Gradients(rows[0], rows[1], rows[2:, 0], 32)
+    pixels = np.asarray(structured_image(0, 64, 64))
+    patches = np.arange(49, dtype=np.int32)
+    return Subject("an image", 1, "a red boat", pixels, pixels, patches, -2.0, 0.0, gradients, RUN)
+
+
+@pytest.mark.parametrize("order", ["release", "paper"])
+@pytest.mark.parametrize("scale", ["release", "per_sample"])
+def test_the_explorers_surgery_is_the_training_steps(
+    order: Literal["release", "paper"], scale: Literal["release", "per_sample"]
+) -> None:
+    size, width = 8, 12
+    params = validate({"train": {"surgery": {"lam": 0.7, "eps": 1e-3, "order": order, "scale": scale}}})
+    heads = {name: nn.Linear(width, 1) for name in ("image", "text", "teacher")}
+    features, captions, frozen = torch.randn(3, size, width)
+    labels = torch.arange(size).remainder(2).float()
+    residual = torch.sigmoid(heads["teacher"](frozen).squeeze(1)).detach() - labels
+    zeros = torch.zeros(size)
+    known = Known(labels, captions, frozen, zeros + 1, residual, zeros)
+    _, _, wanted = surgery_step(get_method("dgs"), features, heads, known, torch.randn(size, width), params)
+    settings = Settings.of(params.train.surgery)
+    for i in range(size):
+        row, truth = slice(i, i + 1), labels[i : i + 1]
+        gradients = Gradients(
+            head_gradients(heads["image"], features[row], truth),
+            head_gradients(heads["teacher"], frozen[row], truth),
+            head_gradients(heads["text"], captions[row], truth),
+            size,
+        )
+        found = operate(gradients, settings)
+        for name, vector in found.items():
+            assert torch.allclose(vector, wanted[name][row], rtol=1e-4, atol=1e-8), name
+
+
+def test_rank_k_suppression_is_orthogonal_to_all_k_directions_and_rank_1_is_the_papers() -> None:
+    grad, harmful = torch.randn(1, 10).double(), torch.rand(3, 10).double()
+    assert torch.allclose(harmful @ suppress_all(grad, harmful, 0.0)[0], torch.zeros(3).double(), atol=1e-12)
+    assert torch.equal(suppress_all(grad, harmful[:1], 0.1), suppress(grad, harmful[:1], 0.1))
+    twice = torch.cat([harmful, 5 * harmful[:1] + harmful[1:2]])
+    assert torch.allclose(suppress_all(grad, twice, 0.1), suppress_all(grad, harmful, 0.1), atol=1e-9)
+    assert torch.equal(suppress_all(grad, torch.zeros(2, 10).double(), 0.1), grad)
+
+
+def test_what_is_said_of_the_vectors() -> None:
+    task, harm = torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[-2.0, 0.0, 0.0]])
+    vectors = {"task": task, "harmful": harm, "beneficial": harm, "applied": torch.tensor([[0.0, 1.0, 1.0]])}
+    products, said = measure(vectors)
+    assert products["task.applied"] == 1.0
+    assert said == pytest.approx({"harm": 135.0, "turned": 60.0, "conflict": 1.0, "removed": 0.5, "added": 0.5})
+
+
+def test_each_setting_is_swept_alone() -> None:
+    subject = some_subject()
+    table = sweeps(subject, {"lam": [0.0, 50.0], "rank": ranks(subject)})
+    assert table["value"].tolist() == [0.0, 50.0, 1, 2, 3, 4]
+    assert table["turned"].diff()[1:2].item() > 1
+    _, said = measure(operate(subject.gradients, replace(RUN, rank=3)))  # type: ignore[arg-type]
+    assert table["turned"].iloc[4] == pytest.approx(said["turned"])
+    frozen = replace(subject, gradients=None)
+    assert ranks(frozen) == [] and sweeps(frozen, {"lam": [0.0]}).empty
+
+
+def test_mistakes_are_the_surest_ones_of_one_checkpoint_on_test_images() -> None:
+    rows = [
+        ("a", 1, -3.0, "test", "dgs", 0, "native"),
+        ("a", 1, -5.0, "test", "dgs", 0, "native"),
+        ("a", 1, -4.0, "test", "dgs", 0, "native"),
+        ("a", 1, 9.0, "test", "dgs", 0, "native"),  # right
+        ("shared", 0, 2.0, "test", "dgs", 0, "native"),
+        ("a", 1, -9.0, "val", "dgs", 0, "native"),
+        ("a", 1, -9.0, "test", "lora", 0, "native"),
+        ("a", 1, -9.0, "test", "dgs", 1, "native"),
+        ("a", 1, -9.0, "test", "dgs", 0, "jpeg"),
+    ]
+    columns = ["generator", "label", "logit", "split", "method", "seed", "condition"]
+    scores = pd.DataFrame(rows, columns=columns)
+    scores["id"] = [f"i{number}" for number in range(len(rows))]
+    found = confident_mistakes(scores, "dgs", 0, most=2)
+    assert found["id"].tolist() == ["i1", "i2", "i4"] and found["group"].tolist() == ["a", "a", "real"]
+    fig = mistakes_sheet(found, [np.zeros((4, 4, 3), np.uint8)] * 3)
+    assert [ax.get_title() for ax in fig.axes] == ["1 %", "2 %", "88 %", ""]
+
+
+def test_the_portrait_names_score_caption_and_patches() -> None:
+    subject = some_subject()
+    fig = portrait(subject, 8)
+    assert fig.get_suptitle().replace("\n", " ").replace("\u00a0", " ") == (
+        "A fake image, called real, wrongly: probability of being generated 11.9 %"
+    )
+    assert len(fig.axes[0].patches) == 49
+    (legend,) = fig.legends
+    assert legend.get_title().get_text() == "“a red boat”"
+    assert len(portrait(replace(subject, patches=None), 8).axes[0].patches) == 0
+
+
+def test_sliders_redraw_from_cached_tensors_in_under_200_ms() -> None:
+    controls = SurgeryControls(some_subject())
+    pictures, seconds = [controls.picture.value], []
+    for value in LAMBDAS[-5:]:
+        started = time.perf_counter()
+        controls.lam.value = value
+        seconds.append(time.perf_counter() - started)
+        pictures.append(controls.picture.value)
+    assert len(set(pictures)) == len(pictures), "every move draws another picture"
+    assert min(seconds) < 0.2
+    assert controls.rank.max == 4
+    before = controls.picture.value
+    controls.order.value = "paper"
+    assert controls.picture.value != before and controls.settings.order == "paper"
+
+
+def test_where_widgets_cannot_run_the_picture_stands_in_their_place() -> None:
+    controls = SurgeryControls(some_subject())
+    shown = bundle(controls.box, png(surgery_plane(controls.subject, RUN)))
+    assert set(shown) == {WIDGET, "image/png", "text/plain"}
+    controls.show(replace(controls.subject, gradients=None))
+    assert controls.picture.layout.display == "none"
+    assert png(sweep_figure(sweeps(some_subject(), {"lam": LAMBDAS}))).startswith(b"\x89PNG")
+
+
+def test_nothing_trained_yet_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"nothing is trained yet\. Run dvc repro train@probe, or notebooks/train\.ipynb"
+    ):
+        Workbench(Workspace(tmp_path, tmp_path / "scratch", "mini"), load_params())
+
+
+@pytest.mark.slow
+class TestWorkbench:
+    """On what `dvc repro` made."""
+
+    @pytest.fixture(scope="class")
+    def bench(self, finished: Path) -> Workbench:
+        return Workbench(Workspace(finished, finished / "scratch", "mini"), load_params("mini", finished))
+
+    def test_a_test_image_has_the_score_that_evaluation_gave_it(self, bench: Workbench) -> None:
+        assert bench.runs == {"probe": [0], "lora": [0], "dgs": [0]}
+        scores = bench.scores()
+        assert scores is not None
+        method, seed, image = bench.choose(None, None, None)
+        assert (method, seed) == ("dgs", 0)
+        for name in bench.runs:
+            found = bench.look(name, 0, image)
+            wanted = scores.query("method == @name and id == @image")["logit"].item()
+            assert found.logit == pytest.approx(wanted, abs=1e-4)
+            assert (found.gradients is None) == (name == "probe")
+
+    def test_a_file_gives_what_the_same_image_of_the_benchmark_gives(self, bench: Workbench, tmp_path: Path) -> None:
+        from PIL import Image
+
+        _, _, image = bench.choose("dgs", 0, None)
+        theirs = bench.look("dgs", 0, image)
+        path = tmp_path / "mine.png"
+        Image.fromarray(theirs.image).save(path)
+        mine = bench.open("dgs", 0, str(path), label=theirs.label, caption=theirs.caption)
+        assert mine.logit == pytest.approx(theirs.logit, abs=1e-5)
+        assert mine.gradients is not None and theirs.gradients is not None
+        assert torch.allclose(mine.gradients.texts, theirs.gradients.texts, rtol=1e-3, atol=1e-6)
+
+    def test_mistakes_of_a_user_are_named(self, bench: Workbench, tmp_path: Path) -> None:
+        image = bench.choose(None, None, None)[2]
+        with pytest.raises(UserError, match=r"No checkpoint of 'dsg'\. Did you mean 'dgs'\?"):
+            bench.look("dsg", 0, image)
+        with pytest.raises(UserError, match=r"No checkpoint of dgs with seed 4\. There are seeds 0\."):
+            bench.look("dgs", 4, image)
+        with pytest.raises(UserError, match="No test image or file 'nothing'"):
+            bench.open("dgs", 0, "nothing")
+        structured_image(3).save(tmp_path / "a.png")
+        with pytest.raises(UserError, match=r"Expected label = 0 \(real\) or 1 \(fake\)"):
+            bench.open("dgs", 0, str(tmp_path / "a.png"))
