@@ -3,6 +3,7 @@
 # make verify         reproduce the committed results elsewhere and compare
 # make study          every method under every condition (hours; broken off, it goes on; STUDY=study-90: one part)
 # make bench          speed and memory against the release's step (13 minutes, a quiet machine)
+# make report         the executed notebooks as web pages, self-contained
 # make lab            JupyterLab
 # make lock           renew requirements.lock from pyproject.toml
 
@@ -28,7 +29,7 @@ FRESH := 20261125
 NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gradient_angles explore))
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120
 
-.PHONY: environment repro test test-slow verify study bench lint lab lock
+.PHONY: environment repro test test-slow verify study bench lint report lab lock
 environment: $(READY)
 
 # torch comes first and by pip: it honours the machine's pip settings, and keeps a CPU build that is already there.
@@ -76,6 +77,9 @@ lint: $(READY)
 	ruff check .
 	ruff format --check .
 	mypy
+
+report: $(READY)
+	dgs report $(PROFILE)
 
 lab: $(READY)
 	$(if $(PROFILE),DGS_PROFILE=$(PROFILE)) jupyter lab notebooks

@@ -200,6 +200,22 @@ def profile(
 
 @app.command()
 @_for_users
+def report(
+    name: Annotated[str | None, typer.Argument(help="profile; default: that of params.yaml")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a profile's executed notebooks and report as web pages that load nothing from outside; print the index."""
+    from dgs.pages import write_pages
+    from dgs.params import load_params
+    from dgs.workspace import find_root
+
+    root = find_root()
+    index = write_pages(root, load_params(name).profile).relative_to(root).as_posix()
+    _print(as_json, {"index": index}, index)
+
+
+@app.command()
+@_for_users
 def verify(
     committed: Annotated[Path, typer.Argument(help="results folder to compare against")],
     reproduced: Annotated[Path, typer.Argument(help="results folder just made")],
