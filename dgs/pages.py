@@ -75,7 +75,8 @@ def notebook_page(path: Path, pages: dict[str, str]) -> tuple[str, str]:
         pages: {a notebook's name: its page}, for links.
     """
     notebook = nbformat.read(path, as_version=4)
-    body, _ = HTMLExporter(template_name="basic", embed_images=True, sanitize_html=True).from_notebook_node(notebook)
+    body, _ = HTMLExporter(template_name="basic", embed_images=True).from_notebook_node(notebook)
+    body = re.sub(r"<script\b.*?</script>", "", body, flags=re.DOTALL)  # a page stands still
     found = re.search(r"^# (.+)$", notebook.cells[0].source if notebook.cells else "", re.MULTILINE)
     title = found[1] if found else path.stem
     return title, _page(title, _embedded(_links(body, pages), path.parent), home=False)
