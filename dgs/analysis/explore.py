@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dgs.analysis.angles import cosines, degrees, energies
 from dgs.analysis.evaluate import _check_fits
@@ -333,10 +334,11 @@ class Workbench:
         gradients = None
         if "text" in heads:
             truth = torch.tensor([float(label)])
+            texts = self._texts(method, seed, torch.from_numpy(embedding)[None], truth)
             gradients = Gradients(
                 task=head_gradients(heads["image"], features, truth),
                 teacher=head_gradients(heads["teacher"], frozen, truth),
-                texts=self._texts(method, seed, torch.from_numpy(embedding)[None], truth),
+                texts=F.pad(texts, (0, features.shape[1] - texts.shape[1])),  # features of levels have no text side
                 batch_size=batch_size,
             )
         return Subject(name, label, caption, pixels, view, kept, logit, threshold, gradients, settings)
