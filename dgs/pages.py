@@ -12,9 +12,10 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown import markdown2html
 from pygments.formatters import HtmlFormatter
 
+from dgs.disk import replacing
 from dgs.errors import UserError
 from dgs.pipeline import STAGES
-from dgs.workspace import MAIN, replacing
+from dgs.workspace import MAIN
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-
-from dgs.model.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -26,33 +23,34 @@ class Adapter:
     scale: float
 
 
-def adapters(backbone: Backbone) -> Iterator[Adapter]:
-    """The adapted layers of a backbone, in the tower's order."""
-    for module in backbone.visual.modules():
+def adapters(tower: nn.Module) -> Iterator[Adapter]:
+    """The adapted layers of a tower, in its order."""
+    from peft.tuners.lora import LoraLayer  # here: the registry of methods is read where no CLIP is loaded
+
+    for module in tower.modules():
         if isinstance(module, LoraLayer):
             name = module.active_adapters[0]
             a, b = (cast(nn.Linear, part[name]).weight for part in (module.lora_A, module.lora_B))
             yield Adapter(cast(nn.Linear, module.base_layer).weight, a, b, module.scaling[name])
 
 
-def squared_update(backbone: Backbone) -> Tensor:
+def squared_update(tower: nn.Module) -> Tensor:
     """sum |scale B A|_F^2 over all layers, without forming B A: the distance of L2-SP (Li et al. 2018)."""
     terms = [
-        adapter.scale**2 * ((adapter.b.T @ adapter.b) * (adapter.a @ adapter.a.T)).sum()
-        for adapter in adapters(backbone)
+        adapter.scale**2 * ((adapter.b.T @ adapter.b) * (adapter.a @ adapter.a.T)).sum() for adapter in adapters(tower)
     ]
     return torch.stack(terms).sum()
 
 
 @torch.no_grad()
-def hold_principal(backbone: Backbone) -> Callable[[], None]:
+def hold_principal(tower: nn.Module) -> Callable[[], None]:
     """A function that puts every update back into the weights' smallest singular directions, as many as its rank.
 
     Effort (Yan et al. 2025) freezes the principal part of each weight and trains the rest; it does so for whole
     weights and with two more losses, here for LoRA's q, k and v.
     """
     bases = []
-    for adapter in adapters(backbone):
+    for adapter in adapters(tower):
         left, _, right = torch.linalg.svd(adapter.weight.double(), full_matrices=False)
         rank = len(adapter.a)
         bases.append((adapter, left[:, -rank:].to(adapter.b.dtype), right[-rank:].to(adapter.a.dtype)))
@@ -67,7 +65,7 @@ def hold_principal(backbone: Backbone) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def shrink(backbone: Backbone, share: float) -> None:
+def shrink(tower: nn.Module, share: float) -> None:
     """Scale every update by `share`: 0 is the frozen tower, 1 the tuned one."""
-    for adapter in adapters(backbone):
+    for adapter in adapters(tower):
         adapter.b.mul_(share)

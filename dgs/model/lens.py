@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from concept_erasure import LeaceEraser
 from torch import Tensor, nn
 
 from dgs.params import SurgeryParams
@@ -66,6 +65,8 @@ def leace(features: Tensor, captions: Tensor, params: SurgeryParams) -> Affine:
     Args:
         features, captions: (N, D) of the same images.
     """
+    from concept_erasure import LeaceEraser  # here: the registry of methods is read where nothing is trained
+
     concepts = captions.double() @ _principal(captions, params.directions)
     eraser = LeaceEraser.fit(features.double(), concepts)
     assert eraser.bias is not None

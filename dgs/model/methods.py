@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,9 +15,6 @@ from dgs.model.conflict import pcgrad, prograd, upgrad
 from dgs.model.lens import Affine, leace, null_space, standardise
 from dgs.model.surgery import alignment_loss, split_signs, suppress
 from dgs.params import Params, SurgeryParams, validate
-
-if TYPE_CHECKING:
-    from dgs.model.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -149,8 +146,8 @@ class Method:
     levels: bool = False
     lens: Lens | None = None
     warm: bool = False
-    penalty: Callable[[Backbone], Tensor] | None = None
-    confine: Callable[[Backbone], Callable[[], None]] | None = None
+    penalty: Callable[[nn.Module], Tensor] | None = None
+    confine: Callable[[nn.Module], Callable[[], None]] | None = None
     mix: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     knob: str | None = None
