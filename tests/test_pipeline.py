@@ -50,7 +50,9 @@ def test_a_run_makes_every_result(repo: Path) -> None:
     assert list(forgetting.columns) == ["rho", "method", "seed", "measure", "before", "after"]
     angles = pd.read_csv(results / "gradient_angles.csv")
     assert list(angles.columns) == ["rho", "method", "seed", "step", "layer", "pair", "mean", "p05", "p95"]
-    assert set(angles["method"]) == {"lora", "dgs"}
+    assert set(angles["method"]) == {"lora", "dgs"} and {"features", "0.q"} <= set(angles["layer"])
+    for name in ("gradient_batches", "update_subspaces", "head_ranks"):
+        assert len(pd.read_csv(results / f"{name}.csv")) > 0
     assert "# " in (results / "REPORT.md").read_text()
     for name in ("prepare", "train-probe", "train-lora", "train-dgs", "evaluate", "gradient_angles"):
         notebook = nbformat.read(results / "notebooks" / f"{name}.ipynb", as_version=4)

@@ -98,6 +98,14 @@ def test_every_parameter_group_belongs_to_a_stage() -> None:
     assert used == set(Params.model_fields)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_opens_with_what_it_needs_makes_and_takes_and_ends_with_where_to_go(path: Path) -> None:
+    cells = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]]
+    assert cells[0].startswith("# ")
+    assert all(f"\n**{word}** " in cells[0] for word in ("Needs", "Makes", "Takes"))
+    assert cells[-1].startswith("**Next:**")
+
+
 def test_source_notebooks_carry_no_outputs() -> None:
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         for cell in json.loads(path.read_text())["cells"]:
