@@ -17,7 +17,7 @@ from torch import Tensor
 from dgs.data.prepared import Prepared
 from dgs.errors import UserError
 from dgs.model.backbone import Clip
-from dgs.model.journal import Journal
+from dgs.model.journal import AT_FEATURES, AT_LAYERS, TABLES, Journal
 from dgs.model.methods import get_method
 from dgs.model.train import Trained, train
 from dgs.model.unfinished import Unfinished, run_key
@@ -138,14 +138,17 @@ def test_without_a_time_to_wait_no_snapshot_is_made(
 def test_a_journal_on_the_disk_is_the_same_journal(tmp_path: Path) -> None:
     journal = Journal("dgs", 0)
     journal.loss(0, 3, loss=1 / 3, loss_task=float("nan"))
-    journal.angle(3, "features", "task-harmful", torch.rand(7, dtype=torch.float64) * 180)
+    vectors = {name: torch.randn(7, 4, dtype=torch.float64) for name in AT_FEATURES}
+    journal.gradients(3, list(range(7)), torch.arange(7).remainder(2), vectors)
+    journal.layer(3, "0.q", {name: torch.randn(1, 9) for name in AT_LAYERS})
     kept = Unfinished(tmp_path / "seed")
     kept.keep_journal(journal)
     assert not kept.is_done, "the checkpoint comes last, and says that all is there"
     kept.checkpoint.mkdir()
     assert kept.is_done
     read = kept.hand_over("dgs", 0, tmp_path / "out")
-    assert read.losses.equals(journal.losses) and read.angle_table.equals(journal.angle_table)
+    for name in TABLES:
+        assert len(getattr(journal, name)) and getattr(read, name).equals(getattr(journal, name))
 
 
 def test_whatever_a_result_depends_on_changes_the_key_and_nothing_else_does(params: Params, tmp_path: Path) -> None:
