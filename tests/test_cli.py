@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -11,12 +12,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from clips import write_checkpoint, write_random_clip
 from conftest import structured_image
 from copies import copy_repository
+from PIL import Image
 from test_checkpoint import DAMAGES, assert_helpful, edit_json
 from test_verify import edit, metrics, write
 from typer.main import get_command
@@ -24,6 +27,7 @@ from typer.testing import CliRunner, Result
 
 from dgs.cli import app, main
 from dgs.minibench import plan
+from dgs.model.detector import Detector
 
 
 def run(*arguments: object) -> Result:
@@ -194,6 +198,43 @@ class TestScore:
                 assert rest == [f"{row['probability']:.4f}", row["verdict"]]
                 assert row["verdict"] == ("generated" if row["probability"] > 0.5 else "real")
 
+    def test_csv_has_a_line_a_file_under_the_names_of_its_columns(self, images: Path, whole: Path) -> None:
+        (images / 'a, "b".png').write_bytes((images / "0.png").read_bytes())
+        result = run("score", images, "--checkpoint", whole, "--csv")
+        programs = run("score", images, "--checkpoint", whole, "--json")
+        table = list(csv.DictReader(io.StringIO(result.stdout)))
+        assert result.exit_code == 1 and len(table) == 5
+        for row, line in zip(table, programs.stdout.splitlines(), strict=True):
+            assert list(row) == ["path", "probability", "verdict", "error"]
+            expected = {name: str(value) for name, value in json.loads(line).items()}
+            assert {name: value for name, value in row.items() if value} == expected
+
+    def test_csv_and_json_at_once_are_a_mistake(self, images: Path) -> None:
+        assert "Expected --csv or --json, found both" in one_sentence(run("score", images, "--csv", "--json"))
+
+    def test_explain_saves_what_the_model_saw_of_each(self, images: Path, whole: Path, tmp_path: Path) -> None:
+        seen = tmp_path / "seen"
+        result = run("score", images, "--checkpoint", whole, "--json", "--explain", seen)
+        rows = [json.loads(line) for line in result.stdout.splitlines()]
+        index = [json.loads(line) for line in (seen / "views.jsonl").read_text().splitlines()]
+        scored = [row for row in rows if "error" not in row]
+        assert index == [{"view": f"{number:06d}.png", **row} for number, row in enumerate(scored, start=1)]
+        detector = Detector.load(whole)
+        for entry in index:
+            with Image.open(seen / entry["view"]) as saved:
+                assert np.array_equal(np.array(saved), detector.view(entry["path"]))
+
+    def test_explain_wants_an_empty_folder_apart_from_the_images(self, images: Path, whole: Path) -> None:
+        for folder, message in ((images.parent / "0", "found"), (images / "seen", "outside of what is scored")):
+            folder.mkdir(exist_ok=True)
+            (folder / "a").touch()
+            result = run("score", images, "--checkpoint", whole, "--explain", folder)
+            assert message in one_sentence(result) and "--explain" in result.stderr
+
+    def test_people_are_told_how_often_a_verdict_is_a_false_alarm(self, images: Path, whole: Path) -> None:
+        said = run("score", images / "0.png", "--checkpoint", whole).stderr
+        assert "raised a false alarm on 8.4 % [5.6, 12.5] of 250 real images and caught 80.0 %" in said
+
     def test_all_scored_exits_with_0(self, images: Path, whole: Path) -> None:
         result = run("score", images / "0.png", images / "1.png", "--checkpoint", whole)
         assert (result.exit_code, len(result.stdout.splitlines())) == (0, 2)
@@ -236,6 +277,7 @@ class TestScore:
         edit_json(checkpoint / "dgs.json", lambda info: info["thresholds"].pop("val"))
         result = run("score", images, "--checkpoint", checkpoint)
         assert "above a probability of 0.500, not calibrated on any images" in result.stderr
+        assert "best threshold" not in result.stderr
 
     @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
     @pytest.mark.parametrize("options", [[], ["--json"]])

@@ -58,11 +58,15 @@ def what_a_verdict_is(info: dict[str, Any], rule: str, threshold: float) -> str:
     if measured is None:
         return f"{above}, not calibrated on any images: how often that is a false alarm is not known"
     alarm, caught = measured["false_alarm"], measured["caught"]
-    chosen = "the best threshold on its validation images" if rule == "val" else "not calibrated on any images"
+    there = (
+        "the best threshold on its validation images, where"
+        if rule == "val"
+        else ("not calibrated on any images; on its validation images")
+    )
     return (
-        f"{above}, {chosen}; there it raised a false alarm on {percent_text(alarm['rate'])} % "
+        f"{above}, {there} it raised a false alarm on {percent_text(alarm['rate'])} % "
         f"[{percent_text(alarm['low'])}, {percent_text(alarm['high'])}] of {alarm['of']} real images and caught "
-        f"{percent_text(caught['rate'])} % of {caught['of']} generated ones; on other images expect it to do worse"
+        f"{percent_text(caught['rate'])} % of {caught['of']} generated ones; expect worse on images of other sources"
     )
 
 

@@ -1,0 +1,99 @@
+"""Scoring files against the tower alone: `python benchmarks/scoring.py` (two minutes) writes scoring.md beside it.
+
+Both sides take turns in one process, the tower on one CPU thread: what is left of its throughput when images are read,
+decoded, cut into patches and put together by threads beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timing import interleave
+from torch import nn
+
+from dgs.model.backbone import Backbone, load_clip
+from dgs.model.detector import Detector
+from dgs.params import validate
+
+HERE = Path(__file__).resolve().parent
+TOWER = "ViT-B-32-quickgelu"
+REQUIRED = 0.9
+
+
+def detector(patches: bool) -> Detector:
+    """An adapted ViT-B/32 with random weights and the release's view of an image, or a resized one."""
+    params = validate(
+        {
+            "data": {"layout": "folders", "rho": None, "fit": "resize"},
+            "patches": {"enabled": patches, "size": 32, "count": 49},
+            "model": {"clip": TOWER, "pretrained": "random", "image_size": 224, "lora": {"rank": 6, "alpha": 6.0}},
+            "compute": {"device": "cpu"},
+        }
+    )
+    backbone = Backbone(load_clip(params.model, HERE, params.image_size, text=False), params.model.lora).eval()
+    return Detector(backbone, nn.Linear(backbone.visual.output_dim, 1), params, {})
+
+
+def photographs(folder: Path, count: int, side: int) -> list[Path]:
+    """JPEGs with detail at every scale, so that decoding costs what it costs for photographs."""
+    paths = []
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        pixels = np.zeros((side, side, 3))
+        for scale in (2, 8, 32, 128):
+            coarse = Image.fromarray(rng.integers(0, 256, (side // scale, side // scale, 3), dtype=np.uint8))
+            pixels += np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float64) / 4
+        paths.append(folder / f"{seed}.jpg")
+        Image.fromarray(pixels.astype(np.uint8)).save(paths[-1], quality=92)
+    return paths
+
+
+def main() -> None:
+    """Measure, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=HERE / "scoring.md")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # of the random weights
+    lines = [
+        f"Measured {date.today()}: {TOWER}, random weights, {chosen.images} JPEGs in batches of 16, the tower on one "
+        f"CPU thread, torch {torch.__version__}, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores.",
+        "Share of the tower's own images a second that scoring files reaches: median of the rounds [lowest, highest].",
+        "",
+        "| images | tower alone | files | share | required |",
+        "|---|---|---|---|---|",
+    ]
+    for patches, side in ((True, 512), (True, 1024), (False, 512), (False, 1024)):
+        one = detector(patches)
+        with tempfile.TemporaryDirectory() as folder:
+            paths = photographs(Path(folder), chosen.images, side)
+            views = [np.stack([one.view(path) for path in paths[i : i + 16]]) for i in range(0, len(paths), 16)]
+            timed = interleave(
+                {
+                    "tower": lambda one=one, views=views: [one.logits(batch) for batch in views],
+                    "files": lambda one=one, paths=paths: one.score(paths, batch_size=16),
+                },
+                chosen.rounds,
+            )
+        share, low, high = timed.ratio("tower", "files")
+        rates = [f"{chosen.images / timed.median(name):.1f} a second" for name in ("tower", "files")]
+        what = f"{side} x {side} px, {'49 patches of 32 px' if patches else 'resized'}"
+        met = f">= {REQUIRED}" + ("" if share >= REQUIRED else " **missed**")
+        lines.append(f"| {what} | {rates[0]} | {rates[1]} | {share:.2f} [{low:.2f}, {high:.2f}] | {met} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    chosen.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
