@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,13 +15,20 @@ import pandas as pd
 import pytest
 import torch
 from copies import ROOT
+from safetensors.torch import load_file
 from torch import nn
 
+from dgs.analysis.evaluate import evaluate_from_disk
+from dgs.data.prepared import load_prepared
 from dgs.errors import UserError
 from dgs.model import processes
+from dgs.model.backbone import load_clip
 from dgs.model.checkpoint import read_info
 from dgs.model.journal import Journal
+from dgs.model.methods import get_method
 from dgs.model.seeds import train_seeds
+from dgs.model.train import Trained, train
+from dgs.model.unfinished import Unfinished
 from dgs.params import Params, validate
 
 
@@ -127,8 +137,6 @@ def changed(params: Params, **groups: dict[str, object]) -> Params:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     found = {}
     for file in ("adapter_model.safetensors", "heads.safetensors"):
         if (folder / file).exists():
@@ -174,3 +182,71 @@ def test_two_processes_train_what_one_trains(
         assert np.allclose(first.get("loss", 0), second.get("loss", 0), rtol=0, atol=1e-5, equal_nan=True)
     thresholds = [read_info(folder)["thresholds"]["val"] for folder in (one, two)]
     assert abs(thresholds[0] - thresholds[1]) < 1e-5
+
+
+def train_and_die(params: Params, prepared: Path, folder: Path, fatal: int | None) -> dict[str, torch.Tensor]:
+    """Train in the group; the second process is killed in the step `fatal`."""
+    steps = 0
+    made: dict[str, torch.Tensor] = {}
+
+    def on_step() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == fatal and processes.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def done(trained: Trained) -> None:
+        made.update({n: p.detach().clone() for n, p in trained.backbone.named_parameters() if p.requires_grad})
+
+    clip = load_clip(params.model, ROOT, params.image_size, text=False)
+    cpu, kept = torch.device("cpu"), Unfinished(folder, 0.0)
+    train(get_method("dgs"), clip, load_prepared(prepared, ROOT), params, 0, cpu, done, on_step, kept)
+    return made
+
+
+@pytest.mark.slow
+def test_when_one_of_two_is_killed_both_go_on_from_the_snapshot_to_the_bit(
+    tiny: Params, tiny_prepared: Path, tmp_path: Path
+) -> None:
+    """With dropout: each process's masks go on where they were."""
+    model = {"lora": {"dropout": 0.5}}
+    params = changed(tiny, train={"batch_size": 12, "stage2": {"epochs": 2}, "processes": 2}, model=model)
+    whole = processes.run(2, train_and_die, params, tiny_prepared, tmp_path / "whole", None)
+    with pytest.raises(UserError, match=r"process 1 died .killed by signal 9.*goes on from the last snapshot"):
+        processes.run(2, train_and_die, params, tiny_prepared, tmp_path / "killed", 6)
+    assert torch.load(tmp_path / "killed" / "snapshot.pt", weights_only=True)["step"] == 5
+    again = processes.run(2, train_and_die, params, tiny_prepared, tmp_path / "killed", None)
+    assert whole and all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_two_processes_score_every_image_once_and_in_order(tiny: Params, tiny_prepared: Path, tmp_path: Path) -> None:
+    folder, _ = train_in(1, "dgs", tiny, tiny_prepared, tmp_path / "one")
+    tables = []
+    for count in (1, 2):
+        params = changed(tiny, train={"processes": count})
+        tables.append(evaluate_from_disk({("dgs", 0): folder}, ROOT, tiny_prepared, params))
+    (scores, forgetting, panels), (by_two, forgetting_by_two, panels_by_two) = tables
+    assert scores["id"].is_unique and len(scores) > 100
+    pd.testing.assert_frame_equal(by_two, scores, check_exact=False, rtol=0, atol=1e-5)
+    pd.testing.assert_frame_equal(forgetting_by_two, forgetting, check_exact=False, rtol=0, atol=1e-5)
+    for name, (features, rows) in panels.items():
+        assert np.allclose(panels_by_two[name][0], features, rtol=0, atol=1e-5)
+        assert list(panels_by_two[name][1]["id"]) == list(rows["id"])
+
+
+@pytest.mark.slow
+def test_torchrun_trains_what_one_process_trains(tiny: Params, tiny_prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_prepared, tmp_path / "build" / "tiny" / "prepare")
+    env = {**os.environ, "DGS_OUT": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = ["-m", "dgs.cli", "train", "dgs", "--profile", "tiny", "--out"]
+    both = ["torchrun", "--standalone", "--nproc-per-node", "2", *words, str(tmp_path / "two")]
+    for command in ([sys.executable, *words, str(tmp_path / "one")], both):
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip().endswith("seed-0"), done.stdout
+    a, b = tensors(tmp_path / "one" / "seed-0"), tensors(tmp_path / "two" / "seed-0")
+    assert a.keys() == b.keys()
+    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-5  # at the embedded benchmark's learning rate
+    assert read_info(tmp_path / "two" / "seed-0")["params"]["train"]["processes"] == 2
+    assert not (tmp_path / "build" / "tiny" / "unfinished" / "train-dgs-0").exists()

@@ -157,27 +157,27 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _join(number: int, processes: int, meeting: str, patience: float) -> None:
+def _begin(patience: float, here_alone: bool, **where: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    if sys.platform == "linux":
+    if here_alone and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on this machine, which may have no network
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    store = dist.FileStore(meeting, processes)
-    dist.init_process_group(
-        backend, store=store, rank=number, world_size=processes, timeout=timedelta(seconds=patience)
-    )
+    dist.init_process_group(backend, timeout=timedelta(seconds=patience), **where)
+
+
+def _join(number: int, processes: int, meeting: str, patience: float) -> None:
+    import torch.distributed as dist
+
+    _begin(patience, True, store=dist.FileStore(meeting, processes), rank=number, world_size=processes)
 
 
 def join_torchrun() -> None:
     """Join the group of a `torchrun` that started this process; without one, nothing happens."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _group() is None:
-        import torch
-        import torch.distributed as dist
-
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE))
+    everywhere = int(os.environ.get("WORLD_SIZE", "1"))
+    if everywhere > 1 and _group() is None:
+        _begin(PATIENCE, int(os.environ.get("LOCAL_WORLD_SIZE", everywhere)) == everywhere)
 
 
 def _member(
