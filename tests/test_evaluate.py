@@ -74,18 +74,21 @@ def trained(method: str, clip: Clip, prepared: Prepared, params: Params, folder:
 def test_scores_are_those_of_the_detector_on_the_same_files(
     params: Params, clip: Clip, prepared: Prepared, tmp_path: Path
 ) -> None:
-    found = {(name, 0): trained(name, clip, prepared, params, tmp_path / name) for name in ("probe", "dgs")}
+    names = ("probe", "dgs", "levels_probe", "dgs_plus")
+    found = {(name, 0): trained(name, clip, prepared, params, tmp_path / name) for name in names}
     scores, forgetting, panels = evaluate(found, clip, prepared, params, CPU)
     rows = prepared.manifest[prepared.manifest["split"] != "train"]
-    assert len(scores) == 2 * len(rows)
-    for name in ("probe", "dgs"):
+    assert len(scores) == len(names) * len(rows)
+    for name in names:
         own = scores[scores["method"] == name]
         assert own["id"].tolist() == rows["id"].tolist()
         expected = Detector.load(found[name, 0]).score([Path(params.data.root) / file for file in rows["file"]])
         assert np.allclose(1 / (1 + np.exp(-own["logit"].to_numpy())), expected, rtol=0, atol=1e-6)
     drift = forgetting[forgetting["measure"] == "cosine_drift"].set_index("method")["after"]
-    assert 0.0 <= drift["probe"] < 1e-12 < drift["dgs"], "a frozen tower forgets nothing, a trained one moved"
-    assert set(panels) == {"frozen", "dgs"}
+    for frozen, tuned in (("probe", "dgs"), ("levels_probe", "dgs_plus")):
+        assert 0.0 <= drift[frozen] < 1e-12 < drift[tuned], "a frozen tower forgets nothing, a trained one moved"
+    assert set(panels) == {"frozen", "dgs", "dgs_plus"}
+    assert len({features.shape[1] for features, _ in panels.values()}) == 1  # levels are no part of what CLIP knows
 
 
 def test_a_checkpoint_of_other_data_is_refused(params: Params, clip: Clip, prepared: Prepared, tmp_path: Path) -> None:
@@ -108,6 +111,15 @@ def test_a_checkpoint_that_saw_images_otherwise_is_refused_and_leaves_the_clip_a
         evaluate(found, normalised, prepared, params, CPU)
     after = clip.model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_checkpoint_of_another_precision_is_refused(
+    params: Params, clip: Clip, prepared: Prepared, tmp_path: Path
+) -> None:
+    found = {("probe", 0): trained("probe", clip, prepared, params, tmp_path / "probe")}
+    half = params.model_copy(update={"model": params.model.model_copy(update={"precision": "bf16"})})
+    with pytest.raises(UserError, match=r"trained in fp32, model.precision is bf16.*Set it to fp32"):
+        evaluate(found, clip, prepared, half, CPU)
 
 
 def test_settings_are_what_each_method_was_trained_with_not_what_the_file_says_now(

@@ -18,10 +18,10 @@ from dgs.model.step import Known, stage2_step
 from dgs.model.train import teacher_residuals
 from dgs.params import Params, validate
 
-STEPS, LR = 5, 1e-4
+STEPS, LR, SURE = 5, 1e-4, 60.0
 
 
-def settings(side: int, dropout: float) -> Params:
+def settings(side: int, dropout: float, eps: float) -> Params:
     return validate(
         {
             "data": {"layout": "folders", "rho": None},
@@ -31,6 +31,7 @@ def settings(side: int, dropout: float) -> Params:
                 "normalize": "imagenet",
                 "lora": {"rank": 6, "alpha": 6.0, "dropout": dropout},
             },
+            "train": {"surgery": {"eps": eps}},
         }
     )
 
@@ -47,12 +48,16 @@ def data(geometry: oracle.Geometry, count: int) -> tuple[Tensor, Tensor, Tensor]
     return images, tokens, torch.from_numpy(rng.integers(0, 2, count)).float()
 
 
-def require_parity(geometry: oracle.Geometry, batch: int, dropout: float, folder: Path) -> None:
+def require_parity(
+    geometry: oracle.Geometry, batch: int, dropout: float, folder: Path, sure: float = 1.0, eps: float = 1e-6
+) -> None:
+    """`sure`: factor on the text head's weights at the start, which makes its residuals small."""
     torch.manual_seed(0)
     release = oracle.Release(geometry, dropout=dropout, lr=LR)
+    release.text_fc.weight.data *= sure
     start = take_apart(release.state_dict(), Path("oracle"))
     before = {name: head.weight.clone() for name, head in start.heads.items()}
-    params = settings(geometry.image, dropout)
+    params = settings(geometry.image, dropout, eps)
     write_clip(start, folder / "clip")
     clip = load_clip(params.model, folder, geometry.image)
     backbone: Backbone = adapt(clip, start, params).train()
@@ -97,6 +102,13 @@ def require_parity(geometry: oracle.Geometry, batch: int, dropout: float, folder
 @pytest.mark.parametrize("dropout", [0.0, 0.8])
 def test_five_steps_equal_the_releases(dropout: float, tmp_path: Path) -> None:
     require_parity(oracle.REDUCED, 8, dropout, tmp_path)
+
+
+def test_the_epsilon_is_the_releases(tmp_path: Path) -> None:
+    """With a sure text head harmful directions are as short as the epsilon; without it the adapters go elsewhere."""
+    require_parity(oracle.REDUCED, 8, 0.0, tmp_path / "same", sure=SURE)
+    with pytest.raises(AssertionError):
+        require_parity(oracle.REDUCED, 8, 0.0, tmp_path / "other", sure=SURE, eps=0.0)
 
 
 @pytest.mark.slow

@@ -82,6 +82,12 @@ def _check_fits(folder: Path, info: Mapping[str, Any], prepared: Prepared, param
             f"The checkpoint {folder} was trained on other data ({info['data_hash'][:12]}) than what was prepared last "
             f"({prepared.info['data_hash'][:12]}). {again}"
         )
+    trained_in = info["params"].get("model", {}).get("precision", "fp32")
+    if trained_in != params.model.precision:
+        raise UserError(
+            f"The checkpoint {folder} was trained in {trained_in}, model.precision is {params.model.precision}, and scores "
+            f"would differ by rounding. Set it to {trained_in}."
+        )
     now = {
         "image_size": params.image_size,
         "mean": list(clip.mean),
