@@ -85,8 +85,8 @@ def _check_fits(folder: Path, info: Mapping[str, Any], prepared: Prepared, param
     trained_in = info["params"].get("model", {}).get("precision", "fp32")
     if trained_in != params.model.precision:
         raise UserError(
-            f"The checkpoint {folder} was trained in {trained_in}, model.precision is {params.model.precision}, and scores "
-            f"would differ by rounding. Set it to {trained_in}."
+            f"The checkpoint {folder} was trained in {trained_in}, model.precision is {params.model.precision}: "
+            f"scores would differ by rounding. Set it to {trained_in}."
         )
     now = {
         "image_size": params.image_size,
