@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from dgs.analysis.deviations import deviations
 from dgs.analysis.intervals import Interval, paired_difference, percent_text, rounded_text, seed_interval
 from dgs.analysis.metrics import (
     CELL_METRICS,
@@ -110,6 +111,7 @@ def write_report(
             _figure_section(figures),
             _how_to_read(summary),
             _what_was_run(summary, detection, settings),
+            _deviations_section(detection, settings),
         )
         if part
     )
@@ -187,6 +189,17 @@ def _settings_section(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not rows:
         return []
     return ["Settings:", markdown_table(("setting", "value"), rows).replace("---:", "---")]
+
+
+def _deviations_section(detection: pd.DataFrame, settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of the method the paper is about, or else of the first one; nothing for settings that are not a whole run's."""
+    chosen = settings.get("dgs") or next(iter(settings.values()), {})
+    if not {"data", "patches", "model", "train"} <= set(chosen):
+        return ""
+    rows = deviations(chosen, detection["seed"].nunique())
+    note = "The last column is read off the settings above; – is not known from the sources the project was built from."
+    table = markdown_table(["what", "paper", "release", "here"], rows)
+    return "\n\n".join(["## Where this differs from the paper and the release", note, table])
 
 
 def _test_images(rows: pd.DataFrame) -> str:
