@@ -102,7 +102,11 @@ class Workspace:
 def require_data_root(root: Path, asked: str) -> None:
     """Raise UserError unless `root`, which data.root = `asked` stands for, is a folder."""
     if not root.is_dir():
-        raise UserError(f"Expected a folder of images at data.root = {asked}, found none. Create it or mend the path.")
+        raise UserError(
+            f"Expected a folder of images at data.root = {asked}, found none. Create it or mend the path (images that "
+            f"lie elsewhere: ln -s /path/to/them {asked}). The layout is in docs/own-data.md; dgs manifest {asked} "
+            f"--check looks at it."
+        )
 
 
 def is_path(name: str, root: Path) -> bool:

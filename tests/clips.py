@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -27,16 +28,17 @@ CONFIG = {
 }
 
 
-def write_random_clip(folder: Path, seed: int = 0) -> Path:
-    """A CLIP folder as `dgs.model.backbone.load_clip` reads it."""
+def write_random_clip(folder: Path, seed: int = 0, config: dict[str, Any] | None = None) -> Path:
+    """A CLIP folder as `dgs.model.backbone.load_clip` reads it; of `CONFIG`, or of another open_clip config."""
+    config = config or CONFIG
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    model = open_clip.CLIP(**CONFIG)
+    model = open_clip.CLIP(**config)
     for block in model.visual.transformer.resblocks:
         torch.nn.init.normal_(block.attn.in_proj_bias)  # zero by default, which would hide a lost bias
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    preprocess = {"size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": preprocess}))
+    preprocess = {"size": config["vision_cfg"]["image_size"], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     return folder
 
 
