@@ -89,7 +89,7 @@ class TestWithoutDgs:
         assert re.search(r"import (dgs|pickle)|from dgs", code_of(checkpoint)) is None
 
     @pytest.mark.slow
-    def test_the_embedded_clip_needs_one_line_more(self, tmp_path: Path) -> None:
+    def test_the_embedded_clip_needs_one_line_more_and_earlier_tokens_none(self, tmp_path: Path) -> None:
         params = settings(ROOT / "sample/clip", data={"layout": "minibench"})
         params = params.model_copy(update={"model": params.model.model_copy(update={"image_size": 64})})
         folder = mini_checkpoint(tmp_path / "seed-0", params)
@@ -107,12 +107,13 @@ class TestWithoutDgs:
 
 
 def mini_checkpoint(folder: Path, params: Params) -> Path:
+    """One on the embedded CLIP, whose head reads earlier tokens too."""
     clip = load_clip(params.model, Path(), params.image_size)
-    backbone = Backbone(clip, params.model.lora)
+    backbone = Backbone(clip, params.model.lora, levels=(0, 2))
     assert isinstance(backbone.visual.conv1, ConvStem)
     for parameter in backbone.adapter_parameters():
         nn.init.normal_(parameter, std=0.3)
-    heads = {"image": nn.Linear(clip.model.visual.output_dim, 1)}
+    heads = {"image": nn.Linear(backbone.widths[1], 1)}
     save_checkpoint(folder, backbone, heads, clip, params, "lora", 0, {"val": 0.1}, "d", {"val": CALIBRATION})
     return folder
 

@@ -99,14 +99,28 @@ for block in visual.transformer.resblocks:
     layers = [getattr(block.attn, f"{letter}_proj") for letter in "qkv"]
     block.attn.in_proj_weight.data = torch.cat([layer.weight for layer in layers])
 """
+LEVELS = """\
+heard = {}  # the head reads the tokens after some blocks too (0: before the first)
+for level in info["levels"]:
+    if level == 0:
+        visual.transformer.resblocks[0].register_forward_pre_hook(lambda _, given: heard.update({0: given[0]}))
+    else:
+        block = visual.transformer.resblocks[level - 1]
+        block.register_forward_hook(lambda _, given, tokens, level=level: heard.update({level: tokens}))
+"""
 SCORE = """\
 heads = load_file(folder / "heads.safetensors")
 mean, std = (torch.tensor(seen[name]).view(3, 1, 1) for name in ("mean", "std"))
 pixels = torch.tensor(np.array(Image.open(view).convert("RGB"))).permute(2, 0, 1)
 with torch.no_grad():
     features = visual(((pixels / 255 - mean) / std)[None])
-    logit = (features @ heads["image_head.weight"].T + heads["image_head.bias"]).item()
+READ_LEVELS    logit = (features @ heads["image_head.weight"].T + heads["image_head.bias"]).item()
 print(f"{1 / (1 + np.exp(-logit)):.4f}", "generated" if logit > info["thresholds"]["RULE"] else "real")
+"""
+READ_LEVELS = """\
+    for level in info["levels"]:
+        patches = heard[level][:, 1:]
+        features = torch.cat([features, patches.mean(1), (patches.var(1) + 1e-6).sqrt()], 1)
 """
 
 
@@ -185,6 +199,7 @@ def _code(info: dict[str, Any], stem: bool) -> str:
         IMPORTS.format(peft="from peft import PeftModel\n" if info["adapter"] else ""),
         tower.format(place=place, name=clip["name"], pretrained=clip["pretrained"]),
         ADAPTERS if info["adapter"] else "",
-        SCORE.replace("RULE", deciding_rule(info["thresholds"])) if info["thresholds"] else "",
+        LEVELS if info["levels"] else "",
+        SCORE.replace("READ_LEVELS", READ_LEVELS if info["levels"] else ""),
     ]
-    return "".join(parts)
+    return "".join(parts).replace("RULE", deciding_rule(info["thresholds"]) if info["thresholds"] else "val")
