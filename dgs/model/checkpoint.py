@@ -395,7 +395,8 @@ def import_release(step2: str | Path, step1: str | Path | None = None, *, out: s
     if step1 is not None:
         _require_same_start(release, take_apart(read_tensors(Path(step1)), Path(step1)), path, Path(step1))
     params = _release_params(release)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+    # Named otherwise than a draft of the checkpoint, which saving it would remove as left behind.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.import-", dir=folder.parent) as scratch:
         write_clip(release, Path(scratch) / "clip")
         clip = load_clip(params.model, Path(scratch), params.image_size, text=False)
         backbone = adapt(clip, release, params)
