@@ -13,11 +13,11 @@ import torch
 from clips import write_random_clip
 from conftest import ImageTree
 
-from dgs.analysis.evaluate import checkpoints, evaluate, settings, tsne_rows
+from dgs.analysis.evaluate import block_means, checkpoints, evaluate, settings, tsne_rows
 from dgs.data.manifest import build_manifest, data_hash
 from dgs.data.prepared import Prepared, load_prepared, save_prepared
 from dgs.errors import UserError
-from dgs.model.backbone import Clip, encode_texts, load_clip
+from dgs.model.backbone import Backbone, Clip, encode_texts, load_clip
 from dgs.model.checkpoint import save_checkpoint
 from dgs.model.detector import Detector
 from dgs.model.methods import get_method
@@ -89,6 +89,33 @@ def test_scores_are_those_of_the_detector_on_the_same_files(
         assert 0.0 <= drift[frozen] < 1e-12 < drift[tuned], "a frozen tower forgets nothing, a trained one moved"
     assert set(panels) == {"frozen", "dgs", "dgs_plus"}
     assert len({features.shape[1] for features, _ in panels.values()}) == 1  # levels are no part of what CLIP knows
+    after = forgetting.pivot(index="measure", columns="method", values="after")
+    ideal = {"cka": 1.0, "knn_overlap": 1.0, "cosine_drift": 0.0, "principal_angle": 0.0}
+    of_blocks = [f"{name}_block:{k}" for name in ("cka", "cosine_drift") for k in (1, 2)]
+    for name in ("cka_to_frozen", "knn_overlap", "principal_angle:mean", "principal_angle:max", *of_blocks):
+        best = next(value for start, value in ideal.items() if name.startswith(start))
+        assert after.loc[name, "probe"] == pytest.approx(best, abs=1e-6)
+        moved = abs(after.loc[name, "dgs"] - best)
+        assert moved > 1e-6 or name == "knn_overlap", f"{name} of a tower that was trained"
+    unmoved = forgetting[forgetting["method"] == "probe"].set_index("measure").loc[["effective_rank", "silhouette"]]
+    assert (unmoved["before"] == unmoved["after"]).all()
+
+
+def test_a_tower_that_is_read_at_earlier_levels_has_the_same_blocks(params: Params, clip: Clip) -> None:
+    views = [torch.randint(0, 255, (3, 32, 32), dtype=torch.uint8) for _ in range(4)]
+    plain, read = Backbone(clip).eval(), Backbone(clip, levels=(0, 2)).eval()
+    given = [(image, i) for i, image in enumerate(views)]
+    blocks = block_means(plain, given, params, CPU, "blocks")  # type: ignore[arg-type]
+    again = block_means(read, given, params, CPU, "blocks")  # type: ignore[arg-type]
+    assert [part.shape for part in blocks] == [(4, clip.model.visual.positional_embedding.shape[1])] * len(blocks)
+    assert all(np.array_equal(a, b) for a, b in zip(blocks, again, strict=True)) and read.levels == (0, 2)
+    heard: list[torch.Tensor] = []
+    last = clip.model.visual.transformer.resblocks[-1]
+    hook = last.register_forward_hook(lambda block, given, out: heard.append(out))
+    with torch.no_grad():
+        plain(torch.stack(views))
+    hook.remove()
+    assert np.allclose(blocks[-1], heard[0][:, 1:].mean(1).numpy(), atol=1e-6)
 
 
 def test_a_checkpoint_of_other_data_is_refused(params: Params, clip: Clip, prepared: Prepared, tmp_path: Path) -> None:

@@ -46,7 +46,13 @@ def make_detection(
 def make_forgetting(methods: tuple[str, ...] = METHODS, seeds: int = 5, noise: float = 0.02) -> pd.DataFrame:
     """A forgetting table: the probe keeps all, lora 60 %, any other method 50 %."""
     rng = np.random.default_rng(1)
-    before = {"zero_shot:shape": 0.9, "zero_shot:background": 1.0, "retrieval_at_1": 0.8, "cka_to_frozen": 1.0}
+    before = {
+        "zero_shot:shape": 0.9,
+        "zero_shot:background": 1.0,
+        "linear_probe:shape": 0.95,
+        "retrieval_at_1": 0.8,
+        "cka_to_frozen": 1.0,
+    }
     rows = []
     for method in methods:
         kept = {"probe": 1.0, "lora": 0.6}.get(method, 0.5)
@@ -56,6 +62,9 @@ def make_forgetting(methods: tuple[str, ...] = METHODS, seeds: int = 5, noise: f
                 for name, value in before.items()
             ]
             rows.append((0.9, method, seed, "cosine_drift", 0.0, 1 - kept))
+            rows.append((0.9, method, seed, "silhouette", 0.1, 0.2))
+            rows += [(0.9, method, seed, f"cka_block:{k}", 1.0, kept ** (k / 4)) for k in (1, 2, 3, 4)]
+            rows += [(0.9, method, seed, f"cosine_drift_block:{k}", 0.0, (1 - kept) * k / 4) for k in (1, 2, 3, 4)]
     return pd.DataFrame(rows, columns=["rho", "method", "seed", "measure", "before", "after"])
 
 
@@ -317,6 +326,16 @@ class TestKindsOfImage:
         assert drawn == set(self.kinds)
         legend = [mpl.colors.to_hex(handle.get_color()) for handle in fig.legends[0].legend_handles]  # type: ignore[union-attr]
         assert legend == list(self.kinds)
+
+
+def test_forgetting_bars_show_memory_alone() -> None:
+    shown = [
+        text.get_text().replace("\n", " ")
+        for text in figures.forgetting_bars(make_forgetting()).axes[0].get_yticklabels()
+    ]
+    assert shown == [
+        "zero-shot shape", "zero-shot background", "linear probe shape", "caption retrieval at 1", "CKA to frozen",
+    ]  # fmt: skip
 
 
 def test_the_style_ends_with_its_context() -> None:

@@ -8,7 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgs.analysis.forgetting import cosine_drift, linear_cka, retrieval_at_1, zero_shot_accuracy
+from dgs.analysis.forgetting import (
+    class_silhouette,
+    cosine_drift,
+    effective_rank,
+    knn_overlap,
+    linear_cka,
+    linear_probe_accuracy,
+    principal_angles,
+    retrieval_at_1,
+    spread_out,
+    zero_shot_accuracy,
+)
 
 
 def features(seed: int, n: int = 30, d: int = 6) -> np.ndarray:
@@ -106,6 +117,109 @@ class TestRetrieval:
             retrieval_at_1(np.eye(3), np.eye(3), pool=1)
         with pytest.raises(ValueError, match="captions"):
             retrieval_at_1(np.eye(3), np.eye(3), captions=["a"])
+
+
+class TestLinearProbe:
+    labels = np.arange(90) % 3
+
+    def test_what_lies_in_the_features_is_read_wherever_it_lies(self) -> None:
+        told = np.hstack([features(0, n=90), 9.0 * np.eye(3)[self.labels]]) @ rotation(1, 9) + 5.0
+        assert linear_probe_accuracy(told, self.labels) == 1.0
+
+    def test_what_does_not_is_guessed_at(self) -> None:
+        accuracies = [linear_probe_accuracy(features(seed, n=90), self.labels) for seed in range(40)]
+        assert np.mean(accuracies) == pytest.approx(1 / 3, abs=0.05)
+        assert linear_probe_accuracy(np.ones((90, 6)), self.labels) == pytest.approx(1 / 3, abs=0.1), "collapsed"
+
+    def test_it_is_scored_on_images_it_was_not_fitted_on(self) -> None:
+        """More features than images would tell any labels of fitted ones apart."""
+        assert linear_probe_accuracy(features(0, n=90, d=400), self.labels) < 0.6
+
+    def test_scale_and_names_of_classes_change_nothing(self) -> None:
+        told = features(0, n=90) + np.eye(6)[self.labels]
+        plain = linear_probe_accuracy(told, self.labels)
+        assert linear_probe_accuracy(told * np.logspace(-3, 3, 6) + 7.0, self.labels) == plain
+        assert linear_probe_accuracy(told, np.array([5, 0, 9])[self.labels]) == plain
+        assert 0.4 < plain < 1.0, "else the test says little"
+
+    def test_what_does_not_fit_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="N >= 2"):
+            linear_probe_accuracy(np.ones((4, 2)), [0, 1])
+
+
+class TestPrincipalAngles:
+    def test_by_hand(self) -> None:
+        x = np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, -0.5, 0.0]])
+        turned = x @ np.array([[1.0, 0.0, 0.0], [0.0, np.cos(0.3), np.sin(0.3)], [0.0, -np.sin(0.3), np.cos(0.3)]])
+        assert principal_angles(x, turned, k=2) == pytest.approx([0.3, 0.0], abs=1e-7)
+
+    def test_a_direction_that_is_given_up_lies_at_a_right_angle(self) -> None:
+        x = features(0, n=200, d=6) * [9, 9, 9, 0.1, 0.1, 0.1]
+        y = features(1, n=300, d=6) * [9, 9, 0.1, 0.1, 0.1, 9]
+        angles = principal_angles(x, y, k=3)
+        assert angles[0] == pytest.approx(np.pi / 2, abs=0.05) and angles[1:].max() < 0.05
+
+    def test_scale_and_shift_change_nothing_and_few_dimensions_are_all_taken(self) -> None:
+        x, y = features(0), features(1)
+        assert principal_angles(3 * x + 1, y, k=2) == pytest.approx(principal_angles(x, y, k=2))
+        assert principal_angles(x, y, k=50) == pytest.approx(np.zeros(6), abs=1e-7), "both fill the space"
+
+    def test_unequal_widths_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="one width"):
+            principal_angles(features(0), features(0, d=5))
+
+
+class TestEffectiveRank:
+    def test_equal_directions_count_one_each(self) -> None:
+        corners = np.vstack([np.eye(5), -np.eye(5)])
+        assert effective_rank(corners) == pytest.approx(5.0)
+        assert effective_rank(np.hstack([corners, np.zeros((10, 4))]) @ rotation(0, 9) + 2.0) == pytest.approx(5.0)
+
+    def test_by_hand(self) -> None:
+        share = np.array([0.75, 0.25])
+        x = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        assert effective_rank(x) == pytest.approx(np.exp(-np.sum(share * np.log(share))))
+
+    def test_a_collapsed_tower_uses_none(self) -> None:
+        assert effective_rank(np.ones((30, 6))) == 0.0
+        assert effective_rank(np.outer(np.arange(30.0), np.ones(6))) == pytest.approx(1.0, abs=1e-5)
+
+
+class TestKnnOverlap:
+    def test_by_hand(self) -> None:
+        def on_circle(*degrees: float) -> np.ndarray:
+            return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)
+
+        # nearest before: 1 0 3 2; after: 1 0 1 2
+        assert knn_overlap(on_circle(0, 10, 50, 60), 7 * on_circle(0, 10, 30, 60), k=1) == 0.75
+
+    def test_rotation_and_length_change_nothing_and_unrelated_features_share_by_chance(self) -> None:
+        x = features(0, n=400)
+        assert knn_overlap(x, (x * np.linspace(1, 9, 400)[:, None]) @ rotation(0, 6)) == 1.0
+        assert knn_overlap(x, features(1, n=400)) == pytest.approx(10 / 399, abs=0.01)
+
+    def test_an_image_is_not_its_own_neighbour_and_too_few_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="more than 10"):
+            knn_overlap(features(0, n=10), features(0, n=10))
+        assert knn_overlap(features(0, n=11), features(1, n=11)) == 1.0, "all the others are neighbours"
+
+
+class TestSilhouette:
+    def test_by_hand(self) -> None:
+        x = np.array([[0.0], [2.0], [10.0], [10.0]])
+        # own and other mean distance: 2 and 10; 2 and 8; 0 and 9, twice
+        assert class_silhouette(x, [0, 0, 1, 1]) == pytest.approx((((1 - 0.2) + (1 - 0.25)) / 2 + 1.0) / 2)
+
+    def test_the_mix_of_classes_does_not_count(self) -> None:
+        apart = np.repeat([[0.0], [1.0]], [5, 200], axis=0) + 0.01 * features(0, n=205, d=1)
+        assert class_silhouette(apart, np.repeat([0, 1], [5, 200])) > 0.95
+        mixed = features(0, n=205)
+        assert abs(class_silhouette(mixed, np.repeat([0, 1], [5, 200]))) < 0.15
+
+
+def test_a_sample_is_spread_out_over_the_rows_and_never_larger_than_them() -> None:
+    assert spread_out(4000, 5).tolist() == [0, 1000, 2000, 2999, 3999]
+    assert spread_out(3, 5).tolist() == [0, 1, 2]
 
 
 class TestDrift:

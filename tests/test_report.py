@@ -111,6 +111,11 @@ def test_measures_are_named_in_words_beside_their_keys(tmp_path: Path) -> None:
     assert "| caption retrieval at 1 (`retrieval_at_1`) | 80.0 |" in text
     assert "| CKA to frozen (`cka_to_frozen`) | 100.0 |" in text
     assert "| cosine drift (`cosine_drift`) | 0.0 | 0.0 ±0.0 |" in text
+    assert "| linear probe, shape (`linear_probe:shape`) | 95.0 | 95.0 ±0.0 | 57.0 ±0.0 | 47.5 ±0.0 |" in text
+    whole, blocks = text.split("## Forgetting")[1].split("\n## ")[0].split("### By vision block")
+    assert "| silhouette, real against fake (`silhouette`) | 10.0 |" in whole and "_block:" not in whole
+    assert "| CKA, block 4 (`cka_block:4`) | 100.0 | 100.0 ±0.0 | 60.0 ±0.0 | 50.0 ±0.0 |" in blocks
+    assert "| cosine drift, block 2 (`cosine_drift_block:2`) | 0.0 | 0.0 ±0.0 | 20.0 ±0.0 | 25.0 ±0.0 |" in blocks
     assert not re.search(r"[-−]0\.0\b", text)
 
 

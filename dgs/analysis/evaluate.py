@@ -11,7 +11,19 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from dgs.analysis.forgetting import cosine_drift, linear_cka, retrieval_at_1, zero_shot_accuracy
+from dgs.analysis.forgetting import (
+    NEIGHBOURS,
+    class_silhouette,
+    cosine_drift,
+    effective_rank,
+    knn_overlap,
+    linear_cka,
+    linear_probe_accuracy,
+    principal_angles,
+    retrieval_at_1,
+    spread_out,
+    zero_shot_accuracy,
+)
 from dgs.data.prepared import Prepared, load_prepared
 from dgs.data.views import Views, worth_keeping
 from dgs.errors import UserError
@@ -27,6 +39,8 @@ from dgs.workspace import Workspace
 Features = NDArray[np.float32]
 Panels = dict[str, tuple[Features, pd.DataFrame]]
 TRAINED_WITH = ("data", "patches", "model", "train")  # parameter groups that a checkpoint's training depends on
+PAIRED = 2000  # test images for what compares each with each
+OF_BLOCKS = 1000  # test images whose tokens are averaged after every block
 
 
 def checkpoints(workspace: Workspace, methods: Sequence[str], seeds: Sequence[int]) -> dict[tuple[str, int], Path]:
@@ -110,6 +124,17 @@ def image_features(backbone: Backbone, views: Views, params: Params, device: tor
         return extract_features(backbone, views, size, workers, device, label).cpu().numpy()
 
 
+def block_means(backbone: Backbone, views: Views, params: Params, device: torch.device, label: str) -> list[Features]:
+    """The mean patch token of each image after each vision block: `depth` arrays (N, W), the first block's first."""
+    levels, depth = backbone.levels, len(backbone.visual.transformer.resblocks)
+    backbone.levels = tuple(range(1, depth + 1))
+    try:
+        found = image_features(backbone, views, params, device, label)
+    finally:
+        backbone.levels = levels
+    return np.split(found[:, backbone.widths[0] :], 2 * depth, axis=1)[::2]  # the others are standard deviations
+
+
 def score_rows(rows: pd.DataFrame, logits: NDArray[np.float32], method: str, seed: int, rho: float) -> pd.DataFrame:
     """The scores table of one checkpoint: one row an image."""
     scores = rows[["id", "split", "generator", "label"]].copy()
@@ -123,8 +148,12 @@ def forgetting_measures(
 ) -> dict[str, tuple[float, float]]:
     """What the tuned tower still knows, against the frozen one: {measure: (before, after)}.
 
-    zero_shot:<attribute> and retrieval_at_1 (caption among `retrieval_pool`) against the frozen text tower, on real
-    test images; cka_to_frozen and cosine_drift on all test images. Measures the data cannot give are left out.
+    On real test images, of each attribute that prompts name: zero_shot:<attribute> against the frozen text tower and
+    linear_probe:<attribute> without it; retrieval_at_1 (caption among `retrieval_pool`). On all test images:
+    cka_to_frozen; knn_overlap (10 neighbours, 2,000 images); effective_rank, as a share of the D dimensions;
+    cosine_drift; principal_angle:mean and :max (10 directions), as a share of a right angle; silhouette of real against
+    fake (2,000 images), which is no memory but says how far the classes are apart. Measures the data cannot give are
+    left out. `block_measures` has those of single blocks.
 
     Args:
         before, after: (N, D) features of the test rows `rows`, frozen and tuned.
@@ -137,6 +166,12 @@ def forgetting_measures(
             zero_shot_accuracy(before[real], prompt, truth),
             zero_shot_accuracy(after[real], prompt, truth),
         )
+    for attribute in prepared.prompts if real.sum() > 1 else ():
+        truth = rows.loc[real, attribute].factorize(sort=True)[0]
+        measures[f"linear_probe:{attribute}"] = (
+            linear_probe_accuracy(before[real], truth),
+            linear_probe_accuracy(after[real], truth),
+        )
     captioned = real & (rows["caption_source"] == "file").to_numpy()
     pool = params.evaluate.retrieval_pool
     if captioned.sum() >= pool:
@@ -147,8 +182,28 @@ def forgetting_measures(
             retrieval_at_1(after[captioned], texts, pool, captions=captions),
         )
     measures["cka_to_frozen"] = (1.0, linear_cka(before, after))
+    sample = spread_out(len(rows), PAIRED)
+    if len(sample) > NEIGHBOURS:
+        measures["knn_overlap"] = (1.0, knn_overlap(before[sample], after[sample]))
+    width = before.shape[1]
+    measures["effective_rank"] = (effective_rank(before) / width, effective_rank(after) / width)
     measures["cosine_drift"] = (0.0, cosine_drift(before, after))
+    angles = principal_angles(before, after) / (np.pi / 2)
+    measures["principal_angle:mean"], measures["principal_angle:max"] = (0.0, angles.mean()), (0.0, angles.max())
+    labels = rows["label"].to_numpy()[sample]
+    measures["silhouette"] = (class_silhouette(before[sample], labels), class_silhouette(after[sample], labels))
     return measures
+
+
+def block_measures(before: Sequence[Features], after: Sequence[Features]) -> dict[str, tuple[float, float]]:
+    """Where in the tower it happens: cka_block:<k> and cosine_drift_block:<k> of the mean tokens after k blocks.
+
+    Args:
+        before, after: `block_means` of the frozen and of the tuned tower, on the same images.
+    """
+    pairs = list(enumerate(zip(before, after, strict=True), 1))
+    similar = {f"cka_block:{k}": (1.0, linear_cka(frozen, tuned)) for k, (frozen, tuned) in pairs}
+    return similar | {f"cosine_drift_block:{k}": (0.0, cosine_drift(frozen, tuned)) for k, (frozen, tuned) in pairs}
 
 
 def tsne_rows(rows: pd.DataFrame, per_cell: int) -> pd.DataFrame:
@@ -179,7 +234,11 @@ def evaluate(
     rho = prepared.info["rho"] if prepared.info["rho"] is not None else np.nan
     keep = worth_keeping(len(rows), params)
     views = Views(rows, prepared.source, params, patches=prepared.patches, keep=keep)
-    frozen = image_features(Backbone(clip).to(device).eval(), views, params, device, "frozen features")
+    tower = Backbone(clip).to(device).eval()
+    frozen = image_features(tower, views, params, device, "frozen features")
+    few = rows[test].iloc[spread_out(int(test.sum()), OF_BLOCKS)]
+    few_views = Views(few, prepared.source, params, patches=prepared.patches, keep=worth_keeping(len(few), params))
+    frozen_blocks = block_means(tower, few_views, params, device, "frozen blocks")
     width = frozen.shape[1]
     of_levels: dict[tuple[int, ...], Features] = {(): frozen}  # of the frozen tower, by the levels beside its output
     shown = tsne_rows(rows[test], params.evaluate.tsne_images)
@@ -199,10 +258,20 @@ def evaluate(
                 of_levels[backbone.levels] = known
             logits = heads["image"](torch.from_numpy(known)).squeeze(1).numpy()
             features = known[:, :width]
+            blocks = (
+                block_means(backbone, few_views, params, device, f"{method}, seed {seed}, blocks")
+                if info["adapter"]
+                else frozen_blocks
+            )
         finally:
             clip.model.visual = backbone.without_adapters()
         scores.append(score_rows(rows, logits, method, seed, rho))
+        if not np.isfinite(known).all():
+            raise UserError(
+                f"Features of {method}, seed {seed}, are not finite: did training diverge? Try a lower learning rate."
+            )
         measures = forgetting_measures(frozen[test], features[test], rows[test], prepared, params)
+        measures |= block_measures(frozen_blocks, blocks)
         forgetting += [
             {"rho": rho, "method": method, "seed": seed, "measure": name, "before": before, "after": after}
             for name, (before, after) in measures.items()

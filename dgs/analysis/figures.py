@@ -295,12 +295,14 @@ def forgetting_bars(forgetting: pd.DataFrame) -> Figure:
     """What each method still knows: every measure before (black tick) and after fine-tuning (bar), in per cent.
 
     Bars are means over seeds, whiskers 95 % intervals cut at 0 and 100 %, dots single seeds. The title compares as that
-    of `detection_bars`. Measures whose `before` is 0 everywhere (drifts) have nothing to keep and are left out. Raises
-    UserError where no measure is left, or for mixed rho.
+    of `detection_bars`. Left out is what is no memory of the tower's output: measures whose `before` is 0 everywhere
+    (drifts, angles), those of single blocks, and the silhouette of real against fake. Raises UserError where no measure
+    is left, or for mixed rho.
     """
     one_rho(forgetting, "forgetting table")
     known = forgetting.groupby("measure", sort=False)["before"].transform(lambda before: (before != 0).any())
-    rows = forgetting[known.astype(bool)]
+    name = forgetting["measure"].astype(str)
+    rows = forgetting[known.astype(bool) & ~name.str.contains("_block:") & (name != "silhouette")]
     if rows.empty:
         raise UserError("The forgetting table has no measure to draw: `before` is 0 or there are no rows.")
     methods, measures = in_order(rows["method"]), in_order(rows["measure"])
@@ -891,6 +893,8 @@ def _measure_name(measure: str) -> str:
     return (
         shown.removeprefix(":")
         .replace("zero_shot:", "zero-shot\n")
+        .replace("linear_probe:", "linear probe\n")
+        .replace("knn_", "kNN ")
         .replace("retrieval_", "caption\nretrieval_")
         .replace("cka_", "CKA ")
         .replace("_", " ")

@@ -10,8 +10,13 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from scipy.linalg import subspace_angles
+from sklearn.metrics import silhouette_samples
 
 Features: TypeAlias = np.ndarray | torch.Tensor
+DIRECTIONS = 10  # principal directions that stand for a feature space
+NEIGHBOURS = 10
+RIDGE = 0.1  # of the linear probe, in units of a standardised feature's variance
 
 
 def linear_cka(x: Features, y: Features) -> float:
@@ -84,6 +89,90 @@ def retrieval_at_1(
     return float(np.mean(np.concatenate(hits)))
 
 
+def linear_probe_accuracy(features: Features, labels: Sequence[int] | Features, seed: int = 0) -> float:
+    """Accuracy of a linear classifier on frozen features: fitted on one half of the images, scored on the other.
+
+    What is still there to be read, wherever the text tower would look for it (Alain & Bengio 2017). Ridge regression to
+    one-hot classes, in closed form; features are standardised by the fitted half, the penalty is 0.1 times its size.
+    `features`: (N, D), `labels`: (N,) integers. The halves are drawn by `seed` from the images alone, so all towers
+    meet the same split. Raises ValueError for unequal N and for fewer than 2 images.
+    """
+    matrix, truth = _matrix(features, "features"), np.asarray(labels)
+    if truth.shape != (len(matrix),) or len(matrix) < 2:
+        raise ValueError(f"expected (N, D) and (N,) with N >= 2, found {matrix.shape} and {truth.shape}")
+    order = np.random.default_rng(seed).permutation(len(matrix))
+    fitted, scored = order[: len(order) // 2], order[len(order) // 2 :]
+    x = matrix - matrix[fitted].mean(axis=0)
+    spread = x[fitted].std(axis=0)
+    x = x / np.where(spread > 0.0, spread, 1.0)
+    classes, of_image = np.unique(truth[fitted], return_inverse=True)
+    wanted = np.eye(len(classes))[of_image]
+    shift = wanted.mean(axis=0)
+    inner = x[fitted].T @ x[fitted] + RIDGE * len(fitted) * np.eye(x.shape[1])
+    weights = np.linalg.solve(inner, x[fitted].T @ (wanted - shift))
+    return float(np.mean(classes[np.argmax(x[scored] @ weights + shift, axis=1)] == truth[scored]))
+
+
+def principal_angles(x: Features, y: Features, k: int = DIRECTIONS) -> np.ndarray:
+    """Angles in radians between the spaces of the `k` first principal directions (Bjorck & Golub 1973), largest first.
+
+    `x`, `y`: (N, D) and (M, D). All 0 = features vary along the same directions, pi/2 = along one that the other never
+    uses. Where D is below k, D directions are taken. Raises ValueError for unequal widths.
+    """
+    a, b = _matrix(x, "x"), _matrix(y, "y")
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"expected features of one width, found {a.shape} and {b.shape}")
+    spaces = [np.linalg.eigh(_covariance(matrix))[1][:, -min(k, matrix.shape[1]) :] for matrix in (a, b)]
+    return np.asarray(subspace_angles(*spaces))
+
+
+def effective_rank(features: Features) -> float:
+    """How many directions the features use: exp of the entropy of their singular values (Roy & Vetterli 2007, eq. 3-4).
+
+    `features`: (N, D), centred first. 1 to D; 0 for features collapsed to one point.
+    """
+    power = np.linalg.eigvalsh(_covariance(_matrix(features, "features")))
+    singular = np.sqrt(np.clip(power, 0.0, None))
+    if singular.sum() == 0.0:
+        return 0.0
+    share = singular / singular.sum()
+    share = share[share > 0.0]
+    return float(np.exp(-np.sum(share * np.log(share))))
+
+
+def knn_overlap(before: Features, after: Features, k: int = NEIGHBOURS) -> float:
+    """Share of an image's `k` nearest neighbours (cosine) that stay among them, averaged over images.
+
+    `before`, `after`: (N, D1) and (N, D2), rows of the same images; about k / (N - 1) for unrelated features. N x N
+    similarities are held in memory. Raises ValueError for unequal N and for N <= k.
+    """
+    a, b = _unit_rows(before, "before"), _unit_rows(after, "after")
+    if len(a) != len(b) or len(a) <= k:
+        raise ValueError(f"expected the same images, more than {k}, found {a.shape} and {b.shape}")
+    near = np.zeros((2, len(a), len(a)), dtype=bool)
+    for mark, rows in zip(near, (a, b), strict=True):
+        similarity = rows @ rows.T
+        np.fill_diagonal(similarity, -np.inf)
+        np.put_along_axis(mark, np.argpartition(similarity, -k, axis=1)[:, -k:], True, axis=1)
+    return float((near[0] & near[1]).sum() / (k * len(a)))
+
+
+def class_silhouette(features: Features, labels: Sequence[int] | Features) -> float:
+    """How far apart two classes lie: silhouette width (Rousseeuw 1987), averaged over each class, then over both.
+
+    `features`: (N, D), `labels`: (N,) of two values or more. 1 = tight and far apart, 0 = mixed, below = nearer to
+    another class; Euclidean. Raises ValueError for one class alone.
+    """
+    matrix, truth = _matrix(features, "features"), np.asarray(labels)
+    width = silhouette_samples(matrix, truth)
+    return float(np.mean([width[truth == value].mean() for value in np.unique(truth)]))
+
+
+def spread_out(count: int, size: int) -> np.ndarray:
+    """Positions of at most `size` of `count` rows at even distances: a fixed sample that follows the table's order."""
+    return np.unique(np.linspace(0, count - 1, min(size, count)).round().astype(np.int64))
+
+
 def cosine_drift(before: Features, after: Features) -> float:
     """Mean over images of 1 - cos(before, after): 0 = no image moved, 1 = on average orthogonal to where it was.
 
@@ -102,6 +191,11 @@ def _matrix(features: Features, name: str) -> np.ndarray:
     if matrix.ndim != 2 or len(matrix) == 0:
         raise ValueError(f"expected `{name}` of shape (N, D) with N >= 1, found {matrix.shape}")
     return matrix
+
+
+def _covariance(matrix: np.ndarray) -> np.ndarray:
+    centred = matrix - matrix.mean(axis=0)
+    return centred.T @ centred / len(matrix)
 
 
 def _unit_rows(features: Features, name: str) -> np.ndarray:

@@ -28,6 +28,7 @@ SCORE_COLUMNS = ["split", "generator", "label", "condition", "applied_to", "logi
 CELL_METRICS = ("acc", "balanced_acc", "r_acc", "f_acc", "ap")
 ECE_BINS = 15
 VALIDATION = ("val", "val_unbiased")  # the second without the training set's shortcut, where the data has one
+AS_THEY_ARE = ("cka_to_frozen", "knn_overlap", "cosine_drift", "silhouette")  # forgetting measures for metrics.json
 DECIMALS = 6  # what files keep: far below what any test set can resolve, far above the noise of summation order
 
 
@@ -171,10 +172,10 @@ def per_seed_values(detection: pd.DataFrame, forgetting: pd.DataFrame | None = N
     mAcc is the paper's mean over one Real column (r_acc) and one F.Acc column a generator. It is fake recall for the
     most part (n/(n+1) of it, some 95 % with 16-25 generators): a detector that calls everything fake scores near 1.
 
-    Forgetting (columns method, seed, measure, before, after): zero_shot_kept and retrieval_kept = mean of after/before
-    over the measures named zero_shot:* and retrieval*; cka_to_frozen and cosine_drift = mean of after over cka* and
-    cosine*. Ratios are not corrected for chance. A measure whose `before` is 0 has no ratio and is left out; so is
-    each number without rows.
+    Forgetting (columns method, seed, measure, before, after): zero_shot_kept, linear_probe_kept and retrieval_kept =
+    mean of after/before over the measures named zero_shot:*, linear_probe:* and retrieval*; cka_to_frozen, knn_overlap,
+    cosine_drift and silhouette = their after. Ratios are not corrected for chance. A measure whose `before` is 0 has no
+    ratio and is left out; so is each number without rows.
     """
     found: list[tuple[Any, Any, str, float]] = []
     for (method, seed), run in headline(detection).groupby(["method", "seed"], sort=False):
@@ -369,9 +370,9 @@ def _kept(run: pd.DataFrame) -> dict[str, float]:
     ratio = (run["after"] / run["before"]).where(run["before"] != 0)
     chosen = {
         "zero_shot_kept": ratio[name.str.startswith("zero_shot:")],
+        "linear_probe_kept": ratio[name.str.startswith("linear_probe:")],
         "retrieval_kept": ratio[name.str.startswith("retrieval")],
-        "cka_to_frozen": run["after"][name.str.startswith("cka")],
-        "cosine_drift": run["after"][name.str.startswith("cosine")],
+        **{measure: run["after"][name == measure] for measure in AS_THEY_ARE},
     }
     return {metric: float(part.mean()) for metric, part in chosen.items() if part.notna().any()}
 

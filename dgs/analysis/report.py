@@ -28,6 +28,7 @@ METRIC_NAMES = {
     "ap_seen": "AP, seen",
     "ap_unseen": "AP, unseen",
     "zero_shot_kept": "zero-shot kept",
+    "linear_probe_kept": "linear probe kept",
     "retrieval_kept": "retrieval kept",
     "mAcc": "mAcc (paper)",
 }
@@ -39,6 +40,7 @@ DIFFERENCES = (
     "ap_seen",
     "ap_unseen",
     "zero_shot_kept",
+    "linear_probe_kept",
     "retrieval_kept",
 )
 CELL_NAMES = {
@@ -73,6 +75,7 @@ NOT_OF_TRAINING = (
 DIFFERENT_SETTINGS = (
     "**Methods were trained with different settings** (named below): their differences are not of the method alone."
 )
+BLOCK = "_block:"  # in the name of a measure of a single vision block
 FEW_SEEDS = 3  # fewer say next to nothing about how far a number would move
 
 
@@ -335,26 +338,38 @@ def _robustness_section(detection: pd.DataFrame) -> str:
 def _forgetting_section(forgetting: pd.DataFrame | None) -> str:
     if forgetting is None or forgetting.empty:
         return ""
-    methods, measures = in_order(forgetting["method"]), in_order(forgetting["measure"])
+    whole = [name for name in in_order(forgetting["measure"]) if BLOCK not in name]
+    blocks = [name for name in in_order(forgetting["measure"]) if BLOCK in name]
+    note = (
+        "The image tower before and after fine-tuning, times 100: mean over seeds ± half the 95 % interval. Higher is "
+        "better, except for drifts and angles (before = 0; an angle of 100 is a right angle). A linear probe is fitted "
+        "on one half of the real test images and scored on the other; the effective rank is a share of the features' "
+        "dimensions. The silhouette of real against fake is no memory: 100 = the two lie apart, 0 = mixed."
+    )
+    parts = ["## Forgetting", note, _measures_table(forgetting, whole)]
+    if blocks:
+        where = "The mean patch token of an image after each vision block, tuned against frozen, as above."
+        parts += ["### By vision block", where, _measures_table(forgetting, blocks)]
+    return "\n\n".join(parts)
+
+
+def _measures_table(forgetting: pd.DataFrame, measures: Sequence[str]) -> str:
+    methods = in_order(forgetting["method"])
     table = []
     for measure in measures:
         of_measure = forgetting[forgetting["measure"] == measure]
         line = [_measure_text(measure), percent_text(of_measure["before"].mean())]
         line += [_plus_minus(of_measure.loc[of_measure["method"] == method, "after"]) for method in methods]
         table.append(line)
-    note = (
-        "The image tower before and after fine-tuning, times 100: mean over seeds ± half the 95 % interval. Higher is "
-        "better, except for drifts (before = 0)."
-    )
-    header = ["measure", "before", *(f"`{method}`" for method in methods)]
-    return "\n\n".join(["## Forgetting", note, markdown_table(header, table)])
+    return markdown_table(["measure", "before", *(f"`{method}`" for method in methods)], table)
 
 
 def _measure_text(measure: str) -> str:
     """A measure in words, with its key: "zero-shot shape (`zero_shot:shape`)"."""
-    words = measure.replace("zero_shot:", "zero-shot ").replace("retrieval_", "caption retrieval_")
-    words = words.replace("cka_", "CKA_").replace("_", " ")
-    return f"{words} (`{measure}`)"
+    words = measure.replace("zero_shot:", "zero-shot ").replace("linear_probe:", "linear probe, ")
+    words = words.replace("retrieval_", "caption retrieval_").replace("knn_", "kNN_").replace("cka_", "CKA_")
+    words = words.replace("silhouette", "silhouette, real against fake").replace(BLOCK, ", block ")
+    return f"{words.replace('principal_angle:', 'principal angle, ').replace('_', ' ')} (`{measure}`)"
 
 
 def _figure_section(figures: Sequence[str | PurePath]) -> str:
