@@ -135,6 +135,13 @@ def test_a_stratified_bootstrap_draws_seeds_and_never_tasks() -> None:
         stratified_bootstrap(noisy[0])
 
 
+def test_tasks_are_drawn_apart_so_what_they_share_is_lost() -> None:
+    """The reason to read it beside the t interval: seeds that move all tasks alike look more certain than they are."""
+    moved = np.linspace(-1.0, 1.0, 5)[:, None] + np.zeros((5, 9))
+    together, alone = stratified_bootstrap(moved, np.mean), stratified_bootstrap(moved[:, :1], np.mean)
+    assert together.high - together.low == pytest.approx((alone.high - alone.low) / 3.0, rel=0.1)
+
+
 def test_a_share_of_few_is_uncertain_and_stays_a_share() -> None:
     assert share_interval(8, 10) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)  # Wilson by hand
     for count in (0, 10):

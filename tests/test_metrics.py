@@ -21,6 +21,7 @@ from dgs.analysis.metrics import (
     headline,
     per_seed_values,
     read_detection,
+    reliability,
     summary,
     write_detection,
 )
@@ -165,6 +166,30 @@ class TestThreshold:
         assert rates[0] == pytest.approx(rates[1])
 
 
+class TestReliability:
+    def test_by_hand(self) -> None:
+        scores = scores_of([("lora", 0)])
+        table = reliability(scores, {"a"}).set_index("bin")
+        # b's fakes at -0.5, 0.5, 2, 3 beside the reals at -3, -2, -1, 1; 15 bins of sigmoid
+        assert table["n"].to_dict() == {0: 1, 1: 1, 4: 1, 5: 1, 9: 1, 10: 1, 13: 1, 14: 1}
+        assert table["fake"].to_dict() == {0: 0, 1: 0, 4: 0, 5: 1, 9: 1, 10: 0, 13: 1, 14: 1}
+        assert table.loc[10, "probability"] == pytest.approx(1 / (1 + np.exp(-1.0)))
+
+    def test_its_error_is_that_of_the_detection_table(self) -> None:
+        scores = scores_of([("lora", 0), ("dgs", 1)])
+        bins = reliability(scores, {"a"})
+        error = (bins["n"] * (bins["probability"] - bins["fake"]).abs()).groupby(bins["method"]).sum() / 8
+        expected = headline(detection_table(scores, {"a"})).query("generator == 'b'").set_index("method")["ece"]
+        assert error.to_dict() == pytest.approx(expected.to_dict())
+
+    def test_each_generator_brings_its_reals_and_the_seen_ones_stand_in_where_none_is_unseen(self) -> None:
+        scores = scores_of([("lora", 0)])
+        assert reliability(scores, {"a"})["n"].sum() == 8
+        both = reliability(scores, set())
+        assert both["n"].sum() == 16 and (both["n"] * both["fake"]).sum() == 8
+        assert reliability(scores, {"a", "b"}).equals(both)
+
+
 class TestTable:
     def test_contract(self) -> None:
         table = detection_table(scores_of([("lora", 0), ("lora", 1), ("dgs", 0)]), seen={"a"})
@@ -173,7 +198,7 @@ class TestTable:
             "rho,method,seed,generator,seen,condition,applied_to,n_real,n_fake,acc,balanced_acc,r_acc,f_acc,ap,auroc,"
             "tpr_at_1fpr,tpr_at_5fpr,ece,threshold_rule"
         )
-        assert len(table) == 3 * 2 * 2
+        assert len(table) == 3 * 2 * 3
         assert set(table["generator"]) == {"a", "b"}, "the shared reals are no generator"
         assert table.groupby("generator")["seen"].first().to_dict() == {"a": True, "b": False}
         assert set(zip(table["n_real"], table["n_fake"], strict=True)) == {(4, 4)}
@@ -200,11 +225,30 @@ class TestTable:
 
     def test_without_validation_scores_there_is_no_validation_rule(self) -> None:
         scores = scores_of([("lora", 0)])
-        assert set(detection_table(scores[scores["split"] == "test"], {"a"})["threshold_rule"]) == {"0.5"}
+        assert set(detection_table(scores[scores["split"] == "test"], {"a"})["threshold_rule"]) == {"0.5", "oracle"}
+
+    def test_the_oracle_is_the_best_on_each_generators_own_test_scores(self) -> None:
+        scores = scores_of([("lora", 0)])
+        scores.loc[(scores["generator"] == "b") & (scores["split"] == "test"), "logit"] -= 100.0
+        by_rule = detection_table(scores, {"a"}).pivot(
+            index="generator", columns="threshold_rule", values="balanced_acc"
+        )
+        # a's fakes lie at 0.5 and up, one real at 1; b's lie below all reals: nothing tells them, and 0 does harm
+        assert by_rule["oracle"].to_dict() == {"a": 0.875, "b": 0.5}
+        assert by_rule.loc["b", "0.5"] == 0.375 and by_rule.loc["a", "0.5"] == 0.875
+
+    def test_nothing_does_better_than_the_oracle_and_headlines_do_not_see_it(self) -> None:
+        scores = scores_of([("lora", 0), ("dgs", 3)])
+        scores.loc[scores["split"] == "val", "logit"] += 2.0
+        table = detection_table(scores, {"a"})
+        by_rule = table.pivot(index=["method", "generator"], columns="threshold_rule", values="balanced_acc")
+        assert (by_rule["oracle"] >= by_rule[["0.5", "val"]].max(axis=1)).all()
+        assert (by_rule["oracle"] > by_rule["val"]).any(), "else the test says little"
+        assert set(headline(table)["threshold_rule"]) == {"0.5"}
 
     def test_data_without_rho_keeps_its_rows(self) -> None:
         without = detection_table(scores_of([("lora", 0)], rho=np.nan), {"a"})
-        assert len(without) == 4 and without["rho"].isna().all()
+        assert len(without) == 6 and without["rho"].isna().all()
         pd.testing.assert_frame_equal(without, detection_table(scores_of([("lora", 0)]).drop(columns="rho"), {"a"}))
 
     def test_the_order_of_the_scores_does_not_matter(self) -> None:

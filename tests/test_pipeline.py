@@ -45,7 +45,7 @@ def test_a_run_makes_every_result(repo: Path) -> None:
     assert " ".join(detection.columns) == f"{columns} tpr_at_1fpr tpr_at_5fpr ece threshold_rule"
     assert (detection["rho"] == 0.9).all()
     assert detection["seen"].nunique() == 2
-    assert set(detection["threshold_rule"]) == {"0.5", "val", "val_unbiased"}
+    assert set(detection["threshold_rule"]) == {"0.5", "val", "val_unbiased", "oracle"}
     forgetting = pd.read_csv(results / "forgetting.csv")
     assert list(forgetting.columns) == ["rho", "method", "seed", "measure", "before", "after"]
     angles = pd.read_csv(results / "gradient_angles.csv")

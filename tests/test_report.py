@@ -64,6 +64,24 @@ def test_headline_numbers_by_hand(tmp_path: Path) -> None:
     assert "| `dgs` | zero-shot kept | −10.0 [−10.0, −10.0] | 5 | lower |" in text
 
 
+def test_seeds_and_generators_by_hand(tmp_path: Path) -> None:
+    text = report(tmp_path, make_detection(noise=0.0))
+    # unseen generators of lora: 70, 69, ..., 65 %; without noise their middle half has the mean of all
+    assert "| `lora` | 67.5 | 67.5 [67.5, 67.5] | 65.0 ±0.0 | – | – | – |" in text
+    gaps = " | ".join(["+2.0 [+2.0, +2.0]"] * 3)
+    assert f"| `dgs` | 69.5 | 69.5 [69.5, 69.5] | 67.0 ±0.0 | {gaps} |" in text
+    assert "### Over seeds" not in report(tmp_path, make_detection(seeds=1)), "one seed cannot be resampled"
+
+
+def test_the_oracle_is_marked_as_a_bound(tmp_path: Path) -> None:
+    made = make_detection(noise=0.0)
+    best = made[made["threshold_rule"] == "0.5"].assign(threshold_rule="oracle", balanced_acc=0.75)
+    text = report(tmp_path, pd.concat([made, best])).split("## Operating points")[1].split("\n## ")[0]
+    assert "upper bound" in text and "best (oracle) |" in text
+    assert "| `lora` | 67.5 ±0.0 | 67.5 ±0.0 | 75.0 ±0.0 |" in text
+    assert "oracle" not in report(tmp_path, made)
+
+
 def test_an_interval_across_zero_reads_no_difference_shown(tmp_path: Path) -> None:
     text = report(tmp_path, make_detection(("lora", "dgs"), noise=0.2))
     line = next(line for line in text.splitlines() if line.startswith("| `dgs` | balanced acc., unseen | "))
@@ -94,7 +112,7 @@ def test_the_summary_is_the_top_headline_and_differences(tmp_path: Path) -> None
     text = report(tmp_path, make_detection(seeds=2), make_forgetting(seeds=2))
     found = summary_sections(text)
     assert [line for line in found.splitlines() if line.startswith("#")] == [
-        "# Report", "## Headline", "## Differences to lora",
+        "# Report", "## Headline", "## Differences to lora", "### Over seeds and generators",
     ]  # fmt: skip
     assert text.startswith(found.rstrip("\n")) and "Only 2 seeds" in found
     assert found.rstrip().endswith("|")
@@ -173,7 +191,7 @@ class TestRounding:
         text = report(tmp_path, pd.concat([detection, jpeg]))
         tables = text.split("## Headline")[1].split("## How to read")[0]
         cells = re.findall(r"(?<![\d.±+−\[])(\d+\.\d)(?= [±\[])", tables)
-        assert len(cells) == (4 + 1) * 3 + 6 * 3 + 5 * 10 * 3 + 2 * 3 and set(cells) == {printed}
+        assert len(cells) == (4 + 1) * 3 + 2 * 3 + 6 * 3 + 5 * 10 * 3 + 2 * 3 and set(cells) == {printed}
         macc = next(line for line in text.splitlines() if "(mAcc" in line)
         assert [macc.count(f"`{method}` {printed}") for method in METHODS] == [1, 1, 1]
         assert len(set(re.findall(r"±(\d+\.\d)", tables))) == 1, "half intervals print alike too"
@@ -183,7 +201,7 @@ class TestRounding:
         detection["balanced_acc"] = detection["method"].map({"lora": 0.6955 - 1e-14, "dgs": 0.6955 + 0.0205 + 1e-14})
         text = report(tmp_path, detection)
         assert "| `lora` | 69.6 [69.6, 69.6] | 69.6 [69.6, 69.6] |" in text
-        assert text.count("+2.1 [+2.1, +2.1]") == 3, "seen, unseen, worst"
+        assert text.count("+2.1 [+2.1, +2.1]") == 3 + 3, "seen, unseen, worst; over seeds and generators"
 
     def test_the_differences_are_of_the_numbers_before_rounding(self, tmp_path: Path) -> None:
         detection = make_detection(("lora", "dgs"), noise=0.0)

@@ -40,7 +40,8 @@ Features = NDArray[np.float32]
 Panels = dict[str, tuple[Features, pd.DataFrame]]
 TRAINED_WITH = ("data", "patches", "model", "train")  # parameter groups that a checkpoint's training depends on
 PAIRED = 2000  # test images for what compares each with each
-OF_BLOCKS = 1000  # test images whose tokens are averaged after every block
+# Test images that blocks are compared on: an eighth, within these. More would not be cheap, fewer would flatter CKA.
+OF_BLOCKS = (500, 2000)
 
 
 def checkpoints(workspace: Workspace, methods: Sequence[str], seeds: Sequence[int]) -> dict[tuple[str, int], Path]:
@@ -236,7 +237,7 @@ def evaluate(
     views = Views(rows, prepared.source, params, patches=prepared.patches, keep=keep)
     tower = Backbone(clip).to(device).eval()
     frozen = image_features(tower, views, params, device, "frozen features")
-    few = rows[test].iloc[spread_out(int(test.sum()), OF_BLOCKS)]
+    few = rows[test].iloc[spread_out(int(test.sum()), int(np.clip(test.sum() // 8, *OF_BLOCKS)))]
     few_views = Views(few, prepared.source, params, patches=prepared.patches, keep=worth_keeping(len(few), params))
     frozen_blocks = block_means(tower, few_views, params, device, "frozen blocks")
     width = frozen.shape[1]

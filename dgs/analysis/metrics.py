@@ -28,6 +28,7 @@ SCORE_COLUMNS = ["split", "generator", "label", "condition", "applied_to", "logi
 CELL_METRICS = ("acc", "balanced_acc", "r_acc", "f_acc", "ap")
 ECE_BINS = 15
 VALIDATION = ("val", "val_unbiased")  # the second without the training set's shortcut, where the data has one
+ORACLE = "oracle"  # the threshold rule that looks at the test scores
 AS_THEY_ARE = ("cka_to_frozen", "knn_overlap", "cosine_drift", "silhouette")  # forgetting measures for metrics.json
 DECIMALS = 6  # what files keep: far below what any test set can resolve, far above the noise of summation order
 
@@ -47,7 +48,9 @@ def detection_row(labels: np.ndarray, logits: np.ndarray, threshold: float = 0.0
 
 
 def best_threshold(labels: np.ndarray, logits: np.ndarray) -> float:
-    """The logit threshold that maximises balanced accuracy; call it on validation scores, never on test scores.
+    """The logit threshold that maximises balanced accuracy.
+
+    Choose by it on validation scores; on test scores it gives an upper bound (the rule "oracle"), never a choice.
 
     `labels`: (N,) 0/1; `logits`: (N,). All thresholds between two neighbouring scores decide alike, so the answer is
     the middle of such an interval; of several best intervals the one nearest to 0 counts. Where "everything is fake"
@@ -103,7 +106,8 @@ def detection_table(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame
     `scores`: one row an image and condition (columns split, generator, label, condition, applied_to, logit, method,
     seed, and rho where the data has one); `seen`: names of the generators in the training set. A generator is judged
     against real images of its own where it has any, else against the shared pool named "real". Threshold rules: "0.5"
-    (logit 0), "val" and "val_unbiased" (`best_threshold` on the run's native scores of that split, where it has any).
+    (logit 0), "val" and "val_unbiased" (`best_threshold` on the run's native scores of that split, where it has any),
+    and "oracle" (`best_threshold` on the very scores of the row): what no threshold can exceed, and nobody can choose.
     Rates are fractions, `seen` is boolean; rows are ordered by run, condition, seen first, generator.
 
     Raises UserError for missing columns, no test rows, a generator without fakes or without reals (named), and fakes
@@ -128,11 +132,35 @@ def detection_table(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame
                     "seen": generator in seen, "condition": condition, "applied_to": applied_to,
                     **_counts(truth), **_ranking(truth, score),
                 }  # fmt: skip
+                bound = {ORACLE: best_threshold(truth, score)}
                 rows += [
                     {**shared, **_decisions(truth, score, threshold), "threshold_rule": rule}
-                    for rule, threshold in thresholds.items()
+                    for rule, threshold in (thresholds | bound).items()
                 ]
     return _ordered(pd.DataFrame(rows, columns=DETECTION_COLUMNS))
+
+
+def reliability(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame:
+    """Probability against frequency, bin by bin: calibration of each run (Naeini et al. 2015, binary form).
+
+    Over the native test images of the unseen generators, or of the seen ones where there are no others. Each generator
+    comes with the reals it is judged against, as in `detection_table`, so a shared pool counts once a generator and the
+    mix of real and fake stays that of one generator. Columns method, seed, bin (0 to 14, equal width), n (images),
+    probability (mean sigmoid(logit)), fake (share of fakes); empty bins are left out. Raises UserError as
+    `detection_table` does.
+    """
+    native = scores[(scores["split"] == "test") & (scores["condition"] == "native") & (scores["applied_to"] == "both")]
+    unseen = set(native["generator"]) - {SHARED_REALS} - set(seen)
+    parts = []
+    for (method, seed), run in native.groupby(["method", "seed"], sort=False):
+        pooled = [(truth, score) for name, truth, score in _generators(run) if not unseen or name in unseen]
+        labels, logits = (np.concatenate(column) for column in zip(*pooled, strict=True))
+        truth, score = _checked(labels, logits, f" ({method}, seed {seed})")
+        probability = expit(score)
+        table = pd.DataFrame({"bin": _bins(probability), "probability": probability, "fake": truth})
+        found = table.groupby("bin").agg(n=("fake", "size"), probability=("probability", "mean"), fake=("fake", "mean"))
+        parts.append(pd.concat({(method, seed): found}, names=["method", "seed"]))
+    return pd.concat(parts).reset_index()
 
 
 def headline(
@@ -311,9 +339,12 @@ def _ranking(truth: np.ndarray, score: np.ndarray) -> dict[str, float]:
 
 
 def _calibration_error(truth: np.ndarray, probability: np.ndarray) -> float:
-    bins = np.minimum((probability * ECE_BINS).astype(np.int64), ECE_BINS - 1)
-    gap = np.bincount(bins, weights=probability - truth, minlength=ECE_BINS)
+    gap = np.bincount(_bins(probability), weights=probability - truth, minlength=ECE_BINS)
     return float(np.abs(gap).sum() / truth.size)
+
+
+def _bins(probability: np.ndarray) -> np.ndarray:
+    return np.minimum((probability * ECE_BINS).astype(np.int64), ECE_BINS - 1)
 
 
 def _validation_thresholds(run: pd.DataFrame) -> dict[str, float]:
