@@ -16,6 +16,7 @@ from conftest import ImageTree
 from dgs.analysis.evaluate import block_means, checkpoints, evaluate, settings, tsne_rows
 from dgs.data.manifest import build_manifest, data_hash
 from dgs.data.prepared import Prepared, load_prepared, save_prepared
+from dgs.data.views import Views
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, Clip, encode_texts, load_clip
 from dgs.model.checkpoint import save_checkpoint
@@ -101,19 +102,22 @@ def test_scores_are_those_of_the_detector_on_the_same_files(
     assert (unmoved["before"] == unmoved["after"]).all()
 
 
-def test_a_tower_that_is_read_at_earlier_levels_has_the_same_blocks(params: Params, clip: Clip) -> None:
-    views = [torch.randint(0, 255, (3, 32, 32), dtype=torch.uint8) for _ in range(4)]
+def test_a_tower_that_is_read_at_earlier_levels_has_the_same_blocks(
+    params: Params, clip: Clip, prepared: Prepared
+) -> None:
+    views = Views(prepared.split("val"), prepared.source, params)
     plain, read = Backbone(clip).eval(), Backbone(clip, levels=(0, 2)).eval()
-    given = [(image, i) for i, image in enumerate(views)]
-    blocks = block_means(plain, given, params, CPU, "blocks")  # type: ignore[arg-type]
-    again = block_means(read, given, params, CPU, "blocks")  # type: ignore[arg-type]
-    assert [part.shape for part in blocks] == [(4, clip.model.visual.positional_embedding.shape[1])] * len(blocks)
+    blocks = block_means(plain, views, params, CPU, "blocks")
+    again = block_means(read, views, params, CPU, "blocks")
+    assert [part.shape for part in blocks] == [(len(views), clip.model.visual.positional_embedding.shape[1])] * len(
+        blocks
+    )
     assert all(np.array_equal(a, b) for a, b in zip(blocks, again, strict=True)) and read.levels == (0, 2)
     heard: list[torch.Tensor] = []
     last = clip.model.visual.transformer.resblocks[-1]
     hook = last.register_forward_hook(lambda block, given, out: heard.append(out))
     with torch.no_grad():
-        plain(torch.stack(views))
+        plain(torch.stack([views[i][0] for i in range(len(views))]))
     hook.remove()
     assert np.allclose(blocks[-1], heard[0][:, 1:].mean(1).numpy(), atol=1e-6)
 

@@ -34,14 +34,14 @@ SUMMARY = ("Acc", "R.Acc", "F.Acc", "balanced acc.", "mAcc", "AP")
 
 INTRO = """# The paper's tables, beside what was measured here
 
-Made by `python -m dgs.analysis.paper`, not by hand, from [paper/paper_tables.csv](paper/paper_tables.csv) (tables 1 to 3
-of arXiv 2511.13108), [paper/official_rerun.csv](paper/official_rerun.csv) (a log that the authors published with their
+Made by `python -m dgs.analysis.paper`, not by hand, from [paper/paper_tables.csv](paper/paper_tables.csv) (tables 1 to
+3 of arXiv 2511.13108), [paper/official_rerun.csv](paper/official_rerun.csv) (a log that the authors published with their
 release) and `results/mini`. All numbers are per cent.
 
 **Not comparable:** paper and re-run are ViT-L/14 on photographs, ours is a mini-CLIP on an embedded benchmark
 ([what it is, and is not](minibench.md)). The form is shared so that a run on the paper's data can be put beside it.
 
-- **R.Acc**, **F.Acc**: accuracy on real and on fake images at threshold 0.5. **Balanced acc.**: the mean of their means.
+- **R.Acc**, **F.Acc**: accuracy on real and on fake images at threshold 0.5. **Balanced acc.**: mean of their means.
 - **mAcc** is what the paper averages in tables 1 and 3: one Real column and one F.Acc column a generator. For the most
   part it is fake recall: a detector that calls everything fake would have 94.4 with 17 generators and 96.2 with 25.
 - **Acc** is over all images of a generator; **AP** is average precision.
