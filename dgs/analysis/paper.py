@@ -35,8 +35,8 @@ SUMMARY = ("Acc", "R.Acc", "F.Acc", "balanced acc.", "mAcc", "AP")
 INTRO = """# The paper's tables, beside what was measured here
 
 Made by `python -m dgs.analysis.paper`, not by hand, from [paper/paper_tables.csv](paper/paper_tables.csv) (tables 1 to
-3 of arXiv 2511.13108), [paper/official_rerun.csv](paper/official_rerun.csv) (a log that the authors published with their
-release) and `results/mini`. All numbers are per cent.
+3 of arXiv 2511.13108), [paper/official_rerun.csv](paper/official_rerun.csv) (a log that the authors published with
+their release) and `results/mini`. All numbers are per cent.
 
 **Not comparable:** paper and re-run are ViT-L/14 on photographs, ours is a mini-CLIP on an embedded benchmark
 ([what it is, and is not](minibench.md)). The form is shared so that a run on the paper's data can be put beside it.
