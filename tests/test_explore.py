@@ -140,9 +140,9 @@ def test_sliders_redraw_from_cached_tensors_in_under_200_ms() -> None:
     controls = SurgeryControls(some_subject())
     pictures, seconds = [controls.picture.value], []
     for value in LAMBDAS[-5:]:
-        started = time.perf_counter()
+        started = time.process_time()  # what it costs, whatever else this machine does
         controls.lam.value = value
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
         pictures.append(controls.picture.value)
     assert len(set(pictures)) == len(pictures), "every move draws another picture"
     assert min(seconds) < 0.2
