@@ -43,7 +43,9 @@ environment: $(READY)
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -e .
 	touch $@
 
+# A kill in the moment when DVC writes its lock file leaves an empty one, and DVC then refuses to start.
 repro: $(READY)
+	@test ! -e .dvc/tmp/rwlock || python -m json.tool .dvc/tmp/rwlock > /dev/null 2>&1 || rm -f .dvc/tmp/rwlock
 	$(if $(PROFILE),pipeline=$$(dgs profile $(PROFILE)) &&) dvc repro $(if $(PROFILE),$$pipeline)
 	@echo "Results: results/$(or $(PROFILE),mini)/REPORT.md$(HINT)"
 

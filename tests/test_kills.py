@@ -25,6 +25,8 @@ pytestmark = pytest.mark.slow
 
 SEED = int(os.environ.get("DGS_KILL_SEED", random.SystemRandom().randrange(10_000)))
 
+MAKE_REPRO = ("make", "repro", "CONDA_DEFAULT_ENV=dgs", f"CONDA_PREFIX={sys.prefix}")
+
 
 @pytest.fixture(scope="module")
 def moments() -> random.Random:
@@ -44,7 +46,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params["model"]["lora"]["dropout"] = 0.5
     params["compute"]["snapshot_seconds"] = 0.2
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    done = run(folder, "dvc", "repro", "evaluate")
+    done = run(folder, "dvc", "repro")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -99,13 +101,13 @@ def test_a_killed_repro_goes_on_and_ends_with_the_same_bytes(
     repo = copy_of(undisturbed, tmp_path / "repo")
     killed = 0
     while killed < 6:
-        process = start(repo, "dvc", "repro", "evaluate")
+        process = start(repo, *MAKE_REPRO)
         time.sleep(moments.uniform(1, 14))
         if not kill_all(process):
             break
         killed += 1
     assert killed >= 3
-    done = run(repo, "dvc", "repro", "evaluate")
+    done = run(repo, *MAKE_REPRO)
     assert done.returncode == 0, done.stderr
     assert outputs(repo) == outputs(undisturbed)
     assert (repo / "dvc.lock").read_bytes() == (undisturbed / "dvc.lock").read_bytes()
@@ -133,6 +135,15 @@ def test_a_killed_stage_leaves_nothing_half_written_and_the_same_command_ends_it
     made = outputs(repo)
     assert {name: data for name, data in whole.items() if name in made} == made
     assert target.is_dir()
+
+
+def test_a_lock_file_that_dvc_had_no_time_to_write_is_removed(undisturbed: Path) -> None:
+    """DVC empties it before it writes it anew, and cannot read an empty one."""
+    (undisturbed / ".dvc" / "tmp" / "rwlock").write_text("")
+    assert "rwlock" in run(undisturbed, "dvc", "repro").stderr
+    done = run(undisturbed, *MAKE_REPRO)
+    assert done.returncode == 0, done.stderr
+    assert "Running stage" not in done.stdout
 
 
 def test_a_seed_killed_in_training_goes_on_from_its_snapshot(

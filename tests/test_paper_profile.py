@@ -94,7 +94,7 @@ def test_the_whole_profile_runs_reduced(tmp_path: Path) -> None:
     overlay["data"] |= {"root": str(images), "captions": str(images / "captions.jsonl"), "val_fraction": 0.2}
     clip = write_random_clip(tmp_path / "clip", config=REDUCED)
     overlay["model"] |= {"clip": str(clip), "pretrained": None}
-    overlay |= {"seeds": [0], "methods": ["probe", "lora", "dgs"], "evaluate": {"retrieval_pool": 4, "tsne_images": 4}}
+    overlay |= {"seeds": [0], "methods": ["probe", "dgs"], "evaluate": {"retrieval_pool": 4, "tsne_images": 4}}
     overlay["compute"] |= {"workers": 1, "device": "cpu"}
     overlay["train"]["log_every"] = 1
     (repo / "profiles" / "reduced.yaml").write_text(yaml.safe_dump(overlay))
@@ -115,7 +115,7 @@ def test_the_whole_profile_runs_reduced(tmp_path: Path) -> None:
     assert list(stage2["step"]) == list(range(-(-images_seen // 32))), "one epoch in batches of 32"
     assert stage2["loss"].between(0, 10).all()
     metrics = json.loads((results / "metrics.json").read_text())
-    assert set(metrics["methods"]) == {"probe", "lora", "dgs"}
+    assert set(metrics["methods"]) == {"probe", "dgs"}
     assert {"balanced_acc_seen", "balanced_acc_unseen", "ap_unseen"} <= set(metrics["methods"]["dgs"])
     detection = pd.read_csv(results / "detection.csv")
     assert set(detection.loc[~detection["seen"].astype(bool), "generator"]) >= {"midjourney"}
