@@ -111,6 +111,16 @@ class TestForest:
         assert faces == [figures.colour("dgs"), "white"]
         assert "no difference shown to lora" in title(unsure)
 
+    def test_one_seed_shows_nothing(self) -> None:
+        fig = difference_forest(make_detection(("lora", "dgs"), 1, noise=0.0))
+        assert title(fig) == "dgs to lora: balanced acc., unseen +2.0 (one seed)"
+        assert fig.axes[0].lines[1].get_markerfacecolor() == "white"
+
+    def test_equal_methods_are_not_blown_up(self) -> None:
+        fig = difference_forest(make_detection(noise=0.0).assign(ap=0.5))
+        low, high = fig.axes[2].get_xlim()
+        assert fig.axes[2].get_title(loc="left") == "AP, unseen" and high - low >= 2.0
+
     def test_without_lora_it_says_so(self) -> None:
         assert title(difference_forest(make_detection(("probe", "dgs")))) == "Differences to lora: none"
 

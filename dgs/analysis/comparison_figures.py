@@ -38,6 +38,7 @@ from dgs.analysis.metrics import ECE_BINS, in_order, one_rho, per_seed_values, r
 from dgs.errors import UserError
 
 FEWEST = 50  # images of a bin, over all seeds, that make a point of a reliability diagram
+NARROWEST = 2.0  # points that a panel of a forest plot spans at least
 # What a forest plot compares, left to right and down: metric of `per_seed_values`, title of its panel.
 COMPARED = {
     "balanced_acc_unseen": "Balanced acc., unseen",
@@ -140,7 +141,10 @@ def difference_forest(detection: pd.DataFrame, forgetting: pd.DataFrame | None =
             ax.set_ylim(len(methods) - 0.5, -0.5)
             ax.tick_params(axis="y", length=0)
             ax.grid(axis="y", visible=False)
-            ax.xaxis.set_major_locator(MaxNLocator(5))
+            low, high = ax.get_xlim()
+            room = max(0.0, NARROWEST - (high - low)) / 2.0  # closer up, rounding would look like a difference
+            ax.set_xlim(low - room, high + room)
+            ax.xaxis.set_major_locator(MaxNLocator(4))
         fig.supxlabel(
             f"Percentage points above {BASELINE}; bars: 95 % interval;\nhollow: no difference shown; dots: seeds",
             fontsize=11,
@@ -172,8 +176,9 @@ def _forest_takeaway(gaps: Mapping[tuple[str, str], Interval], metric: str) -> s
     what = COMPARED[metric].lower().replace("ap,", "AP,")
     named = SUBJECT if SUBJECT in own else max(own, key=lambda method: abs(own[method].mean))
     gap = own[named]
-    reading = _verdict(gap) if gap.known else "against"
-    text = f"{_name(named)}: {reading} {_name(BASELINE)} in {what}, {_signed(gap)}"
+    if not gap.known:
+        return f"{_name(named)} to {_name(BASELINE)}: {what} {_signed(gap)}"
+    text = f"{_name(named)}: {_verdict(gap)} {_name(BASELINE)} in {what}, {_signed(gap)}"
     if len(own) == 1:
         return text
     higher = sum(gap.mean > 0 and not gap.spans_zero for gap in own.values())
