@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from dgs.analysis.intervals import (
     Interval,
@@ -118,6 +119,11 @@ def test_the_interquartile_mean_leaves_out_the_outer_quarters() -> None:
     assert iqm(np.array([[0.0, 1.0, 2.0, 100.0], [1.0, 2.0, -50.0, 3.0]])) == pytest.approx((1 + 1 + 2 + 2) / 4)
     with pytest.raises(ValueError, match="finite"):
         iqm(np.array([1.0, np.nan]))
+
+
+@given(st.lists(st.floats(-1.0, 1.0), min_size=1, max_size=30))
+def test_an_interquartile_mean_is_scipys_trimmed_mean(values: list[float]) -> None:
+    assert iqm(np.array(values)) == pytest.approx(float(stats.trim_mean(values, 0.25)))
 
 
 def test_a_stratified_bootstrap_draws_seeds_and_never_tasks() -> None:
