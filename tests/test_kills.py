@@ -73,10 +73,17 @@ def start(repo: Path, *command: str) -> subprocess.Popen[bytes]:
 def kill_all(process: subprocess.Popen[bytes]) -> bool:
     """The process and all that it started, at once, as a machine that stops; False: it had ended before."""
     had_ended = process.poll() is not None
-    for each in descendants(process.pid):
+    found: list[int] = []
+    while (now := descendants(process.pid)) != found:  # stopped first: none may start another behind our back
+        found = now
+        for each in found:
+            with suppress(ProcessLookupError):
+                os.kill(each, signal.SIGSTOP)
+    for each in found:
         with suppress(ProcessLookupError):
             os.kill(each, signal.SIGKILL)
     process.wait()
+    wait_for(lambda: not any(Path(f"/proc/{each}").exists() for each in found))  # DVC takes a zombie for alive
     return not had_ended
 
 
