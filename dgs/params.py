@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from dgs.data.conditions import parse_condition
 from dgs.errors import UserError, did_you_mean
 from dgs.workspace import find_root
 
@@ -151,11 +152,24 @@ def _of_methods(names: dict[str, Any]) -> dict[str, Any]:
     return names
 
 
+def _condition_name(text: str) -> str:
+    return parse_condition(text).name
+
+
+class RobustnessParams(_Group):
+    """Test images changed, to tell what a detector survives from what it reads."""
+
+    conditions: Annotated[list[Annotated[str, AfterValidator(_condition_name)]], AfterValidator(_distinct)] = []
+    methods: Annotated[list[str], AfterValidator(_distinct)] | None = None  # null: all
+    seeds: Annotated[list[Seed], AfterValidator(_distinct)] | None = None  # null: all
+
+
 class EvaluateParams(_Group):
     """Metrics and figures."""
 
     retrieval_pool: Annotated[int, Field(ge=2), Number] = 200  # captions a retrieval query chooses among
     tsne_images: Count = 100  # images a generator and label in the t-SNE figure
+    robustness: RobustnessParams = RobustnessParams()
 
 
 class GradientAnglesParams(_Group):
@@ -256,6 +270,7 @@ NOTEBOOK_PARAMETERS: dict[str, dict[str, str]] = {
         "retrieval_pool": "evaluate.retrieval_pool",
         "tsne_images": "evaluate.tsne_images",
         "processes": "train.processes",
+        "conditions": "evaluate.robustness.conditions",
         "device": "compute.device",
     },
     "gradient_angles": {"methods": "methods", "seeds": "seeds", "pairs": "gradient_angles.pairs"},

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from dgs.errors import UserError
+from dgs.errors import UserError, did_you_mean
 from dgs.model.methods import get_method
 from dgs.params import Params, load_params, merged_params, validate
 from dgs.workspace import find_root, is_path, no_such_clip, require_data_root
@@ -25,6 +26,22 @@ def _inputs(params: Params, root: Path) -> dict[str, list[str]]:
     return {"prepare": clip + captions, "train": clip, "evaluate": clip}
 
 
+def _check_robustness(params: Params) -> None:
+    asked = params.evaluate.robustness
+    pairs: list[tuple[str, Sequence[Any] | None, Sequence[Any]]] = [
+        ("methods", asked.methods, params.methods),
+        ("seeds", asked.seeds, params.seeds),
+    ]
+    for name, chosen, known in pairs:
+        for value in chosen or ():
+            if value not in known:
+                hint = did_you_mean(str(value), map(str, known))
+                raise UserError(
+                    f"Expected evaluate.robustness.{name} to be of {name}: {', '.join(map(str, known))}; found "
+                    f"{value}.{hint} Add it to {name}, or leave it out."
+                )
+
+
 def check_params(params: Params, root: Path) -> None:
     """What can be known to be wrong before any stage runs: methods, folders and files that are not there.
 
@@ -36,6 +53,7 @@ def check_params(params: Params, root: Path) -> None:
         params.tuned(method)
     if missing := [method for method in params.methods if method not in params.settings]:
         raise UserError(f"Expected settings of {missing[0]}, found none. Add to settings: {missing[0]}: {{}}.")
+    _check_robustness(params)
 
     own = (root / "build" / params.profile).resolve()
     for name, given in (("data.root", params.data.root), ("model.clip", params.model.clip)):

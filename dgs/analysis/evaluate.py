@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from dgs.analysis.forgetting import (
     NEIGHBOURS,
@@ -24,6 +26,7 @@ from dgs.analysis.forgetting import (
     spread_out,
     zero_shot_accuracy,
 )
+from dgs.data.conditions import NATIVE, parse_condition
 from dgs.data.prepared import Prepared, load_prepared
 from dgs.data.views import Views, worth_keeping
 from dgs.errors import UserError
@@ -136,10 +139,12 @@ def block_means(backbone: Backbone, views: Views, params: Params, device: torch.
     return np.split(found[:, backbone.widths[0] :], 2 * depth, axis=1)[::2]  # the others are standard deviations
 
 
-def score_rows(rows: pd.DataFrame, logits: NDArray[np.float32], method: str, seed: int, rho: float) -> pd.DataFrame:
-    """The scores table of one checkpoint: one row an image."""
+def score_rows(
+    rows: pd.DataFrame, logits: NDArray[np.float32], method: str, seed: int, rho: float, condition: str = NATIVE
+) -> pd.DataFrame:
+    """The scores table of one checkpoint under one condition: one row an image."""
     scores = rows[["id", "split", "generator", "label"]].copy()
-    scores["condition"], scores["applied_to"] = "native", "both"
+    scores["condition"], scores["applied_to"] = condition, "both"
     scores["logit"], scores["method"], scores["seed"], scores["rho"] = logits, method, seed, rho
     return scores
 
@@ -220,52 +225,112 @@ def tsne_rows(rows: pd.DataFrame, per_cell: int) -> pd.DataFrame:
     return pd.concat([shared, pick])
 
 
+@contextmanager
+def _opened(
+    folder: Path, clip: Clip, prepared: Prepared, params: Params, device: torch.device
+) -> Iterator[tuple[Backbone, nn.Linear, bool]]:
+    """A checkpoint's tower, its head, and whether the tower was tuned; afterwards the CLIP is as it was."""
+    backbone, heads, info = load_checkpoint(folder, clip)
+    try:
+        _check_fits(folder, info, prepared, params, clip)
+        yield backbone.to(device), heads["image"], bool(info["adapter"])
+    finally:
+        clip.model.visual = backbone.without_adapters()
+
+
+class _Reader:
+    """Features of one set of views; what frozen towers make of it is computed once."""
+
+    def __init__(self, views: Views, params: Params, device: torch.device) -> None:
+        self.views, self.params, self.device = views, params, device
+        self._frozen: dict[tuple[int, ...], Features] = {}  # by the levels that are read beside the tower's output
+
+    def features(self, backbone: Backbone, tuned: bool, label: str) -> Features:
+        """(N, D): what the head of `backbone` reads."""
+        if tuned:
+            return image_features(backbone, self.views, self.params, self.device, label)
+        if backbone.levels not in self._frozen:
+            self._frozen[backbone.levels] = image_features(backbone, self.views, self.params, self.device, label)
+        return self._frozen[backbone.levels]
+
+
+def _logits(head: nn.Linear, features: Features) -> NDArray[np.float32]:
+    return head(torch.from_numpy(features)).squeeze(1).detach().numpy()
+
+
+def robustness_scores(
+    found: Mapping[tuple[str, int], Path], clip: Clip, prepared: Prepared, params: Params, device: torch.device
+) -> list[pd.DataFrame]:
+    """Scores of changed test images, a table for each of evaluate.robustness.conditions and checkpoint asked for.
+
+    Condition by condition, so that one set of changed views is in memory at a time and all checkpoints share it.
+
+    Raises:
+        UserError: none of the checkpoints is asked for.
+    """
+    asked = params.evaluate.robustness
+    if not asked.conditions:
+        return []
+    chosen = {
+        (method, seed): folder
+        for (method, seed), folder in found.items()
+        if method in (asked.methods or [method]) and seed in (asked.seeds or [seed])
+    }
+    if not chosen:
+        here = ", ".join(f"{method} seed {seed}" for method, seed in found)
+        raise UserError(
+            f"Expected evaluate.robustness.methods and seeds to name a checkpoint among {here}; found methods "
+            f"{asked.methods}, seeds {asked.seeds}. Mend them, or set evaluate.robustness.conditions: []."
+        )
+    rows = prepared.split("test")
+    keep = len(chosen) > 1 and worth_keeping(len(rows), params)
+    scores = []
+    for name in asked.conditions:
+        condition = parse_condition(name)
+        views = Views(rows, prepared.source, params, patches=prepared.patches, keep=keep, condition=condition)
+        reader = _Reader(views, params, device)
+        for (method, seed), folder in chosen.items():
+            with _opened(folder, clip, prepared, params, device) as (backbone, head, tuned):
+                logits = _logits(head, reader.features(backbone, tuned, f"{name}: {method}, seed {seed}"))
+            scores.append(score_rows(rows, logits, method, seed, _rho(prepared), name))
+    return scores
+
+
+def _rho(prepared: Prepared) -> float:
+    return np.nan if prepared.info["rho"] is None else prepared.info["rho"]
+
+
 def evaluate(
     found: dict[tuple[str, int], Path], clip: Clip, prepared: Prepared, params: Params, device: torch.device
 ) -> tuple[pd.DataFrame, pd.DataFrame, Panels]:
-    """Every checkpoint on the validation and test images.
+    """Every checkpoint on the validation and test images, and on changed test images where asked for.
 
     Returns:
-        scores (one row an image and checkpoint), forgetting (rho, method, seed, measure, before, after), and for the
-        t-SNE {"frozen", method...: (features, rows)} of the first seed.
+        scores (one row an image, checkpoint and condition), forgetting (rho, method, seed, measure, before, after), and
+        for the t-SNE {"frozen", method...: (features, rows)} of the first seed.
     """
     clip.model.to(device)
     rows = prepared.manifest[prepared.manifest["split"] != "train"]
     test = (rows["split"] == "test").to_numpy()
-    rho = prepared.info["rho"] if prepared.info["rho"] is not None else np.nan
-    keep = worth_keeping(len(rows), params)
-    views = Views(rows, prepared.source, params, patches=prepared.patches, keep=keep)
+    rho, keep = _rho(prepared), worth_keeping(len(rows), params)
+    reader = _Reader(Views(rows, prepared.source, params, patches=prepared.patches, keep=keep), params, device)
     tower = Backbone(clip).to(device).eval()
-    frozen = image_features(tower, views, params, device, "frozen features")
+    frozen = reader.features(tower, False, "frozen features")
     few = rows[test].iloc[spread_out(int(test.sum()), int(np.clip(test.sum() // 8, *OF_BLOCKS)))]
     few_views = Views(few, prepared.source, params, patches=prepared.patches, keep=worth_keeping(len(few), params))
     frozen_blocks = block_means(tower, few_views, params, device, "frozen blocks")
     width = frozen.shape[1]
-    of_levels: dict[tuple[int, ...], Features] = {(): frozen}  # of the frozen tower, by the levels beside its output
     shown = tsne_rows(rows[test], params.evaluate.tsne_images)
     at = pd.Series(range(len(rows)), index=rows.index)[shown.index].to_numpy()
     panels = {"frozen": (frozen[at], shown)}
     scores: list[pd.DataFrame] = []
     forgetting: list[dict[str, Any]] = []
     for (method, seed), folder in found.items():
-        backbone, heads, info = load_checkpoint(folder, clip)
-        try:
-            _check_fits(folder, info, prepared, params, clip)
-            known = None if info["adapter"] else of_levels.get(backbone.levels)
-            if known is None:
-                label = f"{method}, seed {seed}"
-                known = image_features(backbone.to(device), views, params, device, label)
-            if not info["adapter"]:
-                of_levels[backbone.levels] = known
-            logits = heads["image"](torch.from_numpy(known)).squeeze(1).numpy()
-            features = known[:, :width]
-            blocks = (
-                block_means(backbone, few_views, params, device, f"{method}, seed {seed}, blocks")
-                if info["adapter"]
-                else frozen_blocks
-            )
-        finally:
-            clip.model.visual = backbone.without_adapters()
+        label = f"{method}, seed {seed}"
+        with _opened(folder, clip, prepared, params, device) as (backbone, head, tuned):
+            known = reader.features(backbone, tuned, label)
+            logits, features = _logits(head, known), known[:, :width]
+            blocks = block_means(backbone, few_views, params, device, f"{label}, blocks") if tuned else frozen_blocks
         scores.append(score_rows(rows, logits, method, seed, rho))
         if not np.isfinite(known).all():
             raise UserError(
@@ -277,8 +342,10 @@ def evaluate(
             {"rho": rho, "method": method, "seed": seed, "measure": name, "before": before, "after": after}
             for name, (before, after) in measures.items()
         ]
-        if method not in panels and info["adapter"]:
+        if method not in panels and tuned:
             panels[method] = (features[at], shown)
+    del reader  # and with it the views in memory
+    scores += robustness_scores(found, clip, prepared, params, device)
     return pd.concat(scores, ignore_index=True), pd.DataFrame(forgetting), panels
 
 

@@ -6,7 +6,7 @@ before the sigmoid: an image is called generated where logit > threshold, and th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from scipy.special import expit
 from sklearn.metrics import auc, average_precision_score, roc_curve
 
 from dgs.analysis.intervals import seed_interval, share_interval
+from dgs.data.conditions import NATIVE
 from dgs.data.manifest import SHARED_REALS
 from dgs.errors import UserError
 
@@ -105,7 +106,9 @@ def detection_table(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame
 
     `scores`: one row an image and condition (columns split, generator, label, condition, applied_to, logit, method,
     seed, and rho where the data has one); `seen`: names of the generators in the training set. A generator is judged
-    against real images of its own where it has any, else against the shared pool named "real". Threshold rules: "0.5"
+    against real images of its own where it has any, else against the shared pool named "real". A condition other than
+    "native", scored on all images (applied_to "both"), also gets rows with it applied to real or fake images alone:
+    the others keep their native scores. Threshold rules: "0.5"
     (logit 0), "val" and "val_unbiased" (`best_threshold` on the run's native scores of that split, where it has any),
     and "oracle" (`best_threshold` on the very scores of the row): what no threshold can exceed, and nobody can choose.
     Rates are fractions, `seen` is boolean; rows are ordered by run, condition, seen first, generator.
@@ -124,7 +127,7 @@ def detection_table(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame
     for (rho, method, seed), run in scores.groupby(RUN, dropna=False, sort=False):
         thresholds = {"0.5": 0.0, **_validation_thresholds(run)}
         test = run[run["split"] == "test"]
-        for (condition, applied_to), part in test.groupby(["condition", "applied_to"], sort=False):
+        for condition, applied_to, part in _conditions(test):
             for generator, labels, logits in _generators(part):
                 truth, score = _checked(labels, logits, f" ({method}, seed {seed}, generator {generator})")
                 shared = {
@@ -345,6 +348,16 @@ def _calibration_error(truth: np.ndarray, probability: np.ndarray) -> float:
 
 def _bins(probability: np.ndarray) -> np.ndarray:
     return np.minimum((probability * ECE_BINS).astype(np.int64), ECE_BINS - 1)
+
+
+def _conditions(test: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """(condition, applied_to, rows) of one run's test rows: those scored, and those composed with native scores."""
+    native = test[(test["condition"] == NATIVE) & (test["applied_to"] == "both")]
+    for (condition, applied_to), part in test.groupby(["condition", "applied_to"], sort=False):
+        yield str(condition), str(applied_to), part
+        if condition != NATIVE and applied_to == "both" and not native.empty:
+            for name, label in (("fake", 1), ("real", 0)):
+                yield str(condition), name, pd.concat([part[part["label"] == label], native[native["label"] != label]])
 
 
 def _validation_thresholds(run: pd.DataFrame) -> dict[str, float]:

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dgs.data.conditions import Condition
 from dgs.data.images import decode, fit
 from dgs.data.manifest import ImageSource
-from dgs.data.patches import stitch
+from dgs.data.patches import patch_entropy, select_indices, stitch
+from dgs.data.perturbations import perturb
 from dgs.params import Params
 
 EVALUATION = -1  # the epoch of the view used at test time: no flip, one fixed patch order
@@ -62,6 +64,7 @@ class Views(Dataset[tuple[Tensor, int]]):
     """The views of a manifest's rows in one epoch: item i is ((3, S, S) uint8, i).
 
     keep: every view is made once and then stays in memory. It is exact, since a view is a pure function.
+    condition: a change to the decoded images, before a view is made of them; patches are then selected anew.
     """
 
     def __init__(
@@ -73,11 +76,13 @@ class Views(Dataset[tuple[Tensor, int]]):
         epoch: int = EVALUATION,
         patches: Mapping[str, NDArray[np.int32]] | None = None,
         keep: bool = False,
+        condition: Condition | None = None,
     ) -> None:
         self.files = rows["file"].tolist()
         self.rows = rows["row"].tolist()
         self.hashes = rows["sha256"].tolist()
         self.source, self.params, self.seed, self.epoch, self.patches = source, params, seed, epoch, patches
+        self.condition = condition
         self._kept: dict[int, Tensor] | None = {} if keep else None
 
     def __len__(self) -> int:
@@ -93,9 +98,19 @@ class Views(Dataset[tuple[Tensor, int]]):
     def _make(self, index: int) -> Tensor:
         sha = self.hashes[index]
         image = decode(self.source.read(self.files[index], self.rows[index]), self.files[index])
-        patches = self.patches[sha] if self.patches is not None else None
-        view = make_view(image, sha, self.params, self.seed, self.epoch, patches)
+        if self.condition is not None:
+            image = perturb(image, self.condition, sha)
+        view = make_view(image, sha, self.params, self.seed, self.epoch, self._patches_of(image, sha))
         return torch.from_numpy(view).permute(2, 0, 1)
+
+    def _patches_of(self, image: NDArray[np.uint8], sha: str) -> NDArray[np.int32] | None:
+        if self.patches is None:
+            return None
+        if self.condition is None:
+            return self.patches[sha]
+        # A detector gets the changed image alone, so it would choose by that one's entropies.
+        size, count = self.params.patches.size, self.params.patches.count
+        return select_indices(patch_entropy(image, size), count)
 
 
 def worth_keeping(images: int, params: Params) -> bool:
