@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from dgs.analysis import figures
 from dgs.analysis.metrics import DETECTION_COLUMNS
+from dgs.analysis.robustness_figures import robustness_curves
 from dgs.errors import UserError
 
 METHODS = ("probe", "lora", "dgs")
@@ -41,6 +43,21 @@ def make_detection(
                     key = (rho, method, seed, generator, i < n_seen, "native", "both", 400, 400)
                     rows.append((*key, *rates.values(), rule))
     return pd.DataFrame(rows, columns=DETECTION_COLUMNS)
+
+
+def make_changed(
+    methods: tuple[str, ...] = METHODS, seeds: int = 5,
+    names: str = "jpeg:95 jpeg:30 blur:1 blur:4 resize:1.5 noise:8 png",
+    fragile: float = 0.05, shift: float = 0.08, noise: float = 0.0, **more: Any,
+) -> pd.DataFrame:  # fmt: skip
+    """A detection table with changed images: each costs `fragile`, and makes images look real by `shift`."""
+    native = make_detection(methods, seeds, noise=noise, **more)
+    parts = [native]
+    for name in names.split():
+        for applied_to, moved in (("both", -fragile), ("fake", -shift - fragile / 2), ("real", shift - fragile / 2)):
+            rates = native[["balanced_acc", "auroc", "f_acc", "r_acc"]] + moved
+            parts.append(native.assign(condition=name, applied_to=applied_to, **rates))
+    return pd.concat(parts, ignore_index=True)
 
 
 def make_forgetting(methods: tuple[str, ...] = METHODS, seeds: int = 5, noise: float = 0.02) -> pd.DataFrame:
@@ -179,6 +196,10 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "forgetting, two seeds": lambda: figures.forgetting_bars(make_forgetting(seeds=2, noise=0.2)),
     "angles": lambda: figures.angles_over_training(make_angles()),
     "angles, one": lambda: figures.angles_over_training(make_angles(("dgs",), 1, 1)),
+    "changed images": lambda: robustness_curves(make_changed()),
+    "changed images, nine methods": lambda: robustness_curves(make_changed(MANY, 2)),
+    "changed images, three kinds": lambda: robustness_curves(make_changed(names="jpeg:50 blur:1 noise:4")),
+    "changed images, one of one method": lambda: robustness_curves(make_changed(("dgs",), 1, "jpeg:50")),
     "patches": lambda: figures.patches_figure(image(256, 320), image(224, 224)),
     "patches, few": lambda: figures.patches_figure(image(64, 96), image(224, 224)),
 }

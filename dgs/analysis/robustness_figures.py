@@ -13,7 +13,7 @@ from dgs.analysis.figures import CHANCE, WIDTH, _headline, _name, colour, marker
 from dgs.analysis.intervals import rounded_text
 from dgs.analysis.metrics import in_order, one_rho
 from dgs.analysis.robustness import MATERIAL, changes, conditions_of, means_over_generators
-from dgs.data.conditions import KINDS, NATIVE, Condition
+from dgs.data.conditions import KINDS, NATIVE, Condition, parse_condition
 from dgs.errors import UserError
 
 _AXES = {
@@ -22,7 +22,15 @@ _AXES = {
     "resize": "Resize and back, factor",
     "noise": "Noise, σ (8-bit levels)",
 }
+_WORDS = {
+    "jpeg": "JPEG {:g}",
+    "blur": "blur of {:g} px",
+    "resize": "resizing by {:g}",
+    "noise": "noise of {:g} levels",
+    "png": "PNG",
+}
 _LINES: dict[str, Literal["-", ":"]] = {"both": "-", "fake": ":"}
+_NOTE = "means over seeds and generators; dashed: chance"
 _LABELS = {"both": "real and fake changed", "fake": "fake alone changed"}
 
 
@@ -48,7 +56,7 @@ def robustness_curves(detection: pd.DataFrame) -> Figure:
         for ax, kind in zip(axes, kinds, strict=False):
             _panel(ax, kind, [condition for condition in conditions if condition.kind == kind], means, methods)
         for ax in axes[len(kinds) :]:
-            ax.set_visible(False)
+            ax.remove()
         fig.supylabel("Balanced accuracy (%)", fontsize=11)
         _legend(fig, methods)
         _headline(fig, _takeaway(means, where))
@@ -91,7 +99,9 @@ def _legend(fig: Figure, methods: list[str]) -> None:
         Line2D([], [], color="#333333", linestyle=line, linewidth=1.8, label=_LABELS[applied_to])
         for applied_to, line in _LINES.items()
     ]
-    fig.legend(handles=handles, loc="outside lower center", ncols=2 if len(handles) < 5 else 3)
+    fig.legend(
+        handles=handles, loc="outside lower center", ncols=2 if len(handles) < 5 else 3, title=_NOTE, title_fontsize=10
+    )
 
 
 def _takeaway(means: pd.DataFrame, where: str) -> str:
@@ -100,10 +110,15 @@ def _takeaway(means: pd.DataFrame, where: str) -> str:
     cells = table.groupby(["measure", "method", "condition"], sort=False)["value"].mean()
     method, condition = cells["accuracy"].idxmin()
     lost = -100 * cells["accuracy"].min()
-    text = f"{condition} costs {_name(method)} {rounded_text(lost)} points on {where} generators"
+    text = f"{_words(condition)} costs {_name(method)} {rounded_text(lost)} points on {where} generators"
     if "shift" in cells.index.get_level_values("measure"):
         shift = cells["shift"]
         who, what = shift.abs().idxmax()
         if abs(shift[who, what]) >= MATERIAL:
-            text += f"; to {_name(who)}, {what} makes images look {'real' if shift[who, what] > 0 else 'fake'}"
-    return text
+            text += f"; to {_name(who)}, {_words(what)} makes images look {'real' if shift[who, what] > 0 else 'fake'}"
+    return text[0].upper() + text[1:]
+
+
+def _words(name: str) -> str:
+    condition = parse_condition(name)
+    return _WORDS[condition.kind].format(condition.strength)

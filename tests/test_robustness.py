@@ -1,0 +1,187 @@
+"""Fragile or biased: what is read off changed images, by hand and from a model of a detector's scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_figures import make_changed, make_detection, title
+from test_report import report
+
+from dgs.analysis.metrics import detection_table
+from dgs.analysis.robustness import change, changes, conditions_of, format_conditions, means_over_generators, readings
+from dgs.analysis.robustness_figures import robustness_curves
+from dgs.data.conditions import parse_condition
+from dgs.errors import UserError
+
+
+def scores_of(condition: str, real: float, fake: float, seeds: int = 3) -> pd.DataFrame:
+    """Scores of a detector whose logits are N(-1, 1) on reals and N(1, 1) on fakes; under `condition` the means are
+    `real` and `fake`."""
+    parts = []
+    for seed in range(seeds):
+        grain = np.random.default_rng(seed).normal(size=(2, 2, 4000))
+        for row, name, means in ((0, "native", (-1.0, 1.0)), (1, condition, (real, fake))):
+            for label, mean in enumerate(means):
+                logits = mean + grain[row, label]
+                parts.append(pd.DataFrame({"logit": logits, "label": label, "condition": name, "seed": seed}))
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(split="test", generator="vq", applied_to="both", method="dgs", rho=0.9)
+
+
+def read(real: float, fake: float) -> tuple[float, float, dict[str, list[str]]]:
+    """(ranking, shift, readings) of the detector above."""
+    means, _ = means_over_generators(detection_table(scores_of("jpeg:75", real, fake), set()))
+    table = changes(means)
+    ranking, shift = (change(table, "dgs", "jpeg:75", measure) for measure in ("ranking", "shift"))
+    assert ranking is not None and shift is not None
+    return ranking.mean, shift.mean, readings(table, "dgs", conditions_of(means))
+
+
+class TestBiasAgainstFragility:
+    def test_lost_evidence_is_fragile_and_no_shift(self) -> None:
+        ranking, shift, found = read(-0.3, 0.3)
+        assert ranking < -0.2 and abs(shift) < 0.01
+        assert found == {"fragile": ["jpeg:75"], "looks real": [], "looks fake": [], "none shown": []}
+
+    def test_scores_that_all_move_are_a_shift_and_no_fragility(self) -> None:
+        ranking, shift, found = read(-2.0, 0.0)
+        assert abs(ranking) < 0.01 and shift > 0.05
+        assert found == {"fragile": [], "looks real": ["jpeg:75"], "looks fake": [], "none shown": []}
+        ranking, shift, found = read(0.0, 2.0)
+        assert abs(ranking) < 0.01 and shift < -0.05
+        assert found["looks fake"] == ["jpeg:75"] and not found["fragile"]
+
+    def test_both_at_once_are_both(self) -> None:
+        assert read(-1.2, -0.6)[2] == {
+            "fragile": ["jpeg:75"], "looks real": ["jpeg:75"], "looks fake": [], "none shown": [],
+        }  # fmt: skip
+
+    def test_a_detector_that_does_not_care_shows_nothing(self) -> None:
+        assert read(-1.0, 1.0)[2]["none shown"] == ["jpeg:75"]
+
+
+class TestComposition:
+    """One pass over changed images gives three rows: all changed, fakes alone, reals alone."""
+
+    def test_the_label_that_is_not_changed_keeps_its_native_scores(self) -> None:
+        table = detection_table(scores_of("blur:1", -3.0, -0.5, seeds=1), set()).set_index(["condition", "applied_to"])
+        native, both = table.loc[("native", "both")], table.loc[("blur:1", "both")]
+        fake, real = table.loc[("blur:1", "fake")], table.loc[("blur:1", "real")]
+        assert fake["r_acc"] == native["r_acc"] != both["r_acc"] == real["r_acc"]
+        assert real["f_acc"] == native["f_acc"] != both["f_acc"] == fake["f_acc"]
+        assert (table[["n_real", "n_fake"]] == 4000).all(axis=None)
+
+    def test_at_a_fixed_threshold_the_two_parts_add_up(self) -> None:
+        table = detection_table(scores_of("blur:1", -3.0, -0.5, seeds=1), set()).set_index(["condition", "applied_to"])
+        accuracy = table["balanced_acc"]
+        lost = accuracy["blur:1"] - accuracy["native", "both"]
+        assert lost["both"] == pytest.approx(lost["fake"] + lost["real"])
+
+    def test_thresholds_come_from_native_validation_alone(self) -> None:
+        scores = scores_of("noise:8", 3.0, 5.0, seeds=1)
+        validation = scores[scores["condition"] == "native"].assign(split="val")
+        changed = scores[scores["condition"] == "noise:8"].assign(split="val")
+        with_changed = detection_table(pd.concat([scores, validation, changed]), set())
+        pd.testing.assert_frame_equal(with_changed, detection_table(pd.concat([scores, validation]), set()))
+        rows = with_changed[(with_changed["condition"] == "noise:8") & (with_changed["applied_to"] == "both")]
+        assert rows.loc[rows["threshold_rule"] == "val", "r_acc"].item() < 0.05, "no threshold was chosen for noise"
+
+
+class TestTables:
+    def test_changes_by_hand(self) -> None:
+        table = changes(means_over_generators(make_changed(fragile=0.05, shift=0.08))[0])
+        found = table.groupby(["condition", "measure"])["value"].agg(["min", "max"])
+        for measure, value in (("accuracy", -0.05), ("ranking", -0.05), ("shift", 0.08)):
+            assert found.xs(measure, level="measure").to_numpy() == pytest.approx(value)
+
+    def test_seeds_are_paired(self) -> None:
+        table = changes(means_over_generators(make_changed(noise=0.2))[0])
+        interval = change(table, "lora", "blur:4", "accuracy")
+        assert interval is not None and interval.high - interval.low == pytest.approx(0.0, abs=1e-9)
+
+    def test_conditions_go_from_mild_to_harsh(self) -> None:
+        mixed = make_changed(names="jpeg:30 blur:4 jpeg:95 png blur:1")
+        assert [c.name for c in conditions_of(mixed)] == ["jpeg:95", "jpeg:30", "blur:1", "blur:4", "png"]
+
+    def test_unseen_generators_count_where_there_are_any(self) -> None:
+        made = make_changed(seeds=1)
+        means, where = means_over_generators(made)
+        assert where == "unseen" and means["balanced_acc"].max() < made["balanced_acc"].max()
+        assert means_over_generators(make_changed(seeds=1, generators=("mine",), n_seen=1))[1] == "seen"
+
+    def test_one_seed_is_read_by_its_mean_and_a_small_change_is_none(self) -> None:
+        table = changes(means_over_generators(make_changed(seeds=1, fragile=0.02, shift=0.009))[0])
+        found = readings(table, "dgs", [parse_condition("jpeg:95")])
+        assert found["fragile"] == ["jpeg:95"] and not found["looks real"]
+
+    def test_what_seeds_disagree_about_is_not_shown(self) -> None:
+        made = make_changed(seeds=2, names="jpeg:95")
+        made.loc[(made["seed"] == 1) & (made["condition"] == "jpeg:95"), "auroc"] += 0.2
+        found = readings(changes(means_over_generators(made)[0]), "dgs", [parse_condition("jpeg:95")])
+        assert found["fragile"] == []
+
+    def test_formats_have_their_usual_names_and_the_mildest_quality(self) -> None:
+        conditions = [parse_condition(name) for name in ("blur:1", "jpeg:30", "jpeg:95", "png")]
+        assert format_conditions(conditions) == {
+            "native": ("native", "both"),
+            "fakes re-encoded (jpeg:95)": ("jpeg:95", "fake"),
+            "reals re-encoded (jpeg:95)": ("jpeg:95", "real"),
+            "all re-encoded (jpeg:95)": ("jpeg:95", "both"),
+            "all PNG": ("png", "both"),
+        }
+        assert format_conditions([parse_condition("blur:1")]) == {}
+
+
+class TestReport:
+    def test_it_tells_what_is_lost_and_what_is_read(self, tmp_path: Path) -> None:
+        text = report(tmp_path, make_changed(names="jpeg:95 blur:4 png", fragile=0.05, shift=0.08))
+        section = text.split("\n## Robustness\n")[1].split("\n## ")[0]
+        assert "| native | 57.5 ±0.0 | 67.5 ±0.0 | 69.5 ±0.0 |" in section
+        assert section.count("| `jpeg:95` | −5.0 ±0.0 | −5.0 ±0.0 | −5.0 ±0.0 |") == 2
+        assert "| `blur:4` | +8.0 ±0.0 | +8.0 ±0.0 | +8.0 ±0.0 |" in section
+        assert (
+            "- `lora`: fragile under jpeg:95, blur:4, png; takes images for real after jpeg:95, blur:4, png." in section
+        )
+        assert "| native | 57.5 / 57.5 | 67.5 / 67.5 | 69.5 / 69.5 |" in section
+        assert "| all re-encoded (jpeg:95) | 52.5 / 52.5 | 62.5 / 62.5 | 64.5 / 64.5 |" in section
+
+    def test_without_changed_images_there_is_no_section(self, tmp_path: Path) -> None:
+        assert "Robustness" not in report(tmp_path, make_detection())
+
+    def test_methods_and_seeds_that_were_not_changed_are_left_out(self, tmp_path: Path) -> None:
+        made = make_changed()
+        some = made[(made["condition"] == "native") | ((made["method"] == "lora") & (made["seed"] < 2))]
+        section = report(tmp_path, some).split("\n## Robustness\n")[1].split("\n## ")[0]
+        assert "| condition | `lora` |" in section and "nan" not in section
+
+
+class TestFigure:
+    def test_a_panel_a_kind_with_native_where_it_belongs(self) -> None:
+        fig = robustness_curves(make_changed(names="resize:0.5 jpeg:30 resize:1.5 jpeg:95"))
+        ticks = [[label.get_text() for label in ax.get_xticklabels()] for ax in fig.axes]
+        assert ticks == [["none", "95", "30"], ["1.5", "none", "0.5"]]
+
+    def test_solid_is_all_changed_and_dotted_fakes_alone(self) -> None:
+        ax = robustness_curves(make_changed(("dgs",), names="blur:1", fragile=0.05, shift=0.08)).axes[0]
+        solid, dotted, _ = ax.lines
+        assert solid.get_linestyle() == "-" and dotted.get_linestyle() == ":"
+        assert np.asarray(solid.get_ydata()) == pytest.approx([69.5, 64.5])
+        assert np.asarray(dotted.get_ydata()) == pytest.approx([69.5, 59.0])
+
+    def test_the_title_says_what_cost_most_and_what_is_read(self) -> None:
+        made = make_changed(names="jpeg:30 blur:4", fragile=0.02, shift=0.0)
+        hit = (made["method"] == "lora") & (made["condition"] == "blur:4")
+        made.loc[hit, "balanced_acc"] -= 0.1
+        made.loc[hit & (made["applied_to"] == "fake"), "auroc"] += 0.3
+        assert title(robustness_curves(made)) == (
+            "Blur of 4 px costs lora 12.0 points on unseen generators; to lora, blur of 4 px makes images look fake"
+        )
+
+    def test_without_strengths_there_is_nothing_to_draw(self) -> None:
+        with pytest.raises(UserError, match=r"set evaluate\.robustness\.conditions"):
+            robustness_curves(make_detection())
+        with pytest.raises(UserError, match="mixes rho"):
+            robustness_curves(pd.concat([make_changed(rho=0.5), make_changed(rho=0.9)]))
