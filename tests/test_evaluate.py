@@ -12,9 +12,15 @@ import pytest
 import torch
 from clips import write_random_clip
 from conftest import ImageTree
+from PIL import Image
 
 from dgs.analysis.evaluate import block_means, checkpoints, evaluate, settings, tsne_rows
-from dgs.data.manifest import build_manifest, data_hash
+from dgs.analysis.metrics import RATES, detection_table, summary
+from dgs.analysis.report import write_report
+from dgs.analysis.robustness_figures import robustness_curves
+from dgs.data.conditions import parse_condition
+from dgs.data.manifest import build_manifest, data_hash, open_image
+from dgs.data.perturbations import perturb
 from dgs.data.prepared import Prepared, load_prepared, save_prepared
 from dgs.data.views import Views
 from dgs.errors import UserError
@@ -120,6 +126,53 @@ def test_a_tower_that_is_read_at_earlier_levels_has_the_same_blocks(
         plain(torch.stack([views[i][0] for i in range(len(views))]))
     hook.remove()
     assert np.allclose(blocks[-1], heard[0][:, 1:].mean(1).numpy(), atol=1e-6)
+
+
+def test_changed_images_are_scored_as_the_detector_scores_them(
+    params: Params, clip: Clip, prepared: Prepared, tmp_path: Path
+) -> None:
+    """End to end: scores under conditions, their table, the report and the figure."""
+    found = {(name, 0): trained(name, clip, prepared, params, tmp_path / name) for name in ("probe", "dgs")}
+    robustness = {"conditions": ["jpeg:50", "noise:16", "png"], "methods": ["dgs"]}
+    asked = validate({**params.model_dump(), "evaluate": {"retrieval_pool": 4, "robustness": robustness}})
+    scores, forgetting, _ = evaluate(found, clip, prepared, asked, CPU)
+
+    native = scores["condition"] == "native"
+    plain, _, _ = evaluate(found, clip, prepared, params, CPU)
+    pd.testing.assert_frame_equal(scores[native].reset_index(drop=True), plain)
+    changed = scores[~native]
+    assert set(changed["method"]) == {"dgs"} and set(changed["split"]) == {"test"}
+    rows = prepared.split("test")
+    detector = Detector.load(found["dgs", 0])
+    for name, own in changed.groupby("condition"):
+        assert own["id"].tolist() == rows["id"].tolist()
+        images = [
+            Image.fromarray(perturb(open_image(prepared.source, file, row), parse_condition(str(name)), sha))
+            for file, row, sha in zip(rows["file"], rows["row"], rows["sha256"], strict=True)
+        ]
+        expected = detector.score(images)
+        assert np.allclose(1 / (1 + np.exp(-own["logit"].to_numpy())), expected, rtol=0, atol=1e-6)
+
+    detection = detection_table(scores, {"alpha", "beta"})
+    rates = detection.set_index(["method", "condition", "applied_to", "threshold_rule", "generator"])[
+        RATES
+    ].sort_index()
+    assert set(rates.loc["probe"].index.get_level_values("condition")) == {"native"}
+    pd.testing.assert_frame_equal(rates.loc["dgs", "png", "both"], rates.loc["dgs", "native", "both"])
+    pd.testing.assert_frame_equal(rates.loc["dgs", "png", "fake"], rates.loc["dgs", "native", "both"])
+    path = write_report(tmp_path / "REPORT.md", summary(detection, None, "mini", "x"), detection, forgetting, {})
+    assert "| `noise:16` |" in path.read_text() and "| all PNG |" in path.read_text()
+    assert len(robustness_curves(detection).axes) == 2
+
+
+def test_changed_images_without_a_checkpoint_asked_for_are_an_error(
+    params: Params, clip: Clip, prepared: Prepared, tmp_path: Path
+) -> None:
+    found = {("probe", 0): trained("probe", clip, prepared, params, tmp_path / "probe")}
+    robustness = {"conditions": ["jpeg:50"], "methods": ["dgs"]}
+    asked = validate({**params.model_dump(), "evaluate": {"retrieval_pool": 4, "robustness": robustness}})
+    with pytest.raises(UserError, match=r"name a checkpoint among probe seed 0; found methods \['dgs'\]"):
+        evaluate(found, clip, prepared, asked, CPU)
 
 
 def test_a_checkpoint_of_other_data_is_refused(params: Params, clip: Clip, prepared: Prepared, tmp_path: Path) -> None:

@@ -244,6 +244,9 @@ class TestValidation:
             ("train.surgery.lam", -0.1),
             ("train.log_every", 0),
             ("evaluate.retrieval_pool", 1),
+            ("evaluate.robustness.conditions", [75]),
+            ("evaluate.robustness.conditions", ["jpeg:750"]),
+            ("evaluate.robustness.seeds", [-1]),
         ],
     )
     def test_a_value_out_of_range_is_named(self, dotted: str, value: Any) -> None:
@@ -252,6 +255,14 @@ class TestValidation:
     @pytest.mark.parametrize(("name", "value"), [("seeds", [0, 1, 0]), ("methods", ["lora", "lora"])])
     def test_what_is_listed_twice_would_run_twice_into_the_same_place(self, name: str, value: Any) -> None:
         assert f"list {value[0]} once only" in refused(name, value)
+
+    def test_a_misspelled_condition_is_told_what_is_meant_and_one_written_twice_is_seen(self) -> None:
+        name = "evaluate.robustness.conditions"
+        assert refused(name, ["jpeg:75", "blurr:1"]) == (
+            f"Parameter '{name}.1' in some.yaml: value error, unknown condition. Did you mean 'blur'? Expected such as "
+            "jpeg:75, blur:1, resize:0.5, noise:4, png; found 'blurr:1'."
+        )
+        assert "list blur:1 once only" in refused(name, ["blur:1", "blur:1.0"])
 
     def test_a_home_folder_is_written_out_and_other_names_stay(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", "/home/me")

@@ -154,6 +154,31 @@ def test_a_changed_number_reruns_the_stages_that_read_it(repo: Path) -> None:
         run(repo, "dvc", "repro")
 
 
+def test_conditions_add_rows_and_a_figure_and_take_nothing_away(repo: Path) -> None:
+    path = repo / "params.yaml"
+    source, results = path.read_text(), repo / "results" / "mini"
+    before, table = (results / "metrics.json").read_bytes(), (results / "detection.csv").read_text()
+    params = yaml.safe_load(source)
+    params["evaluate"]["robustness"] = {"conditions": ["jpeg:50", "noise:8", "png"], "methods": ["probe", "dgs"]}
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    try:
+        done = run(repo, "dvc", "repro")
+        assert set(ran(done.stdout)) == {"check", "evaluate"}, done.stderr
+        assert (results / "metrics.json").read_bytes() == before, "headlines are of native images"
+        assert set(table.splitlines()) <= set((results / "detection.csv").read_text().splitlines())
+        detection = pd.read_csv(results / "detection.csv", dtype={"threshold_rule": str})
+        changed = detection[detection["condition"] != "native"]
+        assert set(changed["condition"]) == {"jpeg:50", "noise:8", "png"}
+        assert set(changed["applied_to"]) == {"both", "fake", "real"} and set(changed["method"]) == {"probe", "dgs"}
+        assert (results / "figures" / "evaluate" / "robustness.png").stat().st_size > 5_000
+        text = (results / "REPORT.md").read_text()
+        assert "## Robustness" in text and "(figures/evaluate/robustness.png)" in text
+    finally:
+        path.write_text(source)
+        run(repo, "dvc", "repro")
+    assert not (results / "figures" / "evaluate" / "robustness.png").exists()
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -161,6 +162,21 @@ class TestTheCheckBeforeAnyStage:
         path = repo / "params.yaml"
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "methods": ["probe", "dsg"]}))
         with pytest.raises(UserError, match=r"Unknown method 'dsg'\. Did you mean 'dgs'\?"):
+            check_file(None, print)
+
+    @pytest.mark.parametrize(
+        ("asked", "sentence"),
+        [
+            ({"methods": ["probe", "loar"]}, "to be of methods: probe, lora, dgs; found loar. Did you mean 'lora'?"),
+            ({"methods": ["leace"]}, "to be of methods: probe, lora, dgs; found leace. Add it to methods,"),
+            ({"seeds": [7]}, "Expected evaluate.robustness.seeds to be of seeds: 0; found 7."),
+        ],
+    )
+    def test_changed_images_are_scored_by_what_is_trained(
+        self, repo: Path, asked: dict[str, object], sentence: str
+    ) -> None:
+        change(repo, "evaluate", robustness=asked)
+        with pytest.raises(UserError, match=re.escape(sentence)):
             check_file(None, print)
 
     def test_data_that_the_pipeline_makes_itself_need_not_be_there_yet(self, repo: Path) -> None:
