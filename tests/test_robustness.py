@@ -22,7 +22,7 @@ def scores_of(condition: str, real: float, fake: float, seeds: int = 3) -> pd.Da
     `real` and `fake`."""
     parts = []
     for seed in range(seeds):
-        grain = np.random.default_rng(seed).normal(size=(2, 2, 4000))
+        grain = np.random.default_rng(seed).normal(size=(2, 2, 2000))
         for row, name, means in ((0, "native", (-1.0, 1.0)), (1, condition, (real, fake))):
             for label, mean in enumerate(means):
                 logits = mean + grain[row, label]
@@ -72,7 +72,7 @@ class TestComposition:
         fake, real = table.loc[("blur:1", "fake")], table.loc[("blur:1", "real")]
         assert fake["r_acc"] == native["r_acc"] != both["r_acc"] == real["r_acc"]
         assert real["f_acc"] == native["f_acc"] != both["f_acc"] == fake["f_acc"]
-        assert (table[["n_real", "n_fake"]] == 4000).all(axis=None)
+        assert (table[["n_real", "n_fake"]] == 2000).all(axis=None)
 
     def test_at_a_fixed_threshold_the_two_parts_add_up(self) -> None:
         table = detection_table(scores_of("blur:1", -3.0, -0.5, seeds=1), set()).set_index(["condition", "applied_to"])
