@@ -63,11 +63,17 @@ class TestBiasAgainstFragility:
         assert read(-1.0, 1.0)[2]["none shown"] == ["jpeg:75"]
 
 
+def blurred() -> pd.DataFrame:
+    """Rates at threshold 0.5 of a detector under blur, by (condition, applied_to)."""
+    table = detection_table(scores_of("blur:1", -3.0, -0.5, seeds=1), set())
+    return table[table["threshold_rule"] == "0.5"].set_index(["condition", "applied_to"])
+
+
 class TestComposition:
     """One pass over changed images gives three rows: all changed, fakes alone, reals alone."""
 
     def test_the_label_that_is_not_changed_keeps_its_native_scores(self) -> None:
-        table = detection_table(scores_of("blur:1", -3.0, -0.5, seeds=1), set()).set_index(["condition", "applied_to"])
+        table = blurred()
         native, both = table.loc[("native", "both")], table.loc[("blur:1", "both")]
         fake, real = table.loc[("blur:1", "fake")], table.loc[("blur:1", "real")]
         assert fake["r_acc"] == native["r_acc"] != both["r_acc"] == real["r_acc"]
@@ -75,7 +81,7 @@ class TestComposition:
         assert (table[["n_real", "n_fake"]] == 2000).all(axis=None)
 
     def test_at_a_fixed_threshold_the_two_parts_add_up(self) -> None:
-        table = detection_table(scores_of("blur:1", -3.0, -0.5, seeds=1), set()).set_index(["condition", "applied_to"])
+        table = blurred()
         accuracy = table["balanced_acc"]
         lost = accuracy["blur:1"] - accuracy["native", "both"]
         assert lost["both"] == pytest.approx(lost["fake"] + lost["real"])
