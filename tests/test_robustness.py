@@ -183,7 +183,7 @@ class TestFigure:
         made.loc[hit, "balanced_acc"] -= 0.1
         made.loc[hit & (made["applied_to"] == "fake"), "auroc"] += 0.3
         assert title(robustness_curves(made)) == (
-            "Blur of 4 px costs lora 12.0 points on unseen generators; to lora, blur of 4 px makes images look fake"
+            "Blur of 4 px costs lora 12.0 points; blur of 4 px makes images look fake to lora"
         )
 
     def test_without_strengths_there_is_nothing_to_draw(self) -> None:

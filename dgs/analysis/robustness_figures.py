@@ -57,9 +57,9 @@ def robustness_curves(detection: pd.DataFrame) -> Figure:
             _panel(ax, kind, [condition for condition in conditions if condition.kind == kind], means, methods)
         for ax in axes[len(kinds) :]:
             ax.remove()
-        fig.supylabel("Balanced accuracy (%)", fontsize=11)
+        fig.supylabel(f"Balanced accuracy (%), {where} generators", fontsize=11)
         _legend(fig, methods)
-        _headline(fig, _takeaway(means, where))
+        _headline(fig, _takeaway(means))
     return fig
 
 
@@ -104,18 +104,18 @@ def _legend(fig: Figure, methods: list[str]) -> None:
     )
 
 
-def _takeaway(means: pd.DataFrame, where: str) -> str:
+def _takeaway(means: pd.DataFrame) -> str:
     """The harshest loss of accuracy and the strongest shift, each of the method it happened to."""
     table = changes(means)
     cells = table.groupby(["measure", "method", "condition"], sort=False)["value"].mean()
     method, condition = cells["accuracy"].idxmin()
     lost = -100 * cells["accuracy"].min()
-    text = f"{_words(condition)} costs {_name(method)} {rounded_text(lost)} points on {where} generators"
+    text = f"{_words(condition)} costs {_name(method)} {rounded_text(lost)} points"
     if "shift" in cells.index.get_level_values("measure"):
         shift = cells["shift"]
         who, what = shift.abs().idxmax()
         if abs(shift[who, what]) >= MATERIAL:
-            text += f"; to {_name(who)}, {_words(what)} makes images look {'real' if shift[who, what] > 0 else 'fake'}"
+            text += f"; {_words(what)} makes images look {'real' if shift[who, what] > 0 else 'fake'} to {_name(who)}"
     return text[0].upper() + text[1:]
 
 
