@@ -40,7 +40,7 @@ def test_logging_costs_at_most_five_per_cent_of_a_run() -> None:
     journal = Journal("dgs", 0)
 
     def step(logged: bool, layers: LayerGradients | None = None) -> None:
-        _, gradients = stage2_step(method, backbone, heads, optimizer, images, known, noise, params, layers)
+        _, gradients = stage2_step(method, backbone, heads, optimizer, images, known, noise, params, layers=layers)
         if logged:
             journal.gradients(0, list(range(size)), labels, gradients)
         if layers is not None:

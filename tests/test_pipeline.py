@@ -65,6 +65,7 @@ def test_a_run_makes_every_result(repo: Path) -> None:
 def test_checkpoints_are_folders_of_safetensors_and_json(repo: Path) -> None:
     folder = repo / "build" / "mini" / "train" / "dgs" / "seed-0"
     assert {path.name for path in folder.iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "dgs.json",
