@@ -129,6 +129,30 @@ def tune(
 
 @app.command()
 @_for_users
+def ceiling(as_json: Json = False) -> None:
+    """Bound what a linear head on the frozen tower can reach: one trained on images of every test generator.
+
+    On what was prepared last; the table is results/<profile>/ceiling.csv, the profile is DGS_PROFILE's.
+    """
+    from dgs.analysis.ceiling import ceiling
+    from dgs.disk import replacing_file
+    from dgs.params import load_params
+    from dgs.workspace import Workspace
+
+    params = load_params()
+    workspace = Workspace.of(params.profile)
+    rows = ceiling(params, workspace.root, workspace.find("prepare", made_by="prepare"))
+    out = workspace.root / "results" / params.profile / "ceiling.csv"
+    with replacing_file(out) as draft:
+        rows.round(6).to_csv(draft, index=False)
+    means = rows[~rows["seen"]].groupby("head", sort=False)["balanced_acc"].mean().round(4).to_dict()
+    table = out.relative_to(workspace.root).as_posix()
+    text = ", ".join(f"{100 * mean:.1f} % on {head}" for head, mean in means.items())
+    _print(as_json, {"table": table, "unseen": means}, f"unseen generators: {text} ({table})")
+
+
+@app.command()
+@_for_users
 def study(
     profiles: Annotated[list[str], typer.Argument(help="whose results to compare")], as_json: Json = False
 ) -> None:

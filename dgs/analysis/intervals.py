@@ -128,3 +128,11 @@ def rounded_text(value: float, digits: int = 1, sign: bool = False) -> str:
 def percent_text(fraction: float, digits: int = 1, sign: bool = False) -> str:
     """A fraction in per cent without the sign "%", as `rounded_text` prints it: 0.6955 -> "69.6"."""
     return rounded_text(100.0 * fraction, digits, sign)
+
+
+def interval_text(interval: Interval, sign: bool = True) -> str:
+    """Mean and ends, "1.2 [0.3, 2.1]", each as `rounded_text` prints it; the mean alone where there are no ends."""
+    if not interval.known:
+        return rounded_text(interval.mean, sign=sign)
+    mean, low, high = (rounded_text(value, sign=sign) for value in interval)
+    return f"{mean} [{low}, {high}]"

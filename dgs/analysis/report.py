@@ -13,6 +13,7 @@ import pandas as pd
 from dgs.analysis.deviations import deviations
 from dgs.analysis.intervals import (
     Interval,
+    interval_text,
     iqm,
     paired_difference,
     percent_text,
@@ -269,7 +270,7 @@ def _difference_section(detection: pd.DataFrame, forgetting: pd.DataFrame | None
             if both.empty:
                 continue
             gap = paired_difference(*(100 * both.to_numpy(dtype=float).T))
-            rows.append([f"`{name}`", METRIC_NAMES[metric], _gap(gap), str(len(both)), _verdict(gap)])
+            rows.append([f"`{name}`", METRIC_NAMES[metric], interval_text(gap), str(len(both)), _verdict(gap)])
     note = (
         f"Percentage points above `{BASELINE}`, seed by seed: mean [95 % interval]. An interval that spans zero reads "
         f'"no difference shown", which is not "no difference".'
@@ -293,14 +294,19 @@ def _seeds_and_generators(detection: pd.DataFrame) -> list[str]:
     for method, own in tables.items():
         worst = rows[rows["method"] == method].groupby("seed")["balanced_acc"].min()
         middle = stratified_bootstrap(own.to_numpy(), iqm)
-        line = [f"`{method}`", rounded_text(own.to_numpy().mean()), _gap(middle, sign=False), _plus_minus(worst)]
+        line = [
+            f"`{method}`",
+            rounded_text(own.to_numpy().mean()),
+            interval_text(middle, sign=False),
+            _plus_minus(worst),
+        ]
         gaps = (own - tables[BASELINE]).dropna().to_numpy()
         if method == BASELINE or len(gaps) == 0:
             table.append([*line, "–", "–", "–"])
             continue
         by_seed = seed_interval(gaps.mean(axis=1))
         intervals = [by_seed, stratified_bootstrap(gaps, np.mean), stratified_bootstrap(gaps, iqm)]
-        table.append([*line, *map(_gap, intervals)])
+        table.append([*line, *map(interval_text, intervals)])
     note = (
         f"Balanced accuracy over all seeds and unseen generators, per cent. IQM: the mean of the middle half of these "
         f"numbers. Its interval, and the second of the difference to `{BASELINE}`, are 95 % bootstrap intervals that "
@@ -535,13 +541,6 @@ def _plus_minus(values: pd.Series) -> str:
 def _interval_pm(interval: Interval) -> str:
     spread = f" ±{percent_text(interval.high - interval.mean)}" if interval.known else ""
     return f"{percent_text(interval.mean)}{spread}"
-
-
-def _gap(gap: Interval, sign: bool = True) -> str:
-    if not gap.known:
-        return rounded_text(gap.mean, sign=sign)
-    mean, low, high = (rounded_text(value, sign=sign) for value in gap)
-    return f"{mean} [{low}, {high}]"
 
 
 def _verdict(gap: Interval) -> str:

@@ -14,6 +14,7 @@ from scipy.stats import kendalltau
 
 from dgs.analysis.intervals import (
     Interval,
+    interval_text,
     iqm,
     paired_difference,
     percent_text,
@@ -140,13 +141,6 @@ def agreement(first: Condition, second: Condition) -> float:
     return float(kendalltau(*means).statistic)
 
 
-def _gap(gap: Interval) -> str:
-    if not gap.known:
-        return rounded_text(gap.mean, sign=True)
-    low, high = (rounded_text(end, sign=True) for end in (gap.low, gap.high))
-    return f"{rounded_text(gap.mean, sign=True)} [{low}, {high}]"
-
-
 def _ranking(condition: Condition) -> str:
     order = sorted(condition.methods, key=lambda name: -condition.of(name, "balanced_acc_unseen").mean())
     rows = []
@@ -158,7 +152,7 @@ def _ranking(condition: Condition) -> str:
             half = f" ±{percent_text(interval.high - interval.mean)}" if interval and interval.known else ""
             cells.append(f"{percent_text(interval.mean)}{half}" if interval else "–")
         cells.insert(2, percent_text(iqm(condition.cells[name])))
-        cells += [_gap(condition.gap(name, other)) if name != other else "–" for other in (BASELINE, PAPERS)]
+        cells += [interval_text(condition.gap(name, other)) if name != other else "–" for other in (BASELINE, PAPERS)]
         rows.append(cells)
     header = ["method", "unseen", "IQM", *list(SHOWN.values())[1:], f"minus `{BASELINE}`", f"minus `{PAPERS}`"]
     return markdown_table(header, rows)
@@ -174,8 +168,9 @@ def _goals(conditions: Sequence[Condition]) -> str:
         reached = goal is not None and min(gaps[other].mean for other in (BASELINE, PAPERS)) >= goal
         rows.append(
             [
-                f"`{condition.name}`", wanted, _gap(gaps[BASELINE]), _gap(gaps[PAPERS]), "yes" if reached else "no",
-                f"`{rival}`", _gap(gaps[rival]), "yes" if gaps[rival].low > 0 else "no",
+                f"`{condition.name}`", wanted, interval_text(gaps[BASELINE]), interval_text(gaps[PAPERS]),
+                "yes" if reached else "no",
+                f"`{rival}`", interval_text(gaps[rival]), "yes" if gaps[rival].low > 0 else "no",
                 percent_text(kept), "yes" if kept >= KEPT else "no",
             ]
         )  # fmt: skip
