@@ -156,11 +156,12 @@ def ceiling(as_json: Json = False) -> None:
 def study(
     profiles: Annotated[list[str], typer.Argument(help="whose results to compare")], as_json: Json = False
 ) -> None:
-    """Compare methods over the results of several profiles: results/study/REPORT.md and table.csv."""
-    from dgs.analysis.study import write_study
+    """Compare methods over the results of several profiles: results/study/REPORT.md, table.csv and params.yaml."""
+    from dgs.analysis.study import write_params, write_study
     from dgs.workspace import find_root
 
     root = find_root()
+    write_params(root, profiles)
     _print(as_json, {"report": write_study(root, profiles).relative_to(root).as_posix()})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,16 @@ import pytest
 import yaml
 
 from dgs.analysis.metrics import detection_table, write_detection
-from dgs.analysis.study import agreement, best_rival, comparison_table, read_condition, study_report, write_study
+from dgs.analysis.study import (
+    agreement,
+    best_rival,
+    comparison_table,
+    read_condition,
+    study_report,
+    write_params,
+    write_study,
+)
+from dgs.analysis.tuning import candidates
 from dgs.errors import UserError
 from dgs.model.methods import METHODS
 
@@ -90,6 +100,31 @@ def test_the_report_says_what_was_reached_and_what_was_not(root: Path) -> None:
     ranks = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
     assert ranks[0] == "levels_poe" and ranks[-1] == "dgs"
     assert len(pd.read_csv(report.parent / "table.csv")) == 2 * 5 * 6
+
+
+def test_the_report_names_the_settings_that_each_rule_chose(root: Path) -> None:
+    tried = candidates(METHODS["dgs"])
+    search = pd.DataFrame(
+        {
+            "data_hash": "d", "method": "dgs", "candidate": [json.dumps(candidate) for candidate in tried], "seed": 100,
+            "val": [0.9, 0.8, 0.7, 0.7, 0.6, 0.6], "val_balanced": [0.6, 0.61, 0.7, 0.7, 0.65, 0.5],
+            "val_unbiased": [0.6, 0.61, 0.6, 0.65, 0.64, 0.5],
+        }
+    )  # fmt: skip
+    (root / "results/mini").mkdir()
+    search.to_csv(root / "results/mini/tuning.csv", index=False)
+    text = write_study(root, ["strong"]).read_text().partition("## Settings")[2]
+    (line,) = [line for line in text.splitlines() if line.startswith("| `dgs`")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:] == ["lr 0.001, lam 0.2 (90.0)", "lr 0.003, lam 0.2 (70.0)", "lr 0.003, lam 1 (65.0)"]
+
+
+def test_parameters_are_kept_beside_the_report(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    kept = yaml.safe_load(write_params(tmp_path, ["study-75", "study-90"]).read_text())
+    assert [kept[name]["data"]["rho"] for name in ("study-75", "study-90")] == [0.75, 0.9]
+    assert kept["study-75"]["settings"] == yaml.safe_load((ROOT / "params.yaml").read_text())["settings"]
 
 
 def test_missing_results_and_methods_are_one_sentence(root: Path) -> None:

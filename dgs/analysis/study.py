@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from scipy.stats import kendalltau
 
 from dgs.analysis.intervals import (
@@ -24,7 +25,10 @@ from dgs.analysis.intervals import (
 )
 from dgs.analysis.metrics import headline, in_order, per_seed_values, read_detection
 from dgs.analysis.report import markdown_table
+from dgs.analysis.tuning import RULES, choices
 from dgs.errors import UserError
+from dgs.params import load_params
+from dgs.workspace import MAIN
 
 SUBJECT, BASELINE, PAPERS = "dgs_plus", "lora", "dgs"
 PARTS = ("levels_probe", "levels_poe_probe", "levels_distillation", "levels_poe")  # of the subject, so no rivals of it
@@ -186,8 +190,13 @@ def _orders(conditions: Sequence[Condition]) -> str:
     return markdown_table(["", *(f"`{condition.name}`" for condition in conditions)], rows)
 
 
-def study_report(conditions: Sequence[Condition]) -> str:
-    """The study's REPORT.md.
+def _settings(tuning: pd.DataFrame) -> str:
+    rows = [[f"`{name}`", *by_rule] for name, by_rule in choices(tuning).items()]
+    return markdown_table(["method", *(f"`{rule}`" for rule in RULES)], rows)
+
+
+def study_report(conditions: Sequence[Condition], tuning: pd.DataFrame | None = None) -> str:
+    """The study's REPORT.md; `tuning`: the table of `dgs tune` that the settings were chosen from.
 
     Raises:
         UserError: a condition without lora, dgs or dgs_plus, or with data of no known rho.
@@ -211,14 +220,36 @@ def study_report(conditions: Sequence[Condition]) -> str:
     for condition in conditions:
         parts += [f"## {condition.name}", f"Data hash `{condition.data_hash[:12]}`, rho {condition.rho:g}.",
                   _ranking(condition)]  # fmt: skip
+    if tuning is not None:
+        parts += [
+            "## Settings",
+            "What each rule chooses of the six candidates a method has, and the balanced accuracy (%) it chose by: "
+            + "; ".join(f"`{rule}`, {about}" for rule, about in RULES.items())
+            + ". Methods that are not listed take those of another.",
+            _settings(tuning),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
 def write_study(root: Path, names: Sequence[str]) -> Path:
-    """results/study/ from the results of the profiles `names`: table.csv and REPORT.md; returns the report."""
+    """results/study/ from the results of the profiles `names`: table.csv and REPORT.md; returns the report.
+
+    Settings are read from results/mini/tuning.csv, where there is one.
+    """
     conditions = [read_condition(root, name) for name in names]
     folder = root / "results" / "study"
     folder.mkdir(parents=True, exist_ok=True)
     comparison_table(conditions).round(6).to_csv(folder / "table.csv", index=False)
-    (folder / "REPORT.md").write_text(study_report(conditions), encoding="utf-8")
+    search = root / "results" / MAIN / "tuning.csv"
+    tuning = pd.read_csv(search) if search.exists() else None
+    (folder / "REPORT.md").write_text(study_report(conditions, tuning), encoding="utf-8")
     return folder / "REPORT.md"
+
+
+def write_params(root: Path, names: Sequence[str]) -> Path:
+    """results/study/params.yaml: every parameter of each profile's run, as they stand now; returns it."""
+    out = root / "results" / "study" / "params.yaml"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    content = {name: load_params(name, root).model_dump(mode="json") for name in names}
+    out.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return out

@@ -159,3 +159,20 @@ def chosen(table: pd.DataFrame, rule: str) -> dict[str, Candidate]:
         if method.like in best:
             best[name] = best[method.like]
     return {name: best[name] for name in METHODS if name in best}
+
+
+def settings_text(candidate: Candidate) -> str:
+    """A candidate in short: {"train.stage2.lr": 0.003, "train.surgery.lam": 1.0} to "lr 0.003, lam 1"."""
+    return ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in candidate.items())
+
+
+def choices(table: pd.DataFrame) -> dict[str, list[str]]:
+    """What each rule of `RULES` chooses for each method that was searched, with the value it had: "lr 0.003 (83.3)"."""
+    found: dict[str, list[str]] = {}
+    for rule in RULES:
+        best = chosen(table, rule)
+        for name, rows in table.groupby("method", sort=False):
+            candidate = best[str(name)]
+            value = rows.loc[rows["candidate"] == json.dumps(candidate), rule].mean()
+            found.setdefault(str(name), []).append(f"{settings_text(candidate)} ({100 * value:.1f})")
+    return {name: found[name] for name in METHODS if name in found}
