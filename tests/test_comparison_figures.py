@@ -130,7 +130,13 @@ class TestBlocks:
         fig = forgetting_blocks(make_forgetting())
         line = points(fig, "lora")
         assert line[:, 0].tolist() == [1, 2, 3, 4] and line[-1, 1] == pytest.approx(60.0)
-        assert title(fig).startswith("dgs: lower than lora (CKA after block 4 −10.0 [")
+        assert title(fig).startswith("dgs: lower than lora (CKA after block 4 −10.0 points [")
+
+    def test_the_title_compares_towers_that_moved_not_a_frozen_one(self) -> None:
+        made = make_forgetting()
+        frozen = made["method"] == "probe"
+        made.loc[frozen & made["measure"].str.startswith("cka_block:"), "after"] = 1.0
+        assert "probe" not in title(forgetting_blocks(made))
 
     def test_a_table_without_blocks_is_refused(self) -> None:
         with pytest.raises(UserError, match="no measures of single blocks"):

@@ -336,7 +336,7 @@ class TestKindsOfImage:
             assert apart[~np.eye(5, dtype=bool)].min() > 25.0
 
     def test_neighbours_in_the_list_have_different_markers_and_none_is_that_of_reals(self) -> None:
-        looks = [figures._generator_look(i) for i in range(16)]
+        looks = [figures.generator_look(i) for i in range(16)]
         assert len({(look["color"], look["marker"]) for look in looks}) == 16
         assert len({look["marker"] for look in looks[:7]}) == 7
         assert figures._REAL_MARKER not in {look["marker"] for look in looks}
@@ -372,12 +372,12 @@ class TestHeadlines:
     def test_detection_is_about_dgs_against_lora(self) -> None:
         made = make_detection(noise=1e-4)
         found = title(figures.detection_bars(made))
-        assert found == "dgs: higher than lora (unseen +2.0 [+2.0, +2.0]); probe −10.0 [−10.0, −10.0]"
+        assert found == "dgs: higher than lora (unseen +2.0 points [+2.0, +2.0]); probe −10.0 [−10.0, −10.0]"
         swapped = made.assign(method=made["method"].map({"probe": "probe", "lora": "dgs", "dgs": "lora"}))
         found = title(figures.detection_bars(swapped))
-        assert found == "dgs: lower than lora (unseen −2.0 [−2.0, −2.0]); probe −12.0 [−12.0, −12.0]"
+        assert found == "dgs: lower than lora (unseen −2.0 points [−2.0, −2.0]); probe −12.0 [−12.0, −12.0]"
         alone = title(figures.detection_bars(made[made["method"] != "probe"]))
-        assert alone == "dgs: higher than lora (unseen +2.0 [+2.0, +2.0])"
+        assert alone == "dgs: higher than lora (unseen +2.0 points [+2.0, +2.0])"
 
     def test_detection_names_the_best_of_the_others(self) -> None:
         made = make_detection((*METHODS, "leace"), noise=1e-4)
@@ -388,12 +388,14 @@ class TestHeadlines:
         gap = {0: 0.0, 1: 0.02, 2: -0.02}  # t(0.975, 2) * 2 / sqrt(3) = 4.97 points
         made = make_detection(("lora", "dgs"), seeds=3, noise=0.0).assign(balanced_acc=0.7)
         made["balanced_acc"] += made["seed"].map(gap).where(made["method"] == "dgs", 0.0) + 0.0
-        assert title(figures.detection_bars(made)) == "dgs: no difference shown to lora (unseen +0.0 [−5.0, +5.0])"
+        assert (
+            title(figures.detection_bars(made)) == "dgs: no difference shown to lora (unseen +0.0 points [−5.0, +5.0])"
+        )
 
     def test_differences_are_paired_by_seed(self) -> None:
         made = make_detection(("lora", "dgs"), noise=0.0)
         made["balanced_acc"] += 0.05 * made["seed"]  # moves both alike
-        assert title(figures.detection_bars(made)) == "dgs: higher than lora (unseen +2.0 [+2.0, +2.0])"
+        assert title(figures.detection_bars(made)) == "dgs: higher than lora (unseen +2.0 points [+2.0, +2.0])"
 
     def test_without_dgs_or_lora_the_best_two_are_compared(self) -> None:
         made = make_detection(("probe", "lora"), noise=1e-4)
@@ -405,7 +407,7 @@ class TestHeadlines:
 
     def test_one_seed_claims_no_interval(self) -> None:
         found = title(figures.detection_bars(make_detection(seeds=1, noise=0.0)))
-        assert found == "dgs to lora: unseen +2.0 (one seed: no interval); probe −10.0 (one seed)"
+        assert found == "dgs to lora: unseen +2.0 points (one seed: no interval); probe −10.0 (one seed)"
         assert "(one seed: no interval)" in title(figures.detection_bars(make_detection(("probe", "lora"), seeds=1)))
 
     def test_without_a_seed_in_common_nothing_is_compared(self) -> None:
@@ -421,14 +423,14 @@ class TestHeadlines:
         worst = made.assign(balanced_acc=lambda t: t["balanced_acc"] - 0.2 * t["seed"] * (t["method"] != "lora"))
         fig = figures.detection_bars(worst)
         assert fig.get_suptitle().count("\n") <= 1
-        assert title(fig) == "dgs: no difference shown to lora (unseen −10.0 [−137.1, +117.1])"
+        assert title(fig) == "dgs: no difference shown to lora (unseen −10.0 points [−137.1, +117.1])"
         assert figures.tsne_panels(make_points(MANY)).get_suptitle().count("\n") <= 1
 
     def test_forgetting(self) -> None:
         found = title(figures.forgetting_bars(make_forgetting(noise=0.0)))
-        assert found == "dgs: lower than lora (zero-shot kept −10.0 [−10.0, −10.0]); probe +40.0 [+40.0, +40.0]"
+        assert found == "dgs: lower than lora (zero-shot kept −10.0 points [−10.0, −10.0]); probe +40.0 [+40.0, +40.0]"
         same = title(figures.forgetting_bars(make_forgetting().assign(after=lambda t: t["before"])))
-        assert same.startswith("dgs: no difference shown to lora (zero-shot kept +0.0 [+0.0, +0.0])")
+        assert same.startswith("dgs: no difference shown to lora (zero-shot kept +0.0 points [+0.0, +0.0])")
         other = title(figures.forgetting_bars(make_forgetting(("probe", "lora"), noise=0.0)))
         assert other == "After fine-tuning, probe leads lora by 40.0 points [+40.0, +40.0] of zero-shot kept"
         alone = title(figures.forgetting_bars(make_forgetting(("dgs",), noise=0.0)))
@@ -439,17 +441,19 @@ class TestHeadlines:
 
     def test_plane(self) -> None:
         found = title(figures.forgetting_plane(make_detection(noise=0.0), make_forgetting(noise=0.0)))
-        assert found == "dgs to lora: zero-shot kept −10.0 [−10.0, −10.0]; unseen +2.0 [+2.0, +2.0]"
+        assert found == "dgs to lora: zero-shot kept −10.0 points [−10.0, −10.0]; unseen +2.0 points [+2.0, +2.0]"
         other = figures.forgetting_plane(
             make_detection(("probe", "lora"), noise=0.0), make_forgetting(("lora", "probe"), noise=0.0)
         )
-        assert title(other) == "probe to lora: zero-shot kept +40.0 [+40.0, +40.0]; unseen −10.0 [−10.0, −10.0]"
+        assert title(other) == (
+            "probe to lora: zero-shot kept +40.0 points [+40.0, +40.0]; unseen −10.0 points [−10.0, −10.0]"
+        )
         alone = figures.forgetting_plane(make_detection(("dgs",), 1, noise=0.0), make_forgetting(("dgs",), 1, 0.0))
         assert title(alone) == "dgs: zero-shot kept 50.0 % (one seed), balanced accuracy on unseen 69.5 % (one seed)"
 
     def test_plane_across_zero_is_no_difference_shown(self) -> None:
         found = title(figures.forgetting_plane(make_detection(noise=0.5), make_forgetting(noise=0.0)))
-        assert "; unseen no difference shown, " in found and "kept −10.0" in found
+        assert "; unseen no difference shown, " in found and "kept −10.0 points" in found
         found = title(figures.forgetting_plane(make_detection(noise=0.0), make_forgetting(seeds=2, noise=0.5)))
         assert "zero-shot kept no difference shown, " in found
 
@@ -504,7 +508,7 @@ class TestHeadlines:
             assert not any("69.5" in text.get_text() for text in heat.axes[0].texts)
             pair = make_detection(("lora", "dgs"), noise=0.0)
             pair["balanced_acc"] = pair["method"].map({"lora": 0.5, "dgs": 0.5205 + noise})
-            assert "+2.1 [+2.1, +2.1]" in title(figures.detection_bars(pair))
+            assert "+2.1 points [+2.1, +2.1]" in title(figures.detection_bars(pair))
 
     def test_maps(self) -> None:
         made = figures.tsne_panels(make_points(), seed=3)

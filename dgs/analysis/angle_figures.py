@@ -20,11 +20,11 @@ from dgs.analysis.correlation import UNSEEN, WITHIN
 from dgs.analysis.figures import (
     TURNED,
     WIDTH,
-    _headline,
-    _mean_line,
-    _method_legend,
-    _name,
     colour,
+    mean_line,
+    method_legend,
+    plain,
+    put_title,
     short_names,
     style,
 )
@@ -100,7 +100,7 @@ def angle_ridges(samples: pd.DataFrame, pair: str = "task-harmful") -> Figure:
                 ax.plot(_GRID, 0.9 * fake / top - number, color="#222222", linewidth=1.2)
                 ax.axhline(-number, color="#bbbbbb", linewidth=0.7, zorder=0)
             ax.axvline(90.0, color="#333333", linewidth=1.0, linestyle="--", zorder=1)
-            ax.set_title(_name(method), fontsize=10)
+            ax.set_title(plain(method), fontsize=10)
             ax.grid(visible=False)
             spans = [f"{part[0]}" if len(part) == 1 else f"{part[0]}–{part[-1]}" for part in parts]
             ax.set_yticks(-np.arange(len(parts)), spans)
@@ -121,8 +121,8 @@ def angle_ridges(samples: pd.DataFrame, pair: str = "task-harmful") -> Figure:
         named = "dgs" if "dgs" in methods else methods[0]
         own = rows[rows["method"] == named]
         means = [rounded_text(own.loc[own["label"] == y, "angle"].mean(), 0) for y in (0, 1)]
-        text = f"In {_name(named)}, {first} and {second} are {means[0]}° apart for real images, {means[1]}° for fakes"
-        _headline(fig, text)
+        text = f"In {plain(named)}, {first} and {second} are {means[0]}° apart for real images, {means[1]}° for fakes"
+        put_title(fig, text)
     return fig
 
 
@@ -175,10 +175,10 @@ def surgery_sketch(row: Mapping[str, Any]) -> Figure:
         draw_plane(fig.subplots(), points)
         kind = "fake" if row["label"] == 1 else "real"
         text = (
-            f"A {kind} image ({_name(row['method'])}, step {row['step']}): {rounded_text(apart, 0)}° from harm, "
+            f"A {kind} image ({plain(row['method'])}, step {row['step']}): {rounded_text(apart, 0)}° from harm, "
             f"{rounded_text(removed)} % of its energy along it; turned by {rounded_text(turned, 0)}°"
         )
-        _headline(fig, text)
+        put_title(fig, text)
     return fig
 
 
@@ -207,7 +207,7 @@ def layer_heatmap(angles: pd.DataFrame) -> Figure:
             ax.invert_yaxis()
             ax.grid(visible=False)
             ax.tick_params(length=0)
-            ax.set_title(_name(method), fontsize=10)
+            ax.set_title(plain(method), fontsize=10)
             ax.set_ylabel("Block and projection")
         axes[-1].set_xlabel("Optimiser steps")
         fig.colorbar(mesh, ax=list(axes), label="Turned by (°)", shrink=0.9)
@@ -216,10 +216,10 @@ def layer_heatmap(angles: pd.DataFrame) -> Figure:
         inside, feature = tables[named].mean().mean(), at["mean"].mean()
         steepest = tables[named].mean(axis=1)
         text = (
-            f"{_name(named)} turns the adapters' gradients by {rounded_text(inside, 0)}° on average "
+            f"{plain(named)} turns the adapters' gradients by {rounded_text(inside, 0)}° on average "
             f"({rounded_text(feature, 0)}° at the features), most in block {str(steepest.idxmax()).replace('.', ' ')}"
         )
-        _headline(fig, text)
+        put_title(fig, text)
     return fig
 
 
@@ -238,7 +238,7 @@ def surgery_over_training(batches: pd.DataFrame) -> Figure:
             for method in methods:
                 part = batches[batches["method"] == method]
                 smooth = part.assign(step=part["step"] // _width(part) * _width(part))
-                _mean_line(ax, smooth, column, scale, method, top=100.0 if "conflict" in column else np.inf)
+                mean_line(ax, smooth, column, scale, method, top=100.0 if "conflict" in column else np.inf)
             ax.set_ylabel(label)
         # A batch that is already right has next to no task gradient: its share would hide all others.
         axes[1].set_ylim(-0.05, max(1.0, 150.0 * float(batches["added"].quantile(0.95))))
@@ -246,15 +246,15 @@ def surgery_over_training(batches: pd.DataFrame) -> Figure:
         axes[3].axhline(2.0, color="#333333", linewidth=1.0, linestyle="--")
         for ax in axes[2:]:
             ax.set_xlabel("Optimiser steps")
-        _method_legend(fig, methods, bars=False, lines=True, title="mean over seeds; band: 95 % interval; dashed: 2")
+        method_legend(fig, methods, bars=False, lines=True, title="mean over seeds; band: 95 % interval; dashed: 2")
         named = "dgs" if "dgs" in methods else methods[0]
         own = batches[batches["method"] == named]
         removed, added = (100.0 * own.groupby("seed")[c].median().mean() for c in ("removed", "added"))
         text = (
-            f"In its median step, {_name(named)} removes {rounded_text(removed)} % of the task gradients' energy and "
+            f"In its median step, {plain(named)} removes {rounded_text(removed)} % of the task gradients' energy and "
             f"adds {rounded_text(added)} %; harmful directions have rank {rounded_text(own['effective_rank'].mean())}"
         )
-        _headline(fig, text)
+        put_title(fig, text)
     return fig
 
 
@@ -287,7 +287,7 @@ def rank_figure(ranks: pd.DataFrame) -> Figure:
             f"Harmful directions of a batch: {rounded_text(last['linear'])} under a linear head, "
             f"{rounded_text(last['MLP'])} under an MLP"
         )
-        _headline(fig, text)
+        put_title(fig, text)
     return fig
 
 
@@ -324,7 +324,7 @@ def correlation_forest(table: pd.DataFrame, measure: str = "angle task-harmful")
             one = whole.iloc[0]
             ends = f"[{rounded_text(one['low'], 2)}, {rounded_text(one['high'], 2)}]"
             head += f"; on all unseen r = {rounded_text(one['r'], 2)} {ends}"
-        _headline(fig, head)
+        put_title(fig, head)
     return fig
 
 
@@ -351,7 +351,7 @@ def subspace_figure(table: pd.DataFrame) -> Figure:
             hue = "#999999" if kind == base else colour(kind)
             shift = (j - (len(kinds) - 1) / 2) * 0.14
             found = {name: seed_interval(own["mean"].to_numpy()) for name, own in part.groupby("layer", sort=False)}
-            label = f"{_name(base)}, other seeds" if kind == base else f"{_name(kind)} to {_name(base)}, same seed"
+            label = f"{plain(base)}, other seeds" if kind == base else f"{plain(kind)} to {plain(base)}, same seed"
             xs = [at[str(name)] + shift for name in found]
             ax.plot(xs, [i.mean for i in found.values()], "o-", color=hue, markersize=5, linewidth=1.4, label=label)
             known = [(x, i) for x, i in zip(xs, found.values(), strict=True) if i.known]
@@ -365,10 +365,10 @@ def subspace_figure(table: pd.DataFrame) -> Figure:
         ax.set_ylim(0.0, 95.0)
         fig.legend(loc="outside lower center", ncols=2)
         named = "dgs" if "dgs" in others else (others or [base])[0]
-        how = f"{_name(named)} and {_name(base)}" if named != base else f"Seeds of {_name(base)}"
+        how = f"{plain(named)} and {plain(base)}" if named != base else f"Seeds of {plain(base)}"
         text = (
             f"{how} write into subspaces {rounded_text(means[named], 0)}° apart on average; "
             f"random ones are {rounded_text(float(chance.mean()), 0)}° apart"
         )
-        _headline(fig, text)
+        put_title(fig, text)
     return fig

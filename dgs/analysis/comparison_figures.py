@@ -18,20 +18,20 @@ from dgs.analysis.figures import (
     BASELINE,
     SUBJECT,
     WIDTH,
-    _comparison,
-    _ends,
-    _gap,
-    _headline,
-    _mean_line,
-    _method_legend,
-    _name,
-    _signed,
-    _title_lines,
-    _to_baseline,
-    _verdict,
+    bracket,
     colour,
+    comparison,
     marker,
+    mean_line,
+    method_legend,
+    paired_gap,
+    plain,
+    put_title,
+    signed_text,
     style,
+    title_lines,
+    to_baseline,
+    verdict,
 )
 from dgs.analysis.intervals import Interval, rounded_text, seed_interval
 from dgs.analysis.metrics import ECE_BINS, in_order, one_rho, per_seed_values, reliability
@@ -82,7 +82,7 @@ def reliability_diagram(scores: pd.DataFrame, seen: Collection[str]) -> Figure:
         handles = [
             Line2D(
                 [], [], color=colour(method), marker=marker(method), linewidth=2,
-                label=f"{_name(method)}: {rounded_text(error.mean)}{_ends(error)}",
+                label=f"{plain(method)}: {rounded_text(error.mean)}{bracket(error)}",
             )
             for method, error in errors.items()
         ]  # fmt: skip
@@ -92,7 +92,7 @@ def reliability_diagram(scores: pd.DataFrame, seen: Collection[str]) -> Figure:
             title="calibration error in points, mean [95 % interval] over seeds",
             title_fontsize=10,
         )
-        _headline(fig, _calibration_takeaway(bins, "unseen" if unseen else "seen"))
+        put_title(fig, _calibration_takeaway(bins, "unseen" if unseen else "seen"))
     return fig
 
 
@@ -112,14 +112,14 @@ def difference_forest(detection: pd.DataFrame, forgetting: pd.DataFrame | None =
     if BASELINE in in_order(values["method"]):
         for metric in shown:
             for method in methods:
-                gap = _gap(table[metric], method, BASELINE)
+                gap = paired_gap(table[metric], method, BASELINE)
                 if gap is not None:
                     gaps[metric, method] = gap
     if not gaps:
         with style():
             fig = Figure(figsize=(WIDTH, 1.2), layout="constrained")
             fig.text(0.5, 0.5, f"No method can be compared with {BASELINE} here.", ha="center")
-            _headline(fig, f"Differences to {BASELINE}: none")
+            put_title(fig, f"Differences to {BASELINE}: none")
         return fig
     shown = [metric for metric in shown if any(metric == of for of, _ in gaps)]
     columns = min(2, len(shown))
@@ -137,7 +137,7 @@ def difference_forest(detection: pd.DataFrame, forgetting: pd.DataFrame | None =
                     both = pd.concat([table[metric][method], table[metric][BASELINE]], axis=1).dropna()
                     _forest_row(ax, i, method, gaps[metric, method], (both.iloc[:, 0] - both.iloc[:, 1]).to_numpy())
             ax.set_title(COMPARED[metric])
-            ax.set_yticks(range(len(methods)), [_name(method) for method in methods])
+            ax.set_yticks(range(len(methods)), [plain(method) for method in methods])
             ax.set_ylim(len(methods) - 0.5, -0.5)
             ax.tick_params(axis="y", length=0)
             ax.grid(axis="y", visible=False)
@@ -149,7 +149,7 @@ def difference_forest(detection: pd.DataFrame, forgetting: pd.DataFrame | None =
             f"Percentage points above {BASELINE}; bars: 95 % interval;\nhollow: no difference shown; dots: seeds",
             fontsize=11,
         )
-        _headline(fig, _forest_takeaway(gaps, shown[0]))
+        put_title(fig, _forest_takeaway(gaps, shown[0]))
     return fig
 
 
@@ -177,14 +177,14 @@ def _forest_takeaway(gaps: Mapping[tuple[str, str], Interval], metric: str) -> s
     named = SUBJECT if SUBJECT in own else max(own, key=lambda method: abs(own[method].mean))
     gap = own[named]
     if not gap.known:
-        return f"{_name(named)} to {_name(BASELINE)}: {what} {_signed(gap)}"
-    text = f"{_name(named)}: {_verdict(gap)} {_name(BASELINE)} in {what}, {_signed(gap)}"
+        return f"{plain(named)} to {plain(BASELINE)}: {what} {signed_text(gap)}"
+    text = f"{plain(named)}: {verdict(gap)} {plain(BASELINE)} in {what}, {signed_text(gap)}"
     if len(own) == 1:
         return text
     higher = sum(gap.mean > 0 and not gap.spans_zero for gap in own.values())
     lower = sum(gap.mean < 0 and not gap.spans_zero for gap in own.values())
     longer = f"{text}; {higher} of {len(own)} methods higher, {lower} lower"
-    return longer if len(_title_lines(longer)) <= 2 else text
+    return longer if len(title_lines(longer)) <= 2 else text
 
 
 def forgetting_blocks(forgetting: pd.DataFrame) -> Figure:
@@ -209,16 +209,18 @@ def forgetting_blocks(forgetting: pd.DataFrame) -> Figure:
         ):
             for method in methods:
                 own = rows[(rows["kind"] == measure) & (rows["method"] == method)].rename(columns={"block": "step"})
-                _mean_line(ax, own, "after", 100.0, method, dots=len(blocks) <= 12, top=100.0)
+                mean_line(ax, own, "after", 100.0, method, dots=len(blocks) <= 12, top=100.0)
             ax.set_ylim(-3.0, 103.0)
             ax.set_ylabel(label)
             ax.set_xlabel("Vision block")
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        _method_legend(fig, methods, bars=False, title="mean over seeds; band or bar: 95 % interval")
+        method_legend(fig, methods, bars=False, title="mean over seeds; band or bar: 95 % interval")
         last = rows[(rows["kind"] == "cka_block") & (rows["block"] == blocks[-1])]
         after = 100.0 * last.set_index(["method", "seed"])["after"]
-        text = _to_baseline(after, f"CKA after block {blocks[-1]}")
-        _headline(fig, text or _comparison(f"After block {blocks[-1]}", after, "CKA to frozen"))
+        moved = after.groupby("method").transform("min") < 100.0  # a frozen tower would always be the best
+        after = after[moved] if moved.any() else after
+        text = to_baseline(after, f"CKA after block {blocks[-1]}")
+        put_title(fig, text or comparison(f"After block {blocks[-1]}", after, "CKA to frozen"))
     return fig
 
 
@@ -242,7 +244,8 @@ def _calibration_takeaway(bins: pd.DataFrame, where: str) -> str:
     last = bins[(bins["method"] == named) & (bins["bin"] == ECE_BINS - 1)]
     if last.empty:
         own = seed_interval(_errors(bins[bins["method"] == named]))
-        return f"{where.capitalize()} generators: {_name(named)} is off by {rounded_text(own.mean)} points{_ends(own)}"
+        off = f"{rounded_text(own.mean)} points{bracket(own)}"
+        return f"{where.capitalize()} generators: {plain(named)} is off by {off}"
     said, found = (float(_pooled(last)[column].iloc[0]) for column in ("probability", "fake"))
-    words = f"where {_name(named)} says {rounded_text(100 * said, 0)} % fake, {rounded_text(100 * found, 0)} % are"
+    words = f"where {plain(named)} says {rounded_text(100 * said, 0)} % fake, {rounded_text(100 * found, 0)} % are"
     return f"{where.capitalize()} generators: {words}"

@@ -92,7 +92,8 @@ def settings(found: Mapping[tuple[str, int], Path], params: Params) -> dict[str,
     return chosen
 
 
-def _check_fits(folder: Path, info: Mapping[str, Any], prepared: Prepared, params: Params, clip: Clip) -> None:
+def check_fits(folder: Path, info: Mapping[str, Any], prepared: Prepared, params: Params, clip: Clip) -> None:
+    """Raise UserError, naming both sides, unless a checkpoint was trained on what is prepared, with this CLIP."""
     # In the pipeline DVC sees to it; by hand, prepare may have been run again since.
     again = "Train on this (notebooks/train.ipynb), or remove scratch/ to go on with what the pipeline prepared."
     if info["data_hash"] != prepared.info["data_hash"]:
@@ -232,7 +233,7 @@ def _opened(
     """A checkpoint's tower, its head, and whether the tower was tuned; afterwards the CLIP is as it was."""
     backbone, heads, info = load_checkpoint(folder, clip)
     try:
-        _check_fits(folder, info, prepared, params, clip)
+        check_fits(folder, info, prepared, params, clip)
         yield backbone.to(device), heads["image"], bool(info["adapter"])
     finally:
         clip.model.visual = backbone.without_adapters()

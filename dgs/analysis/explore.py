@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgs.analysis.angles import cosines, degrees, energies
-from dgs.analysis.evaluate import _check_fits
+from dgs.analysis.evaluate import check_fits
 from dgs.data.images import decode, read
 from dgs.data.manifest import open_image
 from dgs.data.patches import patch_entropy, select_indices
@@ -238,7 +238,7 @@ class Workbench:
         folder = self._folder(method, seed)
         clip = load_clip(self.params.model, self.workspace.root, self.params.image_size, text=False)
         backbone, heads, info = load_checkpoint(folder, clip)
-        _check_fits(folder, info, self.prepared, self.params, clip)
+        check_fits(folder, info, self.prepared, self.params, clip)
         own = self.params.model_copy(deep=True)
         given = info["params"]["train"]
         surgery = SurgeryParams.model_validate({**own.train.surgery.model_dump(), **given["surgery"]})

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 
 from dgs.analysis.angle_figures import VECTOR_COLOURS, draw_plane
 from dgs.analysis.explore import Settings, Subject, measure, operate
-from dgs.analysis.figures import WIDTH, _headline, short_names, style
+from dgs.analysis.figures import WIDTH, put_title, short_names, style
 from dgs.analysis.intervals import rounded_text
 from dgs.analysis.plane import in_plane
 
@@ -72,7 +72,7 @@ def portrait(subject: Subject, patch_size: int) -> Figure:
             fig.supxlabel(f"“{subject.caption}”", fontsize=10)
         kind = "fake" if subject.label == 1 else "real"
         score = rounded_text(100 * subject.probability)
-        _headline(fig, f"A {kind} image, {subject.verdict}: probability of being generated {score} %")
+        put_title(fig, f"A {kind} image, {subject.verdict}: probability of being generated {score} %")
     return fig
 
 
@@ -88,7 +88,7 @@ def surgery_plane(subject: Subject, settings: Settings) -> Figure:
         fig = Figure(figsize=(WIDTH, 5.4))
         ax = fig.add_axes((0.13, 0.34, 0.82, 0.54))
         draw_plane(ax, in_plane(products, tuple(VECTOR_COLOURS)))
-        _headline(fig, sentence(said))
+        put_title(fig, sentence(said))
     return fig
 
 
@@ -124,7 +124,7 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
         fig.axes[0].set_ylim(bottom=0.0)
         spread = table.groupby("setting", sort=False)["turned"].agg(np.ptp)
         strongest = str(spread.idxmax())
-        _headline(fig, f"On this image, {_SETTINGS[strongest][0].lower() + _SETTINGS[strongest][1:]} matters most")
+        put_title(fig, f"On this image, {_SETTINGS[strongest][0].lower() + _SETTINGS[strongest][1:]} matters most")
     return fig
 
 
@@ -152,5 +152,5 @@ def mistakes_sheet(mistakes: pd.DataFrame, images: Sequence[np.ndarray]) -> Figu
             line[0].text(-0.15, 0.5, short[group], transform=line[0].transAxes, ha="right", va="center", fontsize=10)
         surest = int(mistakes["logit"].abs().to_numpy().argmax())
         kind = short[mistakes["group"].tolist()[surest]]
-        _headline(fig, f"Most confident mistakes, with the probability of being generated; the surest is of {kind}")
+        put_title(fig, f"Most confident mistakes, with the probability of being generated; the surest is of {kind}")
     return fig

@@ -174,8 +174,8 @@ def detection_bars(detection: pd.DataFrame) -> Figure:
         values = [*(100.0 * rows["balanced_acc"]), *(end for interval in intervals for end in _ends_drawn(interval))]
         axes[0].set_xlim(max(0.0, min(CHANCE, *values) - 3.0), min(101.0, max(values) + 4.0))
         axes[-1].set_xlabel("Balanced accuracy (%); dashed line: chance")
-        _method_legend(fig, methods, bars=True, title=_whisker_note(intervals))
-        _headline(fig, _detection_takeaway(rows))
+        method_legend(fig, methods, bars=True, title=_whisker_note(intervals))
+        put_title(fig, _detection_takeaway(rows))
     return fig
 
 
@@ -196,7 +196,7 @@ def detection_heatmap(detection: pd.DataFrame) -> Figure:
         notes.loc[method, generator] = f"{rounded_text(interval.mean)}{spread}"
     n_seen = rows.loc[rows["seen"], "generator"].nunique()
     weakest = 100.0 * rows.groupby(["method", "seed"], sort=False)["balanced_acc"].min()
-    names, short = [_name(method) for method in methods], short_names(generators)
+    names, short = [plain(method) for method in methods], short_names(generators)
     labels = [short[name] for name in generators]
     tall = len(generators) > WIDE
     with style(), mpl.rc_context({"axes.grid": False}):
@@ -230,7 +230,7 @@ def detection_heatmap(detection: pd.DataFrame) -> Figure:
                 ax.text(len(methods) + 0.05, middle, title, ha="left", va="center", rotation=270, fontsize=11)
             elif last > first:
                 ax.text(middle, -0.08, title, ha="center", va="bottom", fontsize=11)
-        _headline(fig, _comparison("On its weakest generator", weakest, "balanced accuracy"))
+        put_title(fig, comparison("On its weakest generator", weakest, "balanced accuracy"))
     return fig
 
 
@@ -252,7 +252,7 @@ def forgetting_plane(detection: pd.DataFrame, forgetting: pd.DataFrame) -> Figur
         raise UserError("The forgetting table has no zero_shot:* measures and no CKA: there is no share kept to draw.")
     table = table[[metric, memory]].dropna()
     measured = [method for method in in_order(values["method"]) if method in table.index.get_level_values("method")]
-    absent = [_name(method) for method in in_order(values["method"]) if method not in measured]
+    absent = [plain(method) for method in in_order(values["method"]) if method not in measured]
     with style():
         fig = Figure(figsize=(WIDTH, 4.9 + 0.25 * (len(measured) // 3)), layout="constrained")
         ax = fig.subplots()
@@ -286,8 +286,8 @@ def forgetting_plane(detection: pd.DataFrame, forgetting: pd.DataFrame) -> Figur
         what, axis = _MEMORY[memory]
         ax.set_xlabel(f"{axis}{note}")
         ax.set_ylabel(f"Balanced accuracy,\n{where} generators (%)")
-        _method_legend(fig, measured, bars=False, title=_whisker_note(intervals))
-        _headline(fig, _plane_takeaway(table[memory], table[metric], where, what))
+        method_legend(fig, measured, bars=False, title=_whisker_note(intervals))
+        put_title(fig, _plane_takeaway(table[memory], table[metric], where, what))
     return fig
 
 
@@ -323,8 +323,8 @@ def forgetting_bars(forgetting: pd.DataFrame) -> Figure:
         ax.set_yticks(range(len(measures)), [_measure_name(measure) for measure in measures])
         ax.set_xlim(0.0, max(101.0, float(100.0 * rows["before"].max()) + 1.0))
         ax.set_xlabel("After fine-tuning (%); black: before")
-        _method_legend(fig, methods, bars=True, title=_whisker_note(intervals))
-        _headline(fig, _forgetting_takeaway(rows))
+        method_legend(fig, methods, bars=True, title=_whisker_note(intervals))
+        put_title(fig, _forgetting_takeaway(rows))
     return fig
 
 
@@ -385,18 +385,18 @@ def tsne_panels(points: pd.DataFrame, seed: int | None = None) -> Figure:
             ax.scatter(real["x"], real["y"], s=5, c=_REAL_COLOUR, marker=_REAL_MARKER, alpha=0.7, linewidths=0)
             for i, generator in enumerate(generators):
                 fake = part[(part["label"] == 1) & (part["generator"] == generator)]
-                ax.scatter(fake["x"], fake["y"], s=13, alpha=0.75, linewidths=0, **_generator_look(i))
+                ax.scatter(fake["x"], fake["y"], s=13, alpha=0.75, linewidths=0, **generator_look(i))
             if method in apart:
-                ax.set_title(f"{_name(method)}: {rounded_text(apart[method], 0)} %", loc="center")
+                ax.set_title(f"{plain(method)}: {rounded_text(apart[method], 0)} %", loc="center")
             else:
-                ax.set_title(_name(method), loc="center")
+                ax.set_title(plain(method), loc="center")
                 ax.text(0.5, 0.5, f"fewer than\n{FEWEST} images", transform=ax.transAxes, ha="center", va="center")
             ax.set_xticks([])
             ax.set_yticks([])
             ax.set_box_aspect(1.0)
         handles = [Line2D([], [], linestyle="", marker=_REAL_MARKER, markersize=4, color=_REAL_COLOUR, label="real")]
         for i, generator in enumerate(generators):
-            look = _generator_look(i)
+            look = generator_look(i)
             handles.append(
                 Line2D([], [], linestyle="", marker=look["marker"], color=look["color"], label=short[generator])
             )
@@ -407,7 +407,7 @@ def tsne_panels(points: pd.DataFrame, seed: int | None = None) -> Figure:
             title="t-SNE axes have no unit",
             title_fontsize=10,
         )
-        _headline(fig, _neighbours_takeaway(apart, "one seed" if seed is None else f"seed {seed}"))
+        put_title(fig, _neighbours_takeaway(apart, "one seed" if seed is None else f"seed {seed}"))
     return fig
 
 
@@ -442,29 +442,29 @@ def training_curves(training: pd.DataFrame, points: int = 60) -> Figure:
         for column, (stage, members) in zip(axes.T, stages.items(), strict=True):
             own, width = _binned(losses[losses["method"].isin(members)], points)
             for method in members:
-                _mean_line(column[0], own[own["method"] == method], "loss_task", 1.0, method)
+                mean_line(column[0], own[own["method"] == method], "loss_task", 1.0, method)
                 if panels == 2:
                     rates = validated[validated["method"] == method]
-                    _mean_line(column[1], rates, "val_balanced_acc", 100.0, method, dots=True, top=100.0)
+                    mean_line(column[1], rates, "val_balanced_acc", 100.0, method, dots=True, top=100.0)
             column[0].set_title(stage)
             column[-1].set_xlabel("Optimiser steps" + (f"\n(loss: means over {width})" if width > 1 else ""))
             column[-1].xaxis.set_major_locator(MaxNLocator(4 if len(stages) == 2 else 6, integer=True))
         axes[0, 0].set_ylabel("Training loss\nof the task")
-        _method_legend(fig, methods, bars=False, lines=True)
+        method_legend(fig, methods, bars=False, lines=True)
         if panels == 2:
             axes[1, 0].set_ylabel("Validation bal.\naccuracy (%)")
             final = validated.sort_values("step", kind="stable").groupby(["method", "seed"], sort=False).last()
             shortcut = "rho" in training and bool((training["rho"] > 0.5).any())
             where = "Final validation (seen generators" + (", training's shortcut)" if shortcut else ")")
-            _headline(fig, _comparison(where, 100.0 * final["val_balanced_acc"], "balanced accuracy"))
+            put_title(fig, comparison(where, 100.0 * final["val_balanced_acc"], "balanced accuracy"))
         else:
             last = losses.sort_values("step", kind="stable").groupby(["method", "seed"], sort=False)["loss_task"].last()
             means = last.groupby("method").mean()
             low, high = str(means.idxmin()), str(means.idxmax())
-            span = f"{means.min():.3f} ({_name(low)})" + (
-                "" if low == high else f" to {means.max():.3f} ({_name(high)})"
+            span = f"{means.min():.3f} ({plain(low)})" + (
+                "" if low == high else f" to {means.max():.3f} ({plain(high)})"
             )
-            _headline(fig, f"Training loss ends at {span}")
+            put_title(fig, f"Training loss ends at {span}")
     return fig
 
 
@@ -521,8 +521,8 @@ def angles_over_training(angles: pd.DataFrame) -> Figure:
         for ax in axes[:, 0]:
             ax.set_ylabel("Angle (degrees)")
         note = f"{'bar' if few else 'band'}: 5th to 95th percentile of samples, mean over seeds\ndashed: orthogonal"
-        _method_legend(fig, methods, bars=False, lines=not few, title=note)
-        _headline(fig, _angles_takeaway(angles))
+        method_legend(fig, methods, bars=False, lines=not few, title=note)
+        put_title(fig, _angles_takeaway(angles))
     return fig
 
 
@@ -556,9 +556,9 @@ def patches_figure(image: np.ndarray, canvas: np.ndarray) -> Figure:
             ax.set_ylim(pixels.shape[0] - 0.5, -0.5)
         patches = f"patches of {size} × {size} px"
         if down * across >= 49:
-            _headline(fig, f"Patch selection shows the model 49 of {down * across} {patches}, in a new order")
+            put_title(fig, f"Patch selection shows the model 49 of {down * across} {patches}, in a new order")
         else:
-            _headline(fig, f"Patch selection fills 49 cells from only {down * across} {patches}")
+            put_title(fig, f"Patch selection fills 49 cells from only {down * across} {patches}")
     return fig
 
 
@@ -575,7 +575,7 @@ def contact_sheet(images: Mapping[str, Sequence[np.ndarray]]) -> Figure:
             for ax, pixels in zip(line, row, strict=False):
                 ax.imshow(pixels, interpolation="nearest")
             line[0].text(-0.15, 0.5, short[name], transform=line[0].transAxes, ha="right", va="center", fontsize=10)
-        _headline(fig, "Test images: real above, each generator's fakes below")
+        put_title(fig, "Test images: real above, each generator's fakes below")
     return fig
 
 
@@ -637,7 +637,7 @@ def _binned(losses: pd.DataFrame, points: int) -> tuple[pd.DataFrame, int]:
     return losses.assign(step=(losses["step"] // width) * width + (width - 1) / 2), width
 
 
-def _mean_line(
+def mean_line(
     ax: Axes, part: pd.DataFrame, column: str, scale: float, method: str, dots: bool = False, top: float = np.inf
 ) -> None:
     """Mean over seeds at each step with a 95 % band within [0, top]; one seed alone gets no band.
@@ -667,19 +667,20 @@ def _mean_line(
         ax.fill_between(line.index, low, high, color=colour(method), alpha=0.18, linewidth=0)
 
 
-def _method_legend(
+def method_legend(
     fig: Figure, methods: Sequence[str], bars: bool, lines: bool = False, title: str | None = None
 ) -> None:
+    """A legend of methods below the panels: patches for bars, lines, or else markers; `title` says what is drawn."""
     handles: list[Patch | Line2D] = []
     for method in methods:
         if bars:
-            handles.append(Patch(color=colour(method), label=_name(method)))
+            handles.append(Patch(color=colour(method), label=plain(method)))
         elif lines:
-            handles.append(Line2D([], [], color=colour(method), linewidth=3, label=_name(method)))
+            handles.append(Line2D([], [], color=colour(method), linewidth=3, label=plain(method)))
         else:
             handles.append(
                 Line2D(
-                    [], [], linestyle="", marker=marker(method), markersize=8, color=colour(method), label=_name(method)
+                    [], [], linestyle="", marker=marker(method), markersize=8, color=colour(method), label=plain(method)
                 )
             )
     if title is None:
@@ -693,11 +694,13 @@ def _method_legend(
     )
 
 
-def _headline(fig: Figure, text: str) -> None:
-    fig.suptitle("\n".join(_title_lines(text, fig.get_figwidth())), x=0.01, ha="left")
+def put_title(fig: Figure, text: str) -> None:
+    """The figure's takeaway, at its left edge, in lines that fit its width."""
+    fig.suptitle("\n".join(title_lines(text, fig.get_figwidth())), x=0.01, ha="left")
 
 
-def _title_lines(text: str, inches: float = WIDTH) -> list[str]:
+def title_lines(text: str, inches: float = WIDTH) -> list[str]:
+    """A title's lines in a figure of that width; units stay with their numbers, methods' names in one piece."""
     per_line = int(inches * 9.0)  # characters of the bold title font that fit into an inch
     unbroken = re.sub(r" (%|points|px|×)", "\u00a0\\1", text).replace("× ", "×\u00a0")  # no unit on a line of its own
     return textwrap.wrap(unbroken, per_line)
@@ -707,74 +710,76 @@ def _detection_takeaway(rows: pd.DataFrame) -> str:
     unseen = rows[~rows["seen"]]
     part, where = (unseen, "unseen") if not unseen.empty else (rows, "seen")
     values = 100.0 * part.groupby(["method", "seed"], sort=False)["balanced_acc"].mean()
-    return _to_baseline(values, where) or _comparison(f"On {where} generators", values, "balanced accuracy")
+    return to_baseline(values, where) or comparison(f"On {where} generators", values, "balanced accuracy")
 
 
-def _to_baseline(values: pd.Series, what: str) -> str:
+def to_baseline(values: pd.Series, what: str) -> str:
     """One sentence on dgs and the best other method, each minus lora; "" where dgs or lora is absent.
 
     `values`: per cent, index (method, seed). Differences are paired by seed. The other is left out where it would take
     a third line.
     """
     methods = in_order(values.index.get_level_values("method"))
-    gap = _gap(values, SUBJECT, BASELINE) if {SUBJECT, BASELINE} <= set(methods) else None
+    gap = paired_gap(values, SUBJECT, BASELINE) if {SUBJECT, BASELINE} <= set(methods) else None
     if gap is None:
         return ""
-    subject, baseline = _name(SUBJECT), _name(BASELINE)
-    text = f"{subject}: {_verdict(gap)} {baseline} ({what} {_signed(gap)})"
+    subject, baseline = plain(SUBJECT), plain(BASELINE)
+    text = f"{subject}: {verdict(gap)} {baseline} ({what} {signed_text(gap, ' points')})"
     if not gap.known:
-        text = f"{subject} to {baseline}: {what} {rounded_text(gap.mean, sign=True)} (one seed: no interval)"
+        text = f"{subject} to {baseline}: {what} {rounded_text(gap.mean, sign=True)} points (one seed: no interval)"
     others = {
         method: other
         for method in methods
         if method not in (SUBJECT, BASELINE)
-        if (other := _gap(values, method, BASELINE)) is not None
+        if (other := paired_gap(values, method, BASELINE)) is not None
     }
     if others:
         best = max(others, key=lambda method: others[method].mean)
-        longer = f"{text}; {_name(best)} {_signed(others[best])}"
-        text = longer if len(_title_lines(longer)) <= 2 else text
+        longer = f"{text}; {plain(best)} {signed_text(others[best])}"
+        text = longer if len(title_lines(longer)) <= 2 else text
     return text
 
 
-def _gap(values: pd.Series, first: str, second: str) -> Interval | None:
+def paired_gap(values: pd.Series, first: str, second: str) -> Interval | None:
     """The paired difference over the seeds that both methods have; None without any."""
     both = pd.concat([values[first], values[second]], axis=1, keys=["a", "b"]).dropna()
     return None if both.empty else paired_difference(both["a"].to_numpy(), both["b"].to_numpy())
 
 
-def _verdict(gap: Interval) -> str:
+def verdict(gap: Interval) -> str:
+    """How one method compares to another, in words that stand before the other's name."""
     if gap.spans_zero:
         return "no difference shown to"
     return "higher than" if gap.mean > 0 else "lower than"
 
 
-def _signed(gap: Interval, unit: str = "") -> str:
-    return f"{rounded_text(gap.mean, sign=True)}{unit}{_ends(gap, sign=True)}"
+def signed_text(gap: Interval, unit: str = "") -> str:
+    """A difference with its sign and interval: "+1.2 points [+0.3, +2.1]" with unit " points"."""
+    return f"{rounded_text(gap.mean, sign=True)}{unit}{bracket(gap, sign=True)}"
 
 
-def _comparison(where: str, values: pd.Series, what: str) -> str:
+def comparison(where: str, values: pd.Series, what: str) -> str:
     """One sentence on the best method and the next, from per-seed values in per cent (index: method, seed)."""
     means = values.groupby("method", sort=False).mean().sort_values(ascending=False, kind="stable")
     best = str(means.index[0])
     if len(means) == 1:
         interval = seed_interval(values.to_numpy())
-        return f"{where}, {_name(best)} reaches {rounded_text(interval.mean)} % {what}{_ends(interval)}"
+        return f"{where}, {plain(best)} reaches {rounded_text(interval.mean)} % {what}{bracket(interval)}"
     second = str(means.index[1])
-    gap = _gap(values, best, second)
+    gap = paired_gap(values, best, second)
     if gap is None:
         first, other = rounded_text(means.iloc[0]), rounded_text(means.iloc[1])
-        return f"{where}, {_name(best)} {first} % and {_name(second)} {other} % {what} share no seed"
+        return f"{where}, {plain(best)} {first} % and {plain(second)} {other} % {what} share no seed"
     points = rounded_text(gap.mean)
     if not gap.known:
-        return f"{where}, {_name(best)} is {points} points above {_name(second)} in {what} (one seed: no interval)"
+        return f"{where}, {plain(best)} is {points} points above {plain(second)} in {what} (one seed: no interval)"
     if gap.spans_zero:
-        pair = f"{_name(best)} over {_name(second)} {_signed(gap, ' points')}"
+        pair = f"{plain(best)} over {plain(second)} {signed_text(gap, ' points')}"
         return f"{where}, no difference shown in {what}: {pair}"
-    return f"{where}, {_name(best)} leads {_name(second)} by {points} points{_ends(gap, sign=True)} of {what}"
+    return f"{where}, {plain(best)} leads {plain(second)} by {points} points{bracket(gap, sign=True)} of {what}"
 
 
-def _ends(interval: Interval, sign: bool = False) -> str:
+def bracket(interval: Interval, sign: bool = False) -> str:
     """The interval in brackets, unbroken, after a space."""
     if not interval.known:
         return " (one seed)"
@@ -787,19 +792,19 @@ def _plane_takeaway(kept: pd.Series, detected: pd.Series, where: str, what: str)
     first, *others = [str(method) for method in means.index]
     if not others:
         memory, found = (seed_interval(values.to_numpy()) for values in (kept, detected))
-        texts = [f"{rounded_text(interval.mean)} %{_ends(interval)}" for interval in (memory, found)]
-        return f"{_name(first)}: {what} {texts[0]}, balanced accuracy on {where} {texts[1]}"
+        texts = [f"{rounded_text(interval.mean)} %{bracket(interval)}" for interval in (memory, found)]
+        return f"{plain(first)}: {what} {texts[0]}, balanced accuracy on {where} {texts[1]}"
     second = others[0]
     if {SUBJECT, BASELINE} <= {first, *others}:
         first, second = SUBJECT, BASELINE
     parts = []
     for name, values in ((what, kept), (where, detected)):
-        gap = _gap(values, first, second)
+        gap = paired_gap(values, first, second)
         if gap is None:
-            return f"{_name(first)} and {_name(second)} share no seed"
+            return f"{plain(first)} and {plain(second)} share no seed"
         none_shown = "no difference shown, " if gap.known and gap.spans_zero else ""
-        parts.append(f"{name} {none_shown}{_signed(gap)}")
-    return f"{_name(first)} to {_name(second)}: {'; '.join(parts)}"
+        parts.append(f"{name} {none_shown}{signed_text(gap, ' points')}")
+    return f"{plain(first)} to {plain(second)}: {'; '.join(parts)}"
 
 
 def _forgetting_takeaway(rows: pd.DataFrame) -> str:
@@ -809,17 +814,17 @@ def _forgetting_takeaway(rows: pd.DataFrame) -> str:
     kept = ratio.groupby([part["method"], part["seed"]], sort=False).mean()
     if kept.index.get_level_values("method").nunique() == 1:
         interval = seed_interval(kept.to_numpy())
-        return f"{_name(str(kept.index[0][0]))}: {what} {rounded_text(interval.mean)} %{_ends(interval)}"
-    return _to_baseline(kept, what) or _comparison("After fine-tuning", kept, what)
+        return f"{plain(str(kept.index[0][0]))}: {what} {rounded_text(interval.mean)} %{bracket(interval)}"
+    return to_baseline(kept, what) or comparison("After fine-tuning", kept, what)
 
 
 def _neighbours_takeaway(apart: Mapping[str, float], seed: str) -> str:
     """One sentence on the shares (%) of neighbours of the same class, {method: share}: numbers, no winner."""
     if not apart:
         return f"No map of features: fewer than {FEWEST} images"
-    shares = [f"{_name(method)}\u00a0{rounded_text(value, 0)}\u00a0%" for method, value in apart.items()]
+    shares = [f"{plain(method)}\u00a0{rounded_text(value, 0)}\u00a0%" for method, value in apart.items()]
     text = f"Neighbours of the same class: {', '.join(shares)} ({seed})"
-    if len(_title_lines(text)) <= 2:
+    if len(title_lines(text)) <= 2:
         return text  # else the panels name them
     low, high = (rounded_text(end, 0) for end in (min(apart.values()), max(apart.values())))
     return f"Neighbours of the same class: {low} to {high} % in {len(shares)} maps ({seed})"
@@ -837,15 +842,15 @@ def _angles_takeaway(angles: pd.DataFrame) -> str:
         operated = [method for method in methods if per_seed.get((APPLIED, method), none).mean > TURNED]
         named = "dgs" if "dgs" in (operated or methods) else [*operated, *methods][0]
         angle = _degrees(per_seed[HARMFUL, named])
-        return f"Over training, task and harmful gradient are {angle} apart in {_name(named)}"
+        return f"Over training, task and harmful gradient are {angle} apart in {plain(named)}"
     (pair, method), farthest = max(per_seed.items(), key=lambda item: abs(item[1].mean - 90.0))
     if abs(farthest.mean - 90.0) < 1.0:
         return "Over training, the gradients are orthogonal to within 1° on average"
-    return f"Over training, {_pair_name(pair)} is farthest from orthogonal in {_name(method)}: {_degrees(farthest)}"
+    return f"Over training, {_pair_name(pair)} is farthest from orthogonal in {plain(method)}: {_degrees(farthest)}"
 
 
 def _degrees(interval: Interval) -> str:
-    return f"{rounded_text(interval.mean)}°{_ends(interval)}"
+    return f"{rounded_text(interval.mean)}°{bracket(interval)}"
 
 
 def _neighbour_agreement(part: pd.DataFrame) -> float:
@@ -857,7 +862,8 @@ def _neighbour_agreement(part: pd.DataFrame) -> float:
     return float(100.0 * np.mean([same[label == value].mean() for value in np.unique(label)]))
 
 
-def _generator_look(i: int) -> dict[str, str]:
+def generator_look(i: int) -> dict[str, str]:
+    """Colour and marker of the i-th generator, as matplotlib's keywords."""
     return {
         "color": _GENERATOR_COLOURS[i % len(_GENERATOR_COLOURS)],
         "marker": _GENERATOR_MARKERS[i % len(_GENERATOR_MARKERS)],
@@ -883,8 +889,9 @@ def _whisker_note(intervals: Iterable[Interval]) -> str:
     return "dots: seeds; whiskers: 95 % interval" + (", cut at 0 and 100 %" if past else "")
 
 
-def _name(method: str) -> str:
-    return method.replace("_", " ")
+def plain(method: str) -> str:
+    """A method's name as figures print it; its words are not parted at the end of a line."""
+    return method.replace("_", "\u00a0")
 
 
 def _measure_name(measure: str) -> str:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dgs.analysis.figures import CHANCE, WIDTH, _headline, _name, colour, marker, style
+from dgs.analysis.figures import CHANCE, WIDTH, colour, marker, plain, put_title, style
 from dgs.analysis.intervals import rounded_text
 from dgs.analysis.metrics import in_order, one_rho
 from dgs.analysis.robustness import MATERIAL, changes, conditions_of, means_over_generators
@@ -59,7 +59,7 @@ def robustness_curves(detection: pd.DataFrame) -> Figure:
             ax.remove()
         fig.supylabel(f"Balanced accuracy (%), {where} generators", fontsize=11)
         _legend(fig, methods)
-        _headline(fig, _takeaway(means))
+        put_title(fig, _takeaway(means))
     return fig
 
 
@@ -92,7 +92,7 @@ def _panel(ax: Axes, kind: str, conditions: list[Condition], means: pd.DataFrame
 
 def _legend(fig: Figure, methods: list[str]) -> None:
     handles = [
-        Line2D([], [], color=colour(method), marker=marker(method), markersize=5, linewidth=2, label=_name(method))
+        Line2D([], [], color=colour(method), marker=marker(method), markersize=5, linewidth=2, label=plain(method))
         for method in methods
     ]
     handles += [
@@ -110,12 +110,12 @@ def _takeaway(means: pd.DataFrame) -> str:
     cells = table.groupby(["measure", "method", "condition"], sort=False)["value"].mean()
     method, condition = cells["accuracy"].idxmin()
     lost = -100 * cells["accuracy"].min()
-    text = f"{_words(condition)} costs {_name(method)} {rounded_text(lost)} points"
+    text = f"{_words(condition)} costs {plain(method)} {rounded_text(lost)} points"
     if "shift" in cells.index.get_level_values("measure"):
         shift = cells["shift"]
         who, what = shift.abs().idxmax()
         if abs(shift[who, what]) >= MATERIAL:
-            text += f"; {_words(what)} makes images look {'real' if shift[who, what] > 0 else 'fake'} to {_name(who)}"
+            text += f"; {_words(what)} makes images look {'real' if shift[who, what] > 0 else 'fake'} to {plain(who)}"
     return text[0].upper() + text[1:]
 
 
