@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgs.analysis.angles import cosines, degrees, energies
+from dgs.analysis.angles import ROUNDING, cosines, degrees
 from dgs.analysis.evaluate import check_fits
+from dgs.analysis.subspaces import orthonormal
 from dgs.data.images import decode, read
 from dgs.data.manifest import open_image
 from dgs.data.patches import patch_entropy, select_indices
@@ -127,15 +128,26 @@ def suppress_all(grad: Tensor, harmful: Tensor, eps: float) -> Tensor:
     return grad
 
 
+def _scale(gradients: Gradients, settings: Settings) -> float:
+    return 1.0 / gradients.batch_size if settings.scale == "release" else 1.0
+
+
+def harmful_directions(gradients: Gradients, settings: Settings) -> Tensor:
+    """The directions that surgery of this rank takes the gradient off: (K, D), in their order, as long as they are."""
+    harmful, _ = split_signs(_scale(gradients, settings) * gradients.texts[: settings.rank])
+    return harmful
+
+
 def operate(gradients: Gradients, settings: Settings) -> dict[str, Tensor]:
     """DGS-Net's surgery on one sample, as a training step with B samples does it: (1, D) vectors by name.
 
-    task, harmful, beneficial, applied: what `dgs.model.step.surgery_step` gives for that row, at rank 1.
+    task, harmful, beneficial, applied: what `dgs.model.step.surgery_step` gives for that row, at rank 1. At a higher
+    rank harmful is still the sample's own direction, the first of `harmful_directions`.
     """
     size = gradients.batch_size
-    per = 1.0 / size if settings.scale == "release" else 1.0
+    per = _scale(gradients, settings)
     task = gradients.task / size
-    harmful, _ = split_signs(per * gradients.texts[: settings.rank])
+    harmful = harmful_directions(gradients, settings)
     _, beneficial = split_signs(per * gradients.teacher)
     prior = settings.lam * beneficial / size
     if settings.order == "release":
@@ -145,22 +157,31 @@ def operate(gradients: Gradients, settings: Settings) -> dict[str, Tensor]:
     return {"task": task, "harmful": harmful[:1], "beneficial": beneficial, "applied": applied}
 
 
-def measure(vectors: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+def measure(vectors: dict[str, Tensor], directions: Tensor | None = None) -> tuple[dict[str, float], dict[str, float]]:
     """Inner products of `operate`'s vectors, and what they say.
+
+    Args:
+        directions: (K, D), all that the surgery takes the gradient off, whose span "removed" and "added" are told by;
+            None: the harmful direction alone. With K = 1 they are those of `angles.energies`.
 
     Returns:
         ({"a.b": <a, b>}, {"harm": angle of task and harmful direction, "turned": of task and applied, both in degrees,
         "conflict": 1 where the first is over 90, "removed", "added": shares of the task gradient's energy}).
     """
     frame = pd.DataFrame(inner_products(vectors))
-    energy = energies(frame).iloc[0]
-    whole = energy["task"] or np.nan
+    task, applied = (vectors[name][0].double().numpy() for name in ("task", "applied"))
+    given = vectors["harmful"] if directions is None else directions
+    basis = orthonormal(F.normalize(given.double(), dim=1, eps=1e-300).numpy().T)
+    whole = float(task @ task) or np.nan
+    shift = applied - task
+    removed = ((task @ basis) ** 2).sum() - ((applied @ basis) ** 2).sum()
+    added = shift @ shift - ((shift @ basis) ** 2).sum()
     said = {
         "harm": degrees(frame, "task-harmful")[0],
         "turned": degrees(frame, "task-applied")[0],
         "conflict": float(cosines(frame, "task", "harmful")[0] < 0),
-        "removed": energy["removed"] / whole,
-        "added": energy["added"] / whole,
+        "removed": removed / whole,
+        "added": (added if added > ROUNDING * (task @ task + applied @ applied) else 0.0) / whole,
     }
     return {str(name): float(value) for name, value in frame.iloc[0].items()}, {k: float(v) for k, v in said.items()}
 
@@ -344,6 +365,15 @@ class Workbench:
         return Subject(name, label, caption, pixels, view, kept, logit, threshold, gradients, settings)
 
 
+def remark(method: str, subject: Subject) -> str:
+    """What to know of the surgery shown, where it is not what trained this checkpoint; "" for dgs."""
+    if subject.gradients is None:
+        return f"{method} trains no tower: no gradient reaches it, so there is nothing to operate on."
+    if method == "dgs":
+        return ""
+    return f"{method} was trained in its own way. Shown is what DGS-Net's surgery would make of its task gradient."
+
+
 def ranks(subject: Subject) -> list[int]:
     """Ranks there are directions for; none without gradients."""
     return [] if subject.gradients is None else list(range(1, len(subject.gradients.texts) + 1))
@@ -360,6 +390,6 @@ def sweeps(subject: Subject, values: dict[str, Sequence[float]]) -> pd.DataFrame
     for name, options in values.items():
         for value in options:
             chosen = replace(subject.settings, **{name: value})  # type: ignore[arg-type]
-            _, said = measure(operate(subject.gradients, chosen))
+            _, said = measure(operate(subject.gradients, chosen), harmful_directions(subject.gradients, chosen))
             rows.append({"setting": name, "value": value, **{k: said[k] for k in ("turned", "removed", "added")}})
     return pd.DataFrame(rows)

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from dgs.analysis.angle_figures import VECTOR_COLOURS, draw_plane
-from dgs.analysis.explore import Settings, Subject, measure, operate
+from dgs.analysis.explore import Settings, Subject, harmful_directions, measure, operate
 from dgs.analysis.figures import WIDTH, put_title, short_names, style
 from dgs.analysis.intervals import rounded_text
 from dgs.analysis.plane import in_plane
@@ -83,7 +83,8 @@ def surgery_plane(subject: Subject, settings: Settings) -> Figure:
     """
     if subject.gradients is None:
         raise ValueError("expected a subject with gradients; a frozen tower has none")
-    products, said = measure(operate(subject.gradients, settings))
+    directions = harmful_directions(subject.gradients, settings)
+    products, said = measure(operate(subject.gradients, settings), directions)
     with style():
         fig = Figure(figsize=(WIDTH, 5.4))
         ax = fig.add_axes((0.13, 0.34, 0.82, 0.54))

@@ -7,7 +7,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from dgs.analysis.explore import Settings, Subject, Workbench
+from dgs.analysis.explore import Settings, Subject, Workbench, remark
 from dgs.analysis.explore_figures import png, portrait, surgery_plane
 from dgs.errors import UserError
 
@@ -136,6 +136,5 @@ class Explorer:
         self.own.layout.display = None if own else "none"
         self.image.layout.display = "none" if own else None
         self.portrait.value = png(portrait(subject, self.bench.params.patches.size))
-        frozen = subject.gradients is None
-        self._say(f"{self.method.value} trains no tower: no gradient to operate on." if frozen else "")
+        self._say(remark(self.method.value, subject))
         self.surgery.show(subject)
