@@ -92,6 +92,13 @@ class TestCorrelation:
         assert np.allclose(c["r"], 1.0), "features alone, not layers"
         within = table[table["method"] == WITHIN].iloc[0]
         assert (within["runs"], within["seeds"]) == (10, 5)
+        changed = [
+            detection.assign(condition="jpeg:75", balanced_acc=rng.uniform(size=len(detection))),
+            detection.assign(condition="jpeg:75", applied_to="real", balanced_acc=rng.uniform(size=len(detection))),
+            detection.assign(threshold_rule="oracle", balanced_acc=rng.uniform(size=len(detection))),
+        ]
+        again = predicts(angles, batches, pd.concat([changed[0], detection, *changed[1:]], ignore_index=True))
+        pd.testing.assert_frame_equal(again, table)
 
 
 class TestSubspaces:
