@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from dgs.analysis import angle_figures as figures
 from dgs.analysis.angles import angle_table, batch_table, one_sample
 from dgs.analysis.correlation import UNSEEN, WITHIN
-from dgs.analysis.figures import save
+from dgs.analysis.figures import METHOD_COLOURS, save
 from dgs.analysis.heads import rank_by_head
 from dgs.model.journal import Journal
 from dgs.model.surgery import suppress
@@ -75,6 +75,9 @@ def test_the_sketch_draws_the_sample_it_names(logged: Logged) -> None:
     radians = np.radians(apart)
     assert any(np.allclose(tip, (np.cos(radians), np.sin(radians)), atol=1e-6) for tip in tips), "the task gradient"
     assert any(np.allclose(tip, (0, np.sin(radians)), atol=1e-6) for tip in tips), "what is applied"
+    assert all(text.arrow_patch.shrinkB == 0 for text in fig.axes[0].texts), "an arrow ends where its vector does"
+    across, up = (np.diff(axis.get_majorticklocs())[0] for axis in (fig.axes[0].xaxis, fig.axes[0].yaxis))
+    assert across == pytest.approx(up), "one unit both ways"
 
 
 def test_the_layer_map_shows_methods_that_turn_and_orders_blocks_by_number(logged: Logged) -> None:
@@ -91,16 +94,31 @@ def test_energies_and_ranks_over_training(logged: Logged) -> None:
     fig = figures.surgery_over_training(batch_table(logged[0], logged[2], 0.9))
     expected = 100 * np.mean([np.cos(np.radians(a)) ** 2 for a in (60, 80)])
     assert f"dgs removes {expected:.1f} % of the task gradients' energy and adds 0.0 %" in title(fig)
+    assert fig.axes[1].get_title(loc="left") == "", "nothing is cut"
     assert "No gradients were logged" in said(figures.surgery_over_training(pd.DataFrame()))
+
+
+def test_a_peak_that_is_cut_is_named(logged: Logged) -> None:
+    table = batch_table(logged[0], logged[2], 0.9)
+    table.loc[(table["method"] == "dgs") & (table["step"] == 0), "added"] = 3.0
+    panel = figures.surgery_over_training(table).axes[1]
+    assert panel.get_title(loc="left") == "cut: peaks reach 300 %" and panel.get_ylim()[1] < 300
+
+
+def test_no_gradient_has_the_colour_of_a_method() -> None:
+    assert not set(figures.VECTOR_COLOURS.values()) & set(METHOD_COLOURS.values())
 
 
 def test_ranks_by_head() -> None:
     captions = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
     ranks = rank_by_head(captions, np.arange(64) % 2, seed=0, steps=10)
-    last = ranks.groupby("head")["effective_rank"].last()
-    assert title(figures.rank_figure(ranks)) == (
-        f"Harmful directions of a batch: {last['linear']:.1f} under a linear head, {last['MLP']:.1f} under an MLP"
+    fig = figures.rank_figure(ranks)
+    mean = ranks.groupby("head")["effective_rank"].mean()
+    assert title(fig) == (
+        f"Effective rank of a batch's harmful directions: {mean['linear']:.1f} under a linear head (2 at most), "
+        f"{mean['MLP']:.1f} under an MLP"
     )
+    assert fig.axes[1].get_ylim()[0] < 0, "the linear head's angle of 0 is drawn above the axis"
 
 
 def test_a_forest_counts_the_intervals_that_exclude_zero() -> None:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from dgs.analysis.angles import cosines, degrees
 from dgs.analysis.correlation import UNSEEN, WITHIN
@@ -38,7 +39,7 @@ _GRID = np.linspace(0.0, 180.0, 361)
 _KERNEL = 3.0  # degrees, of the smoothing
 _HEAD_COLOURS = {"linear": "#333333", "MLP": "#d400d4"}
 # Of the gradients in a plane: no method's colours.
-VECTOR_COLOURS = {"task": "#000000", "harmful": "#b2182b", "beneficial": "#1b7837", "applied": "#0072b2"}
+VECTOR_COLOURS = {"task": "#000000", "harmful": "#b2182b", "beneficial": "#1b7837", "applied": "#d400d4"}
 _VECTOR_NAMES = {
     "task": "task gradient",
     "harmful": "harmful direction (text)",
@@ -71,8 +72,8 @@ def _density(angles: np.ndarray) -> np.ndarray:
 def angle_ridges(samples: pd.DataFrame, pair: str = "task-harmful") -> Figure:
     """Distribution of an angle (degrees) over samples as training goes on: a panel a method, a ridge some steps.
 
-    Real images filled, fakes outlined: under linear heads each class has one direction a step. All seeds together;
-    ridges have equal heights. `samples`: the logged table.
+    Real images filled, fakes outlined: under linear heads each class has one direction a step. All seeds together,
+    smoothed by 3 degrees; ridges have equal heights. `samples`: the logged table.
     """
     if samples.empty:
         return nothing("No gradients were logged: there are no angles.")
@@ -81,10 +82,10 @@ def angle_ridges(samples: pd.DataFrame, pair: str = "task-harmful") -> Figure:
     steps = np.sort(rows["step"].unique())
     parts = np.array_split(steps, min(RIDGES, len(steps)))
     first, _, second = pair.partition("-")
-    columns = min(3, len(methods))
+    columns = len(methods) if len(methods) <= 3 else 2 if len(methods) == 4 else 3
     lines = -(-len(methods) // columns)
     with style():
-        fig = Figure(figsize=(WIDTH, 1.6 + 2.9 * lines), layout="constrained")
+        fig = Figure(figsize=(WIDTH, 1.7 + 2.7 * lines), layout="constrained")
         axes = fig.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         for ax in axes.ravel()[len(methods) :]:
             ax.set_axis_off()
@@ -117,7 +118,8 @@ def angle_ridges(samples: pd.DataFrame, pair: str = "task-harmful") -> Figure:
             Line2D([], [], color="#222222", linewidth=1.2, label="fake images"),
             Line2D([], [], color="#333333", linestyle="--", linewidth=1.0, label="orthogonal"),
         ]
-        fig.legend(handles=handles, loc="outside lower center", ncols=3)
+        smoothing = f"all seeds, smoothed by {_KERNEL:.0f}° (standard deviation)"
+        fig.legend(handles=handles, loc="outside lower center", ncols=3, title=smoothing, title_fontsize=10)
         named = "dgs" if "dgs" in methods else methods[0]
         own = rows[rows["method"] == named]
         means = [rounded_text(own.loc[own["label"] == y, "angle"].mean(), 0) for y in (0, 1)]
@@ -128,7 +130,11 @@ def angle_ridges(samples: pd.DataFrame, pair: str = "task-harmful") -> Figure:
 
 def _arrow(ax: Axes, point: Point, hue: str, **look: Any) -> None:
     ax.annotate(
-        "", xy=(point.x, point.y), xytext=(0, 0), arrowprops={"arrowstyle": "-|>", "color": hue, "lw": 2.2, **look}
+        "",
+        xy=(point.x, point.y),
+        xytext=(0, 0),
+        # Without shrinking, tips are where the numbers are.
+        arrowprops={"arrowstyle": "-|>", "color": hue, "lw": 2.2, "shrinkA": 0, "shrinkB": 0, **look},
     )
 
 
@@ -155,6 +161,10 @@ def draw_plane(ax: Axes, points: Mapping[str, Point]) -> None:
     ax.set_xlim(min(-0.3, *xs) - 0.1, max(1.0, *xs) + 0.15)
     ax.set_ylim(min(-0.3, *ys) - 0.1, max(1.0, *ys) + 0.15)
     ax.set_aspect("equal")
+    widest = max(np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim()))
+    step = float(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(0.0, widest)[1])
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MultipleLocator(step))  # one unit both ways
     ax.axhline(0, color="#999999", linewidth=0.8)
     ax.axvline(0, color="#999999", linewidth=0.8)
     ax.set_xlabel("along the harmful direction (task length = 1)")
@@ -226,7 +236,8 @@ def layer_heatmap(angles: pd.DataFrame) -> Figure:
 def surgery_over_training(batches: pd.DataFrame) -> Figure:
     """Energy removed and added (%), conflicts (%) and effective rank of harmful directions, over optimiser steps.
 
-    Mean over seeds with a 95 % band. `batches`: the table of `angles.batch_table`.
+    Mean over seeds with a 95 % band; peaks of what was added are cut, and its axis says how high they go. `batches`:
+    the table of `angles.batch_table`.
     """
     if batches.empty:
         return nothing("No gradients were logged: there is no surgery to show.")
@@ -241,18 +252,24 @@ def surgery_over_training(batches: pd.DataFrame) -> Figure:
                 mean_line(ax, smooth, column, scale, method, top=100.0 if "conflict" in column else np.inf)
             ax.set_ylabel(label)
         # A batch that is already right has next to no task gradient: its share would hide all others.
-        axes[1].set_ylim(-0.05, max(1.0, 150.0 * float(batches["added"].quantile(0.95))))
+        top = max(1.0, 150.0 * float(batches["added"].quantile(0.95)))
+        highest = max(float(np.nanmax(line.get_ydata())) for line in axes[1].lines)
+        axes[1].set_ylim(-0.02 * top, top)
+        if highest > top:
+            axes[1].set_title(f"cut: peaks reach {rounded_text(highest, 0)} %", fontsize=10, fontweight="normal")
         axes[3].set_ylim(0.9, max(2.15, 1.1 * batches["effective_rank"].max()))
         axes[3].axhline(2.0, color="#333333", linewidth=1.0, linestyle="--")
         for ax in axes[2:]:
             ax.set_xlabel("Optimiser steps")
-        method_legend(fig, methods, bars=False, lines=True, title="mean over seeds; band: 95 % interval; dashed: 2")
+        method_legend(
+            fig, methods, bars=False, lines=True, title="mean over seeds; band: 95 % interval; dashed: rank 2"
+        )
         named = "dgs" if "dgs" in methods else methods[0]
         own = batches[batches["method"] == named]
         removed, added = (100.0 * own.groupby("seed")[c].median().mean() for c in ("removed", "added"))
         text = (
             f"In its median step, {plain(named)} removes {rounded_text(removed)} % of the task gradients' energy and "
-            f"adds {rounded_text(added)} %; harmful directions have rank {rounded_text(own['effective_rank'].mean())}"
+            f"adds {rounded_text(added)} %; rank of harm {rounded_text(own['effective_rank'].mean())}"
         )
         put_title(fig, text)
     return fig
@@ -266,26 +283,27 @@ def _width(part: pd.DataFrame, points: int = 40) -> int:
 def rank_figure(ranks: pd.DataFrame) -> Figure:
     """Linear and MLP text head: effective rank of a batch's harmful directions, and angle within a class (degrees).
 
-    `ranks`: the table of `heads.rank_by_head`, of one seed.
+    The title's ranks are means over the steps. `ranks`: the table of `heads.rank_by_head`, of one seed.
     """
     with style():
         fig = Figure(figsize=(WIDTH, 3.4), layout="constrained")
         axes = fig.subplots(1, 2, sharex=True)
         for ax, column, label in (
             (axes[0], "effective_rank", "Effective rank"),
-            (axes[1], "same_class_angle", "Angle within a class (°)"),
+            (axes[1], "same_class_angle", "Angle within\na class (°)"),
         ):
             for kind in HEADS:
                 part = ranks[ranks["head"] == kind]
                 ax.plot(part["step"], part[column], color=_HEAD_COLOURS[kind], linewidth=2.2, label=f"{kind} head")
             ax.set_xlabel("Steps of the text head")
             ax.set_ylabel(label)
-            ax.set_ylim(bottom=0.0)
+            highest = float(ranks[column].max())
+            ax.set_ylim(-0.03 * highest, 1.05 * highest)  # a line at 0 is a finding: not hidden by the axis
         fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        last = ranks.groupby("head")["effective_rank"].last()
+        mean = ranks.groupby("head")["effective_rank"].mean()
         text = (
-            f"Harmful directions of a batch: {rounded_text(last['linear'])} under a linear head, "
-            f"{rounded_text(last['MLP'])} under an MLP"
+            f"Effective rank of a batch's harmful directions: {rounded_text(mean['linear'])} under a linear head "
+            f"(2 at most), {rounded_text(mean['MLP'])} under an MLP"
         )
         put_title(fig, text)
     return fig
@@ -312,6 +330,7 @@ def correlation_forest(table: pd.DataFrame, measure: str = "angle task-harmful")
         ax.set_yticks(range(len(rows)), [short[name] for name in names])
         ax.set_ylim(len(rows) - 0.5, -0.5)
         ax.set_xlim(-1.0, 1.0)
+        ax.set_xticks([-1.0, -0.5, 0.0, 0.5, 1.0])
         runs, seeds = (int(rows[name].iloc[0]) for name in ("runs", "seeds"))
         ax.set_xlabel(f"Correlation with balanced accuracy\n({runs} runs of {seeds} seeds, within methods)")
         known = rows.dropna(subset=["low"])
@@ -331,8 +350,8 @@ def correlation_forest(table: pd.DataFrame, measure: str = "angle task-harmful")
 def subspace_figure(table: pd.DataFrame) -> Figure:
     """Mean principal angle (degrees) between update subspaces by layer, what updates write (output side).
 
-    Each method against the first one at equal seeds (95 % interval over seeds), grey: the first one against itself at
-    other seeds, dashed: random subspaces. `table`: that of `subspaces.compare`.
+    Each method against the first one at equal seeds (95 % interval over seeds); in the first one's colour: itself at
+    other seeds; dashed: random subspaces. `table`: that of `subspaces.compare`.
     """
     rows = table[table["side"] == "output"]
     if rows.empty:
@@ -348,7 +367,7 @@ def subspace_figure(table: pd.DataFrame) -> Figure:
         ax = fig.subplots()
         for j, kind in enumerate(kinds):
             part = rows[rows["other_method"] == kind]
-            hue = "#999999" if kind == base else colour(kind)
+            hue = colour(kind)
             shift = (j - (len(kinds) - 1) / 2) * 0.14
             found = {name: seed_interval(own["mean"].to_numpy()) for name, own in part.groupby("layer", sort=False)}
             label = f"{plain(base)}, other seeds" if kind == base else f"{plain(kind)} to {plain(base)}, same seed"
@@ -361,7 +380,7 @@ def subspace_figure(table: pd.DataFrame) -> Figure:
         ax.plot(range(len(layers)), chance, color="#333333", linestyle="--", linewidth=1.0, label="random subspaces")
         ax.set_xticks(range(len(layers)), [name.replace(".", " ") for name in layers], rotation=40)
         ax.set_xlabel("Block and projection")
-        ax.set_ylabel("Mean principal angle (°)")
+        ax.set_ylabel("Mean principal\nangle (°)")
         ax.set_ylim(0.0, 95.0)
         fig.legend(loc="outside lower center", ncols=2)
         named = "dgs" if "dgs" in others else (others or [base])[0]
