@@ -525,6 +525,15 @@ class TestHeadlines:
         assert found == "Patch selection shows the model 49 of 64 patches of 32 × 32 px, in a new order"
         assert "from only 6 patches" in title(figures.patches_figure(image(64, 96), image(224, 224)))
 
+    def test_contact_sheet(self) -> None:
+        names = ("real", "a, seen", "b, unseen", "c, unseen")
+        sheet = {name: [image(32, 32)] for name in names}
+        assert (
+            title(figures.contact_sheet(sheet)) == "Test images: real ones, and fakes of 1 seen and 2 unseen generators"
+        )
+        one = {name: sheet[name] for name in names[:2]}
+        assert title(figures.contact_sheet(one)) == "Test images: real ones, and fakes of 1 seen generator"
+
 
 def lines(ax: mpl.axes.Axes) -> dict[str, mpl.lines.Line2D]:
     """{colour: the curve in it}."""

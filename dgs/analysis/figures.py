@@ -563,7 +563,10 @@ def patches_figure(image: np.ndarray, canvas: np.ndarray) -> Figure:
 
 
 def contact_sheet(images: Mapping[str, Sequence[np.ndarray]]) -> Figure:
-    """A row of examples a kind of image, named at its left: `images` = {name: (H, W, 3) uint8 arrays}."""
+    """A row of examples a kind of image, named at its left: `images` = {name: (H, W, 3) uint8 arrays}.
+
+    Names are those of `manifest.examples`: "real", "<generator>, real", and "<generator>, seen" or "..., unseen" fakes.
+    """
     columns = max(len(row) for row in images.values())
     short = short_names(images)
     with style(), mpl.rc_context({"axes.grid": False}):
@@ -575,7 +578,10 @@ def contact_sheet(images: Mapping[str, Sequence[np.ndarray]]) -> Figure:
             for ax, pixels in zip(line, row, strict=False):
                 ax.imshow(pixels, interpolation="nearest")
             line[0].text(-0.15, 0.5, short[name], transform=line[0].transAxes, ha="right", va="center", fontsize=10)
-        put_title(fig, "Test images: real above, each generator's fakes below")
+        counts = {kind: sum(name.endswith(f", {kind}") for name in images) for kind in ("seen", "unseen")}
+        said = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        plural = "s" if sum(counts.values()) > 1 else ""
+        put_title(fig, f"Test images: real ones, and fakes of {said} generator{plural}" if said else "Test images")
     return fig
 
 
