@@ -23,7 +23,7 @@ HINT := . To use dvc, papermill and dgs: source .venv/bin/activate
 endif
 export PATH := $(BIN):$(PATH)
 
-STUDY ?= study-90 study-75 study-50 study-object study-networks
+STUDY ?= study-90 study-75 study-50 study-object study-patches study-90-val study-90-unbiased study-networks
 FRESH := 20261125
 
 NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gradient_angles explore))
@@ -70,7 +70,7 @@ study: $(READY)
 	$(if $(filter study-networks,$(STUDY)),test -e scratch/networks || \
 	  dgs minibench build --out scratch/networks --seed 3 --generators train --network-seed 2)
 	for profile in $(STUDY); do pipeline=$$(dgs profile $$profile) && dvc repro $$pipeline || exit 1; done
-	dgs study $(STUDY)
+	dgs study
 
 bench: $(READY)
 	python benchmarks/bench.py

@@ -154,13 +154,17 @@ def ceiling(as_json: Json = False) -> None:
 @app.command()
 @_for_users
 def study(
-    profiles: Annotated[list[str], typer.Argument(help="whose results to compare")], as_json: Json = False
+    profiles: Annotated[
+        list[str] | None, typer.Argument(help="whose results to compare; default: every study-* there is")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Compare methods over the results of several profiles: results/study/REPORT.md, table.csv and params.yaml."""
-    from dgs.analysis.study import write_params, write_study
+    from dgs.analysis.study import finished_parts, write_params, write_study
     from dgs.workspace import find_root
 
     root = find_root()
+    profiles = profiles or finished_parts(root)
     write_params(root, profiles)
     _print(as_json, {"report": write_study(root, profiles).relative_to(root).as_posix()})
 

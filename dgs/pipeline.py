@@ -57,9 +57,13 @@ def _joined(outputs: list[Any]) -> list[Any]:
     return joined
 
 
-def _failure(error: PapermillExecutionError, stage: str) -> str:
+def _failure(error: PapermillExecutionError, stage: str, executed: Path) -> str:
     sentence = str(error.evalue).strip()
-    where = f"notebooks/{stage}.ipynb, cell {error.cell_index + 1}"
+    # papermill counts the cell of parameters that it put in, and has meanwhile added cells that tell of the error
+    tags = [cell.metadata.get("tags", []) for cell in nbformat.read(executed, as_version=4).cells]
+    ran = [given for given in tags if "papermill-error-cell-tag" not in given]
+    injected = sum("injected-parameters" in given for given in ran[: error.cell_index])
+    where = f"notebooks/{stage}.ipynb, cell {error.cell_index + 1 - injected}"
     if error.ename in ("UserError", "UnreadableImage"):
         return f"{where}: {sentence}"
     return "\n".join([*error.traceback, f"{where}: {error.ename}: {sentence}"])
@@ -126,7 +130,7 @@ def _run_alone(stage: str, label: str, parameters: dict[str, Any], root: Path, p
                 stderr_file=sys.stderr,
             )
         except PapermillExecutionError as error:
-            raise UserError(f"Stage {label} stopped. {_failure(error, stage)}") from None
+            raise UserError(f"Stage {label} stopped. {_failure(error, stage, executed)}") from None
         nbformat.write(normalise(nbformat.read(executed, as_version=4)), executed)
         _move_into(draft, root)
     shutil.rmtree(build / "unfinished" / label, ignore_errors=True)

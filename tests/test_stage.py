@@ -93,6 +93,19 @@ def test_the_command_line_prints_the_sentence_and_exits_2(repo: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_a_failing_cell_has_the_number_it_has_in_the_notebook_that_people_open(repo: Path) -> None:
+    """papermill puts a cell of parameters before it."""
+    cells = [nbformat.v4.new_code_cell("method = 'lora'", metadata={"tags": ["parameters"]})]
+    cells += [nbformat.v4.new_code_cell(source) for source in ("print(method)", "raise RuntimeError(method)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), repo / "build/mini/notebooks/train.ipynb")
+    with pytest.raises(UserError, match=r"notebooks/train\.ipynb, cell 3: RuntimeError: probe"):
+        run_stage("train", "train-probe", {"method": "probe"})
+    cells[0].source = "raise RuntimeError('before any parameter')"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), repo / "build/mini/notebooks/train.ipynb")
+    with pytest.raises(UserError, match=r"notebooks/train\.ipynb, cell 1: RuntimeError: before"):
+        run_stage("train", "train-probe", {"method": "probe"})
+
+
 def test_a_stage_without_its_stripped_notebook_says_how_to_make_it(repo: Path) -> None:
     with pytest.raises(UserError, match="Run the stage by dvc repro evaluate"):
         run_stage("evaluate", "evaluate", {})

@@ -231,6 +231,19 @@ def study_report(conditions: Sequence[Condition], tuning: pd.DataFrame | None = 
     return "\n\n".join(parts) + "\n"
 
 
+def finished_parts(root: Path) -> list[str]:
+    """The profiles study-* that have results: those with most methods first, then by the strength of their shortcut.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = [path.parent.name for path in root.glob("results/study-*/metrics.json")]
+    if not names:
+        raise UserError("Expected results of a profile study-*, found none. Run make study, or name profiles.")
+    conditions = [read_condition(root, name) for name in names]
+    return [c.name for c in sorted(conditions, key=lambda c: (-len(c.methods), -c.rho, c.name))]
+
+
 def write_study(root: Path, names: Sequence[str]) -> Path:
     """results/study/ from the results of the profiles `names`: table.csv and REPORT.md; returns the report.
 
