@@ -298,8 +298,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def _dotted(content: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """Full names of the values in nested groups."""
+    names: set[str] = set()
+    for key, value in content.items():
+        names |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}"}
+    return names
+
+
 def merged_params(profile: str | None = None, root: Path | None = None) -> dict[str, Any]:
-    """params.yaml with the overlay profiles/<profile>.yaml laid over it, as plain data, not yet validated."""
+    """params.yaml with the overlay profiles/<profile>.yaml laid over it, as plain data, not yet validated.
+
+    What the overlay names for all methods stands above params.yaml's settings of single ones: those were chosen for
+    params.yaml's data. The overlay's own settings stand above both.
+    """
     root = root or find_root()
     base = _read_yaml(root / "params.yaml")
     if profile is None or profile == base.get("profile"):
@@ -317,6 +329,9 @@ def merged_params(profile: str | None = None, root: Path | None = None) -> dict[
             f"Expected profiles/{profile}.yaml to be the profile '{profile}', found profile: {content['profile']} in "
             f"it. Remove that line: the file's name is the profile's."
         )
+    named = _dotted({group: values for group, values in content.items() if group != "settings"})
+    for method, own in (base.get("settings") or {}).items():
+        base["settings"][method] = {name: value for name, value in (own or {}).items() if name not in named}
     return _merge(base, {"profile": profile, **content})
 
 
@@ -362,26 +377,30 @@ def load_params(profile: str | None = None, root: Path | None = None) -> Params:
     return validate(merged_params(profile, root), source)
 
 
-def _assigned_names(cells: list[str]) -> list[str]:
+def _assigned_names(cells: list[str]) -> dict[str, bool]:
     """Names set by the parameters cell as it was last run, and by the one that papermill injects after it.
 
-    Earlier runs of the cell do not count: in JupyterLab a mistake is mended by editing the cell and running it again.
+    True where the value is written out (lr = 3.0e-3), False where it is computed, as from the parameter file
+    (lr = params.train.stage2.lr). Earlier runs of the cell do not count: in JupyterLab a mistake is mended by editing
+    the cell and running it again.
     """
     marked = [source for source in cells if source.lstrip().lower().startswith("# parameters")]
     own = [index for index, source in enumerate(marked) if source.lstrip().lower().startswith("# parameters:")]
-    names: list[str] = []
+    names: dict[str, bool] = {}
     for source in marked[own[-1] if own else 0 :]:
         for node in ast.parse(source).body:
             targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
             flat = [part for target in targets for part in getattr(target, "elts", [target])]
-            names += [target.id for target in flat if isinstance(target, ast.Name)]
+            written = not any(isinstance(part, ast.Name) for part in ast.walk(getattr(node, "value", None) or node))
+            names |= {target.id: written for target in flat if isinstance(target, ast.Name)}
     return names
 
 
 def with_overrides(notebook: str, params: Params, namespace: Mapping[str, Any]) -> Params:
     """`params` with a notebook's flat names (as edited or injected by papermill) put in their place.
 
-    A training notebook's method brings its own settings; a name whose value was changed stands above them.
+    A training notebook's method brings its own settings; a name whose value was written out or changed stands above
+    them.
 
     Args:
         notebook: "prepare", "train", "evaluate", "gradient_angles" or "explore".
@@ -391,7 +410,8 @@ def with_overrides(notebook: str, params: Params, namespace: Mapping[str, Any]) 
         UserError: a name that the notebook does not have, or a value that is not of its type.
     """
     flat = NOTEBOOK_PARAMETERS[notebook]
-    for name in _assigned_names(list(namespace.get("In", []))):
+    assigned = _assigned_names(list(namespace.get("In", [])))
+    for name in assigned:
         if name not in flat:
             raise UserError(
                 f"Unknown parameter '{name}' for notebooks/{notebook}.ipynb.{did_you_mean(name, flat)} "
@@ -401,7 +421,7 @@ def with_overrides(notebook: str, params: Params, namespace: Mapping[str, Any]) 
     changed = {
         dotted: namespace[name]
         for name, dotted in flat.items()
-        if dotted and name in namespace and namespace[name] != _value(given, dotted)
+        if dotted and name in namespace and (assigned.get(name) or namespace[name] != _value(given, dotted))
     }
     own = params.tuned(method) if isinstance(method := namespace.get("method"), str) else params
     return validate(_replaced(own.model_dump(), changed), f"notebooks/{notebook}.ipynb")

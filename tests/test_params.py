@@ -101,6 +101,24 @@ class TestFiles:
         assert (params.profile, params.seeds) == ("own", [5])
         assert (params.train.batch_size, params.train.stage2.epochs, params.train.stage2.lr) == (16, 3, 0.5)
 
+    def test_what_an_overlay_names_stands_above_settings_chosen_for_other_data(self, tmp_path: Path) -> None:
+        base = (
+            "train:\n  stage2: {lr: 0.01}\n"
+            "settings:\n  lora: {train.stage2.lr: 0.02}\n  dgs: {train.stage2.lr: 0.03, train.surgery.lam: 1.0}\n"
+        )
+        own = "train:\n  stage2: {lr: 0.5}\nsettings:\n  lora: {train.stage2.lr: 0.7}\n"
+        params = load_params("own", repository(tmp_path / "r", "profile: mini\n" + base, own=own))
+        assert params.tuned("lora").train.stage2.lr == 0.7
+        assert params.tuned("dgs").train.stage2.lr == 0.5 and params.tuned("dgs").train.surgery.lam == 1.0
+        assert load_params(root=tmp_path / "r").tuned("dgs").train.stage2.lr == 0.03
+
+    def test_the_paper_profile_trains_the_papers_methods_as_the_paper_does(self) -> None:
+        params = load_params("paper", ROOT)
+        for name in ("probe", "lora", "dgs"):
+            train = params.tuned(name).train
+            assert (train.stage1.lr, train.stage2.lr, train.stage1.epochs, train.stage2.epochs) == (1e-4, 1e-4, 3, 1)
+            assert train.surgery.lam == 0.2
+
     def test_an_overlay_leaves_the_main_profile_alone(self, tmp_path: Path) -> None:
         root = repository(tmp_path / "r", "profile: mini\ntrain: {batch_size: 16}\n", own="train: {batch_size: 2}\n")
         load_params("own", root)
@@ -324,6 +342,17 @@ class TestOverrides:
         changed = [path for path in leaves(Params) if at(before, path) != at(after, path)]
         assert changed == ["train.stage2.epochs"]
         assert before.train.stage2.epochs == 1
+
+    def test_a_value_that_is_written_out_stands_above_the_methods_settings_even_if_it_is_the_default(self) -> None:
+        params = validate({"settings": {"lora": {"train.stage2.lr": 0.5}}})
+        default, named = params.train.stage2.lr, {"method": "lora", "lr": params.train.stage2.lr}
+        own = '# Parameters: change them here\nmethod = "dgs"\nlr = params.train.stage2.lr'
+        after = with_overrides("train", params, {**named, "In": [own, '# Parameters\nmethod = "lora"']})
+        assert after.train.stage2.lr == 0.5
+        after = with_overrides(
+            "train", params, {**named, "In": [own, f'# Parameters\nmethod = "lora"\nlr = {default}']}
+        )
+        assert after.train.stage2.lr == default
 
     def test_papermills_text_becomes_the_declared_type(self) -> None:
         params = with_overrides("prepare", Params(), {"patches": "true", "patch_size": "16", "limit": "4"})

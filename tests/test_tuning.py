@@ -37,6 +37,16 @@ def test_the_parameter_file_has_settings_for_every_method_and_a_control_has_thos
             assert given[name] == given[method.like]
 
 
+def test_committed_settings_are_those_that_the_committed_search_chose() -> None:
+    """By `val_balanced` in params.yaml; by the other two rules in the study's profiles of their names."""
+    search = pd.read_csv(ROOT / "results/mini/tuning.csv")
+    assert search.groupby("method").size().eq(6).all()
+    assert yaml.safe_load((ROOT / "params.yaml").read_text())["settings"] == chosen(search, "val_balanced")
+    for profile, rule in (("study-90-val", "val"), ("study-90-unbiased", "val_unbiased")):
+        given = yaml.safe_load((ROOT / f"profiles/{profile}.yaml").read_text())
+        assert given["settings"] == {name: chosen(search, rule)[name] for name in given["methods"]}
+
+
 def test_balanced_weights_make_captions_tell_nothing() -> None:
     """9 of 10 fakes on one background: weighed, backgrounds are half fake, and a caption reader is at chance."""
     rng = np.random.default_rng(0)
