@@ -198,6 +198,7 @@ class Params(_Group):
     model: ModelParams = ModelParams()
     train: TrainParams = TrainParams()
     settings: dict[str, Annotated[dict[str, Any], AfterValidator(_of_methods)]] = {}  # of single methods, by full name
+    settings_instead_of: dict[str, Any] = {}  # what they replace: see `tuned`
     compute: ComputeParams = ComputeParams()
     evaluate: EvaluateParams = EvaluateParams()
     gradient_angles: GradientAnglesParams = GradientAnglesParams()
@@ -212,10 +213,18 @@ class Params(_Group):
     def tuned(self, method: str) -> Params:
         """These parameters with the settings of one method in their place.
 
+        A setting replaces the value named in `settings_instead_of` and no other: a parameter that was changed since
+        then, in params.yaml or by `dvc exp run -S`, stands above it. Where none is named, it replaces any.
+
         Raises:
             UserError: a setting that is no parameter, or of the wrong type.
         """
-        return validate(_replaced(self.model_dump(), self.settings.get(method, {})), f"settings.{method}")
+        content = self.model_dump()
+        replaced, own = self.settings_instead_of, self.settings.get(method, {})
+        unknown = {name: value for name, value in own.items() if name not in replaced}
+        known = {name: value for name, value in own.items() if name in replaced}
+        held = {name: value for name, value in known.items() if _value(content, name) == replaced[name]}
+        return validate(_replaced(content, unknown | held), f"settings.{method}")
 
 
 def _replaced(content: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def repository(folder: Path, params: str, **profiles: str) -> Path:
 class TestFiles:
     def test_params_yaml_names_every_parameter(self) -> None:
         named = {name for name in keys(merged_params(root=ROOT)) if not name.startswith("settings")}
-        assert named | {"settings"} == set(leaves(Params))
+        assert named | {"settings", "settings_instead_of"} == set(leaves(Params))
 
     @pytest.mark.parametrize("profile", PROFILES)
     def test_every_profile_loads_under_its_own_name(self, profile: str) -> None:
@@ -111,6 +111,20 @@ class TestFiles:
         assert params.tuned("lora").train.stage2.lr == 0.7
         assert params.tuned("dgs").train.stage2.lr == 0.5 and params.tuned("dgs").train.surgery.lam == 1.0
         assert load_params(root=tmp_path / "r").tuned("dgs").train.stage2.lr == 0.03
+
+    def test_a_value_changed_in_the_parameter_file_stands_above_settings_chosen_beside_another(self) -> None:
+        content = merged_params(root=ROOT)
+        assert validate(content).tuned("dgs").train.surgery.lam == content["settings"]["dgs"]["train.surgery.lam"]
+        content["train"]["surgery"]["lam"] = 0.7
+        tuned = validate(content).tuned("dgs").train
+        assert tuned.surgery.lam == 0.7
+        assert tuned.stage2.lr == content["settings"]["dgs"]["train.stage2.lr"], "others stay"
+
+    def test_settings_replace_what_the_parameter_file_says(self) -> None:
+        """Else they would be dead letters."""
+        params = load_params(root=ROOT)
+        assert {name: at(params, name) for name in params.settings_instead_of} == params.settings_instead_of
+        assert {name for own in params.settings.values() for name in own} <= set(params.settings_instead_of)
 
     def test_the_paper_profile_trains_the_papers_methods_as_the_paper_does(self) -> None:
         params = load_params("paper", ROOT)
