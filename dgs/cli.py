@@ -278,6 +278,7 @@ def score(
     paths: Annotated[list[Path], typer.Argument(help="image files, or folders: every file in them is tried")],
     checkpoint: Annotated[Path | None, typer.Option(help="checkpoint folder; default: the newest trained here")] = None,
     explain: Annotated[Path | None, typer.Option(help="new folder for what the model saw of each image")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="that share the files, each on its own GPU or cores")] = 1,
     as_csv: Annotated[bool, typer.Option("--csv", help="data as CSV, with a line of names first")] = False,
     as_json: Json = False,
 ) -> None:
@@ -287,7 +288,7 @@ def score(
     if as_csv and as_json:
         raise UserError("Expected --csv or --json, found both. Leave one of them out.")
     failed = 0
-    for number, row in enumerate(score_files(paths, checkpoint, _say, explain=explain)):
+    for number, row in enumerate(score_files(paths, checkpoint, _say, explain=explain, processes=processes)):
         failed += "error" in row
         if as_csv:
             if number == 0:

@@ -9,17 +9,20 @@ batch. That needs a sum, and only that.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dgs.errors import UserError
 
@@ -228,46 +231,88 @@ def run(
     """
     if processes == 1:
         return function(*arguments)
-    context = get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="dgs-") as folder:
-        members, answers = [], []
-        for number in range(processes):
-            mine, theirs = context.Pipe()
-            settings = (number, processes, str(Path(folder) / "meeting"), patience, function, arguments)
-            member = context.Process(target=_member, args=(*settings, begin, begin_with, theirs))
-            member.start()
-            theirs.close()
-            members.append(member)
-            answers.append(mine)
+        settings = (processes, str(Path(folder) / "meeting"), patience, function, arguments, begin, begin_with)
+        with started(processes, _member, *settings) as members:
+            return _outcome(members)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of several processes as the one that started it sees it."""
+
+    number: int
+    process: BaseProcess
+    line: Connection
+
+    def hear(self) -> tuple[bool, Any]:
+        """What it says next, which begins with whether that is good; once it has died, (False, its exit code)."""
         try:
-            return _outcome(members, answers)
-        finally:
-            for member in members:
-                member.kill()
-            for member in members:
-                member.join()
+            good, said = self.line.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            return False, self.process.exitcode
+        return good, said
 
 
-def _outcome(members: list[Any], answers: list[Any]) -> Any:
+@contextmanager
+def started(count: int, target: Callable[..., None], *arguments: Any, daemon: bool = False) -> Iterator[list[Member]]:
+    """So many processes of this machine, each with a line to this one; at the end of the block all end.
+
+    Ctrl-C, which a terminal sends to all, is for this one alone.
+
+    Args:
+        target: called in each as target(number, *arguments, line); importable, as are its arguments picklable.
+        daemon: they may start no processes of their own, and end with this one even where the block is never left.
+    """
+    context = get_context("spawn")
+    members: list[Member] = []
+    try:
+        with _deaf_to_interrupts():
+            for number in range(count):
+                mine, theirs = context.Pipe()
+                process = context.Process(target=target, args=(number, *arguments, theirs), daemon=daemon)
+                process.start()
+                theirs.close()
+                members.append(Member(number, process, mine))
+        yield members
+    finally:
+        for member in members:
+            member.process.kill()
+        for member in members:
+            member.process.join()
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """What is started in this block ignores Ctrl-C from its first moment, so that it writes no traceback on loading."""
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other set this
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _outcome(members: list[Member]) -> Any:
     """The first process's result, when all are done; or the most telling of what went wrong."""
     results: dict[int, Any] = {}
     failures: dict[int, Any] = {}
     end = float("inf")
     while len(results) + len(failures) < len(members) and time.monotonic() < end:
-        open_ones = {answers[i]: i for i in range(len(members)) if i not in results and i not in failures}
-        for ready in wait(list(open_ones), timeout=0.2):
-            number = open_ones[ready]
-            try:
-                good, said = answers[number].recv()
-            except (EOFError, OSError):
-                members[number].join()
-                good, said = False, members[number].exitcode
-            (results if good else failures)[number] = said
+        silent = [member for member in members if member.number not in results and member.number not in failures]
+        by_line = {member.line: member for member in silent}
+        for line in wait(list(by_line), timeout=0.2):
+            member = by_line[cast(Connection, line)]
+            good, said = member.hear()
+            (results if good else failures)[member.number] = said
         if failures and end == float("inf"):
             end = time.monotonic() + 2.0  # the others' complaints may say more, or only that one has gone
     if not failures:
-        for answer in answers:
-            answer.send(None)
+        for member in members:
+            member.line.send(None)
         return results[0]
     for said in failures.values():
         if isinstance(said, UserError):
@@ -276,7 +321,7 @@ def _outcome(members: list[Any], answers: list[Any]) -> Any:
         if isinstance(said, int):
             raise UserError(
                 f"Expected {len(members)} processes to train together, found that process {number} died "
-                f"({_how(said)}). Run the same command again: it goes on from the last snapshot. If memory was short, "
+                f"({how(said)}). Run the same command again: it goes on from the last snapshot. If memory was short, "
                 f"lower train.processes, train.batch_size or compute.jobs."
             )
     number, said = next(iter(failures.items()))
@@ -288,5 +333,6 @@ def _outcome(members: list[Any], answers: list[Any]) -> Any:
     raise RuntimeError(f"Process {number} of {len(members)} stopped. {said}")
 
 
-def _how(code: int) -> str:
+def how(code: int) -> str:
+    """How a process ended, in words, from its exit code."""
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"

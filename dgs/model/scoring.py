@@ -9,21 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
 from dgs.analysis.intervals import percent_text
-from dgs.data.ahead import ahead
 from dgs.data.images import files_under
 from dgs.errors import UserError
-from dgs.model.card import deciding_rule
-from dgs.model.checkpoint import damaged
-from dgs.model.detector import AHEAD, BATCH, Detector, newest_checkpoint, probability
+from dgs.model.detector import BATCH, newest_checkpoint, probability
+from dgs.model.scorers import scorers
+from dgs.model.verdicts import Row, View, threshold_of
 from dgs.workspace import find_root
 
-Row = dict[str, Any]
-View = NDArray[np.uint8]
 INDEX = "views.jsonl"
 
 
@@ -36,19 +32,6 @@ def _is_there(path: Path) -> bool:
 
 def _named(paths: list[Path]) -> str:
     return str(paths[0]) if len(paths) == 1 else f"{paths[0]} or the {len(paths) - 1} other paths"
-
-
-def threshold_of(detector: Detector, folder: Path) -> tuple[str, float]:
-    """The rule that verdicts follow and its threshold on the logit: "val" where a checkpoint has it.
-
-    Raises:
-        UserError: `folder`'s checkpoint has no threshold.
-    """
-    thresholds = detector.info["thresholds"]
-    if not thresholds:
-        raise damaged(folder / "dgs.json", "expected a threshold, found none")
-    rule = deciding_rule(thresholds)
-    return rule, thresholds[rule]
 
 
 def what_a_verdict_is(info: dict[str, Any], rule: str, threshold: float) -> str:
@@ -118,16 +101,16 @@ def score_files(
     warn: Callable[[str], None],
     batch_size: int = BATCH,
     explain: Path | None = None,
+    processes: int = 1,
 ) -> Iterator[Row]:
     """Every file under `paths`, scored or refused; a few batches of views are in memory at a time.
-
-    Images are decoded in threads while the tower works on those before.
 
     Args:
         paths: files, or folders: every file in them is tried, whatever its name (but for a dot at its beginning).
         checkpoint: a checkpoint folder; None: the newest trained here.
         warn: told of what a verdict is worth.
         explain: a new folder for what the model saw of each image, the selected patches or else the whole view.
+        processes: that share the files on this machine; the rows and their order are the same.
 
     Yields:
         {"path", "probability", "verdict"} ("generated" or "real", at the threshold chosen on validation images), or
@@ -135,7 +118,7 @@ def score_files(
 
     Raises:
         UserError: none of the paths exists, nothing to score in them, no checkpoint or a damaged one, `explain` in
-            one of the paths or not to be written to.
+            one of the paths or not to be written to; one of several processes died.
     """
     paths = list(paths)
     if paths and not any(map(_is_there, paths)):
@@ -147,38 +130,17 @@ def score_files(
     if first is None:
         raise UserError(f"Expected a file to score in {_named(paths) if paths else 'no path'}, found none.")
     folder = checkpoint or newest_checkpoint(find_root())
-    detector = Detector.load(folder)
-    rule, threshold = threshold_of(detector, folder)
-    explanations = Explanations(explain) if explain is not None else None
-    warn(f"checkpoint {folder}: {what_a_verdict_is(detector.info, rule, threshold)}.")
-    if detector.params.data.layout == "minibench":
-        warn(f"warning: {folder} was trained on the embedded 64 px benchmark; its verdicts on photographs mean little.")
-
-    def view(path: Path) -> tuple[Path, View | str]:
-        try:
-            return path, detector.view(path)
-        except UserError as error:
-            return path, str(error)  # not the error itself, whose traceback keeps the image in memory
-
-    def flush() -> Iterator[Row]:
-        views = [view for _, view in pending if not isinstance(view, str)]
-        logits = detector.logits(np.stack(views)).astype(np.float64) if views else np.zeros(0)
-        scored = iter(zip(logits > threshold, probability(logits), strict=True))
-        for path, view in pending:
-            if isinstance(view, str):
-                yield {"path": str(path), "error": view}
-                continue
-            generated, p = next(scored)
-            row = {"path": str(path), "probability": float(p), "verdict": "generated" if generated else "real"}
-            if explanations is not None:
+    with scorers(folder, processes, batch_size, with_views=explain is not None) as ready:
+        rule, threshold = threshold_of(ready.info, folder)
+        explanations = Explanations(explain) if explain is not None else None
+        warn(f"checkpoint {folder}: {what_a_verdict_is(ready.info, rule, threshold)}.")
+        if ready.params.data.layout == "minibench":
+            warn(
+                f"warning: {folder} was trained on the embedded 64 px benchmark; its verdicts on photographs mean "
+                f"little."
+            )
+        judged = chain.from_iterable(ready.verdicts(chain([first], files)))
+        for row, view in tqdm(judged, desc="scoring", unit="image"):
+            if explanations is not None and view is not None:
                 explanations.add(row, view)
             yield row
-        pending.clear()
-
-    pending: list[tuple[Path, View | str]] = []
-    found = ahead(view, chain([first], files), AHEAD * batch_size)
-    for item in tqdm(found, desc="scoring", unit="image"):
-        pending.append(item)
-        if len(pending) == batch_size:
-            yield from flush()
-    yield from flush()
