@@ -38,6 +38,7 @@ Seed = Annotated[int, Field(ge=0), Number]
 
 # Keeps a name or relative path as it is; a path is relative to the repository.
 PathName = Annotated[str, AfterValidator(os.path.expanduser)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]  # as it may stand in paths and tables
 
 
 class _Group(BaseModel):
@@ -170,6 +171,7 @@ class EvaluateParams(_Group):
     retrieval_pool: Annotated[int, Field(ge=2), Number] = 200  # captions a retrieval query chooses among
     tsne_images: Count = 100  # images a generator and label in the t-SNE figure
     robustness: RobustnessParams = RobustnessParams()
+    checkpoints: dict[Name, PathName] = {}  # more of them, by the name that tables give them; trained elsewhere
 
 
 class GradientAnglesParams(_Group):
@@ -190,7 +192,7 @@ class GradientAnglesParams(_Group):
 class Params(_Group):
     """Every number a run depends on."""
 
-    profile: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = "mini"
+    profile: Name = "mini"
     methods: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)] = ["probe", "lora", "dgs"]
     seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)] = [0, 1, 2, 3, 4]
     data: DataParams = DataParams()

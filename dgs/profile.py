@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from dgs.analysis.outside import outside
 from dgs.errors import UserError, did_you_mean
 from dgs.model.methods import get_method
 from dgs.params import Params, load_params, merged_params, validate
@@ -23,13 +24,14 @@ def _inputs(params: Params, root: Path) -> dict[str, list[str]]:
         if name and is_path(name, root) and not (root / name).is_relative_to(root / params.data.root)
     ]
     captions = [params.data.captions] if params.data.captions else []
-    return {"prepare": clip + captions, "train": clip, "evaluate": clip}
+    checkpoints = list(params.evaluate.checkpoints.values())
+    return {"prepare": clip + captions, "train": clip, "evaluate": clip + checkpoints}
 
 
 def _check_robustness(params: Params) -> None:
     asked = params.evaluate.robustness
     pairs: list[tuple[str, Sequence[Any] | None, Sequence[Any]]] = [
-        ("methods", asked.methods, params.methods),
+        ("methods", asked.methods, [*params.methods, *params.evaluate.checkpoints]),
         ("seeds", asked.seeds, params.seeds),
     ]
     for name, chosen, known in pairs:
@@ -56,12 +58,14 @@ def check_params(params: Params, root: Path) -> None:
     _check_robustness(params)
 
     own = (root / "build" / params.profile).resolve()
-    for name, given in (("data.root", params.data.root), ("model.clip", params.model.clip)):
+    checkpoints = {f"evaluate.checkpoints.{name}": path for name, path in params.evaluate.checkpoints.items()}
+    for name, given in {"data.root": params.data.root, "model.clip": params.model.clip, **checkpoints}.items():
         if (root / given).resolve().is_relative_to(own):
             raise UserError(
                 f"Expected {name} = {given} to lie outside build/{params.profile}, where this profile's outputs go. "
                 f"Move it, for example to scratch/."
             )
+    outside(params, root)
 
     def made_here(path: str) -> bool:  # by the pipeline itself, from data.dvc
         return (root / path).resolve().is_relative_to(root.resolve() / "data")

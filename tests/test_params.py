@@ -45,7 +45,7 @@ def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def keys(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for name, value in content.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:  # an empty one has no groups: the user's names go there
             yield from keys(value, f"{prefix}{name}.")
         else:
             yield prefix + name

@@ -102,10 +102,14 @@ def test_fewer_than_3_seeds_are_said_at_the_top(tmp_path: Path, seeds: int, word
     assert top.strip() == "# Report" if words is None else f"# Report\n\n{words}" in top
 
 
-def test_the_method_with_the_fewest_seeds_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_method_with_fewer_seeds_than_the_others_is_named_and_does_not_speak_for_them(
+    count: int, tmp_path: Path
+) -> None:
     made = make_detection()
-    text = report(tmp_path, made[(made["method"] != "dgs") | (made["seed"] < 2)])
-    assert "**Only 2 seeds:** " in text.split("\n## ")[0]
+    text = report(tmp_path, made[(made["method"] != "dgs") | (made["seed"] < count)]).split("\n## ")[0]
+    assert f"**Fewer seeds than the others' 5** of `dgs` ({count}): " in text
+    assert "**Only" not in text and "**One seed" not in text
 
 
 def test_the_summary_is_the_top_headline_and_differences(tmp_path: Path) -> None:

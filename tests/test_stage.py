@@ -159,6 +159,21 @@ class TestTheCheckBeforeAnyStage:
             ),
             ("model", {"clip": "sample/clipp"}, "Expected model.clip to be a folder or an open_clip name, found"),
             ("model", {"clip": "ViT-B-32", "pretrained": "my/w.pt"}, "Expected a weights file at model.pretrained ="),
+            (
+                "evaluate",
+                {"checkpoints": {"release": "nowhere"}},
+                "Expected a checkpoint folder (with dgs.json) at evaluate.checkpoints.release = nowhere, found none.",
+            ),
+            (
+                "evaluate",
+                {"checkpoints": {"dgs": "imported"}},
+                "Expected names in evaluate.checkpoints that no method has, found dgs.",
+            ),
+            (
+                "evaluate",
+                {"checkpoints": {"mine": "build/mini/train/dgs/seed-0"}},
+                "Expected evaluate.checkpoints.mine = build/mini/train/dgs/seed-0 to lie outside build/mini,",
+            ),
             ("data", {"captions": "no.jsonl"}, "Expected a caption file at data.captions = no.jsonl, found none."),
         ],
     )
@@ -182,6 +197,7 @@ class TestTheCheckBeforeAnyStage:
         [
             ({"methods": ["probe", "loar"]}, "to be of methods: probe, lora, dgs; found loar. Did you mean 'lora'?"),
             ({"methods": ["leace"]}, "to be of methods: probe, lora, dgs; found leace. Add it to methods,"),
+            ({"methods": ["release"]}, "to be of methods: probe, lora, dgs; found release. Add it"),
             ({"seeds": [7]}, "Expected evaluate.robustness.seeds to be of seeds: 0; found 7."),
         ],
     )
@@ -204,6 +220,14 @@ class TestAProfilesInputs:
         assert {str(repo / "captions.jsonl"), "sample/clip"} <= set(stages["prepare"]["deps"])
         assert "sample/clip" in stages["train"]["deps"] and "sample/clip" in stages["evaluate"]["deps"]
         assert "sample/clip" not in stages["gradient_angles"]["deps"]
+
+    def test_a_checkpoint_trained_elsewhere_is_a_dependency_of_evaluate_alone(self, repo: Path, own: Path) -> None:
+        (repo / "imported").mkdir()
+        (repo / "imported/dgs.json").touch()
+        asked = {"checkpoints": {"release": "imported"}, "robustness": {"methods": ["release"]}}
+        own.write_text(yaml.safe_dump({**yaml.safe_load(own.read_text()), "evaluate": asked}))
+        stages = yaml.safe_load(write_profile_pipeline("own", repo).read_text())["stages"]
+        assert [name for name, body in stages.items() if "imported" in body["deps"]] == ["evaluate"]
 
     def test_the_embedded_clip_of_a_fresh_clone_is_waited_for(self, repo: Path, own: Path) -> None:
         content = yaml.safe_load(own.read_text())

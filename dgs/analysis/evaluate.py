@@ -26,6 +26,7 @@ from dgs.analysis.forgetting import (
     spread_out,
     zero_shot_accuracy,
 )
+from dgs.analysis.outside import outside
 from dgs.data.conditions import NATIVE, parse_condition
 from dgs.data.prepared import Prepared, load_prepared
 from dgs.data.views import Views, worth_keeping
@@ -92,11 +93,18 @@ def settings(found: Mapping[tuple[str, int], Path], params: Params) -> dict[str,
     return chosen
 
 
-def check_fits(folder: Path, info: Mapping[str, Any], prepared: Prepared, params: Params, clip: Clip) -> None:
-    """Raise UserError, naming both sides, unless a checkpoint was trained on what is prepared, with this CLIP."""
+def check_fits(
+    method: str, folder: Path, info: Mapping[str, Any], prepared: Prepared, params: Params, clip: Clip
+) -> None:
+    """Raise UserError, naming both sides, unless a checkpoint sees images as prepared, with this CLIP's constants.
+
+    It must have been trained on what is prepared too, unless `method` is of evaluate.checkpoints.
+    """
     # In the pipeline DVC sees to it; by hand, prepare may have been run again since.
     again = "Train on this (notebooks/train.ipynb), or remove scratch/ to go on with what the pipeline prepared."
-    if info["data_hash"] != prepared.info["data_hash"]:
+    if method in params.evaluate.checkpoints:  # of other data it may be, but it must see images as those here do
+        again = "Evaluate it in a profile with its settings, or leave it out of evaluate.checkpoints."
+    elif info["data_hash"] != prepared.info["data_hash"]:
         raise UserError(
             f"The checkpoint {folder} was trained on other data ({info['data_hash'][:12]}) than what was prepared last "
             f"({prepared.info['data_hash'][:12]}). {again}"
@@ -228,12 +236,12 @@ def tsne_rows(rows: pd.DataFrame, per_cell: int) -> pd.DataFrame:
 
 @contextmanager
 def _opened(
-    folder: Path, clip: Clip, prepared: Prepared, params: Params, device: torch.device
+    method: str, folder: Path, clip: Clip, prepared: Prepared, params: Params, device: torch.device
 ) -> Iterator[tuple[Backbone, nn.Linear, bool]]:
     """A checkpoint's tower, its head, and whether the tower was tuned; afterwards the CLIP is as it was."""
     backbone, heads, info = load_checkpoint(folder, clip)
     try:
-        check_fits(folder, info, prepared, params, clip)
+        check_fits(method, folder, info, prepared, params, clip)
         yield backbone.to(device), heads["image"], bool(info["adapter"])
     finally:
         clip.model.visual = backbone.without_adapters()
@@ -291,7 +299,7 @@ def robustness_scores(
         views = Views(rows, prepared.source, params, patches=prepared.patches, keep=keep, condition=condition)
         reader = _Reader(views, params, device)
         for (method, seed), folder in chosen.items():
-            with _opened(folder, clip, prepared, params, device) as (backbone, head, tuned):
+            with _opened(method, folder, clip, prepared, params, device) as (backbone, head, tuned):
                 logits = _logits(head, reader.features(backbone, tuned, f"{name}: {method}, seed {seed}"))
             scores.append(score_rows(rows, logits, method, seed, _rho(prepared), name))
     return scores
@@ -311,6 +319,10 @@ def evaluate(
         for the t-SNE {"frozen", method...: (features, rows)} of the first seed.
     """
     clip.model.to(device)
+    for (method, _), folder in found.items():
+        if method in params.evaluate.checkpoints:  # whether it fits is not to be known at the end only
+            with _opened(method, folder, clip, prepared, params, device):
+                pass
     rows = prepared.manifest[prepared.manifest["split"] != "train"]
     test = (rows["split"] == "test").to_numpy()
     rho, keep = _rho(prepared), worth_keeping(len(rows), params)
@@ -328,7 +340,7 @@ def evaluate(
     forgetting: list[dict[str, Any]] = []
     for (method, seed), folder in found.items():
         label = f"{method}, seed {seed}"
-        with _opened(folder, clip, prepared, params, device) as (backbone, head, tuned):
+        with _opened(method, folder, clip, prepared, params, device) as (backbone, head, tuned):
             known = reader.features(backbone, tuned, label)
             logits, features = _logits(head, known), known[:, :width]
             blocks = block_means(backbone, few_views, params, device, f"{label}, blocks") if tuned else frozen_blocks
@@ -356,9 +368,11 @@ def evaluate_from_disk(
     """`evaluate`, in `train.processes` processes with a share of the images each; the rows are the same, in order.
 
     Args:
+        found: what was trained here; the checkpoints of evaluate.checkpoints are added to it.
         root: repository, for a relative model.clip and data.root.
         prepared_folder: what the prepare stage made.
     """
+    found |= outside(params, root)
     return processes.run(params.train.processes, _evaluate_share, found, root, prepared_folder, params)
 
 

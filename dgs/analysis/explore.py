@@ -259,7 +259,7 @@ class Workbench:
         folder = self._folder(method, seed)
         clip = load_clip(self.params.model, self.workspace.root, self.params.image_size, text=False)
         backbone, heads, info = load_checkpoint(folder, clip)
-        check_fits(folder, info, self.prepared, self.params, clip)
+        check_fits(method, folder, info, self.prepared, self.params, clip)
         own = self.params.model_copy(deep=True)
         given = info["params"]["train"]
         surgery = SurgeryParams.model_validate({**own.train.surgery.model_dump(), **given["surgery"]})

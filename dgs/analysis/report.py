@@ -184,13 +184,18 @@ def _what_was_run(
 
 def _cautions(detection: pd.DataFrame, settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a reader has to know before the first number."""
-    seeds = int(headline(detection).groupby("method")["seed"].nunique().min())
-    found = []
+    seeds_of = headline(detection).groupby("method", sort=False)["seed"].nunique()
+    seeds, found = int(seeds_of.max()), []
     if seeds == 1:
         found.append("**One seed only:** numbers without an interval, and no difference between methods can be shown.")
     elif seeds < FEW_SEEDS:
         found.append(
             f"**Only {seeds} seeds:** intervals over so few are very wide; run {FEW_SEEDS} or more to compare."
+        )
+    if fewer := [f"`{method}` ({count})" for method, count in seeds_of.items() if count < seeds]:
+        found.append(
+            f"**Fewer seeds than the others' {seeds}** of {', '.join(fewer)}: intervals over few are very wide, "
+            f"and one has none."
         )
     different = any(
         len(set(values)) > 1 and not key.startswith(NOT_OF_TRAINING) for key, values in _by_setting(settings).items()
