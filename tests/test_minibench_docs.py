@@ -14,7 +14,7 @@ from dgs.analysis.metrics import headline
 ROOT = Path(__file__).parent.parent
 TEXT = " ".join((ROOT / "docs/minibench.md").read_text().split())
 LINES = (ROOT / "docs/minibench.md").read_text().splitlines()
-CELLS = ("mini", "rho50", "rho75", "object90", "generators1", "clip1")
+CELLS = ("rho90", "rho50", "rho75", "object90", "generators1", "clip1")
 METHODS = ("probe", "lora", "dgs")
 KEYS = {"frozen_probe": "probe", "high_frequencies": "high_frequency"}  # the audit's words for a header's
 ABILITIES = ("shape", "colour", "background", "size", "position", "medium", "recall")

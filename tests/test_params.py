@@ -126,6 +126,13 @@ class TestFiles:
         assert {name: at(params, name) for name in params.settings_instead_of} == params.settings_instead_of
         assert {name for own in params.settings.values() for name in own} <= set(params.settings_instead_of)
 
+    @pytest.mark.parametrize("profile", ["rho90", "rho75", "rho50", "object90", "object75", "generators1", "clip1"])
+    def test_results_from_before_the_search_name_the_one_setting_they_had(self, profile: str) -> None:
+        params = load_params(profile, ROOT)
+        for name in ("probe", "lora", "dgs", "distillation", "dgs_plus"):
+            assert params.tuned(name).train == params.train
+        assert params.train.stage2.lr == 3e-3 and params.train.surgery.lam == 0.2
+
     def test_the_paper_profile_trains_the_papers_methods_as_the_paper_does(self) -> None:
         params = load_params("paper", ROOT)
         for name in ("probe", "lora", "dgs"):
