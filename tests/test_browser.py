@@ -94,7 +94,8 @@ def settle(image: Locator) -> None:
     raise AssertionError("the picture goes on changing")
 
 
-def test_the_explorer_in_jupyterlab_answers_to_a_slider(lab: str, tmp_path: Path) -> None:
+def test_the_explorer_in_jupyterlab_answers_to_a_slider(finished: Path, lab: str, tmp_path: Path) -> None:
+    trained = json.loads((finished / "build/mini/train/dgs/seed-0/dgs.json").read_text())["params"]["train"]
     with chromium() as seen:
         page = seen.page
         page.goto(f"{lab}/lab/tree/explore.ipynb?reset")
@@ -113,7 +114,7 @@ def test_the_explorer_in_jupyterlab_answers_to_a_slider(lab: str, tmp_path: Path
             handle.press("ArrowRight")
         page.wait_for_function("([box, old]) => box.src !== old", arg=[image.element_handle(), picture_before])
         after = readout.text_content() or ""
-        assert float(after) > float(before) == 0.2
+        assert float(after) > float(before) == trained["surgery"]["lam"]
         settle(image)
         for answer in page.get_by_role("button", name="No", exact=True).all():
             answer.click()  # JupyterLab's question about news lies on the picture
