@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from dgs.analysis.metrics import DETECTION_COLUMNS, RATES, write_detection
-from dgs.analysis.verify import TABLES, compare_results
+from dgs.analysis.verify import ASIDE, TABLES, compare_results
 from dgs.errors import UserError
 
 METHODS = ("probe", "dgs")
@@ -318,6 +318,14 @@ class TestFiles:
             self.fill(folder, "same")
         (pair[side] / name).unlink()
         assert only(compare_results(*pair)) == f"{name}: only in the {where} folder"
+
+    def test_tables_of_other_commands_are_no_part_of_what_is_reproduced(self, pair: tuple[Path, Path]) -> None:
+        """The committed results have the search for settings and the bound beside them; the pipeline makes neither."""
+        committed = Path(__file__).parents[1] / "results/mini"
+        assert {path.name for path in committed.glob("*.csv")} >= set(ASIDE)
+        for name in ASIDE:
+            (pair[0] / name).write_text("a\n1\n")
+        assert compare_results(*pair) == []
 
     def test_a_table_that_neither_has_is_no_difference(self, pair: tuple[Path, Path]) -> None:
         for folder in pair:

@@ -19,6 +19,7 @@ TABLES = {
     "training.csv": ["rho", "method", "seed", "epoch", "step"],
 }
 LOGS = ("training.csv",)  # compared where both have it; without the other tables there is nothing to compare
+ASIDE = ("tuning.csv", "ceiling.csv")  # not the pipeline's: dgs tune and dgs ceiling put them beside its results
 COUNTS = ("n_real", "n_fake")
 DEGREES = 180.0  # angles are compared as fractions of a half turn
 SHOWN = 20  # differences listed for one table
@@ -112,9 +113,10 @@ def _moved(name: str, old: pd.DataFrame, new: pd.DataFrame, tolerance: float) ->
 
 
 def _files(folder: Path) -> set[str]:
-    """Names of all files below `folder`, relative to it, "/" between parts; hidden ones belong to tools."""
+    """Names of the pipeline's files below `folder`, relative to it, "/" between parts; hidden ones belong to tools."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)}
+    names = {path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)}
+    return names - set(ASIDE)
 
 
 def compare_results(committed: Path, reproduced: Path, tolerance: float = 0.01) -> list[str]:
@@ -123,7 +125,7 @@ def compare_results(committed: Path, reproduced: Path, tolerance: float = 0.01) 
     metrics.json and the tables (detection, forgetting, gradient_angles, training) are compared number by number:
     missing values are equal to each other alone, and a row that a table has twice is reported and left out. Of all
     other files (report, figures, notebooks) only the names are compared, since their bytes hold times and fonts;
-    hidden files and folders are passed over.
+    hidden files and folders are passed over, and so are tables that commands of their own make (`ASIDE`).
 
     Args:
         committed, reproduced: results folders.
