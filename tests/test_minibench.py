@@ -95,8 +95,8 @@ def test_attributes_are_uniform_and_every_value_occurs() -> None:
 
 
 def test_photographs_do_not_depend_on_the_number_of_workers() -> None:
-    alone = pool.shoot(2, "val", 6)
-    together = pool.shoot(2, "val", 6, workers=2)
+    alone = pool.shoot(2, "val", range(6))
+    together = pool.shoot(2, "val", range(6), workers=2)
     assert alone[0] == together[0]
     assert np.array_equal(alone[1], together[1])
 
@@ -206,6 +206,22 @@ def test_unbiased_validation_has_no_shortcut_and_scenes_of_its_own() -> None:
 def test_test_scenes_are_used_once() -> None:
     rows = plan.test(7)
     assert len({row.index for row in rows}) == len(rows) == 7 * (1 + len(generators.NAMES))
+
+
+def test_every_maker_of_a_test_set_shows_the_same_things_in_scenes_of_its_own() -> None:
+    shown: dict[str, list[scenes.Attributes]] = {}
+    for row in plan.test(7):
+        shown.setdefault(row.generator, []).append(scenes.scene(3, "test", row.index).attributes)
+    assert all(attributes == shown[plan.REAL] for attributes in shown.values())
+    assert len(set(shown[plan.REAL])) > 1
+    mine, other = scenes.scene(3, "test", 0), scenes.scene(3, "test", 1)
+    assert mine.attributes == other.attributes
+    assert (mine.x, mine.radius, mine.texture_seed) != (other.x, other.radius, other.texture_seed)
+
+
+def test_captions_of_a_shipped_test_set_tell_exactly_nothing(tables: dict[str, pd.DataFrame]) -> None:
+    captions = tables["test"].groupby("generator")["caption"].apply(list)
+    assert all(some == captions[plan.REAL] for some in captions)
 
 
 # --- the shipped folder ------------------------------------------------------------------------------------------
@@ -384,7 +400,7 @@ def test_sinusoids_leave_the_class_token_and_tell_every_place_apart() -> None:
 def test_pretraining_resumes_to_the_same_weights(
     broken_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = (pool.shoot(0, "clip", 16)[1], pool.shoot(0, "clip-val", 12)[1])
+    data = (pool.shoot(0, "clip", range(16))[1], pool.shoot(0, "clip-val", range(12))[1])
     pretrain.pretrain(tmp_path / "whole", TINY_CLIP, tmp_path / "a", data, progress=False)
 
     plain, calls = pretrain.draw, 0
@@ -412,9 +428,9 @@ def test_pretraining_resumes_to_the_same_weights(
 
 @pytest.fixture(scope="module")
 def resynthesised() -> dict[str, Any]:
-    found, wide = camera.shoot_many(3, "test", 0, 12, camera.MARGIN)
+    found, wide = camera.shoot_many(3, "val", range(12), camera.MARGIN)
     models = generators.load(SAMPLE / build.WEIGHTS)
-    noise = {name: [scenes.stream(3, "test", i, "generator") for i in range(12)] for name in models}
+    noise = {name: [scenes.stream(3, "val", i, "generator") for i in range(12)] for name in models}
     made = {name: generators.synthesise(name, model, wide, found, noise[name]) for name, model in models.items()}
     return {"images": camera.crop(wide), "wide": wide, "found": found, "made": made}
 
@@ -445,7 +461,7 @@ def test_a_splice_leaves_the_far_background_untouched(resynthesised: dict[str, A
 
 def test_noise_is_drawn_per_image_whatever_the_batch(resynthesised: dict[str, Any]) -> None:
     model = generators.load(SAMPLE / build.WEIGHTS)["diffusion"]
-    noise = [scenes.stream(3, "test", i, "generator") for i in range(12)]
+    noise = [scenes.stream(3, "val", i, "generator") for i in range(12)]
     args = (resynthesised["wide"], resynthesised["found"], noise)
     small = generators.synthesise("diffusion", model, *args, batch=5)
     difference = np.abs(small.astype(int) - resynthesised["made"]["diffusion"])

@@ -30,7 +30,7 @@ Bytes = NDArray[np.uint8]
 
 Source = Literal["shipped", "train"]  # of a network
 
-VERSION = "2.0"
+VERSION = "2.1"
 SHIPPED = Path(__file__).resolve().parents[2] / "sample"
 WEIGHTS = "generators.safetensors"
 
@@ -55,22 +55,25 @@ def make(
 ) -> list[dict[str, Any]]:
     """The finished records of one split's plan, in its order; "image" holds the JPEG file."""
     split = rows[0].split
-    count = max(row.index for row in rows) + 1
-    found, photographs = pool.shoot(seed, split, count, workers, progress, camera.MARGIN)
+    shot = sorted({row.index for row in rows})
+    found, photographs = pool.shoot(seed, split, shot, workers, progress, camera.MARGIN)
+    place = {index: i for i, index in enumerate(shot)}
     images: dict[int, Bytes] = {}
     for maker in tqdm(dict.fromkeys(row.generator for row in rows), f"images of {split}", disable=not progress):
         places = [i for i, row in enumerate(rows) if row.generator == maker]
         index = [rows[i].index for i in places]
-        made = photographs[index]
+        own = [place[k] for k in index]
+        made = photographs[own]
         if maker != plan.REAL:
             noise = [scenes.stream(seed, split, k, "generator") for k in index]
-            made = generators.synthesise(maker, models[maker], made, [found[k] for k in index], noise)
+            made = generators.synthesise(maker, models[maker], made, [found[k] for k in own], noise)
         else:
             made = camera.crop(made)
         images.update(zip(places, made, strict=True))
     records = []
     for i, row in enumerate(rows):
-        s = found[row.index]
+        s = found[place[row.index]]
+        told = scenes.stream(seed, split, scenes.elder(split, row.index), "caption")
         data = jpeg.encode(images[i], jpeg.draw_quality(scenes.stream(seed, split, row.index, "jpeg")))
         records.append(
             {
@@ -79,7 +82,7 @@ def make(
                 "split": split,
                 "generator": row.generator,
                 "label": int(row.generator != plan.REAL),
-                "caption": captions.caption(s.attributes, scenes.stream(seed, split, row.index, "caption")),
+                "caption": captions.caption(s.attributes, told),
                 **s.attributes.as_dict(),
                 "image": data,
             }

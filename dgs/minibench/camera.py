@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -74,11 +76,11 @@ def shoot(seed: int, split: str, index: int, margin: int = 0) -> tuple[scenes.Sc
     return s, photograph(scenes.render(s, margin), scenes.stream(seed, split, index, "camera"))
 
 
-def shoot_many(seed: int, split: str, start: int, stop: int, margin: int = 0) -> tuple[list[scenes.Scene], Bytes]:
-    """Scenes start..stop-1 of a split and their photographs, (N, S, S, 3) uint8."""
+def shoot_many(seed: int, split: str, indices: Sequence[int], margin: int = 0) -> tuple[list[scenes.Scene], Bytes]:
+    """Scenes of a split by their indices, and their photographs, (N, S, S, 3) uint8."""
     side = scenes.SIZE + 2 * margin
-    found, images = [], np.empty((stop - start, side, side, 3), np.uint8)
-    for i, index in enumerate(range(start, stop)):
+    found, images = [], np.empty((len(indices), side, side, 3), np.uint8)
+    for i, index in enumerate(indices):
         s, images[i] = shoot(seed, split, index, margin)
         found.append(s)
     return found, images

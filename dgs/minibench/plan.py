@@ -90,9 +90,15 @@ def unbiased(seed: int, split: str, count: int) -> list[Row]:
 
 
 def test(count: int) -> list[Row]:
-    """`count` reals, shared by all generators, and `count` fakes of each, every one of a scene of its own."""
+    """`count` reals, shared by all generators, and `count` fakes of each, every one of a scene of its own.
+
+    Image i of every maker is of family i (`scenes.elder`): all makers show the same things under the same captions.
+    """
     makers = (REAL, *generators.NAMES)
-    return [Row("test", k * count + i, maker, frozenset()) for k, maker in enumerate(makers) for i in range(count)]
+    assert len(makers) <= scenes.FAMILY
+    return [
+        Row("test", i * scenes.FAMILY + k, maker, frozenset()) for k, maker in enumerate(makers) for i in range(count)
+    ]
 
 
 def rows(seed: int, sizes: Sizes, rhos: Sequence[float]) -> dict[str, list[Row]]:

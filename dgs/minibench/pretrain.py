@@ -229,7 +229,7 @@ def pretrain(
     scratch.mkdir(parents=True, exist_ok=True)
     counts = {"clip": recipe.scenes, "clip-val": recipe.held_out}
     if data is None:
-        shot = [pool.shoot(recipe.seed, split, n, workers, progress)[1] for split, n in counts.items()]
+        shot = [pool.shoot(recipe.seed, split, range(n), workers, progress)[1] for split, n in counts.items()]
         data = (shot[0], shot[1])
     images, held = data[0][: recipe.scenes], data[1][: recipe.held_out]
     known, held_known = (

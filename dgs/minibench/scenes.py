@@ -30,6 +30,7 @@ VOCABULARY: dict[str, tuple[str, ...]] = {
 # The place of a name in SPLITS and STREAMS enters its random numbers: new ones go to the end.
 SPLITS = ("clip", "clip-val", "generators", "generators-val", "train", "val", "test", "val_unbiased")
 STREAMS = ("scene", "camera", "jpeg", "caption", "label", "generator", "augment")
+FAMILY = 16  # scenes of the test split in a row that share attributes and caption: one for each maker, and to spare
 
 Floats = NDArray[np.floating[Any]]
 
@@ -91,16 +92,33 @@ def stream(seed: int, split: str, index: int, name: str) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(STREAMS.index(name),)))
 
 
+def elder(split: str, index: int) -> int:
+    """The scene whose attributes and caption scene `index` takes: its own, but in a test split the family's first.
+
+    So photographs and every generator's fakes tell of the same things in the same words, and what captions say is
+    worth exactly nothing there.
+    """
+    return index - index % FAMILY if split == "test" else index
+
+
 def to_linear(srgb: Floats) -> Floats:
     """sRGB in [0, 1] -> linear light, by the plain power 2.2 that the camera's gamma undoes."""
     return np.power(srgb, 2.2, dtype=np.float32)
 
 
+def _attributes(rng: np.random.Generator) -> Attributes:
+    return Attributes(**{name: str(values[rng.integers(len(values))]) for name, values in VOCABULARY.items()})
+
+
 def scene(seed: int, split: str, index: int) -> Scene:
-    """The scene of (seed, split, index): attributes uniform and independent, nuisance independent of them."""
+    """The scene of (seed, split, index): attributes uniform and independent, nuisance independent of them.
+
+    Within a family of a test split (`elder`) attributes are the same, nuisance is each scene's own.
+    """
     rng = stream(seed, split, index, "scene")
-    chosen = {name: str(values[rng.integers(len(values))]) for name, values in VOCABULARY.items()}
-    attributes = Attributes(**chosen)
+    attributes = _attributes(rng)
+    if (first := elder(split, index)) != index:
+        attributes = _attributes(stream(seed, split, first, "scene"))
     px, py = _PLACE[attributes.position]
     srgb = np.asarray(_SRGB[attributes.colour], np.float32) / 255
     srgb = np.clip(srgb * rng.uniform(0.92, 1.06) + rng.uniform(-0.03, 0.03, 3), 0, 1).astype(np.float32)

@@ -76,9 +76,10 @@ def psnr(first: Bytes, second: Bytes) -> float:
 
 def train_all(path: Path, recipe: Recipe, workers: int = 1, progress: bool = False) -> dict[str, float]:
     """Train and save every generator; returns the PSNR of each on held-out photographs, dB."""
-    found, images = pool.shoot(recipe.seed, "generators", recipe.scenes, workers, progress)
+    found, images = pool.shoot(recipe.seed, "generators", range(recipe.scenes), workers, progress)
     drawings = np.stack([camera.draw(s) for s in found])
-    held, held_images = pool.shoot(recipe.seed, "generators-val", recipe.held_out, workers, progress, camera.MARGIN)
+    held_out = range(recipe.held_out)
+    held, held_images = pool.shoot(recipe.seed, "generators-val", held_out, workers, progress, camera.MARGIN)
     models = {name: train(name, images, drawings, recipe, progress) for name in generators.NAMES}
     generators.save(models, path)
     quality = {}
