@@ -160,11 +160,11 @@ def study(
     as_json: Json = False,
 ) -> None:
     """Compare methods over the results of several profiles: results/study/REPORT.md, table.csv and params.yaml."""
-    from dgs.analysis.study import finished_parts, write_params, write_study
+    from dgs.analysis.study import finished_conditions, write_params, write_study
     from dgs.workspace import find_root
 
     root = find_root()
-    profiles = profiles or finished_parts(root)
+    profiles = profiles or finished_conditions(root)
     write_params(root, profiles)
     _print(as_json, {"report": write_study(root, profiles).relative_to(root).as_posix()})
 

@@ -81,7 +81,7 @@ def trained(method: str, clip: Clip, prepared: Prepared, params: Params, folder:
 def test_scores_are_those_of_the_detector_on_the_same_files(
     params: Params, clip: Clip, prepared: Prepared, tmp_path: Path
 ) -> None:
-    names = ("probe", "dgs", "levels_probe", "dgs_plus")
+    names = ("probe", "dgs", "levels_probe", "levels_poe")
     found = {(name, 0): trained(name, clip, prepared, params, tmp_path / name) for name in names}
     scores, forgetting, panels = evaluate(found, clip, prepared, params, CPU)
     rows = prepared.manifest[prepared.manifest["split"] != "train"]
@@ -92,9 +92,9 @@ def test_scores_are_those_of_the_detector_on_the_same_files(
         expected = Detector.load(found[name, 0]).score([Path(params.data.root) / file for file in rows["file"]])
         assert np.allclose(1 / (1 + np.exp(-own["logit"].to_numpy())), expected, rtol=0, atol=1e-6)
     drift = forgetting[forgetting["measure"] == "cosine_drift"].set_index("method")["after"]
-    for frozen, tuned in (("probe", "dgs"), ("levels_probe", "dgs_plus")):
+    for frozen, tuned in (("probe", "dgs"), ("levels_probe", "levels_poe")):
         assert 0.0 <= drift[frozen] < 1e-12 < drift[tuned], "a frozen tower forgets nothing, a trained one moved"
-    assert set(panels) == {"frozen", "dgs", "dgs_plus"}
+    assert set(panels) == {"frozen", "dgs", "levels_poe"}
     assert len({features.shape[1] for features, _ in panels.values()}) == 1  # levels are no part of what CLIP knows
     after = forgetting.pivot(index="measure", columns="method", values="after")
     ideal = {"cka": 1.0, "knn_overlap": 1.0, "cosine_drift": 0.0, "principal_angle": 0.0}

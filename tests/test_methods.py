@@ -127,18 +127,19 @@ def test_a_product_of_experts_asks_little_where_the_expert_already_knows(name: s
     assert (pull.abs().max() > 0) == (name == "poe_distillation")
 
 
-def test_dgs_plus_holds_the_shared_space_and_leaves_levels_free() -> None:
+def test_holding_the_shared_space_leaves_levels_free() -> None:
     """Six columns of CLIP's features, two of levels: the anchor pulls at the six alone, the expert takes its part."""
     known = replace(some_known(), captions=some_known().captions[:, : WIDTH - 2])
     heads = {**some_heads(), "text": nn.Linear(WIDTH - 2, 1).double()}
     features = known.teacher + 1.0
     noise = torch.zeros(COUNT, WIDTH - 2, dtype=torch.float64)
-    applied, _, gradients = surgery_step(get_method("dgs_plus"), features, heads, known, noise, settings())
+    method = get_method("levels_poe_distillation")
+    applied, _, gradients = surgery_step(method, features, heads, known, noise, settings())
     pull = applied - gradients["task"]
     assert (pull[:, : WIDTH - 2] > 0).all() and not pull[:, WIDTH - 2 :].any()
     assert not gradients["harmful"][:, WIDTH - 2 :].any()  # the text side knows nothing of levels
     sure = replace(known, expert=6 * (2 * known.labels - 1))
-    _, _, helped = surgery_step(get_method("dgs_plus"), features, heads, sure, noise, settings())
+    _, _, helped = surgery_step(method, features, heads, sure, noise, settings())
     assert (helped["task"].norm(dim=1) < 0.05 * gradients["task"].norm(dim=1)).all()
 
 

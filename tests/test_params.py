@@ -126,7 +126,7 @@ class TestFiles:
         assert {name: at(params, name) for name in params.settings_instead_of} == params.settings_instead_of
         assert {name for own in params.settings.values() for name in own} <= set(params.settings_instead_of)
 
-    @pytest.mark.parametrize("profile", ["rho90", "rho75", "rho50", "object90", "object75", "generators1", "clip1"])
+    @pytest.mark.parametrize("profile", ["rho90", "rho75", "rho50", "object90", "generators1", "clip1"])
     def test_results_from_before_the_search_name_the_one_setting_they_had(self, profile: str) -> None:
         params = load_params(profile, ROOT)
         for name in ("probe", "lora", "dgs", "distillation", "dgs_plus"):

@@ -16,7 +16,7 @@ from dgs.analysis.study import (
     agreement,
     best_rival,
     comparison_table,
-    finished_parts,
+    finished_conditions,
     read_condition,
     study_report,
     write_params,
@@ -27,8 +27,8 @@ from dgs.errors import UserError
 from dgs.model.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
-SHIFT = {"lora": 0.5, "dgs": 0.1, "distillation": 1.5, "dgs_plus": 3.0, "levels_poe": 3.2}
-KEPT = {"lora": 0.6, "dgs": 0.2, "distillation": 0.99, "dgs_plus": 0.97, "levels_poe": 0.7}
+SHIFT = {"lora": 0.5, "dgs": 0.1, "distillation": 1.5, "dgs_plus": 3.0, "poe_wise_ft": 3.2}
+KEPT = {"lora": 0.6, "dgs": 0.2, "distillation": 0.99, "dgs_plus": 0.97, "poe_wise_ft": 0.7}
 
 
 def write_results(root: Path, name: str, rho: float, shift: dict[str, float] = SHIFT) -> None:
@@ -99,7 +99,7 @@ def test_the_report_says_what_was_reached_and_what_was_not(root: Path) -> None:
     assert "| `distillation` |" in strong and strong.rstrip(" |").endswith("yes")  # 97 % kept
     table = text.partition("## strong")[2].partition("##")[0]
     ranks = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
-    assert ranks[0] == "levels_poe" and ranks[-1] == "dgs"
+    assert ranks[0] == "poe_wise_ft" and ranks[-1] == "dgs"
     assert len(pd.read_csv(report.parent / "table.csv")) == 2 * 5 * 6
 
 
@@ -122,12 +122,32 @@ def test_the_report_names_the_settings_that_each_rule_chose(root: Path) -> None:
 
 def test_the_parts_that_are_there_are_found_the_fullest_first(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Expected results of a profile study-\*, found none. Run make study"):
-        finished_parts(tmp_path)
+        finished_conditions(tmp_path)
     few = {name: SHIFT[name] for name in ("lora", "dgs", "dgs_plus")}
     for name, rho in (("study-50", 0.5), ("study-9", 0.9), ("mini", 0.9)):
         write_results(tmp_path, name, rho, few)
     write_results(tmp_path, "study-75", 0.75)
-    assert finished_parts(tmp_path) == ["study-75", "study-9", "study-50"]
+    assert finished_conditions(tmp_path) == ["study-75", "study-9", "study-50"]
+
+
+def test_a_condition_may_have_its_methods_in_several_parts(tmp_path: Path) -> None:
+    """Read as one, it is what one profile with all methods would have given; a part alone is no condition."""
+    core = {name: SHIFT[name] for name in ("lora", "dgs", "dgs_plus")}
+    write_results(tmp_path, "study-90", 0.9, core)
+    alone = comparison_table([read_condition(tmp_path, "study-90")])
+    write_results(tmp_path, "study-90-part2", 0.9, {"distillation": 1.5})
+    assert finished_conditions(tmp_path) == ["study-90"]
+    whole = read_condition(tmp_path, "study-90")
+    assert set(whole.methods) == {*core, "distillation"} and best_rival(whole) == "distillation"
+    table = comparison_table([whole])
+    assert table[table["method"] != "distillation"].reset_index(drop=True).equals(alone)
+
+    write_results(tmp_path, "study-90-part3", 0.9, {"lora": 0.5})
+    with pytest.raises(UserError, match="Expected each method in one part of study-90, found lora in several"):
+        read_condition(tmp_path, "study-90")
+    (tmp_path / "results/study-90-part3/metrics.json").write_text(json.dumps({"data_hash": "f" * 64}))
+    with pytest.raises(UserError, match=r"study-90-part3 to have the data of study-90 \(0123456789ab\), found f"):
+        read_condition(tmp_path, "study-90")
 
 
 def test_parameters_are_kept_beside_the_report(tmp_path: Path) -> None:
@@ -148,10 +168,10 @@ def test_missing_results_and_methods_are_one_sentence(root: Path) -> None:
 
 @pytest.mark.parametrize("name", ["study-90", "study-75"])
 def test_under_both_shortcuts_the_study_has_every_method_of_the_registry(name: str) -> None:
-    profile = yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text())
-    assert profile["methods"] == list(METHODS)
-    assert profile["data"]["root"] == "scratch/fresh"
-    assert "seeds" not in profile  # those of params.yaml: five
+    parts = [yaml.safe_load((ROOT / "profiles" / f"{part}.yaml").read_text()) for part in (name, f"{name}-part2")]
+    assert [method for part in parts for method in part["methods"]] == list(METHODS)
+    assert parts[0]["data"] == parts[1]["data"] and parts[0]["data"]["root"] == "scratch/fresh"
+    assert not any("seeds" in part for part in parts)  # those of params.yaml: five
 
 
 def test_the_protocol_lists_every_method_as_the_registry_does() -> None:

@@ -422,6 +422,20 @@ def test_a_warm_head_starts_as_the_probes(clip: Clip, prepared: Prepared) -> Non
     assert (cold["image.weight"] - cold["teacher.weight"]).abs().max() > 1e-2
 
 
+def test_dgs_plus_goes_from_the_probe_with_a_text_expert_to_what_was_tuned(clip: Clip, prepared: Prepared) -> None:
+    """A share of 0 is `poe_probe` on the frozen tower; half lies halfway; the shortcut enters at neither end."""
+    start, half, end = (
+        run("dgs_plus", clip, prepared, settings(surgery={"mix": share}))[0] for share in (0.0, 0.5, 1.0)
+    )
+    probe, _ = run("poe_probe", clip, prepared, settings())
+    assert torch.equal(start["image.weight"], probe["image.weight"])
+    assert not any(value.any() for name, value in start.items() if "lora_B" in name)
+    assert (end["image.weight"] - probe["image.weight"]).abs().max() > 1e-4
+    for name, value in half.items():
+        if name.startswith("image") or "lora_B" in name:
+            assert torch.allclose(value, (start[name] + end[name]) / 2, atol=1e-6)
+
+
 def test_wise_ft_goes_from_the_probe_to_lp_ft(clip: Clip, prepared: Prepared) -> None:
     """Head and update lie where the share says, between those of the probe on the frozen tower and of LP-FT."""
     start, half, end = (

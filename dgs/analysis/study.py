@@ -31,7 +31,7 @@ from dgs.params import load_params
 from dgs.workspace import MAIN
 
 SUBJECT, BASELINE, PAPERS = "dgs_plus", "lora", "dgs"
-PARTS = ("levels_probe", "levels_poe_probe", "levels_distillation", "levels_poe")  # of the subject, so no rivals of it
+PARTS = ("poe_wise_ft",)  # of the subject, so no rivals of it
 GOALS = {0.9: 15.0, 0.75: 6.6, 0.5: 0.0}  # points above lora on unseen generators that were asked of the subject
 KEPT = 0.95  # share of the frozen tower's abilities that was asked of it
 SHOWN = {
@@ -73,16 +73,37 @@ class Condition:
         return in_order(self.values["method"])
 
 
+def parts_of(root: Path, name: str) -> list[str]:
+    """The profiles with results that make up a condition: `name` and, for its other methods, `name`-part2 and so on."""
+    more = sorted(path.parent.name for path in root.glob(f"results/{name}-part*/metrics.json"))
+    return [name, *more]
+
+
 def read_condition(root: Path, name: str) -> Condition:
-    """The tables of results/<name>/.
+    """The tables of results/<name>/ and of its further parts (`parts_of`), as one.
 
     Raises:
-        UserError: they are not there.
+        UserError: they are not there, or parts have other data or the same methods.
     """
-    folder = root / "results" / name
-    if not (folder / "metrics.json").exists():
-        raise UserError(f"Expected results of the profile {name}, found none. Run make repro PROFILE={name}.")
-    detection, forgetting = read_detection(folder / "detection.csv"), pd.read_csv(folder / "forgetting.csv")
+    detections, forgettings = [], []
+    hashes: dict[str, str] = {}
+    for part in parts_of(root, name):
+        folder = root / "results" / part
+        if not (folder / "metrics.json").exists():
+            raise UserError(f"Expected results of the profile {part}, found none. Run make repro PROFILE={part}.")
+        hashes[part] = json.loads((folder / "metrics.json").read_text())["data_hash"]
+        detections.append(read_detection(folder / "detection.csv"))
+        forgettings.append(pd.read_csv(folder / "forgetting.csv"))
+        if hashes[part] != hashes[name]:
+            raise UserError(
+                f"Expected {part} to have the data of {name} ({hashes[name][:12]}), found {hashes[part][:12]}. Run "
+                f"both on the same images."
+            )
+    methods = pd.concat([rows["method"].drop_duplicates() for rows in detections])
+    if methods.duplicated().any():
+        twice = ", ".join(methods[methods.duplicated()].unique())
+        raise UserError(f"Expected each method in one part of {name}, found {twice} in several. Leave it in one.")
+    detection, forgetting = pd.concat(detections), pd.concat(forgettings)
     native = headline(detection)
     unseen = native[~native["seen"]]
     cells = {
@@ -90,8 +111,7 @@ def read_condition(root: Path, name: str) -> Condition:
         for method, rows in unseen.groupby("method", sort=False)
     }
     values = per_seed_values(detection, forgetting)
-    about = json.loads((folder / "metrics.json").read_text())
-    return Condition(name, float(native["rho"].iloc[0]), about["data_hash"], values, cells)
+    return Condition(name, float(native["rho"].iloc[0]), hashes[name], values, cells)
 
 
 def comparison_table(conditions: Sequence[Condition]) -> pd.DataFrame:
@@ -231,13 +251,13 @@ def study_report(conditions: Sequence[Condition], tuning: pd.DataFrame | None = 
     return "\n\n".join(parts) + "\n"
 
 
-def finished_parts(root: Path) -> list[str]:
-    """The profiles study-* that have results: those with most methods first, then by the strength of their shortcut.
+def finished_conditions(root: Path) -> list[str]:
+    """The conditions study-* that have results: those with most methods first, then by the strength of their shortcut.
 
     Raises:
         UserError: there is none.
     """
-    names = [path.parent.name for path in root.glob("results/study-*/metrics.json")]
+    names = [path.parent.name for path in root.glob("results/study-*/metrics.json") if "-part" not in path.parent.name]
     if not names:
         raise UserError("Expected results of a profile study-*, found none. Run make study, or name profiles.")
     conditions = [read_condition(root, name) for name in names]
@@ -263,6 +283,7 @@ def write_params(root: Path, names: Sequence[str]) -> Path:
     """results/study/params.yaml: every parameter of each profile's run, as they stand now; returns it."""
     out = root / "results" / "study" / "params.yaml"
     out.parent.mkdir(parents=True, exist_ok=True)
-    content = {name: load_params(name, root).model_dump(mode="json") for name in names}
+    parts = [part for name in names for part in parts_of(root, name)]
+    content = {part: load_params(part, root).model_dump(mode="json") for part in parts}
     out.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return out

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dgs.data.prepared import load_prepared
+from dgs.data.manifest import data_hash
+from dgs.data.prepared import Prepared, load_prepared
 from dgs.model.methods import METHODS, Method, get_method
 from dgs.params import Params, validate
 
@@ -71,6 +72,11 @@ def weighted_balanced_accuracy(
     return float(np.mean([np.average(right[labels == label], weights=weights[labels == label]) for label in (0, 1)]))
 
 
+def searched_on(prepared: Prepared) -> str:
+    """The hash of the training and validation images: settings found on them hold whatever the test images are."""
+    return data_hash(prepared.manifest[prepared.manifest["split"] != "test"])
+
+
 def _score(name: str, candidate: Candidate, seed: int, params: Params, root: Path, folder: Path) -> dict[str, Any]:
     # Imported here: the parent only waits, and should not spend seconds on loading CLIP's libraries.
     from dgs.data.views import Views
@@ -100,7 +106,7 @@ def _score(name: str, candidate: Candidate, seed: int, params: Params, root: Pat
 
     train(get_method(name), clip, prepared, own, seed, device, done)
     return {
-        "data_hash": prepared.info["data_hash"],
+        "data_hash": searched_on(prepared),
         "method": name,
         "candidate": json.dumps(candidate),
         "seed": seed,
@@ -118,12 +124,13 @@ def tune(
     Args:
         names: methods; those that take another's settings are passed over.
         folder: what the prepare stage made.
-        out: the table, columns data_hash, method, candidate (JSON), seed, and a balanced accuracy for each of `RULES`.
+        out: the table, columns data_hash (`searched_on`), method, candidate (JSON), seed, and a balanced accuracy for
+            each of `RULES`.
 
     Yields:
         the new rows.
     """
-    prepared = load_prepared(folder, root)
+    images = searched_on(load_prepared(folder, root))
     done = set()
     if out.exists():
         table = pd.read_csv(out)
@@ -134,7 +141,7 @@ def tune(
         if get_method(name).like is None
         for candidate in candidates(get_method(name))
         for seed in seeds
-        if (prepared.info["data_hash"], name, json.dumps(candidate), seed) not in done
+        if (images, name, json.dumps(candidate), seed) not in done
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")

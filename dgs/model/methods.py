@@ -127,7 +127,7 @@ class Method:
     shuffled: captions go to other images than their own.
     levels: the head reads statistics of earlier tokens (`model.levels`) beside the tower's output.
     lens: the map that the image head reads features through, fitted on the frozen tower's.
-    warm: the image head starts as stage 1's, not at random.
+    warm: the image head starts as stage 1's, not at random; stage 1 then has the text expert too, where there is one.
     penalty: a loss on the adapters, weighed by train.surgery.decay.
     confine: given the backbone, a function that puts the adapters back where they may be, called after every step.
     mix: the tuned tower and head are averaged with the frozen ones at the end, train.surgery.mix of the tuned.
@@ -223,12 +223,12 @@ _CORE = (
     ),
     Method(
         name="dgs_plus",
-        reference="DGS-Net's idea with other means: a text expert takes over what captions explain, the frozen tower's "
-        "output is held, and the head reads earlier tokens too, where little is semantic.",
+        reference="DGS-Net's idea with other means: a text expert takes over what captions explain; the frozen tower's "
+        "output is held, its probe is where the head starts, and both are averaged with what was tuned.",
         prior=distillation,
         expert=True,
-        levels=True,
-        lens=standardise,
+        warm=True,
+        mix=True,
         knob="distill",
     ),
 )
@@ -283,16 +283,24 @@ _CONTROLS = (
 
 _PARTS = (
     Method(
+        name="poe_wise_ft",
+        reference="dgs_plus without holding the tower's output: WiSE-FT with a text expert.",
+        expert=True,
+        warm=True,
+        mix=True,
+        knob="mix",
+    ),
+    Method(
         name="levels_probe",
         reference="Frozen CLIP, a linear layer on tokens of several depths (RINE, Koutlis & Papadopoulos 2024), here "
-        "on their mean and spread: part of dgs_plus.",
+        "on their mean and spread.",
         adapters=False,
         levels=True,
         lens=standardise,
     ),
     Method(
         name="levels_poe_probe",
-        reference="levels_probe with poe_probe's text expert: dgs_plus without adapters.",
+        reference="levels_probe with poe_probe's text expert.",
         adapters=False,
         levels=True,
         lens=standardise,
@@ -300,7 +308,7 @@ _PARTS = (
     ),
     Method(
         name="levels_distillation",
-        reference="dgs_plus without its text expert.",
+        reference="Reading levels, and distillation of the tower's output.",
         prior=distillation,
         levels=True,
         lens=standardise,
@@ -308,10 +316,19 @@ _PARTS = (
     ),
     Method(
         name="levels_poe",
-        reference="dgs_plus without holding the tower's output.",
+        reference="Reading levels, with a text expert.",
         levels=True,
         lens=standardise,
         expert=True,
+    ),
+    Method(
+        name="levels_poe_distillation",
+        reference="poe_distillation that reads levels: what dgs_plus was in the study's first part.",
+        prior=distillation,
+        expert=True,
+        levels=True,
+        lens=standardise,
+        knob="distill",
     ),
 )
 

@@ -405,7 +405,8 @@ def train(
         captions = prepared.caption_embeddings[rows.index]
         lens = fitted_lens(method, frozen, captions, params)
         if method.adapters:
-            head = stage1(frozen, labels, params, seed, lens=lens, rows=rows)
+            expert = expert_logits(method, captions, labels, seed) if method.warm else None
+            head = stage1(frozen, labels, params, seed, expert=expert, lens=lens, rows=rows)
             done(stage2(method, backbone, prepared, params, seed, head, frozen, views, device, on_step, unfinished))
         else:
             expert = expert_logits(method, captions, labels, seed)
