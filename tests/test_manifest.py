@@ -15,10 +15,11 @@ import pytest
 from conftest import SPLITS, ImageTree, structured_image
 
 from dgs.analysis.metrics import detection_table
+from dgs.data.folders import ignored_files
 from dgs.data.images import UnreadableImage, decode
+from dgs.data.layout import MINIBENCH
 from dgs.data.manifest import (
     COLUMNS,
-    MINIBENCH,
     MINIBENCH_SPLITS,
     ImageSource,
     build_manifest,
@@ -28,7 +29,6 @@ from dgs.data.manifest import (
     data_hash,
     duplicates_across_splits,
     examples,
-    ignored_files,
     open_image,
 )
 from dgs.errors import UserError

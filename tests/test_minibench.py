@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from dgs.data.images import decode
-from dgs.data.manifest import MINIBENCH, MINIBENCH_SPLITS, content_hash, training_set
+from dgs.data.layout import MINIBENCH
+from dgs.data.manifest import MINIBENCH_SPLITS, content_hash, training_set
 from dgs.errors import UserError
 from dgs.minibench import (
     build,

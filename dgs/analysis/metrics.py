@@ -17,7 +17,8 @@ from sklearn.metrics import auc, average_precision_score, roc_curve
 
 from dgs.analysis.intervals import seed_interval, share_interval
 from dgs.data.conditions import NATIVE
-from dgs.data.manifest import SHARED_REALS
+from dgs.data.layout import SHARED_REALS
+from dgs.data.suites import SUITES, is_pool, parted, pool_of
 from dgs.errors import UserError
 
 RUN = ["rho", "method", "seed"]
@@ -106,7 +107,8 @@ def detection_table(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame
 
     `scores`: one row an image and condition (columns split, generator, label, condition, applied_to, logit, method,
     seed, and rho where the data has one); `seen`: names of the generators in the training set. A generator is judged
-    against real images of its own where it has any, else against the shared pool named "real". A condition other than
+    against real images of its own where it has any, else against the shared pool named "real" or that of its suite
+    (`suites.pool_of`). A condition other than
     "native", scored on all images (applied_to "both"), also gets rows with it applied to real or fake images alone:
     the others keep their native scores. Threshold rules: "0.5"
     (logit 0), "val" and "val_unbiased" (`best_threshold` on the run's native scores of that split, where it has any),
@@ -153,7 +155,7 @@ def reliability(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame:
     `detection_table` does.
     """
     native = scores[(scores["split"] == "test") & (scores["condition"] == "native") & (scores["applied_to"] == "both")]
-    unseen = set(native["generator"]) - {SHARED_REALS} - set(seen)
+    unseen = {name for name in native["generator"].unique() if not is_pool(name)} - set(seen)
     parts = []
     for (method, seed), run in native.groupby(["method", "seed"], sort=False):
         pooled = [(truth, score) for name, truth, score in _generators(run) if not unseen or name in unseen]
@@ -202,6 +204,7 @@ def per_seed_values(detection: pd.DataFrame, forgetting: pd.DataFrame | None = N
     balanced_acc, acc, ap, auroc, f_acc; over all generators r_acc and worst_generator_balanced_acc (the minimum).
     mAcc is the paper's mean over one Real column (r_acc) and one F.Acc column a generator. It is fake recall for the
     most part (n/(n+1) of it, some 95 % with 16-25 generators): a detector that calls everything fake scores near 1.
+    Of each suite of the paper that was tested, over its own generators: mAcc:<suite>, balanced_acc:<suite>, ap:<suite>.
 
     Forgetting (columns method, seed, measure, before, after): zero_shot_kept, linear_probe_kept and retrieval_kept =
     mean of after/before over the measures named zero_shot:*, linear_probe:* and retrieval*; cka_to_frozen, knn_overlap,
@@ -217,7 +220,11 @@ def per_seed_values(detection: pd.DataFrame, forgetting: pd.DataFrame | None = N
                     numbers[f"{metric}_{suffix}"] = part[metric].mean()
         numbers["r_acc"] = run["r_acc"].mean()
         numbers["worst_generator_balanced_acc"] = run["balanced_acc"].min()
-        numbers["mAcc"] = (run["r_acc"].mean() + run["f_acc"].sum()) / (len(run) + 1)
+        numbers["mAcc"] = _paper_mean(run)
+        for suite, part in by_suite(run).items():
+            if suite:
+                numbers[f"mAcc:{suite}"] = _paper_mean(part)
+                numbers |= {f"{metric}:{suite}": part[metric].mean() for metric in ("balanced_acc", "ap")}
         found += [(method, seed, metric, float(value)) for metric, value in numbers.items()]
     if forgetting is not None and not forgetting.empty:
         one_rho(forgetting, "forgetting table")
@@ -245,6 +252,26 @@ def summary(detection: pd.DataFrame, forgetting: pd.DataFrame | None, profile: s
             "per_seed": {str(seed): _rounded(v) for seed, v in zip(by_seed["seed"], by_seed["value"], strict=True)},
         }
     return {"profile": profile, "data_hash": data_hash, "methods": methods}
+
+
+def _paper_mean(run: pd.DataFrame) -> float:
+    return float((run["r_acc"].mean() + run["f_acc"].sum()) / (len(run) + 1))
+
+
+def by_suite(detection: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """A detection table's rows by suite of the paper, "" first for generators of none; within, the columns' names.
+
+    In a suite, rows are in the paper's order of generators; suites in theirs, and only those with rows.
+    """
+    names = pd.DataFrame(list(map(parted, detection["generator"])), detection.index, ["suite", "own"])
+    parts = {}
+    orders = {"": [], **{suite.name: [known.column for known in suite.generators] for suite in SUITES}}
+    for suite, order in orders.items():
+        rows = detection.assign(generator=names["own"])[names["suite"] == suite]
+        if not rows.empty:
+            ranks = {column: rank for rank, column in enumerate(order)}
+            parts[suite] = rows.sort_values("generator", key=lambda own, ranks=ranks: own.map(ranks), kind="stable")
+    return parts
 
 
 def cells_table(detection: pd.DataFrame, metrics: Sequence[str] = CELL_METRICS) -> pd.DataFrame:
@@ -372,10 +399,12 @@ def _validation_thresholds(run: pd.DataFrame) -> dict[str, float]:
 
 def _generators(part: pd.DataFrame) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:
     """(name, labels, logits) of each generator of one run and condition, with the reals it is judged against."""
-    pool = part[part["generator"] == SHARED_REALS]
-    if (pool["label"] == 1).any():
-        raise UserError(f"Images of generator '{SHARED_REALS}' are labelled fake: that name is kept for shared reals.")
-    names = sorted(set(part["generator"]) - {SHARED_REALS})
+    present = set(part["generator"])
+    pools = {name: part[part["generator"] == name] for name in sorted(present) if is_pool(name)}
+    for name, pool in pools.items():
+        if (pool["label"] == 1).any():
+            raise UserError(f"Images of generator '{name}' are labelled fake: that name is kept for shared reals.")
+    names = sorted(present - set(pools))
     if not names:
         raise UserError("The test scores hold real images only: add at least one generator's images.")
     for name in names:
@@ -383,11 +412,11 @@ def _generators(part: pd.DataFrame) -> Iterable[tuple[str, np.ndarray, np.ndarra
         if not (own["label"] == 1).any():
             raise UserError(f"Generator '{name}' has no fake test images: add some, or leave the generator out.")
         if not (own["label"] == 0).any():
-            if pool.empty:
+            if not (shared := pool_of(name, pools)):
                 raise UserError(
                     f"Generator '{name}' has no real test images, and there is no shared pool named '{SHARED_REALS}'."
                 )
-            own = pd.concat([own, pool])
+            own = pd.concat([own, pools[shared]])
         yield name, own["label"].to_numpy(), own["logit"].to_numpy()
 
 

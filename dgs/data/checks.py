@@ -13,8 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from dgs.data.copies import File, copy_findings
-from dgs.data.listing import FAKE, FEW, REAL, Finding, Group, Listing
-from dgs.data.manifest import LABELS
+from dgs.data.layout import FAKE, LABELS, REAL
+from dgs.data.listing import FEW, Finding, Group, Listing
 from dgs.data.rules import Rule, best_of, by_kind, by_threshold, by_value, counted_by
 from dgs.data.traits import Traits, traits
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import combinations, product
 from pathlib import Path
 
-from dgs.data.listing import FAKE, FEW, REAL, Finding, Group, Kind
-from dgs.data.manifest import LABELS
+from dgs.data.layout import FAKE, LABELS, REAL
+from dgs.data.listing import FEW, Finding, Group, Kind
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dgs.data.images import files_under, is_image_name
-from dgs.data.manifest import LABELS, MINIBENCH, SHARED_REALS, SPLITS
-from dgs.data.suites import SUITES, Suite, suite_holding, suite_named
+from dgs.data.layout import FAKE, LABELS, MINIBENCH, REAL, SHARED_REALS, SPLITS
+from dgs.data.suites import SUITES, Suite, full_name, pools_for, suite_holding, suite_named
 from dgs.errors import UserError, did_you_mean
 
-REAL, FAKE = LABELS
 FEW = 3  # examples that a finding names
 Kind = Literal["missing", "corrupt", "duplicated", "suspicious"]
 
@@ -41,6 +40,7 @@ class Group:
     split: str
     generator: str  # the folder's name
     column: str  # of the paper's tables; "" where it has none
+    folder: Path
     files: dict[str, tuple[Path, ...]]  # by label folder
     pool: str = ""  # the generator's name of the group of the same place whose photographs it is compared with too
 
@@ -53,6 +53,11 @@ class Group:
     def name(self) -> str:
         """Suite, split and generator: "AIGIBench/test/SDXL"."""
         return f"{self.place}/{self.generator}"
+
+    @property
+    def full_name(self) -> str:
+        """The generator's name in manifests and tables: in a suite "AIGIBench/SDXL", else the folder's."""
+        return full_name(self.suite, self.column or self.generator)
 
     def record(self) -> dict[str, Any]:
         """As plain JSON types, with counts in place of files."""
@@ -95,17 +100,14 @@ def _holders(folder: Path) -> list[Path]:
 
 def _group(listing: Listing, suite: Suite | None, split: str, folder: Path) -> Group:
     known = suite.generator(folder.name) if suite else None
-    pools = [known.reals] if known and known.reals else []
-    pool = next(
-        (name for name in (*pools, SHARED_REALS) if name != folder.name and (folder.parent / name).is_dir()), ""
-    )
+    pool = next((name for name in pools_for(suite, folder.name) if (folder.parent / name).is_dir()), "")
     holders = _holders(folder)
     files = {
         label: _images([place / label for place in holders if (place / label).is_dir()], listing.passed_over)
         for label in LABELS
     }
     column = known.column if known else ""
-    return Group(suite.name if suite else "", split, folder.name, column, files, pool)
+    return Group(suite.name if suite else "", split, folder.name, column, folder, files, pool)
 
 
 def _label_findings(group: Group, folder: Path, is_pool: bool) -> Iterator[Finding]:
@@ -210,8 +212,41 @@ def _add_suite(listing: Listing, suite: Suite, folder: Path) -> None:
         _add_split(listing, suite, split.name, split)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The folders in a root: its splits, its suites, and those that are neither."""
+
+    splits: list[Path]
+    suites: dict[Path, Suite]
+    strangers: list[Path]
+
+
+def root_parts(root: Path) -> Parts:
+    """What the folders in `root` are, by their names, and suites by half of their generators too."""
+    children = [child for child in _folders(root) if child.name not in SPLITS]
+    suites = {child: suite for child in children if (suite := suite_named(child.name) or _suite_by_content(child))}
+    return Parts(_splits(root), suites, [child for child in children if child not in suites])
+
+
+def list_root(root: Path) -> Listing:
+    """The groups of a "folders" root as the pipeline reads it: those of its splits, and of suites beside them."""
+    listing, parts = Listing(root), root_parts(root)
+    for split in parts.splits:
+        _add_split(listing, None, split.name, split)
+    for child, suite in parts.suites.items():
+        _add_suite(listing, suite, child)
+    for child in parts.strangers:
+        listing.notes.append(f"{child} is neither a split nor a suite: not looked at.{split_or_suite(child.name)}")
+    return listing
+
+
+def split_or_suite(name: str) -> str:
+    """Which split's or suite's name may have been meant: " Did you mean 'AIGIBench'?", or nothing."""
+    return did_you_mean(name, [*SPLITS, *(known.name for known in SUITES)])
+
+
 def list_tree(root: Path) -> Listing:
-    """The groups of a folder that holds suites, or is one, or is a "folders" root as `build_manifest` reads it.
+    """The groups of a folder that holds suites, or is one, or of a root as `list_root` reads it.
 
     A suite is recognised by its folder's name or by half of its generators. It may be divided into train, val and test;
     undivided it is all test. Below a generator come 0_real and 1_fake, directly or a class folder further down.
@@ -225,29 +260,16 @@ def list_tree(root: Path) -> Listing:
         raise UserError(
             f"Expected folders of images in {root}, found a packed benchmark. Run dgs minibench audit on it."
         )
-    listing = Listing(root)
-    path = root.resolve()
-    if suite := _suite_by_content(root):
+    path, parts = root.resolve(), root_parts(root)
+    own_name = path.parent.name if path.name in SPLITS else path.name
+    if not parts.suites and (suite := _suite_by_content(root) or suite_named(own_name)):
+        listing = Listing(root)
         _add_suite(listing, suite, root)
         return listing
-    children = [child for child in _folders(root) if child.name not in SPLITS]
-    inside = [(child, suite_named(child.name) or _suite_by_content(child)) for child in children]
-    if not any(suite for _, suite in inside):
-        suite = suite_named(path.parent.name if path.name in SPLITS else path.name)
-        if suite:
-            _add_suite(listing, suite, root)
-            return listing
-    for split in _splits(root):
-        _add_split(listing, None, split.name, split)
-    for child, suite in inside:
-        if suite:
-            _add_suite(listing, suite, child)
-        else:
-            hint = did_you_mean(child.name, [*SPLITS, *(known.name for known in SUITES)])
-            listing.notes.append(f"{child} is neither a split nor a suite: not looked at.{hint}")
+    listing = list_root(root)
     if not listing.groups and not listing.findings:
         suites = ", ".join(suite.name for suite in SUITES)
-        found = ", ".join(child.name for child in children[:FEW]) or "no folders with images"
+        found = ", ".join(child.name for child in parts.strangers[:FEW]) or "no folders with images"
         raise UserError(
             f"Expected {root} to hold {suites}, or to be one of them, or to hold train, val or test, each with "
             f"<generator>/{REAL} and <generator>/{FAKE}; found {found}. Mend the path or rename the folders."

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dgs.data.captions import assign_captions, read_captions, template_caption
-from dgs.data.images import UnreadableImage, decode, files_under, is_image_name, read
-from dgs.errors import UserError, did_you_mean
+from dgs.data.folders import folder_rows
+from dgs.data.images import UnreadableImage, decode, read
+from dgs.data.layout import LABELS, MINIBENCH, SHARED_REALS, SPLITS
+from dgs.data.suites import SUITES, full_name, is_seen, parted
+from dgs.errors import UserError
 from dgs.params import DataParams
 from dgs.workspace import require_data_root
 
-SPLITS = ("train", "val", "test")
 MINIBENCH_SPLITS = (*SPLITS, "val_unbiased")  # val has the shortcut of train, val_unbiased none
-MINIBENCH = "minibench.json"  # the benchmark's description
-LABELS = {"0_real": 0, "1_fake": 1}
-SHARED_REALS = "real"  # in place of a generator's name: photographs that all generators of the split are compared with
 SEMANTICS = ("shape", "colour", "background")  # the minibench's attributes that zero-shot is measured on
 FEW = 30  # validation images of a label, below which a threshold is rough
 COLUMNS = ("id", "split", "generator", "label", "seen", "file", "row", "sha256", "caption", "caption_source")
@@ -110,92 +108,6 @@ def _minibench(root: Path, rho: float | None, shortcut: str) -> pd.DataFrame:
     return manifest
 
 
-def _only_labels(folders: list[Path]) -> None:
-    wrong = [p for p in folders if p.name not in LABELS]
-    if wrong:
-        raise UserError(
-            f"Unknown label folder {wrong[0]}.{did_you_mean(wrong[0].name, LABELS)} Expected only 0_real and 1_fake."
-        )
-
-
-def _label_folders(generator: Path) -> Iterator[tuple[Path, str]]:
-    """(folder holding 0_real and 1_fake, words for a caption) under one generator, directly or a class level down."""
-    children = sorted(p for p in generator.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if any(p.name in LABELS for p in children):
-        _only_labels(children)
-        yield generator, generator.name
-        return
-    for child in children:
-        grandchildren = sorted(p for p in child.iterdir() if p.is_dir() and not p.name.startswith("."))
-        if not any(p.name in LABELS for p in grandchildren):
-            name = grandchildren[0] if grandchildren else child
-            hint = did_you_mean(name.name, LABELS)
-            raise UserError(f"Expected label folders 0_real and 1_fake in {generator}, found {name}.{hint} Rename it.")
-        _only_labels(grandchildren)
-        yield child, child.name
-    if not children:
-        raise UserError(f"Expected label folders 0_real and 1_fake in {generator}, found none.")
-
-
-def ignored_files(root: Path) -> dict[str, int]:
-    """How many files under the label folders of a "folders" root were passed over, by suffix: {".heic": 3}."""
-    files = (path for path in files_under([root]) if not is_image_name(path) or not path.is_file())
-    named = Counter(path.suffix.lower() or path.name for path in files if LABELS.keys() & set(path.parts))
-    return dict(sorted(named.items()))
-
-
-def _check_counts(generator: Path, found: dict[str, int]) -> None:
-    if generator.name == SHARED_REALS:
-        if found["1_fake"] or not found["0_real"]:
-            raise UserError(
-                f"Expected only photographs, in 0_real, in {generator} (the name '{SHARED_REALS}' stands for what all "
-                f"generators of a split are compared with), found {found['0_real']} in 0_real and {found['1_fake']} in "
-                f"1_fake. Rename the folder if it is a generator's."
-            )
-        return
-    shared = (generator.parent / SHARED_REALS).is_dir()
-    for name, count in found.items():
-        if count == 0 and not (shared and name == "0_real"):
-            other = "1_fake" if name == "0_real" else "0_real"
-            raise UserError(
-                f"Expected images in {generator / name}, found none ({found[other]} in {other}). "
-                f"Add some, or remove {generator}."
-            )
-
-
-def _folder_rows(root: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    splits = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    for split in splits:
-        if split.name not in SPLITS:
-            raise UserError(
-                f"Unknown split folder {split}.{did_you_mean(split.name, SPLITS)} Expected train, test and perhaps val "
-                f"in data.root, each holding <generator>/0_real and <generator>/1_fake."
-            )
-        for generator in sorted(p for p in split.iterdir() if p.is_dir() and not p.name.startswith(".")):
-            found = dict.fromkeys(LABELS, 0)
-            for holder, words in _label_folders(generator):
-                for name, label in LABELS.items():
-                    folder = holder / name
-                    files = sorted(p for p in files_under([folder]) if p.is_file() and is_image_name(p))
-                    found[name] += len(files)
-                    rows += [
-                        {
-                            "split": split.name,
-                            "generator": generator.name,
-                            "label": label,
-                            "file": path.relative_to(root).as_posix(),
-                            "words": words,
-                        }
-                        for path in files
-                    ]
-            _check_counts(generator, found)
-    for needed in ("train", "test"):
-        if not any(row["split"] == needed for row in rows):
-            raise UserError(f"Expected images under {root / needed}/<generator>/{{0_real,1_fake}}, found none.")
-    return rows
-
-
 def _cut_val(manifest: pd.DataFrame, fraction: float) -> pd.DataFrame:
     """Train rows whose content hash falls into the first `fraction` become val: copies of an image stay together, and
     the cut does not move when images are added. Except that each generator and label keeps at least one image in
@@ -224,7 +136,7 @@ def _require_both_labels(manifest: pd.DataFrame, root: Path, cut: float | None) 
 
 
 def _folders(root: Path, params: DataParams, captions_file: Path | None) -> pd.DataFrame:
-    rows = _folder_rows(root)
+    rows = folder_rows(root)
     unreadable: list[str] = []
     for row in tqdm(rows, desc="reading images", unit="image"):
         data = read(root / row["file"])
@@ -259,7 +171,8 @@ def build_manifest(root: Path, params: DataParams, captions_file: Path | None = 
     Args:
         root: folder of the layout: "minibench" (packed parquet files) or "folders"
             (`<split>/<generator>/{0_real,1_fake}`, or one class folder more in between; `<split>/real/0_real` may
-            hold photographs for all generators of the split, which then need none of their own).
+            hold photographs for all generators of the split, which then need none of their own; beside the splits
+            the paper's suites as published, whose generators are test ones).
         params: rho and shortcut choose the minibench's training set; val_fraction and limit as documented there.
         captions_file: JSON lines, for "folders".
 
@@ -281,7 +194,8 @@ def build_manifest(root: Path, params: DataParams, captions_file: Path | None = 
             raise UserError(f"data.rho = {params.rho} is for data.layout: minibench. Set data.rho: null for folders.")
         manifest = _folders(root, params, captions_file)
     trained_on = set(manifest.loc[(manifest["split"] == "train") & (manifest["label"] == 1), "generator"])
-    manifest["seen"] = manifest["generator"].isin(trained_on)
+    seen = {name for name in manifest["generator"].unique() if is_seen(name, trained_on)}
+    manifest["seen"] = manifest["generator"].isin(seen)
     if params.limit is not None:
         by_hash = manifest.sort_values(["sha256", "id"])
         manifest = by_hash.groupby(["split", "generator", "label"], sort=False).head(params.limit)
@@ -307,11 +221,25 @@ def duplicates_across_splits(manifest: pd.DataFrame) -> int:
     return int((manifest.groupby("sha256")["split"].nunique() > 1).sum())
 
 
+def _incomplete(tested: set[str]) -> list[str]:
+    """A sentence for each suite of which some generators are there and others are not."""
+    notes = []
+    for suite in SUITES:
+        absent = [known.column for known in suite.generators if full_name(suite.name, known.column) not in tested]
+        if 0 < len(absent) < len(suite.generators):
+            notes.append(
+                f"{len(absent)} of {len(suite.generators)} generators of {suite.name} are missing, so that its means "
+                f"are not the paper's: {', '.join(absent)}."
+            )
+    return notes
+
+
 def cautions(manifest: pd.DataFrame, ignored: Mapping[str, int]) -> list[str]:
     """What a reader of the results should know of the data, a sentence each; `ignored` as from `ignored_files`."""
     notes = []
     if several := duplicates_across_splits(manifest):
         notes.append(f"{several} images occur in several splits: test numbers will flatter.")
+    notes += _incomplete(set(manifest.loc[manifest["split"] == "test", "generator"]))
     if ignored:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in ignored.items())
         notes.append(f"Files passed over, not images that can be read here: {kinds}.")
@@ -340,16 +268,25 @@ def open_image(source: ImageSource, file: str, row: int) -> NDArray[np.uint8]:
     return decode(source.read(file, row), file)
 
 
+def _kind(generator: str, label: int, seen: bool) -> str:
+    if label == 1:
+        return f"{generator}, {'seen' if seen else 'unseen'}"
+    suite, own = parted(generator)
+    return "real" if own == SHARED_REALS and not suite else f"{suite or own}, real"
+
+
 def examples(manifest: pd.DataFrame, source: ImageSource, per_row: int = 6) -> dict[str, list[NDArray[np.uint8]]]:
-    """A few images of each kind for a contact sheet: {"<generator>, real | seen | unseen": images}."""
+    """A few images of each kind for a contact sheet: {"<generator>, real | seen | unseen": images}.
+
+    Photographs for all generators of the split are "real", and all of a suite's are "<suite>, real".
+    """
     pictures: dict[str, list[NDArray[np.uint8]]] = {}
     test = manifest[manifest["split"] == "test"].sort_values(
         ["label", "seen", "generator"], ascending=[True, False, True]
     )
-    for (label, _, generator), rows in test.groupby(["label", "seen", "generator"], sort=False):
-        note = "real" if label == 0 else ("seen" if rows["seen"].iloc[0] else "unseen")
-        name = "real" if generator == SHARED_REALS else f"{generator}, {note}"
-        pictures[name] = [
+    kinds = [_kind(*row) for row in test[["generator", "label", "seen"]].itertuples(index=False, name=None)]
+    for name, rows in test.groupby(kinds, sort=False):
+        pictures[str(name)] = [
             open_image(source, file, row)
             for file, row in zip(rows["file"][:per_row], rows["row"][:per_row], strict=True)
         ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+
+from dgs.data.layout import SHARED_REALS
 
 
 @dataclass(frozen=True)
@@ -139,3 +141,45 @@ def suite_holding(folders: Iterable[str]) -> Suite | None:
     names = list(folders)
     best = max(SUITES, key=lambda suite: suite.share_of(names))
     return best if best.share_of(names) >= RECOGNISED else None
+
+
+def full_name(suite: str, generator: str) -> str:
+    """A test generator's name in manifests and tables: "AIGIBench/SDXL", or "SDXL" where `suite` is ""."""
+    return f"{suite}/{generator}" if suite else generator
+
+
+def parted(name: str) -> tuple[str, str]:
+    """`full_name` undone: "AIGIBench/SDXL" -> ("AIGIBench", "SDXL"), "SDXL" -> ("", "SDXL")."""
+    suite, _, own = name.partition("/")
+    return (suite, own) if own and suite in {known.name for known in SUITES} else ("", name)
+
+
+def pools_for(suite: Suite | None, generator: str) -> tuple[str, ...]:
+    """Names of the folders whose photographs a generator may be compared with; the first that is there counts."""
+    known = suite.generator(generator) if suite else None
+    own = (known.reals,) if known and known.reals else ()
+    return tuple(name for name in (*own, SHARED_REALS) if name != generator)
+
+
+def is_pool(name: str) -> bool:
+    """Whether a generator's `full_name` stands for photographs that several generators are compared with."""
+    suite, own = parted(name)
+    known = suite_named(suite)
+    return own == SHARED_REALS or (known is not None and own in known.pools())
+
+
+def pool_of(name: str, present: Collection[str]) -> str:
+    """The pool that a generator's `full_name` is compared with, of the full names in `present`; "" if there is none."""
+    suite, own = parted(name)
+    pools = (full_name(suite, pool) for pool in pools_for(suite_named(suite), own))
+    return next((pool for pool in pools if pool in present), "")
+
+
+def is_seen(name: str, trained: Iterable[str]) -> bool:
+    """Whether a generator's `full_name` is one of the folders trained on, in a suite under whichever spelling."""
+    suite, own = parted(name)
+    known = suite_named(suite)
+    if known is None:
+        return name in set(trained)
+    generator = known.generator(own)
+    return generator is not None and any(map(generator.answers_to, trained))

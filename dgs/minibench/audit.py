@@ -22,7 +22,8 @@ from scipy import stats
 from tqdm import tqdm
 
 from dgs.analysis.intervals import Interval, percent_text, rounded_text
-from dgs.data.manifest import MINIBENCH, content_hash, training_set
+from dgs.data.layout import MINIBENCH
+from dgs.data.manifest import content_hash, training_set
 from dgs.errors import UserError
 from dgs.minibench import clip, controls, plan, scenes
 from dgs.minibench.controls import Bytes, Floats, Samples

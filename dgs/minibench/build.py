@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dgs.data.manifest import MINIBENCH, content_hash
+from dgs.data.layout import MINIBENCH
+from dgs.data.manifest import content_hash
 from dgs.errors import UserError
 from dgs.minibench import camera, captions, generators, jpeg, plan, pool, pretrain, scenes, train_generators
 
