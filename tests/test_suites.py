@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from conftest import ImageTree, structured_image
+from conftest import ImageTree
+from trees import grow, put
 
 from dgs.data.listing import Group, Listing, list_tree
 from dgs.data.suites import (
@@ -20,23 +20,6 @@ from dgs.data.suites import (
     suite_named,
 )
 from dgs.errors import UserError
-
-
-def put(folder: Path, seeds: Iterable[int]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed in seeds:
-        structured_image(seed, 16, 12).save(folder / f"{seed:05d}.png")
-
-
-def grow(folder: Path, suite: Suite, real: int = 1, fake: int = 1, classes: tuple[str, ...] = ("car", "cat")) -> Path:
-    """A suite as published, at reduced size; where it has class folders, every class has that many images."""
-    seed = 1000 * (1 + SUITES.index(suite))
-    for generator in suite.generators:
-        for level in classes if generator.classes else ("",):
-            for label, count in (("0_real", real), ("1_fake", fake)):
-                put(folder / generator.folder / level / label, range(seed, seed + count))
-                seed += count
-    return folder
 
 
 def by_folder(listing: Listing) -> dict[str, Group]:

@@ -31,7 +31,8 @@ from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from dgs.analysis.intervals import Interval, paired_difference, rounded_text, seed_interval
-from dgs.analysis.metrics import generators_in_order, headline, in_order, one_rho, per_seed_values
+from dgs.analysis.metrics import by_suite, generators_in_order, headline, in_order, one_rho, per_seed_values
+from dgs.data.suites import abbreviated
 from dgs.errors import UserError
 
 WIDTH = 6.0  # inches; at 150 dpi 900 px, shown at half of it or less
@@ -133,8 +134,22 @@ def save(fig: Figure, path: str | Path) -> Path:
     return target
 
 
-def detection_bars(detection: pd.DataFrame) -> Figure:
+def detection_figures(detection: pd.DataFrame) -> dict[str, Figure]:
+    """`detection_bars` and `detection_heatmap` by file name: {"detection", "heatmap"}, and "...-<suite>" of each suite.
+
+    One figure of all of the paper's suites could not be read: they have 50 generators.
+    """
+    drawn = {}
+    for suite, part in by_suite(detection).items():
+        for name, draw in (("detection", detection_bars), ("heatmap", detection_heatmap)):
+            drawn[f"{name}-{suite}" if suite else name] = draw(part, suite)
+    return drawn
+
+
+def detection_bars(detection: pd.DataFrame, suite: str = "") -> Figure:
     """Balanced accuracy (%) of each method on each generator, seen and unseen apart, from the `headline` rows.
+
+    `suite`: named in the title where the rows are one's.
 
     Bars start at chance and end at the mean over seeds; whiskers are 95 % intervals over seeds, cut at 0 and 100 %,
     dots single seeds. The title is about dgs against lora where both are there, else about the best two. Raises
@@ -175,15 +190,16 @@ def detection_bars(detection: pd.DataFrame) -> Figure:
         axes[0].set_xlim(max(0.0, min(CHANCE, *values) - 3.0), min(101.0, max(values) + 4.0))
         axes[-1].set_xlabel("Balanced accuracy (%); dashed line: chance")
         method_legend(fig, methods, bars=True, title=_whisker_note(intervals))
-        put_title(fig, _detection_takeaway(rows))
+        put_title(fig, f"{suite}: {_detection_takeaway(rows)}" if suite else _detection_takeaway(rows))
     return fig
 
 
-def detection_heatmap(detection: pd.DataFrame) -> Figure:
+def detection_heatmap(detection: pd.DataFrame, suite: str = "") -> Figure:
     """Balanced accuracy (%) as methods x generators: mean over seeds, and half the 95 % interval where there is one.
 
     From the `headline` rows; a line parts seen from unseen generators. More than 9 generators are drawn as rows, so
-    that the figure keeps its width. Raises UserError as `headline` does.
+    that the figure keeps its width. `suite`: named in the title where the rows are one's.
+    Raises UserError as `headline` does.
     """
     rows = headline(detection)
     methods, generators = in_order(rows["method"]), generators_in_order(rows)
@@ -230,7 +246,8 @@ def detection_heatmap(detection: pd.DataFrame) -> Figure:
                 ax.text(len(methods) + 0.05, middle, title, ha="left", va="center", rotation=270, fontsize=11)
             elif last > first:
                 ax.text(middle, -0.08, title, ha="center", va="bottom", fontsize=11)
-        put_title(fig, comparison("On its weakest generator", weakest, "balanced accuracy"))
+        where = f"{suite}: on its weakest generator" if suite else "On its weakest generator"
+        put_title(fig, comparison(where, weakest, "balanced accuracy"))
     return fig
 
 
@@ -588,17 +605,17 @@ def contact_sheet(images: Mapping[str, Sequence[np.ndarray]]) -> Figure:
 def short_names(names: Iterable[str]) -> dict[str, str]:
     """Names as figures print them: {name: at most 20 characters}, long ones cut in the middle ("…"), all distinct.
 
-    Names alike at both ends are numbered in order: "diffusion-model-…2".
+    Suites are abbreviated ("AIGI/SDXL"). Names alike at both ends are numbered in order: "diffusion-model-…2".
     """
-    given = in_order(names)
-    short = {name: name for name in given if len(name) <= LONGEST}
-    for name in given:
+    given = {name: abbreviated(name) for name in in_order(names)}
+    short = {name: label for name, label in given.items() if len(label) <= LONGEST}
+    for name, whole in given.items():
         if name in short:
             continue
-        label, number = f"{name[:12]}…{name[-7:]}", 1
+        label, number = f"{whole[:12]}…{whole[-7:]}", 1
         while label in short.values():
             number += 1
-            label = f"{name[: LONGEST - 1 - len(str(number))]}…{number}"
+            label = f"{whole[: LONGEST - 1 - len(str(number))]}…{number}"
         short[name] = label
     return {name: short[name] for name in given}
 

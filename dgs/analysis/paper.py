@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from dgs.analysis.intervals import rounded_text, seed_interval
-from dgs.analysis.metrics import generators_in_order, headline, in_order, read_detection
+from dgs.analysis.metrics import generators_in_order, headline, in_order, paper_mean, read_detection
 from dgs.analysis.report import markdown_table
 from dgs.errors import UserError
 
@@ -31,6 +31,7 @@ RENAMED = {
     ("AIGIBench", "midjourney"): "Midjourney-V6",
 }
 SUMMARY = ("Acc", "R.Acc", "F.Acc", "balanced acc.", "mAcc", "AP")
+SIDE_BY_SIDE = ("", "benchmark", "generators", *SUMMARY)
 
 INTRO = """# The paper's tables, beside what was measured here
 
@@ -135,39 +136,53 @@ def write_page(root: Path) -> Path:
 
 
 def _side_by_side(cells: pd.DataFrame, rerun: pd.DataFrame, ours: pd.DataFrame) -> str:
-    rows = []
-    for table, benchmark in ACCURACY.items():
+    rows = [line for benchmark in ACCURACY.values() for line in paper_lines(cells, benchmark)]
+    rows += [line for benchmark in in_order(rerun["benchmark"]) for line in rerun_lines(rerun, benchmark)]
+    for method in [name for name in OURS if name in set(ours["method"])]:
+        own = ours[ours["method"] == method]
+        for where, part in (("all", own), ("unseen", own[~own["seen"]])):
+            rows.append(our_line(part, f"embedded, {where}"))
+    note = (
+        "Ours: mean over seeds ± half the 95 % interval. The paper's suites hold the generators of its training set, "
+        'as "all" does here.'
+    )
+    return f"{markdown_table(SIDE_BY_SIDE, rows)}\n\n{note}"
+
+
+def paper_lines(cells: pd.DataFrame, benchmark: str) -> list[list[str]]:
+    """What the paper has of DGS-Net on a benchmark under the columns SIDE_BY_SIDE: a line, or none."""
+    lines = []
+    for table in [number for number, of in ACCURACY.items() if of == benchmark]:
         own = averages(cells, table).loc[SUBJECT]
         precise = [number for number, of in PRECISION.items() if of == benchmark]
         ap = averages(cells, precise[0]).loc[SUBJECT, "average"] if precise else np.nan
         numbers = [np.nan, *own[["r_acc", "f_acc", "balanced_acc", "average"]], ap]
         count = len(_generators(cells, benchmark))
-        rows.append([f"paper, {SUBJECT}", benchmark, str(count), *(_number(float(value)) for value in numbers)])
-    for benchmark in in_order(rerun["benchmark"]):
-        part = rerun[rerun["benchmark"] == benchmark]
-        rows.append([f"re-run, {SUBJECT}", benchmark, str(len(part)), *map(_number, _summary(part))])
-    for method in [name for name in OURS if name in set(ours["method"])]:
-        own = ours[ours["method"] == method]
-        for where, part in (("all", own), ("unseen", own[~own["seen"]])):
-            by_seed = np.array([_summary(run) for _, run in part.groupby("seed")])
-            found = [seed_interval(100.0 * column) for column in by_seed.T]
-            shown = [
-                rounded_text(value.mean) + (f" ±{rounded_text(value.high - value.mean)}" if value.known else "")
-                for value in found
-            ]
-            rows.append([f"ours, `{method}`", f"embedded, {where}", str(part["generator"].nunique()), *shown])
-    note = (
-        "Ours: mean over seeds ± half the 95 % interval. The paper's suites hold the generators of its training set, "
-        'as "all" does here.'
-    )
-    return f"{markdown_table(['', 'benchmark', 'generators', *SUMMARY], rows)}\n\n{note}"
+        lines.append([f"paper, {SUBJECT}", benchmark, str(count), *(number_text(float(value)) for value in numbers)])
+    return lines
+
+
+def rerun_lines(rerun: pd.DataFrame, benchmark: str) -> list[list[str]]:
+    """What the authors' re-run has of a benchmark under the columns SIDE_BY_SIDE: a line, or none."""
+    part = rerun[rerun["benchmark"] == benchmark]
+    return [[f"re-run, {SUBJECT}", benchmark, str(len(part)), *map(number_text, _summary(part))]] if len(part) else []
+
+
+def our_line(part: pd.DataFrame, benchmark: str) -> list[str]:
+    """One method's rows of a detection table, a row a seed and generator, under the columns SIDE_BY_SIDE."""
+    by_seed = np.array([_summary(run) for _, run in part.groupby("seed")])
+    found = [seed_interval(100.0 * column) for column in by_seed.T]
+    shown = [
+        rounded_text(value.mean) + (f" ±{rounded_text(value.high - value.mean)}" if value.known else "")
+        for value in found
+    ]
+    return [f"ours, `{part['method'].iloc[0]}`", benchmark, str(part["generator"].nunique()), *shown]
 
 
 def _summary(part: pd.DataFrame) -> list[float]:
     """The columns of SUMMARY from one row a generator (acc, r_acc, f_acc, ap)."""
     real, fake = part["r_acc"].mean(), part["f_acc"].mean()
-    average = (real + part["f_acc"].sum()) / (len(part) + 1)
-    return [part["acc"].mean(), real, fake, (real + fake) / 2.0, average, part["ap"].mean()]
+    return [part["acc"].mean(), real, fake, (real + fake) / 2.0, paper_mean(part), part["ap"].mean()]
 
 
 def _average_section(found: pd.DataFrame, table: int) -> list[str]:
@@ -176,7 +191,9 @@ def _average_section(found: pd.DataFrame, table: int) -> list[str]:
     rows = []
     for method, line in found.iterrows():
         more = [line["r_acc"], line["f_acc"], line["balanced_acc"]] if table in ACCURACY else []
-        rows.append([str(method), rounded_text(line["average"], 2), rounded_text(line["printed"]), *map(_number, more)])
+        rows.append(
+            [str(method), rounded_text(line["average"], 2), rounded_text(line["printed"]), *map(number_text, more)]
+        )
     kind = "mAcc" if table in ACCURACY else "mean AP"
     header = ["method", f"{kind}, recomputed", f"{kind}, printed"]
     header += ["R.Acc", "F.Acc, mean", "balanced acc."] if table in ACCURACY else []
@@ -194,7 +211,7 @@ def _by_generator(cells: pd.DataFrame, rerun: pd.DataFrame, table: int, benchmar
     for name in _generators(cells, benchmark):
         line = again.loc[name] if name in again.index else pd.Series(np.nan, again.columns)
         numbers = [fakes[name], precision.get(name, np.nan), *(line[m] for m in ("f_acc", "ap", "r_acc", "acc"))]
-        rows.append([name, *map(_number, numbers)])
+        rows.append([name, *map(number_text, numbers)])
     header = ["generator", "paper F.Acc", "paper AP", "re-run F.Acc", "re-run AP", "re-run R.Acc", "re-run Acc"]
     absent = [name for name in fakes.index if name not in again.index]
     lowest = again["r_acc"].min()
@@ -209,7 +226,7 @@ def _by_generator(cells: pd.DataFrame, rerun: pd.DataFrame, table: int, benchmar
 
 def _rerun_only(part: pd.DataFrame) -> str:
     numbers = part[["f_acc", "ap", "r_acc", "acc"]].to_numpy()
-    rows = [[name, *map(_number, line)] for name, line in zip(part["generator"], numbers, strict=True)]
+    rows = [[name, *map(number_text, line)] for name, line in zip(part["generator"], numbers, strict=True)]
     return markdown_table(["generator", "re-run F.Acc", "re-run AP", "re-run R.Acc", "re-run Acc"], rows)
 
 
@@ -220,7 +237,9 @@ def _ours_by_generator(ours: pd.DataFrame) -> str:
         own = ours[ours["generator"] == name]
         for method in methods:
             means = 100.0 * own.loc[own["method"] == method, ["f_acc", "ap", "r_acc", "acc"]].to_numpy().mean(axis=0)
-            rows.append([f"{name} (in training)" if own["seen"].iloc[0] else name, f"`{method}`", *map(_number, means)])
+            rows.append(
+                [f"{name} (in training)" if own["seen"].iloc[0] else name, f"`{method}`", *map(number_text, means)]
+            )
     return markdown_table(["generator", "method", "F.Acc", "AP", "R.Acc", "Acc"], rows)
 
 
@@ -229,7 +248,8 @@ def _generators(cells: pd.DataFrame, benchmark: str) -> list[str]:
     return in_order(own["column"])
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
+    """A rounded number, "–" for NaN."""
     return "–" if np.isnan(value) else rounded_text(value)
 
 

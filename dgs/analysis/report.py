@@ -110,12 +110,14 @@ def write_report(
     forgetting: pd.DataFrame | None,
     settings: Mapping[str, Mapping[str, Any]],
     figures: Sequence[str | PurePath] = (),
+    suites: Sequence[str] = (),
 ) -> Path:
     """Writes REPORT.md: headline numbers with intervals, differences to lora, tables, figures, a guide, the settings.
 
     `summary`: as `metrics.summary` returns it; `detection`, `forgetting`: the tables it was made from; `settings`:
     method -> the settings its checkpoints were trained with, nested or flat, in method order; `figures`: image paths
-    relative to the report's folder, shown in that order. A setting that methods share is printed once; where they
+    relative to the report's folder, shown in that order; `suites`: sections on the paper's suites
+    (`suite_tables.suite_sections`). A setting that methods share is printed once; where they
     differ each method's value is, and a line at the top warns that methods differ by more than the method; another
     warns of fewer than 3 seeds. Rates are printed in
     per cent, and equal ones alike (`intervals.rounded_text`). The same input gives the same bytes: no time, no
@@ -132,6 +134,7 @@ def write_report(
             _headline_section(summary),
             _difference_section(detection, forgetting),
             _operating_points(detection),
+            *suites,
             _generator_section(detection),
             _robustness_section(detection),
             _forgetting_section(forgetting),
@@ -303,7 +306,7 @@ def _seeds_and_generators(detection: pd.DataFrame) -> list[str]:
             f"`{method}`",
             rounded_text(own.to_numpy().mean()),
             interval_text(middle, sign=False),
-            _plus_minus(worst),
+            plus_minus(worst),
         ]
         gaps = (own - tables[BASELINE]).dropna().to_numpy()
         if method == BASELINE or len(gaps) == 0:
@@ -347,7 +350,7 @@ def _operating_points(detection: pd.DataFrame) -> str:
         line = [f"`{method}`"]
         for _, metric, which in columns:
             cell = native[(native["method"] == method) & (rule == which)]
-            line.append(_plus_minus(cell.groupby("seed")[metric].mean()))
+            line.append(plus_minus(cell.groupby("seed")[metric].mean()))
         table.append(line)
     where = "unseen" if unseen else "seen"
     note = (
@@ -382,7 +385,7 @@ def _generator_section(detection: pd.DataFrame) -> str:
         for part in (rows[rows["seen"]], rows[~rows["seen"]]):
             if part["generator"].nunique() > 1:
                 by_seed = part.groupby(["method", "seed"], sort=False)[metric].mean()
-                means = [_plus_minus(by_seed[method]) if method in by_seed else "–" for method in methods]
+                means = [plus_minus(by_seed[method]) if method in by_seed else "–" for method in methods]
                 table.append(["**mean**", "seen" if part["seen"].iloc[0] else "unseen", *means])
         header = ["generator", "in training", *(f"`{method}`" for method in methods)]
         parts += [f"### {CELL_NAMES[metric]}", markdown_table(header, table)]
@@ -411,7 +414,7 @@ def _robustness_section(detection: pd.DataFrame) -> str:
         f"tell bias from fragility: docs/robustness.md.",
         "### Balanced accuracy: native, and what a change to all images does to it",
         "Threshold 0.5; per cent, then points above native.",
-        markdown_table(header, [["native", *(_plus_minus(native.get_group(m)) for m in methods)], *rows("accuracy")]),
+        markdown_table(header, [["native", *(plus_minus(native.get_group(m)) for m in methods)], *rows("accuracy")]),
         "### Fragile: AUROC with all images changed, minus native",
         "Points. Below 0, evidence of what is fake was destroyed.",
         markdown_table(header, rows("ranking")),
@@ -486,7 +489,7 @@ def _measures_table(forgetting: pd.DataFrame, measures: Sequence[str]) -> str:
     for measure in measures:
         of_measure = forgetting[forgetting["measure"] == measure]
         line = [_measure_text(measure), percent_text(of_measure["before"].mean())]
-        line += [_plus_minus(of_measure.loc[of_measure["method"] == method, "after"]) for method in methods]
+        line += [plus_minus(of_measure.loc[of_measure["method"] == method, "after"]) for method in methods]
         table.append(line)
     return markdown_table(["measure", "before", *(f"`{method}`" for method in methods)], table)
 
@@ -507,7 +510,8 @@ def _figure_section(figures: Sequence[str | PurePath]) -> str:
         link = PurePath(figure)
         if link.is_absolute() or os.fspath(figure).startswith("/"):
             raise ValueError(f"expected figure paths relative to the report, found {figure}")
-        caption = CAPTIONS.get(link.stem, link.stem.replace("_", " ").capitalize())
+        name, _, suite = link.stem.partition("-")
+        caption = CAPTIONS.get(name, name.replace("_", " ").capitalize()) + (f", {suite}" if suite else "")
         parts += [f"![{caption}]({link.as_posix().replace(' ', '%20')})"]
     return "\n\n".join(parts)
 
@@ -536,7 +540,7 @@ def _entry(entry: Mapping[str, Any]) -> str:
     return f"{percent_text(entry['mean'])} [{percent_text(entry['low'])}, {percent_text(entry['high'])}]"
 
 
-def _plus_minus(values: pd.Series) -> str:
+def plus_minus(values: pd.Series) -> str:
     """Mean of fractions as per cent, with half its interval where there are several seeds."""
     if values.empty:
         return "–"

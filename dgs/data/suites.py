@@ -29,6 +29,7 @@ class Suite:
     """A test suite: its name in the paper, other names of its folder, and its generators in the paper's order."""
 
     name: str
+    short: str  # its name in figures
     generators: tuple[Generator, ...]
     also: tuple[str, ...] = ()
 
@@ -56,6 +57,7 @@ def spelled(name: str) -> str:
 # photographs in two folders: imagenet for guided diffusion, laion for the rest; later copies put 0_real everywhere.
 UNIVERSAL_FAKE_DETECT = Suite(
     "UniversalFakeDetect",
+    "UFD",
     (
         Generator("dalle", "dalle", also=("DALL-E", "dalle-mini"), reals="laion"),
         Generator("glide_100_10", "glide_100_10", reals="laion"),
@@ -71,6 +73,7 @@ UNIVERSAL_FAKE_DETECT = Suite(
 
 AIGC_DETECT_BENCHMARK = Suite(
     "AIGCDetectBenchmark",
+    "AIGC",
     (
         Generator("progan", "ProGAN", classes=True),
         Generator("cyclegan", "CycleGAN", classes=True),
@@ -97,6 +100,7 @@ AIGC_DETECT_BENCHMARK = Suite(
 # Whether any generator of AIGIBench is published with class folders is not certain; ProGAN's training images are.
 AIGI_BENCH = Suite(
     "AIGIBench",
+    "AIGI",
     (
         Generator("ProGAN", "ProGAN"),
         Generator("R3GAN", "R3GAN"),
@@ -152,6 +156,12 @@ def parted(name: str) -> tuple[str, str]:
     """`full_name` undone: "AIGIBench/SDXL" -> ("AIGIBench", "SDXL"), "SDXL" -> ("", "SDXL")."""
     suite, _, own = name.partition("/")
     return (suite, own) if own and suite in {known.name for known in SUITES} else ("", name)
+
+
+def abbreviated(name: str) -> str:
+    """A name that begins with a suite's, as figures print it: "AIGIBench/SDXL" -> "AIGI/SDXL"."""
+    suite = next((suite for suite in SUITES if name.startswith((f"{suite.name}/", f"{suite.name}, "))), None)
+    return suite.short + name.removeprefix(suite.name) if suite else name
 
 
 def pools_for(suite: Suite | None, generator: str) -> tuple[str, ...]:
