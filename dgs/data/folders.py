@@ -53,7 +53,8 @@ def folder_rows(root: Path) -> list[dict[str, Any]]:
     rows = [row for group in read for row in _rows(root, group)]
     for needed in ("train", "test"):
         if not any(row["split"] == needed for row in rows):
-            raise UserError(f"Expected images under {root / needed}/<generator>/{{0_real,1_fake}}, found none.")
+            beside = " Or put the paper's suites beside train/." if needed == OF_SUITES else ""
+            raise UserError(f"Expected images under {root / needed}/<generator>/{{0_real,1_fake}}, found none.{beside}")
     return rows
 
 
