@@ -586,6 +586,7 @@ def contact_sheet(images: Mapping[str, Sequence[np.ndarray]]) -> Figure:
     """
     columns = max(len(row) for row in images.values())
     short = short_names(images)
+    short |= {name: abbreviated(name).replace(", ", "\n") for name in images if abbreviated(name) != name}  # of suites
     with style(), mpl.rc_context({"axes.grid": False}):
         fig = Figure(figsize=(WIDTH, 0.5 + 0.68 * len(images)), layout="constrained")
         axes = fig.subplots(len(images), columns, squeeze=False)
