@@ -23,8 +23,8 @@ HINT := . To use dvc, papermill and dgs: source .venv/bin/activate
 endif
 export PATH := $(BIN):$(PATH)
 
-STUDY ?= study-90 study-90-part2 study-75 study-75-part2 study-50 study-object study-networks \
-  study-patches study-90-val study-90-unbiased
+STUDY ?= study-90 study-90-part2 study-90-part3 study-75 study-75-part2 study-75-part3 study-50 study-object \
+  study-networks study-patches study-90-val study-90-unbiased
 FRESH := 20261126
 
 NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gradient_angles explore))
