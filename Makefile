@@ -67,9 +67,9 @@ verify: $(READY)
 
 # The settings in params.yaml were chosen and committed before these test images were made for the first time.
 study: $(READY)
-	test -e scratch/fresh || dgs minibench build --out scratch/fresh --seed $(FRESH) --training shipped
-	$(if $(filter study-networks,$(STUDY)),test -e scratch/networks || \
-	  dgs minibench build --out scratch/networks --seed 3 --generators train --network-seed 2)
+	test -e build/fresh || dgs minibench build --out build/fresh --seed $(FRESH) --training shipped
+	$(if $(filter study-networks,$(STUDY)),test -e build/networks || \
+	  dgs minibench build --out build/networks --seed 3 --generators train --network-seed 2)
 	for profile in $(STUDY); do pipeline=$$(dgs profile $$profile) && dvc repro $$pipeline || exit 1; done
 	dgs study
 

@@ -15,6 +15,8 @@ from dgs.model.methods import get_method
 from dgs.params import Params, load_params, merged_params, validate
 from dgs.workspace import find_root, is_path, no_such_clip, require_data_root
 
+UNWATCHED = "scratch"  # in .dvcignore: what notebooks by hand leave there should not look like a change
+
 
 def _inputs(params: Params, root: Path) -> dict[str, list[str]]:
     """Files and folders beside data.root that stages read, by stage: a change to their content must rerun them."""
@@ -44,6 +46,18 @@ def _check_robustness(params: Params) -> None:
                 )
 
 
+def _check_watched(params: Params, root: Path) -> None:
+    given = {"data.root": params.data.root, "data.captions": params.data.captions, "model.clip": params.model.clip,
+             "model.pretrained": params.model.pretrained}  # fmt: skip
+    given |= {f"evaluate.checkpoints.{name}": path for name, path in params.evaluate.checkpoints.items()}
+    for name, path in given.items():
+        if path and (root / path).absolute().is_relative_to((root / UNWATCHED).absolute()):
+            raise UserError(
+                f"Expected {name} = {path} to lie outside {UNWATCHED}/, which DVC does not look into: a change to it "
+                f"would rerun nothing. Move it, for example to build/inputs/."
+            )
+
+
 def check_params(params: Params, root: Path) -> None:
     """What can be known to be wrong before any stage runs: methods, folders and files that are not there.
 
@@ -63,8 +77,9 @@ def check_params(params: Params, root: Path) -> None:
         if (root / given).resolve().is_relative_to(own):
             raise UserError(
                 f"Expected {name} = {given} to lie outside build/{params.profile}, where this profile's outputs go. "
-                f"Move it, for example to scratch/."
+                f"Move it, for example to build/inputs/."
             )
+    _check_watched(params, root)
     outside(params, root)
 
     def made_here(path: str) -> bool:  # by the pipeline itself, from data.dvc

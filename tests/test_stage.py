@@ -160,6 +160,11 @@ class TestTheCheckBeforeAnyStage:
             ("model", {"clip": "sample/clipp"}, "Expected model.clip to be a folder or an open_clip name, found"),
             ("model", {"clip": "ViT-B-32", "pretrained": "my/w.pt"}, "Expected a weights file at model.pretrained ="),
             (
+                "data",
+                {"root": "scratch/images"},
+                "Expected data.root = scratch/images to lie outside scratch/, which DVC does not look into: a change to",
+            ),
+            (
                 "evaluate",
                 {"checkpoints": {"release": "nowhere"}},
                 "Expected a checkpoint folder (with dgs.json) at evaluate.checkpoints.release = nowhere, found none.",

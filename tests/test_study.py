@@ -172,7 +172,7 @@ def test_under_both_shortcuts_the_study_has_every_method_of_the_registry(name: s
     parts = [part for part in parts if "settings" not in part]  # those with settings by another rule are conditions
     listed = [method for part in parts for method in part["methods"]]
     assert sorted(listed) == sorted(METHODS)
-    assert all(part["data"] == parts[0]["data"] for part in parts) and parts[0]["data"]["root"] == "scratch/fresh"
+    assert all(part["data"] == parts[0]["data"] for part in parts) and parts[0]["data"]["root"] == "build/fresh"
     assert not any("seeds" in part for part in parts)  # those of params.yaml: five
 
 
