@@ -162,7 +162,7 @@ class TestTheCheckBeforeAnyStage:
             (
                 "data",
                 {"root": "scratch/images"},
-                "Expected data.root = scratch/images to lie outside scratch/, which DVC does not look into: a change to",
+                "Expected data.root = scratch/images to lie outside scratch/, which DVC does not look into:",
             ),
             (
                 "evaluate",
