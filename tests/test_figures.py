@@ -17,6 +17,7 @@ from PIL import Image
 from dgs.analysis import figures
 from dgs.analysis.metrics import DETECTION_COLUMNS
 from dgs.analysis.robustness_figures import robustness_curves
+from dgs.data.suites import SUITES, full_name
 from dgs.errors import UserError
 
 METHODS = ("probe", "lora", "dgs")
@@ -43,6 +44,12 @@ def make_detection(
                     key = (rho, method, seed, generator, i < n_seen, "native", "both", 400, 400)
                     rows.append((*key, *rates.values(), rule))
     return pd.DataFrame(rows, columns=DETECTION_COLUMNS)
+
+
+def of_suites() -> pd.DataFrame:
+    """A detection table of the paper's 50 generators."""
+    names = tuple(full_name(suite.name, known.column) for suite in SUITES for known in suite.generators)
+    return make_detection(seeds=2, generators=names)
 
 
 def make_changed(
@@ -155,6 +162,8 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "heatmap, 24 generators, nine methods": lambda: figures.detection_heatmap(
         make_detection(MANY, 2, generators=GENERATORS_24)
     ),
+    "detection, a suite": lambda: figures.detection_figures(of_suites())["detection-AIGIBench"],
+    "heatmap, a suite": lambda: figures.detection_figures(of_suites())["heatmap-AIGIBench"],
     "heatmap, long names": lambda: figures.detection_heatmap(make_detection(generators=LONG)),
     "bars, long names": lambda: figures.detection_bars(make_detection(generators=LONG)),
     "t-SNE, long names": lambda: figures.tsne_panels(make_points(generators=LONG)),
