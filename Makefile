@@ -1,6 +1,6 @@
 # make repro          environment + the whole pipeline (PROFILE=paper: another profile)
 # make test           environment + what a contributor runs; make test-slow: the rest
-# make verify         reproduce the committed results elsewhere and compare
+# make verify         reproduce the committed results elsewhere and compare (SEEDS="0 1": those alone, sooner)
 # make study          every method under every condition (hours; broken off, it goes on; STUDY=study-90: one part)
 # make bench          speed and memory against the release's step (13 minutes, a quiet machine)
 # make report         the executed notebooks as web pages, self-contained
@@ -60,10 +60,10 @@ test: $(READY) lint
 	coverage report --skip-covered --fail-under=90
 
 test-slow: $(READY)
-	pytest -m slow tests
+	pytest -m slow --durations=25 tests
 
 verify: $(READY)
-	python tests/verify.py
+	python tests/verify.py $(SEEDS)
 
 # The settings in params.yaml were chosen and committed before these test images were made for the first time.
 study: $(READY)

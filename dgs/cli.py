@@ -249,12 +249,13 @@ def verify(
     committed: Annotated[Path, typer.Argument(help="results folder to compare against")],
     reproduced: Annotated[Path, typer.Argument(help="results folder just made")],
     tolerance: Annotated[float, typer.Option(help="in rates, as a fraction")] = 0.01,
+    seed: Annotated[list[int] | None, typer.Option(help="compare what this one made alone; may be repeated")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare two results folders: counts exactly, rates within the tolerance; exit 1 if something moved."""
     from dgs.analysis.verify import compare_results
 
-    moved = compare_results(committed, reproduced, tolerance)
+    moved = compare_results(committed, reproduced, tolerance, seed or None)
     for line in moved:
         _say(f"moved: {line}")
     _say(f"{reproduced}: {'differs from' if moved else 'reproduces'} {committed} (rates within {tolerance:.3f}).")

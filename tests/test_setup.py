@@ -163,12 +163,13 @@ class TestSubmission:
 
     def test_it_runs_the_three_checks_in_order_and_nothing_else_of_make(self) -> None:
         calls = [line.split("#")[0].strip() for line in self.SCRIPT.read_text(encoding="utf-8").splitlines()]
-        assert [call for call in calls if call.startswith("make")] == ["make test", "make test-slow", "make verify"]
+        made = [call for call in calls if call.startswith("make")]
+        assert made == ["make test", "make test-slow", 'make verify SEEDS="0 1"']
 
     @pytest.mark.parametrize("failing", ["test", "test-slow", "verify"])
     def test_it_stops_at_the_first_failure(self, tmp_path: Path, failing: str) -> None:
         fake = tmp_path / "make"
-        fake.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\n[ "$1" != "{failing}" ]\n')
+        fake.write_text(f'#!/bin/sh\necho "$1" >> "{tmp_path}/calls"\n[ "$1" != "{failing}" ]\n')
         fake.chmod(0o755)
         env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
         result = subprocess.run([str(self.SCRIPT)], cwd=tmp_path, env=env, capture_output=True, check=False)

@@ -22,7 +22,8 @@ NAMES = ("detection.csv", "forgetting.csv", "gradient_angles.csv", "training.csv
 
 def metrics() -> dict[str, Any]:
     def value(mean: float) -> dict[str, Any]:
-        return {"mean": mean, "low": mean - 0.05, "high": mean + 0.05, "per_seed": [mean - 0.01, mean + 0.01]}
+        per_seed = {"0": mean - 0.01, "1": mean + 0.01}
+        return {"mean": mean, "low": mean - 0.05, "high": mean + 0.05, "per_seed": per_seed}
 
     names = ("balanced_acc_unseen", "balanced_acc_seen", "ap_unseen", "zero_shot_kept")
     methods = {
@@ -413,6 +414,43 @@ class TestTraining:
     def test_a_log_where_one_side_alone_has_rho(self, pair: tuple[Path, Path]) -> None:
         read_text(pair[0] / "training.csv").drop(columns="rho").to_csv(pair[0] / "training.csv", index=False)
         assert only(compare_results(*pair)) == "training.csv: column rho only in the reproduced file"
+
+
+class TestSeeds:
+    def test_a_run_of_one_seed_reproduces_what_that_seed_made(self, pair: tuple[Path, Path]) -> None:
+        committed, one = pair
+        for name in NAMES:
+            table = read_text(one / name)
+            table[table["seed"] == "1"].to_csv(one / name, index=False)
+        content = metrics()
+        for values in content["methods"].values():
+            for value in values.values():  # as of a run of seed 1: no means and intervals of two, no seed 0
+                value |= {"mean": value["per_seed"]["1"], "low": None, "high": None}
+        (one / "metrics.json").write_text(json.dumps(content))
+        assert compare_results(committed, one, seeds=[1]) == []
+        assert len(compare_results(committed, one)) > len(NAMES)
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_what_that_seed_made_otherwise_is_reported_and_what_others_made_is_not(
+        self, pair: tuple[Path, Path], name: str
+    ) -> None:
+        seeds = read_text(pair[1] / name)["seed"]
+        column = {"detection.csv": "auroc", "forgetting.csv": "after", "training.csv": "loss"}.get(name, "mean")
+        edit(pair[1], name, int((seeds == "1").to_numpy().nonzero()[0][0]), column, lambda value: value + 8)
+        assert compare_results(*pair, seeds=[0]) == []
+        assert column in only(compare_results(*pair, seeds=[1]))
+
+    def test_a_seeds_value_in_the_metrics(self, pair: tuple[Path, Path]) -> None:
+        content = metrics()
+        put(content, ("methods", "dgs", "ap_unseen", "per_seed", "1"), lambda value: value + 0.02)
+        (pair[1] / "metrics.json").write_text(json.dumps(content))
+        assert compare_results(*pair, seeds=[0]) == []
+        assert "dgs.ap_unseen.per_seed.1" in only(compare_results(*pair, seeds=[0, 1]))
+
+    @pytest.mark.parametrize("seeds", [[], [0, 7]])
+    def test_a_seed_that_was_never_run(self, pair: tuple[Path, Path], seeds: list[int]) -> None:
+        with pytest.raises(UserError, match=r"Expected some of the seeds \[0, 1\] .* found .*Name others"):
+            compare_results(*pair, seeds=seeds)
 
 
 def test_text_where_a_number_was_is_reported(pair: tuple[Path, Path]) -> None:

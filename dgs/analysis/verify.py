@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,20 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _metrics(committed: Path, reproduced: Path, tolerance: float) -> Iterator[str]:
+def _kept(path: str, seeds: Collection[int] | None) -> bool:
+    """Whether a leaf of metrics.json is compared: with `seeds`, of a method's metrics the values of these alone."""
+    parts = path.split(".")
+    if seeds is None or parts[0] != "methods":
+        return True
+    return "per_seed" in parts and parts[-1] in map(str, seeds)
+
+
+def _metrics(committed: Path, reproduced: Path, tolerance: float, seeds: Collection[int] | None) -> Iterator[str]:
     contents = []
     for folder, side in ((committed, "committed"), (reproduced, "reproduced")):
         try:
-            contents.append(dict(_leaves(json.loads((folder / METRICS).read_text(encoding="utf-8")))))
+            leaves = _leaves(json.loads((folder / METRICS).read_text(encoding="utf-8")))
+            contents.append({path: value for path, value in leaves if _kept(path, seeds)})
         except ValueError as error:
             yield f"{METRICS}: the {side} file is no JSON ({_one_line(error)})"
             return
@@ -62,11 +71,14 @@ def _row(key: object) -> str:
     return ", ".join(str(part) for part in key) if isinstance(key, tuple) else str(key)
 
 
-def _table(name: str, wanted: list[str], committed: Path, reproduced: Path, tolerance: float) -> Iterator[str]:
+def _table(
+    name: str, wanted: list[str], committed: Path, reproduced: Path, tolerance: float, seeds: Collection[int] | None
+) -> Iterator[str]:
     tables = []
     for folder, side in ((committed, "committed"), (reproduced, "reproduced")):
         try:
-            tables.append(pd.read_csv(folder / name, dtype={"threshold_rule": str, "seen": str}))
+            table = pd.read_csv(folder / name, dtype={"threshold_rule": str, "seen": str})
+            tables.append(table if seeds is None or "seed" not in table else table[table["seed"].isin(seeds)])
         except ValueError as error:  # empty, no text, or lines of unequal length
             yield f"{name}: the {side} file is no table ({_one_line(error)})"
             return
@@ -119,7 +131,20 @@ def _files(folder: Path) -> set[str]:
     return names - set(ASIDE)
 
 
-def compare_results(committed: Path, reproduced: Path, tolerance: float = 0.01) -> list[str]:
+def _check_seeds(committed: Path, seeds: Collection[int]) -> None:
+    table = committed / "detection.csv"
+    if not table.is_file():
+        return  # that results are missing is said elsewhere
+    found = set(pd.read_csv(table, usecols=["seed"])["seed"].unique().tolist())
+    if not seeds or not set(seeds) <= found:
+        raise UserError(
+            f"Expected some of the seeds {sorted(found)} that {committed} has, found {sorted(seeds)}. Name others."
+        )
+
+
+def compare_results(
+    committed: Path, reproduced: Path, tolerance: float = 0.01, seeds: Collection[int] | None = None
+) -> list[str]:
     """What differs between two results folders, one line each; empty where they agree.
 
     metrics.json and the tables (detection, forgetting, gradient_angles, training) are compared number by number:
@@ -131,19 +156,23 @@ def compare_results(committed: Path, reproduced: Path, tolerance: float = 0.01) 
         committed, reproduced: results folders.
         tolerance: for rates, as a fraction (0.01 = 1 point); for angles, of 180 degrees; for losses, absolute;
             counts, names and hashes must be equal.
+        seeds: compare what these made, where a run has fewer seeds than the committed results: their rows and values,
+            not means and intervals; None: everything.
 
     Raises:
         UserError: a folder has no metrics.json, so it holds no results; or one of the two alone has the table of
-            detection, forgetting or angles.
+            detection, forgetting or angles; or `seeds` names one that the committed results lack.
     """
+    if seeds is not None:
+        _check_seeds(committed, seeds)
     old, new = _files(committed), _files(reproduced)
     for folder, mine, other in ((committed, old, new), (reproduced, new, old)):
         for name in (METRICS, *TABLES):
             if name not in mine and (name == METRICS or (name in other and name not in LOGS)):
                 raise UserError(f"Expected {name} in {folder}, found none. Run make repro first.")
     lines = [f"{name}: only in the {'committed' if name in old else 'reproduced'} folder" for name in sorted(old ^ new)]
-    lines += _metrics(committed, reproduced, tolerance)
+    lines += _metrics(committed, reproduced, tolerance, seeds)
     for name, keys in TABLES.items():
         if name in old & new:
-            lines += _table(name, keys, committed, reproduced, tolerance)
+            lines += _table(name, keys, committed, reproduced, tolerance, seeds)
     return lines
