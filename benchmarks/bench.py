@@ -109,8 +109,8 @@ class Student:
         with self.backbone.frozen():
             frozen = torch.cat([self.backbone(part) for part in images.split(batch)])
             captions = torch.cat([embed_tokens(self.clip.model, part) for part in tokens.split(batch)])
-        residual = teacher_residuals(self.heads["teacher"], frozen, labels)
-        return Known(labels, captions, frozen, torch.ones_like(labels), residual, torch.zeros_like(labels))
+        residual, ones = teacher_residuals(self.heads["teacher"], frozen, labels), torch.ones_like(labels)
+        return Known(labels, captions, frozen, ones, residual, torch.zeros_like(labels), ones)
 
 
 def data(geometry: oracle.Geometry, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +133,7 @@ def arbitrary(labels: Tensor, width: int) -> Known:
     """What a step reads, made up: its values do not change what a step costs."""
     captions, teacher = torch.randn(2, len(labels), width, device=labels.device)
     ones = torch.ones_like(labels)
-    return Known(labels, captions, teacher, ones, torch.rand_like(labels) - 0.5, torch.zeros_like(labels))
+    return Known(labels, captions, teacher, ones, torch.rand_like(labels) - 0.5, torch.zeros_like(labels), ones)
 
 
 @contextmanager
@@ -211,8 +211,8 @@ def bench_stages(name: str, images_count: int, batch: int, rounds: int) -> list[
             frozen = dgs_stage_1()
             with torch.no_grad():
                 captions = torch.cat([embed_tokens(mine.clip.model, part) for part in tokens.split(batch)])
-            residual = teacher_residuals(mine.heads["teacher"], frozen, labels)
-            known = Known(labels, captions, frozen, torch.ones_like(labels), residual, torch.zeros_like(labels))
+            residual, ones = teacher_residuals(mine.heads["teacher"], frozen, labels), torch.ones_like(labels)
+            known = Known(labels, captions, frozen, ones, residual, torch.zeros_like(labels), ones)
             for part in order[EPOCHS_1]:
                 mine.step(images[part], known[part])
 

@@ -62,7 +62,7 @@ def test_the_explorers_surgery_is_the_training_steps(
     labels = torch.arange(size).remainder(2).float()
     residual = torch.sigmoid(heads["teacher"](frozen).squeeze(1)).detach() - labels
     zeros = torch.zeros(size)
-    known = Known(labels, captions, frozen, zeros + 1, residual, zeros)
+    known = Known(labels, captions, frozen, zeros + 1, residual, zeros, zeros + 1)
     _, _, wanted = surgery_step(get_method("dgs"), features, heads, known, torch.randn(size, width), params)
     settings = Settings.of(params.train.surgery)
     for i in range(size):

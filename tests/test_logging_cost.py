@@ -36,7 +36,9 @@ def test_logging_costs_at_most_five_per_cent_of_a_run() -> None:
     images = torch.randint(0, 256, (size, 3, params.image_size, params.image_size), dtype=torch.uint8)
     captions, frozen, noise = torch.randn(3, size, width)
     labels = torch.arange(size).remainder(2).float()
-    known = Known(labels, captions, frozen, torch.ones(size), torch.rand(size) - 0.5, torch.zeros(size))
+    known = Known(
+        labels, captions, frozen, torch.ones(size), torch.rand(size) - 0.5, torch.zeros(size), torch.ones(size)
+    )
     journal = Journal("dgs", 0)
 
     def step(logged: bool, layers: LayerGradients | None = None) -> None:

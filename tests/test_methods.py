@@ -17,7 +17,7 @@ from dgs.errors import UserError
 from dgs.model.expert import text_expert
 from dgs.model.methods import METHODS, get_method
 from dgs.model.step import Known, surgery_step
-from dgs.model.train import expert_logits, known_before, stage1
+from dgs.model.train import expert_logits, image_weights, known_before, stage1
 from dgs.params import Params, validate
 
 COUNT, WIDTH = 12, 8
@@ -38,7 +38,7 @@ def some_known(seed: int = 0) -> Known:
     labels = torch.arange(COUNT).remainder(2).double()
     residual = torch.rand(COUNT, generator=generator, dtype=torch.float64) * 0.5 - labels
     power = teacher.square().sum(1).mean().expand(COUNT)
-    return Known(labels, captions, teacher, power, residual, torch.zeros_like(labels))
+    return Known(labels, captions, teacher, power, residual, torch.zeros_like(labels), torch.ones_like(labels))
 
 
 def step(name: str, known: Known | None = None, seed: int = 1, **surgery: object) -> dict[str, Tensor]:
@@ -185,6 +185,38 @@ def test_a_probe_with_a_text_expert_leaves_the_shortcut_to_it() -> None:
         rests[name] = (head.weight[0] * features.std(0)).abs()
     assert rests["probe"][0] > rests["probe"][1]
     assert rests["poe_probe"][0] < 0.2 * rests["poe_probe"][1]
+
+
+def test_weighed_images_leave_the_shortcut_to_nobody() -> None:
+    """A probe rests on the shortcut less than plainly, and no expert stands beside it."""
+    features, captions, labels = shortcut()
+    params = validate({"data": {"layout": "folders", "rho": None}, "train": {"stage1": {"epochs": 40, "lr": 0.02}}})
+    weights = image_weights(get_method("weighed_probe"), captions, labels, 0)
+    assert weights.mean() == pytest.approx(1, abs=1e-6)
+    group = torch.tensor(captions[:, 0])
+    share = [(weights * (group == side) * (labels == 1)).sum() / (weights * (group == side)).sum() for side in (0, 1)]
+    assert share == pytest.approx([0.5, 0.5], abs=0.03)  # of fakes, where it was 0.1 and 0.9
+    rests = []
+    for weight in (None, weights):
+        head = stage1(features[None], labels, params, 0, weight=weight)
+        rests.append((head.weight[0] * features.std(0)).abs())
+    assert rests[1][0] / rests[1][1] < 0.3 * rests[0][0] / rests[0][1]
+    assert not expert_logits(get_method("weighed_probe"), captions, labels, 0).any()
+
+
+def test_a_weighed_image_counts_as_many_times() -> None:
+    known = some_known()
+    weight = torch.linspace(0, 2, COUNT, dtype=torch.float64)
+    plain, weighed = step("weighed_lora", known), step("weighed_lora", replace(known, weight=weight))
+    assert same(weighed["task"], weight[:, None] * plain["task"])
+    assert same(weighed["applied"], weighed["task"])
+    assert same(step("lora", known)["task"], plain["task"])
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"weighed_probe", "weighed_lora"}))
+def test_no_other_method_weighs(name: str) -> None:
+    _, captions, labels = shortcut()
+    assert (image_weights(get_method(name), captions, labels, 0) == 1).all()
 
 
 def test_the_text_expert_is_cross_fitted() -> None:

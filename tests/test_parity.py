@@ -73,6 +73,7 @@ def require_parity(
             torch.ones_like(labels),
             residual,
             torch.zeros_like(labels),
+            torch.ones_like(labels),
         )
         untrained = start.heads["image"](backbone(images)).squeeze(1)
     learned = [*backbone.adapter_parameters(), *heads["image"].parameters(), *heads["text"].parameters()]

@@ -103,7 +103,7 @@ def run(
 def some_known(labels: Tensor, captions: Tensor, residual: Tensor) -> Known:
     """With a teacher that matters to no method tested with it, and no text expert."""
     ones = torch.ones_like(captions)
-    return Known(labels, captions, ones, ones[:, 0], residual, torch.zeros_like(labels))
+    return Known(labels, captions, ones, ones[:, 0], residual, torch.zeros_like(labels), torch.ones_like(labels))
 
 
 @pytest.mark.parametrize("order", ["release", "paper"])

@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from dgs.analysis import tuning
-from dgs.analysis.tuning import RULES, balance_weights, candidates, chosen, weighted_balanced_accuracy
+from dgs.analysis.tuning import RULES, candidates, chosen, weighted_balanced_accuracy
 from dgs.data.manifest import SPLITS, ImageSource
 from dgs.data.prepared import Prepared
+from dgs.model.expert import balance_weights
 from dgs.model.methods import METHODS
 from dgs.params import validate
 

@@ -15,13 +15,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dgs.analysis.intervals import share_interval
-from dgs.analysis.tuning import balance_weights
 from dgs.data.prepared import load_prepared
 from dgs.data.views import Views
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, load_clip
 from dgs.model.device import choose_device
-from dgs.model.expert import caption_probability
+from dgs.model.expert import balance_weights, caption_probability
 from dgs.model.train import extract_features, training_views
 from dgs.params import Params
 

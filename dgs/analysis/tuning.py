@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dgs.data.manifest import data_hash
 from dgs.data.prepared import Prepared, load_prepared
+from dgs.model.expert import balance_weights, caption_probability
 from dgs.model.methods import METHODS, Method, get_method
 from dgs.params import Params, validate
 
@@ -51,19 +52,6 @@ def candidates(method: Method) -> list[Candidate]:
     return [{LR_FROZEN: rate, EPOCHS: epochs} for rate, epochs in product((3e-3, 1e-2, 3e-2), (20, 60))]
 
 
-def balance_weights(probability: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Weights under which captions tell nothing of labels: 1 / P(label | caption), at most 20.
-
-    So a sample with the shortcut stands for one without, and nobody needs to know what the shortcut is. It is
-    importance weighting, with the text expert for the propensity.
-
-    Args:
-        probability: (N,) of a fake, from captions alone.
-        labels: (N,) 0 real, 1 fake.
-    """
-    return 1 / np.clip(np.where(labels == 1, probability, 1 - probability), 0.05, 1)
-
-
 def weighted_balanced_accuracy(
     labels: NDArray[np.int64], logits: NDArray[np.float32], weights: NDArray[np.float64]
 ) -> float:
@@ -82,7 +70,6 @@ def _score(name: str, candidate: Candidate, seed: int, params: Params, root: Pat
     from dgs.data.views import Views
     from dgs.model.backbone import load_clip
     from dgs.model.device import choose_device
-    from dgs.model.expert import caption_probability
     from dgs.model.train import Trained, train, validation_logits
 
     prepared = load_prepared(folder, root)

@@ -1,4 +1,4 @@
-"""The text expert of a product of experts: what captions alone say about real and fake."""
+"""The text expert: what captions alone say about real and fake, to be added to logits, or to weigh images by."""
 
 from __future__ import annotations
 
@@ -45,6 +45,19 @@ def text_expert(captions: NDArray[np.float32], labels: NDArray[np.int64], seed: 
     model = _model()
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     return cross_val_predict(model, captions, labels, cv=folds, method="decision_function")
+
+
+def balance_weights(probability: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Weights under which captions tell nothing of labels: 1 / P(label | caption), at most 20.
+
+    So a sample with the shortcut stands for one without, and nobody needs to know what the shortcut is. It is
+    importance weighting, with the text expert for the propensity.
+
+    Args:
+        probability: (N,) of a fake, from captions alone.
+        labels: (N,) 0 real, 1 fake.
+    """
+    return 1 / np.clip(np.where(labels == 1, probability, 1 - probability), 0.05, 1)
 
 
 def caption_probability(prepared: Prepared, split: str) -> NDArray[np.float64]:

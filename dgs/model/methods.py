@@ -124,6 +124,7 @@ class Method:
     gradient: (task gradient, prior gradient, batch, params), all (B, D), to the gradient sent into the tower.
     expert: in training the logit of a text expert (`dgs.model.expert`) is added to the image head's, so that neither
         head nor tower is asked for what captions explain; at test time the image head stands alone.
+    weighed: in training the text expert weighs images, so that captions tell nothing of labels.
     shuffled: captions go to other images than their own.
     levels: the head reads statistics of earlier tokens (`model.levels`) beside the tower's output.
     lens: the map that the image head reads features through, fitted on the frozen tower's.
@@ -142,6 +143,7 @@ class Method:
     prior: Prior = _zero
     gradient: GradientMap = _sum
     expert: bool = False
+    weighed: bool = False
     shuffled: bool = False
     levels: bool = False
     lens: Lens | None = None
@@ -333,6 +335,18 @@ _PARTS = (
 )
 
 _NEIGHBOURS = (
+    Method(
+        name="weighed_probe",
+        reference="Frozen CLIP, a linear layer that learns from images weighed by 1 / P(label given caption), the text "
+        "expert giving P (inverse propensity weighting, Horvitz & Thompson 1952).",
+        adapters=False,
+        weighed=True,
+    ),
+    Method(
+        name="weighed_lora",
+        reference="LoRA whose images are weighed by 1 / P(label given caption), as weighed_probe's are.",
+        weighed=True,
+    ),
     Method(
         name="lp_ft",
         reference="LP-FT (Kumar et al. 2022) with LoRA: fine-tuning starts from the probe's head.",

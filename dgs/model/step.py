@@ -30,7 +30,8 @@ class Known:
     teacher: (N, D), the frozen tower's features fT of the view at hand; D > T where the head reads levels too.
     power: (N,), in every row the mean of |fT|^2 over all training images, of the first T columns.
     residual: (N,), sigmoid(zT) - y.
-    expert: (N,), logits of the text expert; zero where a method has none.
+    expert: (N,), logits of the text expert; zero where a method adds none.
+    weight: (N,), of the image in the task's loss, 1 on average; 1 where a method does not weigh.
     """
 
     labels: Tensor
@@ -39,6 +40,7 @@ class Known:
     power: Tensor
     residual: Tensor
     expert: Tensor
+    weight: Tensor
 
     def __getitem__(self, rows: Tensor | slice) -> Known:
         return Known(*(getattr(self, part.name)[rows] for part in fields(self)))
@@ -77,7 +79,7 @@ def surgery_step(
     per = 1.0 if surgery.scale == "per_sample" else 1.0 / total
     leaf = features.detach().requires_grad_()
     image_logits = heads["image"](leaf).squeeze(1) + known.expert
-    task_loss = share * F.binary_cross_entropy_with_logits(image_logits, known.labels)
+    task_loss = share * F.binary_cross_entropy_with_logits(image_logits, known.labels, known.weight)
     text_logits = heads["text"](known.captions).squeeze(1)
     text_loss = share * F.binary_cross_entropy_with_logits(text_logits, known.labels)
     for name, loss in (("task", task_loss), ("text", text_loss)):

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from dgs.model import processes
 from dgs.model.adapters import shrink
 from dgs.model.backbone import Backbone, Clip
 from dgs.model.device import set_determinism
-from dgs.model.expert import text_expert
+from dgs.model.expert import balance_weights, text_expert
 from dgs.model.journal import LAYERS_EVERY, Journal
 from dgs.model.layers import LayerGradients
 from dgs.model.lens import Affine, Through
@@ -131,6 +132,7 @@ def stage1(
     expert: Tensor | None = None,
     lens: Affine | None = None,
     rows: pd.DataFrame | None = None,
+    weight: Tensor | None = None,
 ) -> nn.Linear:
     """Stage 1: BCE and Adam on cached frozen features.
 
@@ -141,6 +143,7 @@ def stage1(
         expert: (N,) logits that are added to the head's while it learns.
         lens: what the head reads features through while it learns; the head returned reads them as they are.
         rows: of the manifest, so that an error can name images.
+        weight: (N,) of images in the loss; all alike without.
 
     Returns:
         the head, D -> 1.
@@ -150,6 +153,7 @@ def stage1(
     """
     plain = new_head(features.shape[2], seed, features.device)
     offset = torch.zeros_like(labels) if expert is None else expert
+    weights = torch.ones_like(labels) if weight is None else weight
     seen = features if lens is None else lens(features)
     optimizer = _adam(list(plain.parameters()), params.train.stage1.lr)
     size, step = params.train.batch_size, 0
@@ -163,14 +167,14 @@ def stage1(
             logits = plain(x).squeeze(1) + offset[index]
             if not logits.isfinite().all():
                 named = pd.DataFrame({"id": map(str, range(len(labels)))}) if rows is None else rows
-                loss = F.binary_cross_entropy_with_logits(logits, y).item()
+                loss = F.binary_cross_entropy_with_logits(logits, y, weights[index]).item()
                 raise _diverged(f"The loss became {loss}", step, named, index.tolist(), 1)
             # The gradient in closed form: autograd would take ten times as long as these few sums.
-            residual = (logits.sigmoid() - y) / len(index)
+            residual = weights[index] * (logits.sigmoid() - y) / len(index)
             plain.weight.grad, plain.bias.grad = (residual @ x).unsqueeze(0), residual.sum().unsqueeze(0)
             optimizer.step()
             if journal is not None and (step % every == 0 or step == steps - 1):
-                loss = F.binary_cross_entropy_with_logits(logits, y).item()
+                loss = F.binary_cross_entropy_with_logits(logits, y, weights[index]).item()
                 journal.loss(epoch, step, loss=loss, loss_task=loss)
             step += 1
             on_step()
@@ -216,7 +220,8 @@ def known_before(method: Method, prepared: Prepared, teacher: nn.Linear, frozen:
     given = torch.tensor(captions, device=frozen.device)
     residuals = teacher_residuals(teacher, frozen, labels)
     powers = frozen[..., : given.shape[1]].square().sum(2).mean(1, keepdim=True).expand_as(residuals)
-    return [Known(labels, given, *view, expert) for view in zip(frozen, powers, residuals, strict=True)]
+    weight = image_weights(method, captions, labels, seed)
+    return [Known(labels, given, *view, expert, weight) for view in zip(frozen, powers, residuals, strict=True)]
 
 
 def fitted_lens(method: Method, frozen: Tensor, captions: NDArray[np.float32], params: Params) -> Affine | None:
@@ -232,6 +237,15 @@ def expert_logits(method: Method, captions: NDArray[np.float32], labels: Tensor,
         return torch.zeros_like(labels)
     found = text_expert(captions, labels.cpu().numpy().astype(np.int64), seed)
     return torch.tensor(found, dtype=labels.dtype, device=labels.device)
+
+
+def image_weights(method: Method, captions: NDArray[np.float32], labels: Tensor, seed: int) -> Tensor:
+    """(N,) weights of training images on `labels`' device, 1 on average; all 1 where the method does not weigh."""
+    if not method.weighed:
+        return torch.ones_like(labels)
+    told = labels.cpu().numpy().astype(np.int64)
+    weights = balance_weights(expit(text_expert(captions, told, seed)), told)
+    return torch.tensor(weights / weights.mean(), dtype=labels.dtype, device=labels.device)
 
 
 def training_batches(
@@ -410,7 +424,8 @@ def train(
             done(stage2(method, backbone, prepared, params, seed, head, frozen, views, device, on_step, unfinished))
         else:
             expert = expert_logits(method, captions, labels, seed)
-            head = stage1(frozen, labels, params, seed, journal, on_step, expert, lens, rows)
+            weight = image_weights(method, captions, labels, seed)
+            head = stage1(frozen, labels, params, seed, journal, on_step, expert, lens, rows, weight)
             truth = prepared.split("val")["label"].to_numpy()
             logits = validation_logits(backbone, head, validation_views(prepared, params), params, device)
             score = detection_row(truth, logits)["balanced_acc"]
