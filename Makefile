@@ -25,7 +25,7 @@ export PATH := $(BIN):$(PATH)
 
 STUDY ?= study-90 study-90-part2 study-90-part3 study-75 study-75-part2 study-75-part3 study-50 study-object \
   study-networks study-patches study-90-val study-90-unbiased
-FRESH := 20261126
+FRESH := 20261127
 
 NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gradient_angles explore))
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120

@@ -27,8 +27,8 @@ from dgs.errors import UserError
 from dgs.model.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
-SHIFT = {"lora": 0.5, "dgs": 0.1, "distillation": 1.5, "dgs_plus": 3.0, "poe_wise_ft": 3.2}
-KEPT = {"lora": 0.6, "dgs": 0.2, "distillation": 0.99, "dgs_plus": 0.97, "poe_wise_ft": 0.7}
+SHIFT = {"lora": 0.5, "dgs": 0.1, "distillation": 1.5, "dgs_plus": 3.0, "poe_swad": 3.2}
+KEPT = {"lora": 0.6, "dgs": 0.2, "distillation": 0.99, "dgs_plus": 0.97, "poe_swad": 0.7}
 
 
 def write_results(root: Path, name: str, rho: float, shift: dict[str, float] = SHIFT) -> None:
@@ -99,7 +99,7 @@ def test_the_report_says_what_was_reached_and_what_was_not(root: Path) -> None:
     assert "| `distillation` |" in strong and strong.rstrip(" |").endswith("yes")  # 97 % kept
     table = text.partition("## strong")[2].partition("##")[0]
     ranks = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
-    assert ranks[0] == "poe_wise_ft" and ranks[-1] == "dgs"
+    assert ranks[0] == "poe_swad" and ranks[-1] == "dgs"
     assert len(pd.read_csv(report.parent / "table.csv")) == 2 * 5 * 6
 
 

@@ -28,6 +28,7 @@ from dgs.model.checkpoint import load_checkpoint, load_heads, save_checkpoint
 from dgs.model.detector import Detector
 from dgs.model.methods import METHODS, get_method
 from dgs.model.step import Known, surgery_step
+from dgs.model.tail import Tail
 from dgs.model.train import (
     Trained,
     frozen_features,
@@ -422,18 +423,52 @@ def test_a_warm_head_starts_as_the_probes(clip: Clip, prepared: Prepared) -> Non
     assert (cold["image.weight"] - cold["teacher.weight"]).abs().max() > 1e-2
 
 
-def test_dgs_plus_goes_from_the_probe_with_a_text_expert_to_what_was_tuned(clip: Clip, prepared: Prepared) -> None:
-    """A share of 0 is `poe_probe` on the frozen tower; half lies halfway; the shortcut enters at neither end."""
-    start, half, end = (
-        run("dgs_plus", clip, prepared, settings(surgery={"mix": share}))[0] for share in (0.0, 0.5, 1.0)
-    )
-    probe, _ = run("poe_probe", clip, prepared, settings())
-    assert torch.equal(start["image.weight"], probe["image.weight"])
-    assert not any(value.any() for name, value in start.items() if "lora_B" in name)
-    assert (end["image.weight"] - probe["image.weight"]).abs().max() > 1e-4
-    for name, value in half.items():
-        if name.startswith("image") or "lora_B" in name:
-            assert torch.allclose(value, (start[name] + end[name]) / 2, atol=1e-6)
+def test_dgs_plus_starts_as_the_probe_with_a_text_expert(clip: Clip, prepared: Prepared) -> None:
+    params = settings(stage2={"lr": 1e-9, "epochs": 1}, stage1={"lr": 0.05, "epochs": 5})
+    start, _ = run("dgs_plus", clip, prepared, params)
+    probe, _ = run("poe_probe", clip, prepared, params)
+    assert torch.allclose(start["image.weight"], probe["image.weight"], atol=1e-6)
+    assert all(value.abs().max() < 1e-7 for name, value in start.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("method", ["dgs_plus", "swad"])
+def test_weights_are_their_means_over_the_last_two_thirds(
+    method: str, clip: Clip, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three epochs of three steps: what adapters and head were after each of the last six."""
+    steps: dict[int, list[Tensor]] = {}
+    add = Tail.add
+
+    def watched(self: Tail, step: int) -> None:
+        steps[step] = [parameter.detach().clone() for parameter in self.parameters]
+        add(self, step)
+
+    monkeypatch.setattr(Tail, "add", watched)
+    ends: list[Tensor] = []
+
+    def look(trained: Trained) -> None:
+        ends.extend([*trained.backbone.adapter_parameters(), *trained.heads["image"].parameters()])
+
+    params = settings(stage2={"lr": 0.01, "epochs": 3})
+    train(get_method(method), clip, prepared, params, 0, torch.device("cpu"), look)
+    assert sorted(steps) == list(range(9))
+    means = [torch.stack([steps[step][i] for step in range(3, 9)]).mean(0) for i in range(len(steps[0]))]
+    assert len(ends) == len(means)
+    assert all(torch.allclose(end, mean, atol=1e-6) for end, mean in zip(ends, means, strict=True))
+    assert not torch.allclose(means[-2], steps[8][-2], atol=1e-4), "the last step is not their mean"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 10])
+def test_a_tail_is_never_empty_and_is_told_after_any_step(steps: int) -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    tail = Tail([parameter], steps)
+    for step in range(steps):
+        parameter.data = torch.full((2,), float(step))
+        tail.add(step)
+    tail.settle()
+    last = range(steps - tail.count, steps)
+    assert 1 <= tail.count <= steps and tail.count == max(1, round(2 * steps / 3))
+    assert parameter.tolist() == pytest.approx([sum(last) / len(last)] * 2)
 
 
 def test_wise_ft_goes_from_the_probe_to_lp_ft(clip: Clip, prepared: Prepared) -> None:

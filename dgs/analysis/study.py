@@ -31,7 +31,7 @@ from dgs.params import load_params
 from dgs.workspace import MAIN
 
 SUBJECT, BASELINE, PAPERS = "dgs_plus", "lora", "dgs"
-PARTS = ("poe_wise_ft",)  # of the subject, so no rivals of it
+PARTS = ("poe_swad",)  # of the subject, so no rivals of it
 GOALS = {0.9: 15.0, 0.75: 6.6, 0.5: 0.0}  # points above lora on unseen generators that were asked of the subject
 KEPT = 0.95  # share of the frozen tower's abilities that was asked of it
 SHOWN = {

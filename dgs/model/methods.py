@@ -132,6 +132,7 @@ class Method:
     penalty: a loss on the adapters, weighed by train.surgery.decay.
     confine: given the backbone, a function that puts the adapters back where they may be, called after every step.
     mix: the tuned tower and head are averaged with the frozen ones at the end, train.surgery.mix of the tuned.
+    tail: weights and head are their means over the last two thirds of stage 2's steps (`dgs.model.tail`).
     settings: parameters of train.surgery that are the method's own.
     knob: the parameter of train.surgery that sets the method's strength, tuned beside the learning rate.
     like: the method whose tuned settings this one takes, since it is to differ from it in one thing.
@@ -151,6 +152,7 @@ class Method:
     penalty: Callable[[nn.Module], Tensor] | None = None
     confine: Callable[[nn.Module], Callable[[], None]] | None = None
     mix: bool = False
+    tail: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     knob: str | None = None
     like: str | None = None
@@ -226,11 +228,11 @@ _CORE = (
     Method(
         name="dgs_plus",
         reference="DGS-Net's idea with other means: a text expert takes over what captions explain; the frozen tower's "
-        "output is held, its probe is where the head starts, and both are averaged with what was tuned.",
+        "output is held, its probe is where the head starts; weights are averaged along the way.",
         prior=distillation,
         expert=True,
         warm=True,
-        mix=True,
+        tail=True,
         knob="distill",
     ),
 )
@@ -285,12 +287,11 @@ _CONTROLS = (
 
 _PARTS = (
     Method(
-        name="poe_wise_ft",
-        reference="dgs_plus without holding the tower's output: WiSE-FT with a text expert.",
+        name="poe_swad",
+        reference="dgs_plus without holding the tower's output: SWAD with a text expert.",
         expert=True,
         warm=True,
-        mix=True,
-        knob="mix",
+        tail=True,
     ),
     Method(
         name="levels_probe",
@@ -359,6 +360,11 @@ _NEIGHBOURS = (
         warm=True,
         mix=True,
         knob="mix",
+    ),
+    Method(
+        name="swad",
+        reference="SWAD (Cha et al. 2021) with LoRA: weights and head are averaged over the last two thirds of steps.",
+        tail=True,
     ),
     Method(
         name="l2_sp",

@@ -29,6 +29,7 @@ from dgs.model.layers import LayerGradients
 from dgs.model.lens import Affine, Through
 from dgs.model.methods import Method, total_steps
 from dgs.model.step import Known, stage2_step
+from dgs.model.tail import Tail
 from dgs.model.unfinished import State, Unfinished
 from dgs.params import Params
 
@@ -295,6 +296,24 @@ def average(backbone: Backbone, head: nn.Linear, teacher: nn.Linear, share: floa
         mine.lerp_(frozen, 1 - share)
 
 
+def averaged(
+    method: Method,
+    backbone: Backbone,
+    image: nn.Linear,
+    lens: Affine | None,
+    teacher: nn.Linear,
+    tail: Tail | None,
+    params: Params,
+) -> nn.Linear:
+    """The head that decides, on features as they are; tower and head averaged in place, where the method does so."""
+    if tail is not None:
+        tail.settle()
+    decides = image if lens is None else lens.before(image)
+    if method.mix:
+        average(backbone, decides, teacher, params.train.surgery.mix)
+    return decides
+
+
 def stage2(
     method: Method,
     backbone: Backbone,
@@ -335,13 +354,14 @@ def stage2(
     torch.manual_seed(seed + 1_000_003 * processes.rank())  # dropout masks, each process's own
     random = torch.Generator().manual_seed(seed)  # of the controls, so that they leave the masks alone
     journal = Journal(method.name, seed)
-    state = State(learned, _adam(learned, params.train.stage2.lr), random, journal)
+    steps, an_epoch = total_steps(method, len(rows), params), -(-len(rows) // params.train.batch_size)
+    tail = Tail([*backbone.adapter_parameters(), *image.parameters()], steps) if method.tail else None
+    state = State(learned, _adam(learned, params.train.stage2.lr), random, journal, tail=tail)
     unfinished.resume(state)
     for _ in range(state.step):
         on_step()
     backbone.train()
     log_gradients, layers_every = params.train.log_gradients, params.train.log_every * LAYERS_EVERY
-    steps, an_epoch = total_steps(method, len(rows), params), -(-len(rows) // params.train.batch_size)
     with tqdm(total=steps, initial=state.step, desc=f"{method.name}, seed {seed}", unit="step") as progress:
         for epoch, batch, images, chosen in training_batches(views, params, seed, state.step):
             step, index = state.step, chosen.to(device)
@@ -369,7 +389,7 @@ def stage2(
                 note(journal, epoch, step, losses, gradients if log_gradients else {}, batch, known[0].labels[batch])
             if layers is not None:
                 layers.note(journal, step)
-            state.step += 1
+            state.count()
             progress.update()
             on_step()
             if state.step % an_epoch == 0:
@@ -378,9 +398,8 @@ def stage2(
             if state.step < steps and unfinished.is_due():
                 unfinished.save(state)
     backbone.eval()
-    decides = image if lens is None else lens.before(image)
-    if method.mix:
-        average(backbone, decides, teacher, params.train.surgery.mix)
+    decides = averaged(method, backbone, image, lens, teacher, tail, params)
+    if method.mix or method.tail:
         logits = validation_logits(backbone, decides, validation, params, device)
         journal.loss(epoch, steps, val_balanced_acc=detection_row(truth, logits)["balanced_acc"])
     plain = {"image": decides, "text": text, "teacher": teacher}

@@ -21,6 +21,7 @@ import dgs
 from dgs.disk import replacing, replacing_file
 from dgs.model import processes
 from dgs.model.journal import Journal
+from dgs.model.tail import Tail
 from dgs.params import Params
 
 FREE = {"jobs", "workers", "keep_mb", "snapshot_seconds"}  # of `compute`: no result depends on them
@@ -54,6 +55,7 @@ class State:
     learned: the parameters, always in the same order.
     random: the generator of the controls' noise.
     step: steps that were made.
+    tail: the means of weights, where the method takes them.
     """
 
     learned: list[nn.Parameter]
@@ -61,6 +63,13 @@ class State:
     random: torch.Generator
     journal: Journal
     step: int = 0
+    tail: Tail | None = None
+
+    def count(self) -> None:
+        """One step more was made."""
+        if self.tail is not None:
+            self.tail.add(self.step)
+        self.step += 1
 
     def content(self) -> dict[str, Any]:
         """As tensors, numbers, text, and lists and dicts of them."""
@@ -70,6 +79,7 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "random": self.random.get_state(),
             "journal": self.journal.rows(),
+            "tail": None if self.tail is None else self.tail.content(),
         }
 
     @torch.no_grad()
@@ -81,6 +91,8 @@ class State:
         self.journal.restore(content["journal"])
         for parameter, value in zip(self.learned, content["learned"], strict=True):
             parameter.copy_(value)
+        if self.tail is not None:
+            self.tail.restore(content["tail"])
 
 
 class Unfinished:
