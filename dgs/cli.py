@@ -129,6 +129,41 @@ def tune(
 
 @app.command()
 @_for_users
+def left_out(
+    methods: Annotated[list[str], typer.Argument(help="of the registry")],
+    seed: Annotated[list[int] | None, typer.Option(help="other than those of the results; may be repeated")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train methods without one generator, each in turn, and test them on it: no test image is looked at.
+
+    On what was prepared last, with the profile's settings. A run that was broken off goes on. The table is
+    results/<profile>/left_out.csv; the profile is DGS_PROFILE's.
+    """
+    import pandas as pd
+
+    from dgs.analysis.left_out import COLUMNS, left_out
+    from dgs.model.methods import get_method
+    from dgs.params import load_params
+    from dgs.workspace import Workspace
+
+    params = load_params()
+    workspace = Workspace.of(params.profile)
+    folder = workspace.find("prepare", made_by="prepare")
+    names = [get_method(name).name for name in methods]
+    out = workspace.root / "results" / params.profile / "left_out.csv"
+    rates = COLUMNS[4:]
+    for row in left_out(names, params, workspace.root, folder, out, seed or [100]):
+        line = ", ".join(f"{rate} {row[rate]:.3f}" for rate in rates)
+        _say(f"{row['method']} without {row['generator']}, seed {row['seed']}: {line}")
+    table = pd.read_csv(out)
+    for name in names:
+        means = table.loc[table["method"] == name, rates].mean().round(6).to_dict()
+        line = ", ".join(f"{rate} {value:.3f}" for rate, value in means.items())
+        _print(as_json, {"method": name, **{str(rate): value for rate, value in means.items()}}, f"{name}: {line}")
+
+
+@app.command()
+@_for_users
 def ceiling(as_json: Json = False) -> None:
     """Bound what a linear head on the frozen tower can reach: one trained on images of every test generator.
 

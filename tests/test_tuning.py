@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from dgs.analysis import tuning
+from dgs.analysis import trials, tuning
 from dgs.analysis.tuning import RULES, candidates, chosen, weighted_balanced_accuracy
 from dgs.data.manifest import SPLITS, ImageSource
 from dgs.data.prepared import Prepared
@@ -113,13 +113,12 @@ def test_a_broken_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             return self
 
         def __exit__(self, *_: object) -> None: ...
-        def submit(self, _: object, name: str, candidate: tuning.Candidate, seed: int, *__: object) -> object:
-            tried.append((name, json.dumps(candidate)))
-            row = {"data_hash": "d", "method": name, "candidate": json.dumps(candidate), "seed": seed, "val": 0.7}
-            return type("Done", (), {"result": lambda self: row})()
+        def submit(self, _: object, images: str, name: str, candidate: str, seed: int, *__: object) -> object:
+            tried.append((name, candidate))
+            return type("Done", (), {"result": lambda self: {"val": 0.7}})()
 
-    monkeypatch.setattr(tuning, "ProcessPoolExecutor", Serial)
-    monkeypatch.setattr(tuning, "as_completed", list)
+    monkeypatch.setattr(trials, "ProcessPoolExecutor", Serial)
+    monkeypatch.setattr(trials, "as_completed", list)
     monkeypatch.setattr(tuning, "load_prepared", lambda *_: None)
     monkeypatch.setattr(tuning, "searched_on", lambda _: "d")
     rows = list(tuning.tune(["lora", "paper_order"], validate({}), tmp_path, tmp_path, out, [0]))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dgs.analysis.trials import trials
 from dgs.data.manifest import data_hash
 from dgs.data.prepared import Prepared, load_prepared
 from dgs.model.expert import balance_weights, caption_probability
@@ -65,7 +64,7 @@ def searched_on(prepared: Prepared) -> str:
     return data_hash(prepared.manifest[prepared.manifest["split"] != "test"])
 
 
-def _score(name: str, candidate: Candidate, seed: int, params: Params, root: Path, folder: Path) -> dict[str, Any]:
+def _score(_: str, name: str, candidate: str, seed: int, params: Params, root: Path, folder: Path) -> dict[str, float]:
     # Imported here: the parent only waits, and should not spend seconds on loading CLIP's libraries.
     from dgs.data.views import Views
     from dgs.model.backbone import load_clip
@@ -75,8 +74,8 @@ def _score(name: str, candidate: Candidate, seed: int, params: Params, root: Pat
     prepared = load_prepared(folder, root)
     clip = load_clip(params.model, root, params.image_size, text=False)
     device = choose_device(params.compute.device)
-    own = validate({**params.model_dump(), "settings": {name: candidate}}, "candidate").tuned(name)
-    row: dict[str, Any] = {}
+    own = validate({**params.model_dump(), "settings": {name: json.loads(candidate)}}, "candidate").tuned(name)
+    row: dict[str, float] = {}
 
     def done(trained: Trained) -> None:
         for split in ("val", "val_unbiased"):
@@ -92,13 +91,7 @@ def _score(name: str, candidate: Candidate, seed: int, params: Params, root: Pat
                 row["val_balanced"] = weighted_balanced_accuracy(labels, logits, weights)
 
     train(get_method(name), clip, prepared, own, seed, device, done)
-    return {
-        "data_hash": searched_on(prepared),
-        "method": name,
-        "candidate": json.dumps(candidate),
-        "seed": seed,
-        **row,
-    }
+    return row
 
 
 def tune(
@@ -118,25 +111,14 @@ def tune(
         the new rows.
     """
     images = searched_on(load_prepared(folder, root))
-    done = set()
-    if out.exists():
-        table = pd.read_csv(out)
-        done = set(zip(table["data_hash"], table["method"], table["candidate"], table["seed"], strict=True))
     todo = [
-        (name, candidate, seed)
+        {"data_hash": images, "method": name, "candidate": json.dumps(candidate), "seed": seed}
         for name in names
         if get_method(name).like is None
         for candidate in candidates(get_method(name))
         for seed in seeds
-        if (images, name, json.dumps(candidate), seed) not in done
     ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(params.compute.jobs, context) as pool:
-        for future in as_completed([pool.submit(_score, *what, params, root, folder) for what in todo]):
-            row = future.result()
-            pd.DataFrame([row]).reindex(columns=COLUMNS).to_csv(out, mode="a", header=not out.exists(), index=False)
-            yield row
+    yield from trials(_score, todo, (params, root, folder), params.compute.jobs, out, COLUMNS)
 
 
 def chosen(table: pd.DataFrame, rule: str) -> dict[str, Candidate]:

@@ -19,7 +19,7 @@ TABLES = {
     "training.csv": ["rho", "method", "seed", "epoch", "step"],
 }
 LOGS = ("training.csv",)  # compared where both have it; without the other tables there is nothing to compare
-ASIDE = ("tuning.csv", "ceiling.csv")  # not the pipeline's: dgs tune and dgs ceiling put them beside its results
+ASIDE = ("tuning.csv", "left_out.csv", "ceiling.csv")  # of dgs tune, dgs left-out and dgs ceiling, beside its results
 COUNTS = ("n_real", "n_fake")
 DEGREES = 180.0  # angles are compared as fractions of a half turn
 SHOWN = 20  # differences listed for one table

@@ -1,0 +1,116 @@
+"""How well a method tells fakes of a generator it was not trained on, from training images alone.
+
+Leave-one-domain-out validation (Gulrajani & Lopez-Paz 2021), a generator a domain: no test image is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from dgs.analysis.trials import trials
+from dgs.analysis.tuning import searched_on, weighted_balanced_accuracy
+from dgs.data.prepared import Prepared, load_prepared
+from dgs.errors import UserError
+from dgs.model.expert import balance_weights, caption_probability
+from dgs.model.methods import get_method
+from dgs.params import Params
+
+SPLIT = "left_out"
+COLUMNS = ["data_hash", "method", "generator", "seed", "balanced_acc", "auroc", "balanced_acc_trained_on"]
+
+
+def generators_to_leave_out(prepared: Prepared) -> list[str]:
+    """The generators of training fakes.
+
+    Raises:
+        UserError: there is only one, so that nothing would be left to train on.
+    """
+    rows = prepared.split("train")
+    found = sorted(rows.loc[rows["label"] == 1, "generator"].unique())
+    if len(found) < 2:
+        raise UserError(
+            f"Expected training fakes of two generators or more, to leave one out; found {', '.join(found)}. "
+            f"Add images of another."
+        )
+    return found
+
+
+def without(prepared: Prepared, generator: str) -> Prepared:
+    """The data without a generator's fakes in training and validation; `SPLIT` gets those and half of the photographs.
+
+    The same photographs are left out whichever generator it is: every second one, in the manifest's order.
+    """
+    manifest = prepared.manifest.copy()
+    train = manifest["split"] == "train"
+    fakes = (manifest["label"] == 1) & (manifest["generator"] == generator)
+    photographs = manifest.index[train & (manifest["label"] == 0)][1::2]
+    manifest.loc[manifest["split"].str.startswith("val") & fakes, "split"] = "unused"
+    manifest.loc[train & fakes, "split"] = SPLIT
+    manifest.loc[photographs, "split"] = SPLIT
+    return replace(prepared, manifest=manifest)
+
+
+def _score(_: str, name: str, generator: str, seed: int, params: Params, root: Path, folder: Path) -> dict[str, float]:
+    # Imported here: the parent only waits, and should not spend seconds on loading CLIP's libraries.
+    from dgs.data.views import Views
+    from dgs.model.backbone import load_clip
+    from dgs.model.device import choose_device
+    from dgs.model.train import Trained, train, validation_logits
+
+    prepared = without(load_prepared(folder, root), generator)
+    clip = load_clip(params.model, root, params.image_size, text=False)
+    device, own = choose_device(params.compute.device), params.tuned(name)
+    found: dict[str, float] = {}
+
+    def done(trained: Trained) -> None:
+        for split in (SPLIT, "val"):
+            rows = prepared.split(split)
+            views = Views(rows, prepared.source, own, patches=prepared.patches)
+            logits = validation_logits(trained.backbone, trained.heads["image"], views, own, device)
+            labels = rows["label"].to_numpy()
+            weights = balance_weights(caption_probability(prepared, split), labels)
+            told = weighted_balanced_accuracy(labels, logits, weights)
+            if split == SPLIT:
+                found["balanced_acc"] = told
+                found["auroc"] = float(roc_auc_score(labels, logits, sample_weight=np.asarray(weights)))
+            else:
+                found["balanced_acc_trained_on"] = told
+
+    train(get_method(name), clip, prepared, own, seed, device, done)
+    return found
+
+
+def left_out(
+    names: Iterable[str], params: Params, root: Path, folder: Path, out: Path, seeds: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Train each method without each generator in turn, `compute.jobs` at a time, with its settings in `params`.
+
+    Images are weighed so that captions tell nothing (`balance_weights`). What `out` holds for the same training and
+    validation images is not run again; remove it after a change of settings or code.
+
+    Args:
+        folder: what the prepare stage made.
+        out: the table: balanced_acc (threshold 0.5) and auroc on the fakes of the generator left out and photographs
+            not trained on, balanced_acc_trained_on on validation images of the other generators.
+
+    Yields:
+        the new rows.
+
+    Raises:
+        UserError: training fakes are of one generator.
+    """
+    prepared = load_prepared(folder, root)
+    images = searched_on(prepared)
+    todo = [
+        {"data_hash": images, "method": name, "generator": generator, "seed": seed}
+        for name in names
+        for generator in generators_to_leave_out(prepared)
+        for seed in seeds
+    ]
+    yield from trials(_score, todo, (params, root, folder), params.compute.jobs, out, COLUMNS)
