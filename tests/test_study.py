@@ -155,6 +155,11 @@ def test_parameters_are_kept_beside_the_report(tmp_path: Path) -> None:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     kept = yaml.safe_load(write_params(tmp_path, ["study-75", "study-90"]).read_text())
     assert [kept[name]["data"]["rho"] for name in ("study-75", "study-90")] == [0.75, 0.9]
+    (tmp_path / "results" / "study-90").mkdir()
+    (tmp_path / "results" / "study-90" / "metrics.json").write_text(json.dumps({"methods": {"lora": {}, "dgs": {}}}))
+    again = yaml.safe_load(write_params(tmp_path, ["study-75", "study-90"]).read_text())
+    assert again["study-90"]["methods"] == ["lora", "dgs"], "those that have results"
+    assert again["study-75"] == kept["study-75"]
     assert kept["study-75"]["settings"] == yaml.safe_load((ROOT / "params.yaml").read_text())["settings"]
 
 

@@ -280,10 +280,14 @@ def write_study(root: Path, names: Sequence[str]) -> Path:
 
 
 def write_params(root: Path, names: Sequence[str]) -> Path:
-    """results/study/params.yaml: every parameter of each profile's run, as they stand now; returns it."""
+    """results/study/params.yaml: each profile's parameters, as they stand now, with the methods it has results of."""
     out = root / "results" / "study" / "params.yaml"
     out.parent.mkdir(parents=True, exist_ok=True)
     parts = [part for name in names for part in parts_of(root, name)]
     content = {part: load_params(part, root).model_dump(mode="json") for part in parts}
+    for part, params in content.items():
+        metrics = root / "results" / part / "metrics.json"
+        if metrics.is_file():  # a broken-off run has some of them
+            params["methods"] = list(json.loads(metrics.read_text(encoding="utf-8"))["methods"])
     out.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return out
