@@ -415,6 +415,14 @@ def test_every_method_learns_what_separates_real_from_fake(method: str, clip: Cl
     assert losses["val_balanced_acc"].dropna().iloc[-1] >= 0.7
 
 
+@pytest.mark.parametrize("method", ["lora", "wise_ft", "swad"])
+def test_validation_is_noted_once_an_epoch(method: str, clip: Clip, prepared: Prepared) -> None:
+    _, trained = run(method, clip, prepared, settings(stage2={"lr": 0.01, "epochs": 2}))
+    noted = trained.journal.losses.dropna(subset=["val_balanced_acc"])
+    assert noted["epoch"].tolist() == [0, 1]
+    assert not noted["step"].duplicated().any()
+
+
 def test_a_warm_head_starts_as_the_probes(clip: Clip, prepared: Prepared) -> None:
     params = settings(stage2={"lr": 1e-9, "epochs": 1}, stage1={"lr": 0.05, "epochs": 5})
     weights, _ = run("lp_ft", clip, prepared, params)

@@ -157,6 +157,11 @@ class Method:
     knob: str | None = None
     like: str | None = None
 
+    @property
+    def averages(self) -> bool:
+        """Whether what is kept is a mean of weights rather than those of the last step."""
+        return self.mix or self.tail
+
     def of(self, params: Params) -> Params:
         """`params` with the method's own settings in train.surgery."""
         if not self.settings:

@@ -392,14 +392,14 @@ def stage2(
             state.count()
             progress.update()
             on_step()
-            if state.step % an_epoch == 0:
+            if state.step % an_epoch == 0 and not (method.averages and state.step == steps):  # else noted when averaged
                 logits = validation_logits(backbone, heads["image"], validation, params, device)
                 journal.loss(epoch, state.step, val_balanced_acc=detection_row(truth, logits)["balanced_acc"])
             if state.step < steps and unfinished.is_due():
                 unfinished.save(state)
     backbone.eval()
     decides = averaged(method, backbone, image, lens, teacher, tail, params)
-    if method.mix or method.tail:
+    if method.averages:
         logits = validation_logits(backbone, decides, validation, params, device)
         journal.loss(epoch, steps, val_balanced_acc=detection_row(truth, logits)["balanced_acc"])
     plain = {"image": decides, "text": text, "teacher": teacher}
