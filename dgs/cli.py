@@ -142,6 +142,8 @@ def left_out(
     import pandas as pd
 
     from dgs.analysis.left_out import COLUMNS, left_out
+    from dgs.analysis.tuning import searched_on
+    from dgs.data.prepared import load_prepared
     from dgs.model.methods import get_method
     from dgs.params import load_params
     from dgs.workspace import Workspace
@@ -156,6 +158,7 @@ def left_out(
         line = ", ".join(f"{rate} {row[rate]:.3f}" for rate in rates)
         _say(f"{row['method']} without {row['generator']}, seed {row['seed']}: {line}")
     table = pd.read_csv(out)
+    table = table[table["data_hash"] == searched_on(load_prepared(folder, workspace.root))]
     for name in names:
         means = table.loc[table["method"] == name, rates].mean().round(6).to_dict()
         line = ", ".join(f"{rate} {value:.3f}" for rate, value in means.items())

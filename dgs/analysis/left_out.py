@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from dgs.analysis.trials import trials
@@ -78,7 +77,7 @@ def _score(_: str, name: str, generator: str, seed: int, params: Params, root: P
             told = weighted_balanced_accuracy(labels, logits, weights)
             if split == SPLIT:
                 found["balanced_acc"] = told
-                found["auroc"] = float(roc_auc_score(labels, logits, sample_weight=np.asarray(weights)))
+                found["auroc"] = float(roc_auc_score(labels, logits, sample_weight=weights))
             else:
                 found["balanced_acc_trained_on"] = told
 
