@@ -142,8 +142,7 @@ def left_out(
     import pandas as pd
 
     from dgs.analysis.left_out import COLUMNS, left_out
-    from dgs.analysis.tuning import searched_on
-    from dgs.data.prepared import load_prepared
+    from dgs.data.prepared import load_training
     from dgs.model.methods import get_method
     from dgs.params import load_params
     from dgs.workspace import Workspace
@@ -158,7 +157,7 @@ def left_out(
         line = ", ".join(f"{rate} {row[rate]:.3f}" for rate in rates)
         _say(f"{row['method']} without {row['generator']}, seed {row['seed']}: {line}")
     table = pd.read_csv(out)
-    table = table[table["data_hash"] == searched_on(load_prepared(folder, workspace.root))]
+    table = table[table["data_hash"] == load_training(folder, workspace.root).info["training_hash"]]
     for name in names:
         means = table.loc[table["method"] == name, rates].mean().round(6).to_dict()
         line = ", ".join(f"{rate} {value:.3f}" for rate, value in means.items())
@@ -217,7 +216,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train one seed without a notebook, alone or as one of the processes that torchrun starts."""
-    from dgs.data.prepared import load_prepared
+    from dgs.data.prepared import load_training
     from dgs.model import processes
     from dgs.model.methods import get_method
     from dgs.model.seeds import train_seed
@@ -230,7 +229,7 @@ def train(
     prepared_folder = workspace.find("prepare", made_by="prepare")
     folder = out or workspace.build("train", method)
     processes.join_torchrun()
-    params = load_prepared(prepared_folder, workspace.root).adopt(params.tuned(method))
+    params = load_training(prepared_folder, workspace.root).adopt(params.tuned(method))
     params = params.model_copy(update={"train": params.train.model_copy(update={"processes": processes.count()})})
     with workspace.unfinished(f"train-{method}-{seed}") as unfinished:
         train_seed(method, seed, params, workspace.root, prepared_folder, folder.resolve(), unfinished)

@@ -27,7 +27,7 @@ def _inputs(params: Params, root: Path) -> dict[str, list[str]]:
     ]
     captions = [params.data.captions] if params.data.captions else []
     checkpoints = list(params.evaluate.checkpoints.values())
-    return {"prepare": clip + captions, "train": clip, "evaluate": clip + checkpoints}
+    return {"prepare": clip + captions, "evaluate": clip + checkpoints}  # training: by the hash that prepare notes
 
 
 def _check_robustness(params: Params) -> None:

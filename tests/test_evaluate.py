@@ -71,7 +71,7 @@ def prepared(params: Params, clip: Clip, tmp_path: Path) -> Prepared:
 
 def trained(method: str, clip: Clip, prepared: Prepared, params: Params, folder: Path) -> Path:
     def keep(run: Trained) -> None:
-        data = prepared.info["data_hash"]
+        data = prepared.info["training_hash"]
         save_checkpoint(folder, run.backbone, run.heads, clip, params, method, 0, run.thresholds, data)
 
     train(get_method(method), clip, prepared, params, 0, CPU, keep)
@@ -177,7 +177,7 @@ def test_changed_images_without_a_checkpoint_asked_for_are_an_error(
 
 def test_a_checkpoint_of_other_data_is_refused(params: Params, clip: Clip, prepared: Prepared, tmp_path: Path) -> None:
     found = {("probe", 0): trained("probe", clip, prepared, params, tmp_path / "probe")}
-    prepared.info["data_hash"] = "another"
+    prepared.info["training_hash"] = "another"
     with pytest.raises(UserError, match=r"was trained on other data .*Train on this"):
         evaluate(found, clip, prepared, params, CPU)
 

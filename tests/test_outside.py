@@ -19,7 +19,7 @@ from dgs.analysis import comparison_figures, figures, metrics, report
 from dgs.analysis.evaluate import evaluate, evaluate_from_disk, settings
 from dgs.analysis.outside import outside
 from dgs.data.manifest import ImageSource, build_manifest, data_hash
-from dgs.data.prepared import compute_patches, load_prepared, save_prepared
+from dgs.data.prepared import compute_patches, load_prepared, load_training, save_prepared
 from dgs.errors import UserError
 from dgs.model.backbone import Clip, encode_texts, load_clip
 from dgs.model.checkpoint import import_release, read_info, save_checkpoint
@@ -81,16 +81,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     captions = dict(zip(texts, encode_texts(clip, texts), strict=True))
     info = {"data_hash": data_hash(manifest), "rho": None, "seen": ["a", "b"]}
     save_prepared(folder / "prepare", manifest, info, captions, {}, patches, params)
-    found = {}
+    found, training = {}, load_training(folder / "prepare", Path())
     for method in params.methods:
         for seed in params.seeds:
             found[method, seed] = folder / f"{method}-{seed}"
 
             def keep(done: Trained, method: str = method, seed: int = seed) -> None:
-                decided = (done.thresholds, info["data_hash"])
+                decided = (done.thresholds, training.info["training_hash"])
                 save_checkpoint(found[method, seed], done.backbone, done.heads, clip, params, method, seed, *decided)
 
-            train(get_method(method), clip, load_prepared(folder / "prepare", Path()), params, seed, CPU, keep)
+            train(get_method(method), clip, training, params, seed, CPU, keep)
     return Run(params, clip, folder / "prepare", found, folder / "imported")
 
 

@@ -140,6 +140,24 @@ def test_editing_the_command_line_reruns_nothing(repo: Path) -> None:
         path.write_text(source)
 
 
+def test_other_test_images_train_nothing_again(repo: Path) -> None:
+    path, metrics = repo / "sample" / "images-test.parquet", repo / "results" / "mini" / "metrics.json"
+    source, before = path.read_bytes(), json.loads(metrics.read_text())
+    images = pd.read_parquet(path)
+    images["caption"] = images["caption"] + ", another"
+    images.to_parquet(path, index=False)
+    try:
+        done = run(repo, "dvc", "repro")
+        assert set(ran(done.stdout)) == {"prepare", "evaluate", "gradient_angles"}, done.stderr
+        after = json.loads(metrics.read_text())
+        assert after["data_hash"] != before["data_hash"]
+        unseen = [made["methods"]["dgs"]["balanced_acc_unseen"] for made in (before, after)]
+        assert unseen[0] == unseen[1], "the same images, and detectors look at no caption"
+    finally:
+        path.write_bytes(source)
+        run(repo, "dvc", "repro")
+
+
 def test_a_changed_number_reruns_the_stages_that_read_it(repo: Path) -> None:
     path = repo / "params.yaml"
     source = path.read_text()

@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ImageTree, structured_image
+from copies import snapshot
 
 from dgs.data.manifest import build_manifest, data_hash
 from dgs.data.patches import patch_entropy, select_indices
-from dgs.data.prepared import compute_patches, load_prepared, save_prepared
+from dgs.data.prepared import TRAINING, compute_patches, load_prepared, load_training, save_prepared
 from dgs.disk import replacing
 from dgs.errors import UserError
 from dgs.params import DataParams, validate
@@ -114,9 +115,44 @@ class TestRoundTrip:
         shuffled = dict(reversed(patches.items()))
         first = saved(tmp_path / "b", manifest, patches=patches)
         second = saved(tmp_path / "c", manifest, patches=shuffled)
-        files = sorted(path.name for path in first.iterdir())
-        assert files == sorted(path.name for path in second.iterdir()) and "patches.safetensors" in files
-        assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
+        assert snapshot(first) == snapshot(second) and f"{TRAINING}/patches.safetensors" in snapshot(first)
+
+
+class TestWhatTrainingOpens:
+    def test_is_all_but_test_images(self, tmp_path: Path, root: Path, manifest: pd.DataFrame) -> None:
+        manifest = manifest.assign(caption=[f"caption {index % 5}" for index in range(len(manifest))])
+        embeddings = embeddings_of(manifest)
+        patches = {sha: np.arange(3, dtype=np.int32) for sha in manifest["sha256"]}
+        folder = saved(tmp_path / "out", manifest, captions=embeddings, patches=patches)
+        training, whole = load_training(folder, root), load_prepared(folder, root)
+        expected = manifest[manifest["split"] != "test"].reset_index(drop=True)
+        pd.testing.assert_frame_equal(training.manifest[manifest.columns], expected)
+        for embedding, caption in zip(training.caption_embeddings, expected["caption"], strict=True):
+            assert np.array_equal(embedding, embeddings[caption])
+        assert training.patches is not None and set(training.patches) == set(expected["sha256"])
+        assert training.info.items() <= whole.info.items() and set(whole.info) - set(training.info) == {
+            "data_hash",
+            "images",
+        }
+        assert training.info["training_hash"] == data_hash(expected) != whole.info["data_hash"]
+        assert (training.source.root, training.info["rho"]) == (whole.source.root, None)
+
+    @pytest.mark.parametrize(("split", "same"), [("test", True), ("val", False), ("train", False)])
+    def test_depends_on_no_test_image(
+        self, split: str, same: bool, tmp_path: Path, root: Path, manifest: pd.DataFrame
+    ) -> None:
+        """To the byte, so that DVC trains nothing again where other images are tested on, nor more of them."""
+        (row,) = manifest.index[manifest["split"] == split][:1]
+        changed = manifest.copy()
+        changed.loc[row, ["sha256", "caption"]] = "0" * 64, "another"
+        changed = pd.concat([changed, changed.loc[[row]].assign(id="one more", sha256="1" * 64)])
+        captions = {text: np.full(6, len(text), np.float32) for text in [*manifest["caption"], "another"]}
+        parts = []
+        for name, some in (("mine", manifest), ("theirs", changed.sort_values(["split", "id"], ignore_index=True))):
+            patches = {sha: np.arange(len(some), dtype=np.int32) for sha in some["sha256"]}
+            patches |= {sha: np.arange(3, dtype=np.int32) for sha in manifest["sha256"]}
+            parts.append(saved(tmp_path / name, some, captions=captions, patches=patches) / TRAINING)
+        assert (snapshot(parts[0]) == snapshot(parts[1])) is same
 
 
 class TestWhatWasPreparedDecides:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from copies import ROOT, snapshot
 
+from dgs.data.prepared import TRAINING
 from dgs.errors import UserError
 from dgs.model.seeds import train_seeds
 from dgs.params import Params
@@ -57,3 +60,14 @@ def test_a_mistake_in_a_worker_reaches_the_user_as_its_sentence(
     with pytest.raises(UserError, match=r"Expected model\.clip to be a folder or an open_clip name"):
         broken = params.model_copy(update={"model": params.model.model_copy(update={"clip": "nowhere"})})
         train_seeds("lora", broken, ROOT, tiny_prepared, tmp_path, tmp_path / "unfinished")
+
+
+def test_another_clip_than_captions_were_embedded_by_is_refused(
+    params: Params, tiny_prepared: Path, tmp_path: Path
+) -> None:
+    """By hand one may be put in its place after prepare; in the pipeline that reruns prepare."""
+    shutil.copytree(tiny_prepared, tmp_path / "prepared")
+    file = tmp_path / "prepared" / TRAINING / "data.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "clip": "0" * 64}))
+    with pytest.raises(UserError, match=r"with weights 000000000000, found sample/clip with .*\. Run prepare again"):
+        train_seeds("probe", params, ROOT, tmp_path / "prepared", tmp_path, tmp_path / "unfinished")

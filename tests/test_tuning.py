@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,8 +13,6 @@ import yaml
 
 from dgs.analysis import trials, tuning
 from dgs.analysis.tuning import RULES, candidates, chosen, weighted_balanced_accuracy
-from dgs.data.manifest import SPLITS, ImageSource
-from dgs.data.prepared import Prepared
 from dgs.model.expert import balance_weights
 from dgs.model.methods import METHODS
 from dgs.params import validate
@@ -30,18 +29,6 @@ def test_every_method_gets_six_different_settings_that_are_parameters(name: str)
         assert validate({"settings": {name: candidate}}).tuned(name).train != given.train or candidate in tried
     knob = METHODS[name].knob
     assert all((f"train.surgery.{knob}" in candidate) == (knob is not None) for candidate in tried)
-
-
-@pytest.mark.parametrize(("split", "same"), [("test", True), ("val", False), ("train", False)])
-def test_a_search_is_of_training_and_validation_images_whatever_is_tested_on(split: str, same: bool) -> None:
-    """Other test images leave a search good, other validation images do not."""
-    rows = [{"split": name, "generator": "g", "label": 1, "sha256": name, "caption": "a star"} for name in SPLITS]
-    other = [{**row, "sha256": "new"} if row["split"] == split else row for row in rows]
-    mine, theirs = (
-        tuning.searched_on(Prepared(pd.DataFrame(some), {}, np.zeros((0, 1), np.float32), {}, None, ImageSource(ROOT)))
-        for some in (rows, other)
-    )
-    assert (mine == theirs) is same
 
 
 def test_the_parameter_file_has_settings_for_every_method_and_a_control_has_those_of_dgs() -> None:
@@ -119,8 +106,7 @@ def test_a_broken_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(trials, "ProcessPoolExecutor", Serial)
     monkeypatch.setattr(trials, "as_completed", list)
-    monkeypatch.setattr(tuning, "load_prepared", lambda *_: None)
-    monkeypatch.setattr(tuning, "searched_on", lambda _: "d")
+    monkeypatch.setattr(tuning, "load_training", lambda *_: SimpleNamespace(info={"training_hash": "d"}))
     rows = list(tuning.tune(["lora", "paper_order"], validate({}), tmp_path, tmp_path, out, [0]))
     assert tried == list(zip(found["method"][4:], found["candidate"][4:], strict=True)) and len(rows) == 2
     assert len(pd.read_csv(out)) == 6

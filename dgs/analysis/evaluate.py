@@ -104,10 +104,10 @@ def check_fits(
     again = "Train on this (notebooks/train.ipynb), or remove scratch/ to go on with what the pipeline prepared."
     if method in params.evaluate.checkpoints:  # of other data it may be, but it must see images as those here do
         again = "Evaluate it in a profile with its settings, or leave it out of evaluate.checkpoints."
-    elif info["data_hash"] != prepared.info["data_hash"]:
+    elif info["data_hash"] != prepared.info["training_hash"]:
         raise UserError(
             f"The checkpoint {folder} was trained on other data ({info['data_hash'][:12]}) than what was prepared last "
-            f"({prepared.info['data_hash'][:12]}). {again}"
+            f"({prepared.info['training_hash'][:12]}). {again}"
         )
     trained_in = info["params"].get("model", {}).get("precision", "fp32")
     if trained_in != params.model.precision:

@@ -13,8 +13,8 @@ from typing import Any
 from sklearn.metrics import roc_auc_score
 
 from dgs.analysis.trials import trials
-from dgs.analysis.tuning import searched_on, weighted_balanced_accuracy
-from dgs.data.prepared import Prepared, load_prepared
+from dgs.analysis.tuning import weighted_balanced_accuracy
+from dgs.data.prepared import Prepared, load_training
 from dgs.errors import UserError
 from dgs.model.expert import balance_weights, caption_probability
 from dgs.model.methods import get_method
@@ -62,7 +62,7 @@ def _score(_: str, name: str, generator: str, seed: int, params: Params, root: P
     from dgs.model.device import choose_device
     from dgs.model.train import Trained, train, validation_logits
 
-    prepared = without(load_prepared(folder, root), generator)
+    prepared = without(load_training(folder, root), generator)
     clip = load_clip(params.model, root, params.image_size, text=False)
     device, own = choose_device(params.compute.device), params.tuned(name)
     found: dict[str, float] = {}
@@ -104,8 +104,8 @@ def left_out(
     Raises:
         UserError: training fakes are of one generator.
     """
-    prepared = load_prepared(folder, root)
-    images = searched_on(prepared)
+    prepared = load_training(folder, root)
+    images = prepared.info["training_hash"]
     todo = [
         {"data_hash": images, "method": name, "generator": generator, "seed": seed}
         for name in names

@@ -13,8 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dgs.analysis.trials import trials
-from dgs.data.manifest import data_hash
-from dgs.data.prepared import Prepared, load_prepared
+from dgs.data.prepared import load_training
 from dgs.model.expert import balance_weights, caption_probability
 from dgs.model.methods import METHODS, Method, get_method
 from dgs.params import Params, validate
@@ -59,11 +58,6 @@ def weighted_balanced_accuracy(
     return float(np.mean([np.average(right[labels == label], weights=weights[labels == label]) for label in (0, 1)]))
 
 
-def searched_on(prepared: Prepared) -> str:
-    """The hash of the training and validation images: settings found on them hold whatever the test images are."""
-    return data_hash(prepared.manifest[prepared.manifest["split"] != "test"])
-
-
 def _score(_: str, name: str, candidate: str, seed: int, params: Params, root: Path, folder: Path) -> dict[str, float]:
     # Imported here: the parent only waits, and should not spend seconds on loading CLIP's libraries.
     from dgs.data.views import Views
@@ -71,7 +65,7 @@ def _score(_: str, name: str, candidate: str, seed: int, params: Params, root: P
     from dgs.model.device import choose_device
     from dgs.model.train import Trained, train, validation_logits
 
-    prepared = load_prepared(folder, root)
+    prepared = load_training(folder, root)
     clip = load_clip(params.model, root, params.image_size, text=False)
     device = choose_device(params.compute.device)
     own = validate({**params.model_dump(), "settings": {name: json.loads(candidate)}}, "candidate").tuned(name)
@@ -104,13 +98,14 @@ def tune(
     Args:
         names: methods; those that take another's settings are passed over.
         folder: what the prepare stage made.
-        out: the table, columns data_hash (`searched_on`), method, candidate (JSON), seed, and a balanced accuracy for
+        out: the table, columns data_hash (of training and validation images: settings found on them hold whatever the
+            test images are), method, candidate (JSON), seed, and a balanced accuracy for
             each of `RULES`.
 
     Yields:
         the new rows.
     """
-    images = searched_on(load_prepared(folder, root))
+    images = load_training(folder, root).info["training_hash"]
     todo = [
         {"data_hash": images, "method": name, "candidate": json.dumps(candidate), "seed": seed}
         for name in names

@@ -1,4 +1,7 @@
-"""What the prepare stage leaves for the later ones: manifest, caption embeddings, prompts, patch indices."""
+"""What the prepare stage leaves for the later ones: manifest, caption embeddings, prompts, patch indices.
+
+In two parts: `training/` is all that the train stage opens, so that other test images train nothing again.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from dgs.data.manifest import ImageSource, open_image
+from dgs.data.manifest import ImageSource, data_hash, open_image
 from dgs.data.patches import patch_entropy, select_indices
 from dgs.errors import UserError
 from dgs.params import Params, validate
@@ -24,6 +27,9 @@ PREPARED_WITH = {
     "patches": None,
     "model": {"lora", "levels", "precision"},
 }  # parameter groups that are settled by preparing
+TRAINING = "training"  # folder of the images that are learned or validated on
+PARTS = {"test": False, TRAINING: True}
+TRAINS = ("clip", "rho", "seen")  # facts that are the training part's
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,9 @@ class Prepared:
     """The prepare stage's output, opened.
 
     manifest: one row an image.
-    info: data hash, counts, rho, seen generators, and the parameters it was prepared with (data.json).
+    info: data_hash, of all images; training_hash, of those of other splits than test; rho, seen generators, the hash
+        of CLIP's weights, counts, and the parameters it was prepared with. Of the training part alone, without what
+        depends on test images.
     caption_embeddings: (N, D) float32, row i belongs to manifest row i; unnormalised, from the frozen text tower.
     prompts: {attribute: (values, (C, D) float32 unit-length prompt embeddings)}; empty where the data has none.
     patches: {sha256: kept patch indices}, None where patch selection is off.
@@ -91,10 +99,17 @@ def save_prepared(
     params: Params,
 ) -> None:
     """Write a prepare stage's output into `folder`; `captions` maps each distinct caption to its (D,) embedding."""
-    texts = sorted(captions)
-    manifest = manifest.assign(caption_index=manifest["caption"].map({text: i for i, text in enumerate(texts)}))
-    manifest.to_parquet(folder / "manifest.parquet", index=False, compression="zstd")
-    save_file({"captions": np.stack([captions[text] for text in texts])}, folder / "captions.safetensors")
+    trains = manifest["split"] != "test"
+    for part, training in PARTS.items():
+        (folder / part).mkdir()
+        _save_part(folder / part, manifest[trains == training], captions, patches)
+    settled = {group: getattr(params, group).model_dump(exclude=without) for group, without in PREPARED_WITH.items()}
+    facts = {name: info[name] for name in TRAINS if name in info}
+    _write_json(
+        folder / TRAINING / "data.json",
+        {**facts, "training_hash": data_hash(manifest[trains]), "params": settled},
+    )
+    _write_json(folder / "data.json", {name: value for name, value in info.items() if name not in facts})
     (folder / "prompts.json").write_text(json.dumps({name: values for name, (values, _) in prompts.items()}, indent=1))
     if prompts:
         # safetensors writes an array's memory as it lies: a transposed one would come back scrambled.
@@ -102,14 +117,29 @@ def save_prepared(
             {name: np.ascontiguousarray(embedding) for name, (_, embedding) in prompts.items()},
             folder / "prompts.safetensors",
         )
+
+
+def _save_part(
+    folder: Path,
+    manifest: pd.DataFrame,
+    captions: Mapping[str, NDArray[np.float32]],
+    patches: Mapping[str, NDArray[np.int32]] | None,
+) -> None:
+    texts = sorted(manifest["caption"].unique())
+    manifest = manifest.assign(caption_index=manifest["caption"].map({text: i for i, text in enumerate(texts)}))
+    manifest.to_parquet(folder / "manifest.parquet", index=False, compression="zstd")
+    save_file({"captions": np.stack([captions[text] for text in texts])}, folder / "captions.safetensors")
     if patches is not None:
-        width = max(len(kept) for kept in patches.values())
-        table = np.full((len(patches), width), -1, dtype=np.int32)  # -1 pads images with fewer patches
-        for line, sha in zip(table, sorted(patches), strict=True):
+        hashes = sorted(manifest["sha256"].unique())
+        width = max(len(patches[sha]) for sha in hashes)
+        table = np.full((len(hashes), width), -1, dtype=np.int32)  # -1 pads images with fewer patches
+        for line, sha in zip(table, hashes, strict=True):
             line[: len(patches[sha])] = patches[sha]
         save_file({"indices": table}, folder / "patches.safetensors")
-    settled = {group: getattr(params, group).model_dump(exclude=without) for group, without in PREPARED_WITH.items()}
-    (folder / "data.json").write_text(json.dumps({**info, "params": settled}, indent=1, sort_keys=True) + "\n")
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def load_prepared(folder: Path, root: Path) -> Prepared:
@@ -119,20 +149,45 @@ def load_prepared(folder: Path, root: Path) -> Prepared:
         folder: build/<profile>/prepare.
         root: the repository, which a relative data.root is relative to.
     """
-    info = json.loads((folder / "data.json").read_text())
-    manifest = pd.read_parquet(folder / "manifest.parquet")
-    embeddings = load_file(folder / "captions.safetensors")["captions"]
-    names = json.loads((folder / "prompts.json").read_text())
+    info = _read_json(folder / "data.json")
+    names = _read_json(folder / "prompts.json")
     prompts = load_file(folder / "prompts.safetensors") if names else {}
-    patches = None
-    if (folder / "patches.safetensors").exists():
-        table = load_file(folder / "patches.safetensors")["indices"]
-        patches = {sha: line[line >= 0] for sha, line in zip(sorted(manifest["sha256"].unique()), table, strict=True)}
+    return _load(folder, list(PARTS), root, info, {name: (names[name], prompts[name]) for name in names})
+
+
+def load_training(folder: Path, root: Path) -> Prepared:
+    """Open what training depends on: as `load_prepared`, but for test images, prompts and what tells of them."""
+    return _load(folder, [TRAINING], root, {}, {})
+
+
+def _load(
+    folder: Path,
+    parts: list[str],
+    root: Path,
+    info: Mapping[str, Any],
+    prompts: dict[str, tuple[list[str], NDArray[np.float32]]],
+) -> Prepared:
+    manifests, embeddings = [], []
+    patches: dict[str, NDArray[np.int32]] = {}
+    for part in parts:
+        manifest = pd.read_parquet(folder / part / "manifest.parquet")
+        captions = load_file(folder / part / "captions.safetensors")["captions"]
+        embeddings.append(captions[manifest["caption_index"].to_numpy()])
+        manifests.append(manifest.drop(columns="caption_index"))
+        if (folder / part / "patches.safetensors").exists():
+            table = load_file(folder / part / "patches.safetensors")["indices"]
+            hashes = sorted(manifest["sha256"].unique())
+            patches |= {sha: line[line >= 0] for sha, line in zip(hashes, table, strict=True)}
+    info = {**_read_json(folder / TRAINING / "data.json"), **info}
     return Prepared(
-        manifest=manifest,
+        manifest=pd.concat(manifests, ignore_index=True),
         info=info,
-        caption_embeddings=embeddings[manifest["caption_index"].to_numpy()],
-        prompts={name: (values, prompts[name]) for name, values in names.items()},
-        patches=patches,
+        caption_embeddings=np.concatenate(embeddings),
+        prompts=prompts,
+        patches=patches or None,
         source=ImageSource((root / info["params"]["data"]["root"]).resolve()),
     )
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text())

@@ -22,14 +22,14 @@ and a linear head on its features. It gives the probability that an image was ge
 |---|---|
 | method, seed | {method}, {seed_or_unknown} |
 | CLIP | {clip} (weights sha256 {weights}) |
-| trained on | images and captions of data hash {data_hash} |
+| trained on | training and validation images and captions of data hash {data_hash} |
 | the model sees | {sees} |
 
 ## How well it does
 
 {metrics}
 Numbers on test images, generator by generator, are not known when a checkpoint is saved: they are in the
-`results/{profile}/` of the same data hash. Add them here. This card has no hash in `dgs.json`, so it may be edited.
+`results/{profile}/` of where it was trained. Add them here. This card has no hash in `dgs.json`, so it may be edited.
 
 ## Use
 

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from dgs.data.prepared import load_prepared
+from dgs.data.prepared import TRAINING, Prepared, load_training
+from dgs.errors import UserError
 from dgs.model import processes
 from dgs.model.journal import Journal
 from dgs.model.methods import get_method, total_steps
 from dgs.params import Params
 
 if TYPE_CHECKING:
+    from dgs.model.backbone import Clip
     from dgs.model.train import Trained
 
 _steps: Any = None  # in a worker: the counter it shares with the parent
@@ -72,20 +74,30 @@ def train_seed(
     chosen = get_method(method)
     device = processes.own_device(choose_device(params.compute.device))
     clip = load_clip(params.model, root, params.image_size, text=False)
-    prepared = load_prepared(prepared_folder, root)
-    key = run_key(method, seed, params, prepared_folder, clip.weights_hash, device)
+    prepared = load_training(prepared_folder, root)
+    _require_same_clip(prepared, clip)
+    key = run_key(method, seed, params, prepared_folder / TRAINING, clip.weights_hash, device)
     kept = Unfinished(unfinished / key, params.compute.snapshot_seconds)
 
     def done(trained: Trained) -> None:
         if processes.rank() == 0:
             kept.keep_journal(trained.journal)
-            decisions = (trained.thresholds, prepared.info["data_hash"], trained.calibration)
+            decisions = (trained.thresholds, prepared.info["training_hash"], trained.calibration)
             own = chosen.of(params)
             save_checkpoint(kept.checkpoint, trained.backbone, trained.heads, clip, own, method, seed, *decisions)
 
     if not kept.is_done:
         train(chosen, clip, prepared, params, seed, device, done, _count, kept)
     return kept.hand_over(method, seed, folder / f"seed-{seed}") if processes.rank() == 0 else None
+
+
+def _require_same_clip(prepared: Prepared, clip: Clip) -> None:
+    said = prepared.info.get("clip", clip.weights_hash)
+    if said != clip.weights_hash:
+        raise UserError(
+            f"Expected the CLIP that captions were embedded by, with weights {said[:12]}, found {clip.name} with "
+            f"{clip.weights_hash[:12]}. Run prepare again."
+        )
 
 
 def _train_together(parts: int, *arguments: Any) -> Journal:
@@ -109,7 +121,7 @@ def train_seeds(
     Returns:
         the journals, in the order of the seeds.
     """
-    size = len(load_prepared(prepared_folder, root).split("train"))
+    size = len(load_training(prepared_folder, root).split("train"))
     steps = len(params.seeds) * total_steps(get_method(method), size, params)
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
