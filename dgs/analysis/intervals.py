@@ -115,14 +115,16 @@ def rounded_text(value: float, digits: int = 1, sign: bool = False) -> str:
     """`value` with `digits` decimals, as every report and figure prints per cent, points and degrees.
 
     Rounded first to 4 decimals (a fraction's 6, which metrics.json keeps), so that equal numbers print alike however
-    they were summed; then half away from zero, as by hand: 69.55 -> "69.6". A minus is U+2212, zero has none; `sign`
-    puts a plus before what prints as zero or more. Raises ValueError for a value that is not finite.
+    they were summed; then half away from zero, as by hand: 69.55 -> "69.6". A minus is U+2212, and what prints as zero
+    has none. With `sign` every number has one, also what prints as zero: an interval up to "−0.0" lies below zero.
+    Raises ValueError for a value that is not finite.
     """
     if not math.isfinite(value):
         raise ValueError(f"expected a finite number to print, found {value}")
-    shown = Decimal(repr(round(float(value), 4))).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)
+    exact = Decimal(repr(round(float(value), 4)))
+    shown = exact.quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)
     text = f"{abs(shown):f}"
-    return f"−{text}" if shown < 0 else f"+{text}" if sign else text
+    return f"−{text}" if shown < 0 or (sign and exact < 0) else f"+{text}" if sign else text
 
 
 def percent_text(fraction: float, digits: int = 1, sign: bool = False) -> str:
