@@ -10,6 +10,7 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
+from conftest import structured_image
 from copies import copy_repository, run, snapshot
 
 STAGES_OF_A_RUN = ["prepare", "train@probe", "train@lora", "train@dgs", "evaluate", "gradient_angles"]
@@ -138,24 +139,6 @@ def test_editing_the_command_line_reruns_nothing(repo: Path) -> None:
         assert ran(run(repo, "dvc", "repro").stdout) == []
     finally:
         path.write_text(source)
-
-
-def test_other_test_images_train_nothing_again(repo: Path) -> None:
-    path, metrics = repo / "sample" / "images-test.parquet", repo / "results" / "mini" / "metrics.json"
-    source, before = path.read_bytes(), json.loads(metrics.read_text())
-    images = pd.read_parquet(path)
-    images["caption"] = images["caption"] + ", another"
-    images.to_parquet(path, index=False)
-    try:
-        done = run(repo, "dvc", "repro")
-        assert set(ran(done.stdout)) == {"prepare", "evaluate", "gradient_angles"}, done.stderr
-        after = json.loads(metrics.read_text())
-        assert after["data_hash"] != before["data_hash"]
-        unseen = [made["methods"]["dgs"]["balanced_acc_unseen"] for made in (before, after)]
-        assert unseen[0] == unseen[1], "the same images, and detectors look at no caption"
-    finally:
-        path.write_bytes(source)
-        run(repo, "dvc", "repro")
 
 
 def test_a_changed_number_reruns_the_stages_that_read_it(repo: Path) -> None:
@@ -317,6 +300,30 @@ def test_a_profile_has_its_own_pipeline_and_leaves_the_main_one_alone(repo: Path
     changed = run(repo, "dvc", "repro", "profiles/own/dvc.yaml")
     assert changed.returncode == 0, changed.stderr
     assert {name.rpartition(":")[2] for name in ran(changed.stdout)} >= {"prepare", "train@dgs", "evaluate"}
+    for label, name in enumerate(("0_real", "1_fake")):
+        for number in range(12):
+            target = data / "test" / "c" / name / f"{number}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            structured_image(9_000 + 100 * label + number).save(target)
+    more = run(repo, "dvc", "repro", "profiles/own/dvc.yaml")
+    tested = {name.rpartition(":")[2] for name in ran(more.stdout)}
+    assert tested == {"prepare", "evaluate", "gradient_angles"}, "one more generator to test on trains nothing again"
+    assert "c" in set(pd.read_csv(repo / "results" / "own" / "detection.csv")["generator"]), more.stderr
+
+
+def test_settings_are_searched_and_generators_left_out_on_what_was_prepared(repo: Path) -> None:
+    tuned = run(repo, "dgs", "tune", "probe", "--json", DGS_PROFILE="mini")
+    assert tuned.returncode == 0, tuned.stderr
+    (found,) = json.loads(tuned.stdout).values()
+    assert set(found) == {"train.stage1.lr", "train.stage1.epochs"}
+    left = run(repo, "dgs", "left-out", "probe", "--seed", "7", "--json")
+    assert left.returncode == 0, left.stderr
+    told = json.loads(left.stdout)
+    table = pd.read_csv(repo / "results" / "mini" / "left_out.csv")
+    assert told["method"] == "probe" and set(table["seed"]) == {7} and len(table) == 2
+    assert told["balanced_acc"] == pytest.approx(table["balanced_acc"].mean(), abs=1e-6)
+    for name in ("tuning", "left_out"):
+        (repo / "results" / "mini" / f"{name}.csv").unlink()
 
 
 def test_papermill_from_another_folder_with_overridden_parameters(repo: Path, tmp_path: Path) -> None:
