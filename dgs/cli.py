@@ -83,6 +83,10 @@ def stage(
     from dgs.params import load_params
     from dgs.pipeline import run_stage
 
+    if (name == "train") != (method is not None):
+        raise UserError(
+            "Expected --method for the stage train and for no other. Give it there, leave it out elsewhere."
+        )
     label = name if method is None else f"{name}-{method}"
     run_stage(name, label, {"method": method} if method else {}, params)
     if as_json:
@@ -93,7 +97,9 @@ def stage(
 @_for_users
 def tune(
     methods: Annotated[list[str] | None, typer.Argument(help="default: every method of the registry")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="of the search, other than those of the results")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="of the search, other than those of the results")
+    ] = None,
     rule: Annotated[str, typer.Option(help="val, val_balanced or val_unbiased")] = "val_balanced",
     as_json: Json = False,
 ) -> None:
@@ -104,6 +110,7 @@ def tune(
     import pandas as pd
 
     from dgs.analysis.tuning import RULES, chosen, tune
+    from dgs.data.prepared import load_training
     from dgs.model.methods import METHODS, get_method
     from dgs.params import load_params
     from dgs.workspace import Workspace
@@ -119,7 +126,8 @@ def tune(
         _say(
             f"{row['method']} {row['candidate']}: " + ", ".join(f"{key} {row[key]:.3f}" for key in RULES if key in row)
         )
-    found = chosen(pd.read_csv(out), rule)
+    table = pd.read_csv(out)
+    found = chosen(table[table["data_hash"] == load_training(folder, workspace.root).info["training_hash"]], rule)
     if as_json:
         _print(as_json, found)
     else:
@@ -131,7 +139,9 @@ def tune(
 @_for_users
 def left_out(
     methods: Annotated[list[str], typer.Argument(help="of the registry")],
-    seed: Annotated[list[int] | None, typer.Option(help="other than those of the results; may be repeated")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="other than those of the results; may be repeated")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train methods without one generator, each in turn, and test them on it: no test image is looked at.
@@ -167,7 +177,7 @@ def left_out(
 @app.command()
 @_for_users
 def ceiling(as_json: Json = False) -> None:
-    """Bound what a linear head on the frozen tower can reach: one trained on images of every test generator.
+    """Say what a linear head on the frozen tower reaches that is trained on images of every test generator.
 
     On what was prepared last; the table is results/<profile>/ceiling.csv, the profile is DGS_PROFILE's.
     """
@@ -196,21 +206,26 @@ def study(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare methods over the results of several profiles: results/study/REPORT.md, table.csv and params.yaml."""
+    """Compare methods over the results of several profiles: REPORT.md, table.csv and params.yaml in results/study/.
+
+    Of profiles that are named, in results/<the first of them>/study/.
+    """
     from dgs.analysis.study import finished_conditions, write_params, write_study
     from dgs.workspace import find_root
 
     root = find_root()
+    folder = root / "results" / profiles[0] / "study" if profiles else root / "results" / "study"
     profiles = profiles or finished_conditions(root)
-    write_params(root, profiles)
-    _print(as_json, {"report": write_study(root, profiles).relative_to(root).as_posix()})
+    report = write_study(root, profiles, folder).relative_to(root).as_posix()
+    write_params(root, profiles, folder)
+    _print(as_json, {"report": report}, report)
 
 
 @app.command()
 @_for_users
 def train(
     method: Annotated[str, typer.Argument(help="which method")],
-    seed: Annotated[int, typer.Option(help="which seed")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="which seed")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder for the checkpoint; default below scratch/")] = None,
     profile: Annotated[str | None, typer.Option(help="whose parameters and prepared data; default mini")] = None,
     as_json: Json = False,
@@ -286,7 +301,9 @@ def verify(
     committed: Annotated[Path, typer.Argument(help="results folder to compare against")],
     reproduced: Annotated[Path, typer.Argument(help="results folder just made")],
     tolerance: Annotated[float, typer.Option(help="in rates, as a fraction")] = 0.01,
-    seed: Annotated[list[int] | None, typer.Option(help="compare what this one made alone; may be repeated")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="compare what this one made alone; may be repeated")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare two results folders: counts exactly, rates within the tolerance; exit 1 if something moved."""
@@ -314,7 +331,7 @@ def _csv_line(values: Iterable[Any]) -> str:
 @_for_users
 def score(
     paths: Annotated[list[Path], typer.Argument(help="image files, or folders: every file in them is tried")],
-    checkpoint: Annotated[Path | None, typer.Option(help="checkpoint folder; default: the newest trained here")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="checkpoint folder; default: the pipeline's newest")] = None,
     explain: Annotated[Path | None, typer.Option(help="new folder for what the model saw of each image")] = None,
     processes: Annotated[int, typer.Option(min=1, help="that share the files, each on its own GPU or cores")] = 1,
     as_csv: Annotated[bool, typer.Option("--csv", help="data as CSV, with a line of names first")] = False,
@@ -426,16 +443,16 @@ def import_release(
 @_for_users
 def build(
     out: Annotated[Path, typer.Option(help="folder to make")],
-    seed: Annotated[int, typer.Option(help="of the scenes; another seed is a disjoint benchmark")],
+    seed: Annotated[int, typer.Option(min=0, help="of the scenes; another seed is a disjoint benchmark")],
     rho: Annotated[float | None, typer.Option(help="keep only this training set; default all")] = None,
     training: Annotated[Training, typer.Option(help="shipped: make only the test set anew")] = Training.fresh,
     clip: Annotated[Weights, typer.Option(help="train: pre-train it anew, resumable, an hour on one core")] = (
         Weights.shipped
     ),
-    generators: Annotated[Weights, typer.Option(help="train: train them anew, 10 minutes on one core")] = (
+    generators: Annotated[Weights, typer.Option(help="train: train them anew, 20 minutes on one core")] = (
         Weights.shipped
     ),
-    network_seed: Annotated[int, typer.Option(help="of the networks that are trained anew")] = 0,
+    network_seed: Annotated[int, typer.Option(min=0, help="of the networks that are trained anew")] = 0,
     as_json: Json = False,
 ) -> None:
     """Make the embedded benchmark from seeds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,12 @@ from dgs.workspace import find_root
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("input should be a number")
+    return value
+
+
+def _square(value: int) -> int:
+    if math.isqrt(value) ** 2 != value:
+        raise ValueError("input should be a square number: patches fill a square canvas")
     return value
 
 
@@ -65,7 +72,7 @@ class PatchParams(_Group):
 
     enabled: bool = False
     size: Annotated[int, Field(ge=2), Number] = 8  # px
-    count: Count = 49  # a square number; the canvas is sqrt(count) * size px wide
+    count: Annotated[Count, AfterValidator(_square)] = 49  # the canvas is sqrt(count) * size px wide
 
 
 class LoraParams(_Group):
@@ -146,10 +153,28 @@ class TrainParams(_Group):
 _OF_METHODS = ("train.stage1.", "train.stage2.", "train.surgery.", "model.lora.", "model.levels")
 
 
+def _parameters(names: dict[str, Any]) -> dict[str, Any]:
+    for name in names:
+        known = leaves(Params)
+        if name not in known:
+            raise ValueError(f"'{name}' is no parameter.{did_you_mean(name, known)} Write group.name in full")
+    return names
+
+
 def _of_methods(names: dict[str, Any]) -> dict[str, Any]:
     for name in names:
         if not name.startswith(_OF_METHODS):
             raise ValueError(f"'{name}' cannot differ between methods, only {', '.join(_OF_METHODS)}")
+    return _parameters(names)
+
+
+def leaves(group: type[BaseModel], prefix: str = "") -> list[str]:
+    """Full names of the parameters in a group and the groups in it: "train.stage2.lr"."""
+    names: list[str] = []
+    for key, field in group.model_fields.items():
+        inner = field.annotation
+        is_group = isinstance(inner, type) and issubclass(inner, BaseModel)
+        names += leaves(inner, f"{prefix}{key}.") if is_group else [f"{prefix}{key}"]  # type: ignore[arg-type]
     return names
 
 
@@ -200,7 +225,7 @@ class Params(_Group):
     model: ModelParams = ModelParams()
     train: TrainParams = TrainParams()
     settings: dict[str, Annotated[dict[str, Any], AfterValidator(_of_methods)]] = {}  # of single methods, by full name
-    settings_instead_of: dict[str, Any] = {}  # what they replace: see `tuned`
+    settings_instead_of: Annotated[dict[str, Any], AfterValidator(_parameters)] = {}  # what they replace: see `tuned`
     compute: ComputeParams = ComputeParams()
     evaluate: EvaluateParams = EvaluateParams()
     gradient_angles: GradientAnglesParams = GradientAnglesParams()
@@ -299,9 +324,13 @@ def _merge(base: dict[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"Expected a parameter file at {path}, found none.") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {path} ({error.strerror or error}). Name a parameter file.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"Expected {path} to be text in UTF-8, found other bytes. Save it as UTF-8.") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Mend that line.") from None
     if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""The bound of a linear head on the frozen tower: it knows every generator, and never the image it is asked about."""
+"""A linear head on the frozen tower that knows every generator, and never the image it is asked about."""
 
 from __future__ import annotations
 

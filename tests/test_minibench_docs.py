@@ -12,7 +12,6 @@ from dgs.analysis.intervals import percent_text, seed_interval
 from dgs.analysis.metrics import headline
 
 ROOT = Path(__file__).parent.parent
-TEXT = " ".join((ROOT / "docs/minibench.md").read_text().split())
 LINES = (ROOT / "docs/minibench.md").read_text().splitlines()
 CELLS = ("rho90", "rho50", "rho75", "object90", "generators1", "clip1")
 METHODS = ("probe", "lora", "dgs")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from pydantic import BaseModel
 
 from dgs.errors import UserError
-from dgs.params import NOTEBOOK_PARAMETERS, Params, load_params, merged_params, validate, with_overrides
+from dgs.params import NOTEBOOK_PARAMETERS, Params, leaves, load_params, merged_params, validate, with_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
@@ -32,15 +32,6 @@ def at(params: Params, dotted: str) -> Any:
     for key in dotted.split("."):
         value = getattr(value, key)
     return value
-
-
-def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from leaves(inner, f"{prefix}{name}.")
-        else:
-            yield prefix + name
 
 
 def keys(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -120,6 +111,26 @@ class TestFiles:
         assert tuned.surgery.lam == 0.7
         assert tuned.stage2.lr == content["settings"]["dgs"]["train.stage2.lr"], "others stay"
 
+    @pytest.mark.parametrize(
+        ("content", "sentence"),
+        [
+            ({"settings": {"lora": {"train.stage2.lr.x": 1.0}}}, "'train.stage2.lr.x' is no parameter. Did you mean"),
+            (
+                {"settings": {"lora": {"model.levels.x": 1}}},
+                "'model.levels.x' is no parameter. Did you mean 'model.lev",
+            ),
+            ({"settings": {"lora": {"train.surgery.lamm": 1}}}, "no parameter. Did you mean 'train.surgery.lam'?"),
+            (
+                {"settings_instead_of": {"train.stage9.lr": 1}},
+                "'train.stage9.lr' is no parameter. Did you mean 'train.",
+            ),
+            ({"patches": {"count": 48}}, "input should be a square number: patches fill a square canvas; found 48."),
+        ],
+    )
+    def test_a_setting_that_is_no_parameter_is_one_sentence(self, content: dict[str, Any], sentence: str) -> None:
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            validate(content)
+
     def test_settings_replace_what_the_parameter_file_says(self) -> None:
         """Else they would be dead letters."""
         params = load_params(root=ROOT)
@@ -173,6 +184,19 @@ class TestFiles:
             load_params()
         message = sentence(error)
         assert expected in message and str(file) in message
+
+    def test_a_parameter_file_that_is_none_is_one_sentence(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "latin.yaml").write_bytes("methods: [probe]  # caf\u00e9".encode("latin-1"))
+        for path, sentence in (
+            (tmp_path, r"Cannot read .* \(Is a directory\). Name a parameter file."),
+            (tmp_path / "latin.yaml", "to be text in UTF-8, found other bytes. Save it as UTF-8."),
+            (tmp_path / "none.yaml", "Expected a parameter file at .*none.yaml, found none."),
+        ):
+            monkeypatch.setenv("DGS_PARAMS", str(path))
+            with pytest.raises(UserError, match=sentence):
+                load_params()
 
     def test_numbers_that_yaml_reads_as_text_are_numbers(self, tmp_path: Path) -> None:
         text = "profile: mini\ntrain:\n  surgery: {eps: 1e-6}\n  stage2: {lr: 1e-3}\n"

@@ -33,7 +33,7 @@ def report(
 
 
 def test_everything_a_reader_asks_for_is_there(tmp_path: Path) -> None:
-    text = report(tmp_path, make_detection(), make_forgetting(), figures=["figures/detection_bars.png"])
+    text = report(tmp_path, make_detection(), make_forgetting(), figures=["figures/detection.png"])
     sections = [line[3:] for line in text.splitlines() if line.startswith("## ")]
     assert sections == [
         "Headline", "Differences to lora", "Operating points", "By generator", "Forgetting", "Figures",
@@ -41,7 +41,7 @@ def test_everything_a_reader_asks_for_is_there(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "| profile | `mini` |" in text and "| data hash | `abc123` |" in text
     assert "| `train.lr` | `0.003` |" in text and "| `seeds` | `[0, 1]` |" in text
-    assert "![Balanced accuracy by generator](figures/detection_bars.png)" in text
+    assert "![Balanced accuracy by generator](figures/detection.png)" in text
     assert text.startswith("# Report\n\n## Headline\n") and text.index("Settings:") > text.index("## What was run")
     for generator in GENERATORS:
         assert text.count(f"\n| {generator} | ") == 5, "one row in each of Acc, balanced Acc, R.Acc, F.Acc, AP"

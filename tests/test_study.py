@@ -90,7 +90,7 @@ def test_the_order_of_methods_is_compared_between_conditions(root: Path) -> None
 
 
 def test_the_report_says_what_was_reached_and_what_was_not(root: Path) -> None:
-    report = write_study(root, ["strong", "none"])
+    report = write_study(root, ["strong", "none"], root / "results/study")
     text = report.read_text()
     (strong,) = [line for line in text.splitlines() if line.startswith("| `strong` | +15.0")]
     (none,) = [line for line in text.splitlines() if line.startswith("| `none` | +0.0")]
@@ -114,7 +114,7 @@ def test_the_report_names_the_settings_that_each_rule_chose(root: Path) -> None:
     )  # fmt: skip
     (root / "results/mini").mkdir()
     search.to_csv(root / "results/mini/tuning.csv", index=False)
-    text = write_study(root, ["strong"]).read_text().partition("## Settings")[2]
+    text = write_study(root, ["strong"], root / "results/study").read_text().partition("## Settings")[2]
     (line,) = [line for line in text.splitlines() if line.startswith("| `dgs`")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:] == ["lr 0.001, lam 0.2 (90.0)", "lr 0.003, lam 0.2 (70.0)", "lr 0.003, lam 1 (65.0)"]
@@ -146,18 +146,32 @@ def test_a_condition_may_have_its_methods_in_several_parts(tmp_path: Path) -> No
     with pytest.raises(UserError, match="Expected each method in one part of study-90, found lora in several"):
         read_condition(tmp_path, "study-90")
     (tmp_path / "results/study-90-part3/metrics.json").write_text(json.dumps({"data_hash": "f" * 64}))
-    with pytest.raises(UserError, match=r"study-90-part3 to have the data of study-90 \(0123456789ab\), found f"):
-        read_condition(tmp_path, "study-90")
+    again = read_condition(tmp_path, "study-90")
+    assert again.left_out == ["study-90-part3"] and again.values.equals(whole.values), "images differ between machines"
+    told = study_report([again])
+    assert "rho 0.9. Left out, since of other data: study-90-part3." in told
+
+
+def test_folders_of_images_have_no_shortcut_and_no_abilities_to_keep(tmp_path: Path) -> None:
+    write_results(tmp_path, "mine", float("nan"), {name: SHIFT[name] for name in ("lora", "dgs", "dgs_plus")})
+    forgetting = tmp_path / "results/mine/forgetting.csv"
+    rows = pd.read_csv(forgetting)
+    rows[~rows["measure"].str.contains("zero_shot|retrieval")].to_csv(forgetting, index=False)
+    text = write_study(tmp_path, ["mine"], tmp_path / "results/mine/study").read_text()
+    assert "Data hash `0123456789ab`.\n" in text and "nan" not in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| `mine` | –")]
+    assert line.endswith("| – | – |")
 
 
 def test_parameters_are_kept_beside_the_report(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
     shutil.copy(ROOT / "params.yaml", tmp_path)
-    kept = yaml.safe_load(write_params(tmp_path, ["study-75", "study-90"]).read_text())
+    (tmp_path / "results").mkdir()
+    kept = yaml.safe_load(write_params(tmp_path, ["study-75", "study-90"], tmp_path / "results").read_text())
     assert [kept[name]["data"]["rho"] for name in ("study-75", "study-90")] == [0.75, 0.9]
     (tmp_path / "results" / "study-90").mkdir()
     (tmp_path / "results" / "study-90" / "metrics.json").write_text(json.dumps({"methods": {"lora": {}, "dgs": {}}}))
-    again = yaml.safe_load(write_params(tmp_path, ["study-75", "study-90"]).read_text())
+    again = yaml.safe_load(write_params(tmp_path, ["study-75", "study-90"], tmp_path / "results").read_text())
     assert again["study-90"]["methods"] == ["lora", "dgs"], "those that have results"
     assert again["study-75"] == kept["study-75"]
     assert kept["study-75"]["settings"] == yaml.safe_load((ROOT / "params.yaml").read_text())["settings"]

@@ -13,6 +13,7 @@ import yaml
 
 from dgs.analysis import trials, tuning
 from dgs.analysis.tuning import RULES, candidates, chosen, weighted_balanced_accuracy
+from dgs.errors import UserError
 from dgs.model.expert import balance_weights
 from dgs.model.methods import METHODS
 from dgs.params import validate
@@ -111,3 +112,9 @@ def test_a_broken_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert tried == list(zip(found["method"][4:], found["candidate"][4:], strict=True)) and len(rows) == 2
     assert len(pd.read_csv(out)) == 6
     assert not list(tuning.tune(["lora"], validate({}), tmp_path, tmp_path, out, [0]))
+
+
+def test_a_rule_that_nothing_was_measured_by_chooses_nothing() -> None:
+    """Folders of one's own have no validation images without the shortcut."""
+    with pytest.raises(UserError, match="Expected values by the rule val_unbiased, found none"):
+        chosen(table({"val": [0.5] * 6, "val_unbiased": [float("nan")] * 6}), "val_unbiased")

@@ -108,8 +108,8 @@ def page(root: Path) -> str:
     for table, benchmark in {**ACCURACY, **PRECISION}.items():
         parts += [f"### Table {table}: {benchmark}", *_average_section(averages(cells, table), table)]
     parts += ["## Generator by generator"]
-    for table, benchmark in ACCURACY.items():
-        parts += [f"### {SUBJECT} on {benchmark}", _by_generator(cells, rerun, table, benchmark)]
+    for benchmark in ACCURACY.values():
+        parts += [f"### {SUBJECT} on {benchmark}", _by_generator(cells, rerun, benchmark)]
     for benchmark in [name for name in in_order(rerun["benchmark"]) if name not in ACCURACY.values()]:
         own = rerun[rerun["benchmark"] == benchmark]
         parts += [
@@ -201,7 +201,7 @@ def _average_section(found: pd.DataFrame, table: int) -> list[str]:
     return [markdown_table(header, rows), text]
 
 
-def _by_generator(cells: pd.DataFrame, rerun: pd.DataFrame, table: int, benchmark: str) -> str:
+def _by_generator(cells: pd.DataFrame, rerun: pd.DataFrame, benchmark: str) -> str:
     own = cells[(cells["method"] == SUBJECT) & (cells["benchmark"] == benchmark)]
     real = own.loc[own["metric"] == "r_acc", "value"].iloc[0]
     fakes = own[own["metric"] == "f_acc"].set_index("column")["value"]

@@ -50,7 +50,6 @@ METRIC_NAMES = {
     "zero_shot_kept": "zero-shot kept",
     "linear_probe_kept": "linear probe kept",
     "retrieval_kept": "retrieval kept",
-    "mAcc": "mAcc (paper)",
 }
 HEADLINE = ("balanced_acc_seen", "balanced_acc_unseen", "ap_seen", "ap_unseen", "zero_shot_kept")
 DIFFERENCES = (
@@ -70,7 +69,7 @@ CELL_NAMES = {
     "f_acc": "Accuracy on fakes (F.Acc)",
     "ap": "Average precision (AP)",
 }
-# The evaluate notebook's names, then those of the functions.
+# By the evaluate notebook's names.
 CAPTIONS = {
     "detection": "Balanced accuracy by generator",
     "heatmap": "Balanced accuracy, methods by generators",
@@ -82,14 +81,6 @@ CAPTIONS = {
     "calibration": "Calibration on unseen generators",
     "blocks": "Forgetting after each vision block",
     "robustness": "Balanced accuracy on changed images",
-    "detection_bars": "Balanced accuracy by generator",
-    "detection_heatmap": "Balanced accuracy, methods by generators",
-    "forgetting_plane": "Detection against zero-shot accuracy kept",
-    "forgetting_bars": "What each method still knows",
-    "tsne_panels": "t-SNE of image features",
-    "training_curves": "Training loss and validation accuracy",
-    "angles_over_training": "Angles between gradients over training",
-    "patches_figure": "Patch selection",
 }
 # Settings that may differ between checkpoints without making their training differ.
 NOT_OF_TRAINING = (

@@ -1,8 +1,9 @@
-"""The study: every method under every condition, compared in pairs; read from the tables of its profiles."""
+"""The study: methods under several conditions, compared in pairs; read from the tables of its profiles."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ class Condition:
 
     values: columns method, seed, metric, value, as `metrics.per_seed_values` gives them.
     cells: {method: (seeds, generators) balanced accuracy on unseen generators}, the seeds in order.
+    left_out: parts of it that have other data.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Condition:
     data_hash: str
     values: pd.DataFrame
     cells: Mapping[str, np.ndarray]
+    left_out: Sequence[str] = ()
 
     def of(self, method: str, metric: str) -> pd.Series:
         """Values by seed."""
@@ -73,32 +76,35 @@ class Condition:
         return in_order(self.values["method"])
 
 
-def parts_of(root: Path, name: str) -> list[str]:
-    """The profiles with results that make up a condition: `name` and, for its other methods, `name`-part2 and so on."""
+def _data_hash(root: Path, profile: str) -> str:
+    file = root / "results" / profile / "metrics.json"
+    if not file.exists():
+        raise UserError(f"Expected results of the profile {profile}, found none. Run make repro PROFILE={profile}.")
+    return json.loads(file.read_text(encoding="utf-8"))["data_hash"]
+
+
+def parts_of(root: Path, name: str) -> tuple[list[str], list[str]]:
+    """The profiles with results that make up a condition, and those that cannot be read as one with them.
+
+    Returns:
+        `name` and, for its other methods, `name`-part2 and so on; those of them that have other data.
+    """
     more = sorted(path.parent.name for path in root.glob(f"results/{name}-part*/metrics.json"))
-    return [name, *more]
+    others = [part for part in more if _data_hash(root, part) != _data_hash(root, name)]
+    return [name, *(part for part in more if part not in others)], others
 
 
 def read_condition(root: Path, name: str) -> Condition:
-    """The tables of results/<name>/ and of its further parts (`parts_of`), as one.
+    """The tables of results/<name>/ and of its further parts on the same data (`parts_of`), as one.
 
     Raises:
-        UserError: they are not there, or parts have other data or the same methods.
+        UserError: they are not there, or parts have the same methods.
     """
-    detections, forgettings = [], []
-    hashes: dict[str, str] = {}
-    for part in parts_of(root, name):
-        folder = root / "results" / part
-        if not (folder / "metrics.json").exists():
-            raise UserError(f"Expected results of the profile {part}, found none. Run make repro PROFILE={part}.")
-        hashes[part] = json.loads((folder / "metrics.json").read_text())["data_hash"]
-        detections.append(read_detection(folder / "detection.csv"))
-        forgettings.append(pd.read_csv(folder / "forgetting.csv"))
-        if hashes[part] != hashes[name]:
-            raise UserError(
-                f"Expected {part} to have the data of {name} ({hashes[name][:12]}), found {hashes[part][:12]}. Run "
-                f"both on the same images."
-            )
+    data_hash = _data_hash(root, name)
+    parts, others = parts_of(root, name)
+    folders = [root / "results" / part for part in parts]
+    detections = [read_detection(folder / "detection.csv") for folder in folders]
+    forgettings = [pd.read_csv(folder / "forgetting.csv") for folder in folders]
     methods = pd.concat([rows["method"].drop_duplicates() for rows in detections])
     if methods.duplicated().any():
         twice = ", ".join(methods[methods.duplicated()].unique())
@@ -111,7 +117,7 @@ def read_condition(root: Path, name: str) -> Condition:
         for method, rows in unseen.groupby("method", sort=False)
     }
     values = per_seed_values(detection, forgetting)
-    return Condition(name, float(native["rho"].iloc[0]), hashes[name], values, cells)
+    return Condition(name, float(native["rho"].iloc[0]), data_hash, values, cells, others)
 
 
 def comparison_table(conditions: Sequence[Condition]) -> pd.DataFrame:
@@ -187,7 +193,8 @@ def _goals(conditions: Sequence[Condition]) -> str:
     for condition in conditions:
         goal, rival = GOALS.get(condition.rho), best_rival(condition)
         gaps = {other: condition.gap(SUBJECT, other) for other in dict.fromkeys((BASELINE, PAPERS, rival))}
-        kept = min(condition.of(SUBJECT, metric).mean() for metric in ("zero_shot_kept", "retrieval_kept"))
+        measured = [condition.of(SUBJECT, metric) for metric in ("zero_shot_kept", "retrieval_kept")]
+        kept = min((values.mean() for values in measured if not values.empty), default=None)
         wanted = "–" if goal is None else rounded_text(goal, sign=True)
         reached = goal is not None and min(gaps[other].mean for other in (BASELINE, PAPERS)) >= goal
         rows.append(
@@ -195,7 +202,7 @@ def _goals(conditions: Sequence[Condition]) -> str:
                 f"`{condition.name}`", wanted, interval_text(gaps[BASELINE]), interval_text(gaps[PAPERS]),
                 "yes" if reached else "no",
                 f"`{rival}`", interval_text(gaps[rival]), "yes" if gaps[rival].low > 0 else "no",
-                percent_text(kept), "yes" if kept >= KEPT else "no",
+                *(("–", "–") if kept is None else (percent_text(kept), "yes" if kept >= KEPT else "no")),
             ]
         )  # fmt: skip
     header = [
@@ -219,7 +226,7 @@ def study_report(conditions: Sequence[Condition], tuning: pd.DataFrame | None = 
     """The study's REPORT.md; `tuning`: the table of `dgs tune` that the settings were chosen from.
 
     Raises:
-        UserError: a condition without lora, dgs or dgs_plus, or with data of no known rho.
+        UserError: a condition without lora, dgs or dgs_plus.
     """
     for condition in conditions:
         if missing := {SUBJECT, BASELINE, PAPERS} - set(condition.methods):
@@ -238,8 +245,12 @@ def study_report(conditions: Sequence[Condition], tuning: pd.DataFrame | None = 
         _orders(conditions),
     ]
     for condition in conditions:
-        parts += [f"## {condition.name}", f"Data hash `{condition.data_hash[:12]}`, rho {condition.rho:g}.",
-                  _ranking(condition)]  # fmt: skip
+        facts = f"Data hash `{condition.data_hash[:12]}`"
+        if not math.isnan(condition.rho):
+            facts += f", rho {condition.rho:g}"
+        if condition.left_out:
+            facts += f". Left out, since of other data: {', '.join(condition.left_out)}"
+        parts += [f"## {condition.name}", f"{facts}.", _ranking(condition)]
     if tuning is not None:
         parts += [
             "## Settings",
@@ -264,13 +275,12 @@ def finished_conditions(root: Path) -> list[str]:
     return [c.name for c in sorted(conditions, key=lambda c: (-len(c.methods), -c.rho, c.name))]
 
 
-def write_study(root: Path, names: Sequence[str]) -> Path:
-    """results/study/ from the results of the profiles `names`: table.csv and REPORT.md; returns the report.
+def write_study(root: Path, names: Sequence[str], folder: Path) -> Path:
+    """`folder` with what the results of the profiles `names` say: table.csv and REPORT.md; returns the report.
 
     Settings are read from results/mini/tuning.csv, where there is one.
     """
     conditions = [read_condition(root, name) for name in names]
-    folder = root / "results" / "study"
     folder.mkdir(parents=True, exist_ok=True)
     comparison_table(conditions).round(6).to_csv(folder / "table.csv", index=False)
     search = root / "results" / MAIN / "tuning.csv"
@@ -279,15 +289,13 @@ def write_study(root: Path, names: Sequence[str]) -> Path:
     return folder / "REPORT.md"
 
 
-def write_params(root: Path, names: Sequence[str]) -> Path:
-    """results/study/params.yaml: each profile's parameters, as they stand now, with the methods it has results of."""
-    out = root / "results" / "study" / "params.yaml"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    parts = [part for name in names for part in parts_of(root, name)]
+def write_params(root: Path, names: Sequence[str], folder: Path) -> Path:
+    """`folder`/params.yaml: each profile's parameters, as they stand now, with the methods it has results of."""
+    parts = [part for name in names for part in parts_of(root, name)[0]]
     content = {part: load_params(part, root).model_dump(mode="json") for part in parts}
     for part, params in content.items():
         metrics = root / "results" / part / "metrics.json"
         if metrics.is_file():  # a broken-off run has some of them
             params["methods"] = list(json.loads(metrics.read_text(encoding="utf-8"))["methods"])
-    out.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return out
+    (folder / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return folder / "params.yaml"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dgs.analysis.trials import trials
 from dgs.data.prepared import load_training
+from dgs.errors import UserError
 from dgs.model.expert import balance_weights, caption_probability
 from dgs.model.methods import METHODS, Method, get_method
 from dgs.params import Params, validate
@@ -120,7 +121,12 @@ def chosen(table: pd.DataFrame, rule: str) -> dict[str, Candidate]:
     """The best candidate of each method by its mean over seeds under `rule`, and for those that take another's, that.
 
     Of equal ones the first listed.
+
+    Raises:
+        UserError: nothing was measured by that rule.
     """
+    if table[rule].isna().all():
+        raise UserError(f"Expected values by the rule {rule}, found none: no such images. Choose another rule.")
     best: dict[str, Candidate] = {}
     for name, rows in table.groupby("method", sort=False):
         means = rows.groupby("candidate")[rule].mean()

@@ -331,7 +331,7 @@ _PARTS = (
     ),
     Method(
         name="levels_poe_distillation",
-        reference="poe_distillation that reads levels: what dgs_plus was in the study's first part.",
+        reference="poe_distillation that reads levels: what dgs_plus was in the first study.",
         prior=distillation,
         expert=True,
         levels=True,

@@ -107,7 +107,7 @@ def score_files(
 
     Args:
         paths: files, or folders: every file in them is tried, whatever its name (but for a dot at its beginning).
-        checkpoint: a checkpoint folder; None: the newest trained here.
+        checkpoint: a checkpoint folder; None: the newest of the pipelines here.
         warn: told of what a verdict is worth.
         explain: a new folder for what the model saw of each image, the selected patches or else the whole view.
         processes: that share the files on this machine; the rows and their order are the same.
