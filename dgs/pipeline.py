@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import posixpath
+import re
 import shutil
 import sys
 import tempfile
@@ -25,7 +27,8 @@ KERNEL = "python3"
 def normalise(notebook: Any) -> Any:
     """An executed notebook without what differs from run to run, so that equal results give equal bytes.
 
-    Timestamps, papermill's and widgets' records, cell ids and progress bars (stderr) go; results stay.
+    Timestamps, papermill's and widgets' records, cell ids and progress bars (stderr) go; results stay. Links lead to
+    where they led from notebooks/.
     """
     kept = {"kernelspec": {"name": KERNEL, "display_name": "Python 3", "language": "python"}}
     notebook.metadata = nbformat.from_dict({**kept, "language_info": {"name": "python"}})
@@ -33,6 +36,8 @@ def normalise(notebook: Any) -> Any:
         cell["id"] = f"cell-{number}"
         tags = [tag for tag in cell.metadata.get("tags", []) if tag in ("parameters", "injected-parameters")]
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\]\((?!https?:|#)([^)]+)\)", _link, cell.source)
         if cell.cell_type == "code":
             widget = "application/vnd.jupyter.widget-view+json"
             cell.outputs = [
@@ -44,6 +49,11 @@ def normalise(notebook: Any) -> Any:
                 output.get("metadata", {}).clear()
             cell.outputs = _joined(cell.outputs)
     return notebook
+
+
+def _link(found: re.Match[str]) -> str:
+    target = posixpath.normpath(posixpath.join("notebooks", found[1]))
+    return f"]({posixpath.relpath(target, 'results/profile/notebooks')})"
 
 
 def _joined(outputs: list[Any]) -> list[Any]:

@@ -312,3 +312,18 @@ def test_normalising_keeps_results_and_drops_progress_and_widgets() -> None:
     assert clean.cells[0].metadata == {"tags": ["parameters"]}
     assert set(clean.metadata) == {"kernelspec", "language_info"}
     nbformat.validate(clean)
+
+
+def test_links_of_an_executed_notebook_lead_where_those_of_its_source_do() -> None:
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        source = nbformat.read(path, as_version=4)
+        before = [link for cell in source.cells for link in re.findall(r"\]\(([^)]+)\)", cell.source)]
+        clean = normalise(nbformat.read(path, as_version=4))
+        after = [link for cell in clean.cells for link in re.findall(r"\]\(([^)]+)\)", cell.source)]
+        assert len(before) == len(after) >= 1
+        for one, other in zip(before, after, strict=True):
+            if one.startswith(("https:", "#")):
+                assert other == one
+            else:
+                target = (ROOT / "notebooks" / one).resolve()
+                assert target.exists() and (ROOT / "results/mini/notebooks" / other).resolve() == target
