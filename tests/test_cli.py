@@ -70,6 +70,10 @@ class TestUsage:
             ["verify", "a", "b", "--tolerance", "tight"],
             ["minibench", "build", "--out", "x", "--seed", "one"],
             ["minibench", "build", "--out", "x", "--seed", "1", "--clip", "other"],
+            ["minibench", "build", "--out", "x", "--seed", "-1"],
+            ["train", "lora", "--seed", "-1"],
+            ["tune", "lora", "--seed", "-1"],
+            ["left-out", "lora", "--seed", "-1"],
         ],
     )
     def test_wrong_usage_exits_with_2_and_no_traceback(self, arguments: list[str]) -> None:
@@ -87,6 +91,10 @@ class TestUsage:
 
     def test_a_misspelled_stage_is_one_sentence(self) -> None:
         assert "Unknown stage 'trian'. Did you mean 'train'?" in one_sentence(run("stage", "trian"))
+
+    @pytest.mark.parametrize("arguments", [["train"], ["prepare", "--method", "lora"]])
+    def test_the_stage_train_alone_is_of_a_method(self, arguments: list[str]) -> None:
+        assert "Expected --method for the stage train and no other" in one_sentence(run("stage", *arguments))
 
 
 class TestProfile:
