@@ -81,9 +81,9 @@ def stage(
 ) -> None:
     """Run one pipeline stage: its notebook through papermill (what dvc.yaml calls)."""
     from dgs.params import load_params
-    from dgs.pipeline import run_stage
+    from dgs.pipeline import check_stage, run_stage
 
-    if (name == "train") != (method is not None):
+    if (check_stage(name) == "train") != (method is not None):
         raise UserError(
             "Expected --method for the stage train and for no other. Give it there, leave it out elsewhere."
         )

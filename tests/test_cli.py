@@ -94,7 +94,7 @@ class TestUsage:
 
     @pytest.mark.parametrize("arguments", [["train"], ["prepare", "--method", "lora"]])
     def test_the_stage_train_alone_is_of_a_method(self, arguments: list[str]) -> None:
-        assert "Expected --method for the stage train and no other" in one_sentence(run("stage", *arguments))
+        assert "Expected --method for the stage train and for no other" in one_sentence(run("stage", *arguments))
 
 
 class TestProfile:
