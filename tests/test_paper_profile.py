@@ -12,9 +12,9 @@ from blips import write_random_blip
 from clips import write_random_clip
 from conftest import structured_image
 from copies import ROOT, copy_repository, run
-from safetensors.numpy import load_file
 
 from dgs.data.captions import read_captions
+from dgs.data.prepared import load_prepared
 from dgs.errors import UserError
 from dgs.model.backbone import IMAGENET, load_clip
 from dgs.params import load_params
@@ -103,15 +103,15 @@ def test_the_whole_profile_runs_reduced(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
     build, results = repo / "build" / "reduced", repo / "results" / "reduced"
-    kept = load_file(build / "prepare" / "patches.safetensors")["indices"]
-    assert kept.shape == (number, 49)
+    prepared = load_prepared(build / "prepare", repo)
+    assert prepared.patches is not None and [len(kept) for kept in prepared.patches.values()] == [49] * number
     info = json.loads((build / "train" / "dgs" / "seed-0" / "dgs.json").read_text())
     assert info["preprocessing"]["mean"] == list(IMAGENET[0]) and info["preprocessing"]["image_size"] == 224
     config = json.loads((build / "train" / "dgs" / "seed-0" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"], config["use_rslora"]) == (6, 6.0, 0.8, True)
     training = pd.read_csv(results / "training.csv")
     stage2 = training[(training["method"] == "dgs") & training["loss"].notna()]
-    images_seen = (pd.read_parquet(build / "prepare" / "manifest.parquet")["split"] == "train").sum()
+    images_seen = len(prepared.split("train"))
     assert list(stage2["step"]) == list(range(-(-images_seen // 32))), "one epoch in batches of 32"
     assert stage2["loss"].between(0, 10).all()
     metrics = json.loads((results / "metrics.json").read_text())
