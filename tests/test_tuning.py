@@ -116,5 +116,6 @@ def test_a_broken_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_rule_that_nothing_was_measured_by_chooses_nothing() -> None:
     """Folders of one's own have no validation images without the shortcut."""
+    assert chosen(table({"val": [0.5] * 6}).iloc[:0], "val") == {}, "controls alone are not searched"
     with pytest.raises(UserError, match="Expected values by the rule val_unbiased, found none"):
         chosen(table({"val": [0.5] * 6, "val_unbiased": [float("nan")] * 6}), "val_unbiased")

@@ -25,11 +25,7 @@ from dgs.model.train import extract_features, training_views
 from dgs.params import Params
 
 FOLDS = 5
-STRENGTHS = (
-    1e-3,
-    1e-2,
-    1e-1,
-)  # 1 / regularisation; the best counts: a reference may choose on what it is judged on
+STRENGTHS = (1e-3, 1e-2, 1e-1)  # 1 / regularisation; the best counts: a reference may choose on what it is judged on
 REAL = "real"
 
 Floats = NDArray[np.floating]

@@ -125,7 +125,7 @@ def chosen(table: pd.DataFrame, rule: str) -> dict[str, Candidate]:
     Raises:
         UserError: nothing was measured by that rule.
     """
-    if table[rule].isna().all():
+    if len(table) and table[rule].isna().all():
         raise UserError(f"Expected values by the rule {rule}, found none: no such images. Choose another rule.")
     best: dict[str, Candidate] = {}
     for name, rows in table.groupby("method", sort=False):
