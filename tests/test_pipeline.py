@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -28,6 +31,25 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ran(output: str) -> list[str]:
     """Stages that a `dvc repro` ran."""
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+@contextmanager
+def put_back(repo: Path, *edited: str) -> Iterator[None]:
+    """Afterwards the copy is as it was: edited files, and what the pipeline made of them, without another run."""
+    kept = repo.parent / "kept"
+    names = [*edited, "dvc.lock", "build", "results"]
+    for name in names:
+        source, target = repo / name, kept / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy2(source, target)
+    try:
+        yield
+    finally:
+        for name in names:
+            if (repo / name).is_dir():
+                shutil.rmtree(repo / name)
+            shutil.move(kept / name, repo / name)
+        shutil.rmtree(kept)
 
 
 pytestmark = pytest.mark.slow
@@ -100,7 +122,6 @@ def test_only_results_and_lock_are_new_to_git(repo: Path) -> None:
 
 def test_saving_a_notebook_with_outputs_reruns_no_stage(repo: Path) -> None:
     path = repo / "notebooks" / "train.ipynb"
-    source = path.read_bytes()
     notebook = nbformat.read(path, as_version=4)
     for number, cell in enumerate(notebook.cells):
         if cell.cell_type == "code":
@@ -108,52 +129,37 @@ def test_saving_a_notebook_with_outputs_reruns_no_stage(repo: Path) -> None:
             cell.outputs = [nbformat.v4.new_output("stream", text="saved by hand")]
     notebook.metadata["language_info"] = {"name": "python", "version": "3.11.99"}
     notebook.metadata["kernelspec"]["display_name"] = "Python 3 (ipykernel)"
-    nbformat.write(notebook, path)
-    try:
+    with put_back(repo, "notebooks/train.ipynb"):
+        nbformat.write(notebook, path)
         saved = run(repo, "dvc", "repro")
         assert saved.returncode == 0
         assert not set(ran(saved.stdout)) & set(STAGES_OF_A_RUN)
-    finally:
-        path.write_bytes(source)
-        run(repo, "dvc", "repro")
 
 
 def test_editing_a_notebooks_code_reruns_its_stage(repo: Path) -> None:
     path = repo / "notebooks" / "gradient_angles.ipynb"
-    source = path.read_bytes()
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[-3].source += "\nprint('edited')"
-    nbformat.write(notebook, path)
-    try:
+    with put_back(repo, "notebooks/gradient_angles.ipynb"):
+        nbformat.write(notebook, path)
         assert set(ran(run(repo, "dvc", "repro").stdout)) & set(STAGES_OF_A_RUN) == {"gradient_angles"}
-    finally:
-        path.write_bytes(source)
-        run(repo, "dvc", "repro")
 
 
 def test_editing_the_command_line_reruns_nothing(repo: Path) -> None:
-    path = repo / "dgs" / "cli.py"
-    source = path.read_text()
-    path.write_text(source + "\n# edited\n")
-    try:
+    with put_back(repo, "dgs/cli.py"):
+        with (repo / "dgs" / "cli.py").open("a") as file:
+            file.write("\n# edited\n")
         assert ran(run(repo, "dvc", "repro").stdout) == []
-    finally:
-        path.write_text(source)
 
 
-def test_a_changed_number_reruns_the_stages_that_read_it(repo: Path) -> None:
-    path = repo / "params.yaml"
-    source = path.read_text()
-    params = yaml.safe_load(source)
-    params["gradient_angles"]["pairs"] = ["task-harmful"]
-    path.write_text(yaml.safe_dump(params, sort_keys=False))
-    try:
-        assert set(ran(run(repo, "dvc", "repro").stdout)) == {"check", "gradient_angles"}
+def test_dvc_exp_run_with_a_changed_number_reruns_the_stages_that_read_it(repo: Path) -> None:
+    with put_back(repo, "params.yaml"):
+        tried = run(repo, "dvc", "exp", "run", "-S", "gradient_angles.pairs=[task-harmful]", "--name", "one-pair")
+        assert tried.returncode == 0, tried.stderr
+        assert set(ran(tried.stdout)) == {"check", "gradient_angles"}
         angles = pd.read_csv(repo / "results" / "mini" / "gradient_angles.csv")
         assert set(angles["pair"]) == {"task-harmful"}
-    finally:
-        path.write_text(source)
-        run(repo, "dvc", "repro")
+    assert "one-pair" in run(repo, "dvc", "exp", "show", "--csv").stdout
 
 
 def test_conditions_add_rows_and_a_figure_and_take_nothing_away(repo: Path) -> None:
@@ -211,18 +217,14 @@ def test_dvc_repro_refuses_wrong_parameters_before_any_stage(
     repo: Path, name: str, value: object, sentence: str
 ) -> None:
     path = repo / "params.yaml"
-    source = path.read_text()
-    params = yaml.safe_load(source)
+    params = yaml.safe_load(path.read_text())
     params[name] = {**params[name], **value} if isinstance(value, dict) else value
-    path.write_text(yaml.safe_dump(params, sort_keys=False))
-    try:
+    with put_back(repo, "params.yaml"):
+        path.write_text(yaml.safe_dump(params, sort_keys=False))
         tried = run(repo, "dvc", "repro")
         assert tried.returncode != 0
         assert sentence in tried.stderr
         assert not set(ran(tried.stdout)) & set(STAGES_OF_A_RUN)
-    finally:
-        path.write_text(source)
-        assert run(repo, "dvc", "repro").returncode == 0
 
 
 def test_make_stops_at_a_profile_that_does_not_exist(repo: Path) -> None:
@@ -241,20 +243,12 @@ def test_a_long_stage_shows_a_progress_bar(repo: Path) -> None:
     assert "lora, all seeds" in shown and "%|" in shown
 
 
-def test_dvc_exp_run_takes_right_ones(repo: Path) -> None:
-    tried = run(repo, "dvc", "exp", "run", "--temp", "-S", "gradient_angles.pairs=[task-harmful]", "--name", "one-pair")
-    assert tried.returncode == 0, tried.stderr
-    diff = run(repo, "dvc", "exp", "show", "--csv").stdout
-    assert "one-pair" in diff
-
-
 def test_a_failing_stage_leaves_nothing_half_written(repo: Path) -> None:
     path = repo / "notebooks" / "evaluate.ipynb"
-    source = path.read_bytes()
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell("raise RuntimeError('after everything was written')"))
-    nbformat.write(notebook, path)
-    try:
+    with put_back(repo, "notebooks/evaluate.ipynb"):
+        nbformat.write(notebook, path)
         failed = run(repo, "dvc", "repro", "evaluate")
         assert failed.returncode != 0
         assert f"notebooks/evaluate.ipynb, cell {len(notebook.cells)}: RuntimeError: after everything" in failed.stderr
@@ -262,9 +256,6 @@ def test_a_failing_stage_leaves_nothing_half_written(repo: Path) -> None:
         assert not left & {"metrics.json", "detection.csv", "forgetting.csv", "REPORT.md", "training.csv"}
         assert not (repo / "build" / "mini" / "evaluate").exists()
         assert not list((repo / "build" / "mini").glob(".*"))
-    finally:
-        path.write_bytes(source)
-        assert run(repo, "dvc", "repro").returncode == 0
 
 
 def test_a_profile_has_its_own_pipeline_and_leaves_the_main_one_alone(repo: Path, image_tree) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,134 @@
+"""docs/findings.md, docs/study.md and the README say what the committed results say, cell by cell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import pytest
+from told import ACCURACY, PRECISION, SEEN, WORST, ZERO_SHOT, change, condition, gap, tables, told, value
+
+FINDINGS = "docs/findings.md"
+METRICS = {
+    "balanced accuracy": ACCURACY,
+    "average precision": PRECISION,
+    "AP": PRECISION,
+    "worst generator": WORST,
+    "zero-shot kept": ZERO_SHOT,
+}
+STUDIES = {"first study": "first-study", "second study": "second-study"}
+Column = Callable[[str], str]
+
+
+def name(cell: str) -> str:
+    """The method or folder that a cell begins with."""
+    word = re.split(r"[:,(]", cell)[0].strip("` ").lower()
+    return STUDIES.get(word, word)
+
+
+def pair(cell: str) -> tuple[str, str]:
+    """The two that a cell compares: "... `a` minus `b` ..."."""
+    found = re.search(r"`?(\w+)`? minus `?(\w+)`?", cell)
+    assert found is not None, cell
+    return found[1].lower(), found[2].lower()
+
+
+def minus(condition: str, other: str, metric: str = ACCURACY) -> Column:
+    """Of a table that has a method a row: the method minus `other`; whole points for abilities kept."""
+    return lambda cell: told(gap(condition, name(cell), other, metric), 0 if metric == ZERO_SHOT else 1)
+
+
+def mean(condition: str, metric: str = ACCURACY) -> Column:
+    return lambda cell: told(value(condition, name(cell), metric), 0 if metric == ZERO_SHOT else 1, sign=False)
+
+
+def against(condition: str, other: str) -> Sequence[Column]:
+    """Accuracy, precision and abilities kept, minus one method."""
+    return [minus(condition, other, metric) for metric in (ACCURACY, PRECISION, ZERO_SHOT)]
+
+
+def compared(condition: str, *metrics: str) -> Sequence[Column]:
+    """Of a table that has two methods a row."""
+    return [lambda cell, metric=metric: told(gap(condition, *pair(cell), metric)) for metric in metrics]  # type: ignore[misc]
+
+
+BY_METHOD: dict[tuple[str, str], Sequence[Column]] = {
+    ("## The release's surgery did not help here", "control minus `dgs`"): against("study-90", "dgs"),
+    ("## What helped", ""): compared("study-90", ACCURACY, PRECISION),
+    ("## Neighbours from the literature", "unseen"): [
+        minus("study-90", "probe"),
+        minus("study-90", "lora"),
+        *against("study-90", "lora")[1:],
+    ],
+    ("## A milder shortcut", "minus LoRA, unseen"): against("study-75", "lora"),
+    ("## No shortcut", "minus LoRA, unseen"): against("study-50", "lora"),
+    ("## Another shortcut", "minus LoRA, unseen"): against("study-object", "lora"),
+    ("## Patch selection", "unseen"): [
+        mean("study-patches"),
+        lambda cell: told(change("study-patches", "study-90", name(cell))),
+        minus("study-patches", "lora"),
+        mean("study-patches", ZERO_SHOT),
+    ],
+}
+
+
+def table(heading: str, first: str, document: str = FINDINGS) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table below a heading whose first cell that is."""
+    (found,) = [rows for rows in tables(document, heading) if rows[0][0] == first]
+    return found[0], found[1:]
+
+
+@pytest.mark.parametrize(("heading", "first"), BY_METHOD)
+def test_methods_of_one_condition(heading: str, first: str) -> None:
+    columns = BY_METHOD[heading, first]
+    _, rows = table(heading, first)
+    for label, *cells in rows:
+        empty = [not cell for cell in cells]  # a method minus itself
+        expected = ["" if left else column(label) for column, left in zip(columns, empty, strict=True)]
+        assert cells == expected, label
+
+
+@pytest.mark.parametrize(
+    ("heading", "first", "methods"),
+    [
+        ("## LoRA forgets, and what it gains for it", "LoRA minus probe, unseen", ("lora", "probe")),
+        ("## The release's surgery did not help here", "DGS minus LoRA, unseen", ("dgs", "lora")),
+    ],
+)
+def test_two_methods_on_several_sets_of_images(heading: str, first: str, methods: tuple[str, str]) -> None:
+    (_, *folders), rows = table(heading, first)
+    for label, *cells in rows:
+        digits = 0 if label == "zero-shot kept" else 1
+        expected = [told(gap(name(folder), *methods, METRICS[label]), digits) for folder in folders]
+        assert cells == expected, label
+
+
+def test_settings_by_other_rules() -> None:
+    (_, *header), rows = table("## Settings chosen by other rules", "unseen")
+    folders = [found[1] for column in header if (found := re.search(r"`([\w-]+)`", column))]
+    for label, *cells in rows:
+        shown = [cell.removesuffix(", the same runs") for cell in cells]
+        if label == "probe":
+            assert shown == [told(value(folder, "probe"), sign=False) for folder in folders]
+        else:
+            assert shown == [told(gap(folder, *pair(label))) for folder in folders], label
+
+
+README_COLUMNS = {
+    "rho 0.9": "study-90",
+    "generators retrained": "study-networks",
+    "shortcut by the object": "study-object",
+    "rho 0.75": "study-75",
+    "rho 0.5 (no shortcut)": "study-50",
+}
+
+
+def test_the_readmes_comparisons() -> None:
+    (_, *header), rows = table("## All methods, compared", "", "README.md")
+    for label, *cells in rows:
+        for column, cell in zip(header, cells, strict=True):
+            folder = README_COLUMNS[column]
+            if pair(label)[0] in condition(folder).methods:
+                assert cell == told(gap(folder, *pair(label))), (label, column)
+            else:
+                assert cell == "not run", (label, column)
