@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+import pandas as pd
 import pytest
-from told import ACCURACY, PRECISION, SEEN, WORST, ZERO_SHOT, change, condition, gap, tables, told, value
+from scipy.stats import spearmanr
+from told import ACCURACY, PRECISION, ROOT, WORST, ZERO_SHOT, change, condition, gap, tables, told, value
+
+from dgs.model.methods import METHODS
 
 FINDINGS = "docs/findings.md"
 METRICS = {
@@ -112,6 +116,68 @@ def test_settings_by_other_rules() -> None:
             assert shown == [told(value(folder, "probe"), sign=False) for folder in folders]
         else:
             assert shown == [told(gap(folder, *pair(label))) for folder in folders], label
+
+
+EXPERT = {name for name, method in METHODS.items() if method.expert or method.weighed}
+CONTROLS = {name for name, method in METHODS.items() if method.reference.startswith("Control of dgs")}
+SURGERY = CONTROLS | {"dgs", "suppression_only", "alignment_only", "per_sample", "paper_order"}
+GROUPS = {
+    "all": set(METHODS),
+    "without an expert": set(METHODS) - EXPERT,
+    "without an expert or parts of DGS": set(METHODS) - EXPERT - SURGERY,
+    "with an expert": EXPERT,
+}
+
+
+def means(folder: str, metric: str) -> pd.Series:
+    """Of each method, over seeds."""
+    return condition(folder).values.query("metric == @metric").groupby("method")["value"].mean()
+
+
+def rank_correlation(first: pd.Series, second: pd.Series, group: str) -> str:
+    """Spearman's, with its p value and the number of methods, as the documents print it."""
+    both = pd.concat([first, second], axis=1, join="inner")
+    both = both[both.index.isin(GROUPS[group])]
+    found = spearmanr(both.iloc[:, 0], both.iloc[:, 1])
+    p = f"p {found.pvalue:.2f}" if found.pvalue >= 0.005 else "p < 0.005"
+    return f"{found.statistic:.2f} ({p}, n {len(both)})"
+
+
+def kept_and_detected(folder: str, metric: str, group: str) -> str:
+    return rank_correlation(means(folder, metric), means(folder, ACCURACY), group)
+
+
+def validated(rule: str, against: str, group: str) -> str:
+    """Of all settings that were tried with validation without the shortcut, or of each method's best with a study."""
+    tried = pd.read_csv(ROOT / "results/mini/tuning.csv").set_index("method")
+    if against == "val_unbiased":
+        part = tried[tried.index.isin(GROUPS[group])]
+        return f"{spearmanr(part[rule], part[against]).statistic:.2f} (n {len(part)})"
+    return rank_correlation(tried.groupby("method")[rule].max(), means(against, ACCURACY), group)
+
+
+KEPT = [
+    ("study-90", ZERO_SHOT),
+    ("study-90", "linear_probe_kept"),
+    ("study-75", ZERO_SHOT),
+    ("study-75", "linear_probe_kept"),
+]
+RULES = {"weighed": "val_balanced", "as they are": "val", "without the shortcut": "val_unbiased"}
+
+
+def test_what_is_kept_beside_what_is_detected() -> None:
+    _, rows = table("## Does what is kept say how well it detects?", "methods")
+    assert [row[0] for row in rows] == list(GROUPS)
+    for group, *cells in rows:
+        assert cells == [kept_and_detected(*each, group) for each in KEPT], group
+
+
+def test_what_validation_says() -> None:
+    (_, *groups), rows = table("## The shortcut", "validation images")
+    for label, *cells in rows:
+        rule, _, against = label.partition(", against ")
+        folder = "val_unbiased" if against == "those without the shortcut" else name(against)
+        assert cells == [validated(RULES[rule], folder, group) for group in groups], label
 
 
 README_COLUMNS = {
