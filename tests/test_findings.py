@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pandas as pd
 import pytest
 from scipy.stats import spearmanr
-from told import ACCURACY, PRECISION, ROOT, WORST, ZERO_SHOT, change, condition, gap, tables, told, value
+from told import (
+    ACCURACY,
+    PRECISION,
+    ROOT,
+    SEEN,
+    WORST,
+    ZERO_SHOT,
+    change,
+    condition,
+    ends,
+    gap,
+    number,
+    tables,
+    text,
+    told,
+    value,
+)
 
+from dgs.analysis.intervals import Interval
+from dgs.analysis.study import agreement
 from dgs.model.methods import METHODS
 
 FINDINGS = "docs/findings.md"
@@ -198,3 +217,118 @@ def test_the_readmes_comparisons() -> None:
                 assert cell == told(gap(folder, *pair(label))), (label, column)
             else:
                 assert cell == "not run", (label, column)
+
+
+def said(template: str, interval: Interval, digits: int = 1) -> str:
+    """{mean} with its sign, {size} without, {ends}."""
+    mean, size = number(interval.mean, digits, sign=True), number(abs(interval.mean), digits)
+    return template.format(mean=mean, size=size, ends=ends(interval, digits))
+
+
+SENTENCES: list[tuple[str, Callable[[], Interval]]] = [
+    ("Minus DGS: {mean} (`mini`)",
+     partial(gap, "mini", "dgs_plus", "dgs")),
+    ("{mean} {ends} (`study-90`). On the generator that is worst",
+     partial(gap, "study-90", "dgs_plus", "dgs")),
+    ("on unseen generators {mean} {ends} (`mini`)",
+     partial(gap, "mini", "dgs_plus", "lora")),
+    ("{mean} {ends} (`study-90`, test images nobody had looked at)",
+     partial(gap, "study-90", "dgs_plus", "lora")),
+    ("{mean} {ends} (`study-networks`); AP",
+     partial(gap, "study-networks", "dgs_plus", "lora")),
+    ("not in `study-networks` ({mean} {ends}; AP",
+     partial(gap, "study-networks", "poe_distillation", "poe_probe")),
+    ("(`levels_poe`, the highest, {mean} {ends})",
+     partial(gap, "study-90", "levels_poe", "dgs_plus")),
+    ("It beats `poe_probe` in `study-90` ({mean} {ends})",
+     partial(gap, "study-90", "dgs_plus", "poe_probe")),
+    ("is worth {size} points of AP {ends} in `study-90`",
+     partial(gap, "study-90", "poe_distillation", "product_of_experts", PRECISION)),
+    ("of balanced accuracy {size} {ends}",
+     partial(gap, "study-90", "poe_distillation", "product_of_experts")),
+    ("`levels_probe` is {size} points {ends} above LoRA",
+     partial(gap, "study-90", "levels_probe", "lora")),
+    ("and {size} {ends} above the probe (AP",
+     partial(gap, "study-90", "levels_probe", "probe")),
+    ("between them but in AP ({mean} {ends})",
+     partial(gap, "study-90", "levels_probe", "null_space", PRECISION)),
+    ("`levels_poe_probe` minus `poe_probe` is {mean} {ends}",
+     partial(gap, "study-90", "levels_poe_probe", "poe_probe", PRECISION)),
+    ("in balanced accuracy ({mean} {ends}) that is not shown",
+     partial(gap, "study-90", "levels_poe_probe", "poe_probe")),
+    ("(`levels_poe` minus `product_of_experts` {mean} {ends})",
+     partial(gap, "study-90", "levels_poe", "product_of_experts")),
+    ("`weighed_lora`, is {size} points {ends} above LoRA",
+     partial(gap, "study-90", "weighed_lora", "lora")),
+    ("`weighed_probe` and `poe_probe` ({mean} {ends})",
+     partial(gap, "study-90", "weighed_probe", "poe_probe")),
+    ("(`swad`) is worth {size} points {ends}",
+     partial(gap, "study-90", "swad", "lora")),
+    ("(`dgs`, which tunes besides) is {size} points {ends} lower",
+     partial(gap, "study-90", "null_space", "dgs")),
+    ("is below the probe here ({mean} {ends})",
+     partial(gap, "study-90", "leace", "probe")),
+    ("under the object's shortcut ({mean} {ends})",
+     partial(gap, "study-object", "leace", "probe")),
+    ("(AP {mean} {ends} and +1.3 [0.4, 2.3]), and that",
+     partial(gap, "study-90", "upgrad", "probe", PRECISION)),
+    ("no difference is shown (AP {mean} {ends} and",
+     partial(gap, "study-90", "upgrad", "distillation", PRECISION)),
+    ("`dgs_plus` is {size} points {ends} above `null_space`",
+     partial(gap, "study-90", "dgs_plus", "null_space")),
+    ("an expert is {size} {ends} above `null_space`",
+     partial(gap, "study-90", "poe_probe", "null_space")),
+    ("in ranking (AP {mean} {ends}) or in decisions",
+     partial(gap, "study-networks", "dgs_plus", "poe_distillation", PRECISION)),
+    ("on seen ({mean} {ends}) or unseen",
+     partial(gap, "study-networks", "dgs_plus", "poe_distillation", SEEN)),
+    ("it decides better on seen ones ({mean} {ends})",
+     partial(gap, "study-networks", "dgs_plus", "poe_probe", SEEN)),
+    ("Against DGS its decisions are worse, barely ({mean} {ends})",
+     partial(gap, "study-50", "dgs_plus", "dgs")),
+    ("it is {size} points {ends} below LoRA, with 64.0 %",
+     partial(gap, "study-50", "lora", "dgs_plus", WORST)),
+    ("than with the shortcut**, by {size} points {ends}",
+     partial(change, "study-50", "study-90", "lora", "probe")),
+    ("and by {size} {ends} on the worst generator (`study-50`",
+     partial(change, "study-50", "study-90", "lora", "probe", WORST)),
+    ("the probe DGS has {mean} {ends} here",
+     partial(gap, "study-object", "dgs", "probe")),
+    ("gain {size} {ends} and 2.9",
+     partial(change, "study-object", "study-90", "dgs", "probe")),
+    ("`dgs_plus` and `poe_distillation` ({mean} {ends}); it is",
+     partial(gap, "study-object", "dgs_plus", "poe_distillation")),
+    ("to be below the probe here ({mean} {ends})",
+     partial(gap, "study-patches", "dgs", "probe")),
+    ("(from DGS {size} {ends}",
+     partial(change, "study-50", "study-90", "dgs")),
+    ("from the probe {size} {ends})",
+     partial(change, "study-50", "study-90", "probe")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "interval"), SENTENCES, ids=[template for template, _ in SENTENCES])
+def test_sentences(template: str, interval: Callable[[], Interval]) -> None:
+    assert said(template, interval()) in text(FINDINGS)
+
+
+@pytest.mark.parametrize(
+    ("template", "first", "second"),
+    [
+        ("in parts (Kendall's tau {tau:.2f})", "study-90", "study-75"),
+        ("with `study-75` {tau:.2f})", "study-object", "study-75"),
+        ("(Kendall's tau of all ten {tau:.2f}", "study-object", "study-90"),
+        ("is nearly that of `study-90` (Kendall's tau {tau:.2f})", "study-networks", "study-90"),
+        ("is not that of `study-90` (Kendall's tau {tau:.2f})", "study-50", "study-90"),
+    ],
+)
+def test_how_far_the_order_of_methods_carries(template: str, first: str, second: str) -> None:
+    assert template.format(tau=agreement(condition(first), condition(second))) in text(FINDINGS)
+
+
+def test_of_the_other_methods_only_those_named_are_not_shown_to_be_below_dgs_plus() -> None:
+    """Experts with adapters, images weighed by an expert, levels read with one."""
+    others = [method for method in condition("study-90").methods if method != "dgs_plus"]
+    level = {method for method in others if gap("study-90", "dgs_plus", method).low <= 0}
+    assert level == EXPERT - {"dgs_plus", "poe_probe"}
+    assert not [method for method in others if gap("study-90", method, "dgs_plus").low > 0]
