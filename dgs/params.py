@@ -338,19 +338,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _dotted(content: Mapping[str, Any], prefix: str = "") -> set[str]:
-    """Full names of the values in nested groups."""
-    names: set[str] = set()
+def _dotted(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values in nested groups by their full names."""
+    found: dict[str, Any] = {}
     for key, value in content.items():
-        names |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}"}
-    return names
+        found |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def merged_params(profile: str | None = None, root: Path | None = None) -> dict[str, Any]:
     """params.yaml with the overlay profiles/<profile>.yaml laid over it, as plain data, not yet validated.
 
     What the overlay names for all methods stands above params.yaml's settings of single ones: those were chosen for
-    params.yaml's data. The overlay's own settings stand above both.
+    params.yaml's data. The overlay's own settings stand above both: what it names is what they replace.
     """
     root = root or find_root()
     base = _read_yaml(root / "params.yaml")
@@ -372,6 +372,8 @@ def merged_params(profile: str | None = None, root: Path | None = None) -> dict[
     named = _dotted({group: values for group, values in content.items() if group != "settings"})
     for method, own in (base.get("settings") or {}).items():
         base["settings"][method] = {name: value for name, value in (own or {}).items() if name not in named}
+    replaced = base.get("settings_instead_of") or {}
+    replaced |= {name: value for name, value in named.items() if name in replaced}
     return _merge(base, {"profile": profile, **content})
 
 

@@ -13,7 +13,7 @@ from dgs.analysis.outside import outside
 from dgs.errors import UserError, did_you_mean
 from dgs.model.methods import get_method
 from dgs.params import Params, load_params, merged_params, validate
-from dgs.workspace import find_root, is_path, no_such_clip, require_data_root
+from dgs.workspace import find_root, is_path, no_such_clip, require_data_root, weights_twice
 
 UNWATCHED = "scratch"  # in .dvcignore: what notebooks by hand leave there should not look like a change
 
@@ -90,6 +90,8 @@ def check_params(params: Params, root: Path) -> None:
     clip, weights = params.model.clip, params.model.pretrained
     if is_path(clip, root) and not made_here(clip) and not (root / clip).is_dir():
         raise no_such_clip(clip)
+    if weights and is_path(clip, root):
+        raise weights_twice(clip, weights)
     if weights and is_path(weights, root) and not (root / weights).is_file():
         raise UserError(f"Expected a weights file at model.pretrained = {weights}, found none. Mend the path.")
     if params.data.captions and not (root / params.data.captions).is_file():

@@ -118,3 +118,11 @@ def no_such_clip(asked: str, hint: str = "") -> UserError:
     """model.clip = `asked` is neither a folder nor a name."""
     embedded = " The embedded one is sample/clip." if "/" in asked else ""
     return UserError(f"Expected model.clip to be a folder or an open_clip name, found '{asked}'.{hint}{embedded}")
+
+
+def weights_twice(clip: str, pretrained: str) -> UserError:
+    """model.clip is a folder, which has weights, and model.pretrained names others."""
+    return UserError(
+        f"model.clip = {clip} is a folder and brings its weights, found model.pretrained = {pretrained} too. "
+        f"Set model.pretrained: null."
+    )

@@ -94,7 +94,7 @@ class TestFiles:
 
     def test_what_an_overlay_names_stands_above_settings_chosen_for_other_data(self, tmp_path: Path) -> None:
         base = (
-            "train:\n  stage2: {lr: 0.01}\n"
+            "train:\n  stage2: {lr: 0.01}\nsettings_instead_of: {train.stage2.lr: 0.01}\n"
             "settings:\n  lora: {train.stage2.lr: 0.02}\n  dgs: {train.stage2.lr: 0.03, train.surgery.lam: 1.0}\n"
         )
         own = "train:\n  stage2: {lr: 0.5}\nsettings:\n  lora: {train.stage2.lr: 0.7}\n"
@@ -102,6 +102,9 @@ class TestFiles:
         assert params.tuned("lora").train.stage2.lr == 0.7
         assert params.tuned("dgs").train.stage2.lr == 0.5 and params.tuned("dgs").train.surgery.lam == 1.0
         assert load_params(root=tmp_path / "r").tuned("dgs").train.stage2.lr == 0.03
+        content = merged_params("own", tmp_path / "r")
+        content["train"]["stage2"]["lr"] = 0.9  # as `dvc exp run -S` does
+        assert validate(content).tuned("lora").train.stage2.lr == 0.9
 
     def test_a_value_changed_in_the_parameter_file_stands_above_settings_chosen_beside_another(self) -> None:
         content = merged_params(root=ROOT)

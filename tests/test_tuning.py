@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +14,11 @@ import pytest
 import yaml
 
 from dgs.analysis import trials, tuning
-from dgs.analysis.tuning import RULES, candidates, chosen, weighted_balanced_accuracy
+from dgs.analysis.tuning import RULES, candidates, chosen, weighted_balanced_accuracy, with_candidate
 from dgs.errors import UserError
 from dgs.model.expert import balance_weights
 from dgs.model.methods import METHODS
-from dgs.params import validate
+from dgs.params import load_params, validate
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,6 +114,21 @@ def test_a_broken_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert tried == list(zip(found["method"][4:], found["candidate"][4:], strict=True)) and len(rows) == 2
     assert len(pd.read_csv(out)) == 6
     assert not list(tuning.tune(["lora"], validate({}), tmp_path, tmp_path, out, [0]))
+
+
+@pytest.mark.parametrize("name", ["probe", "lora", "dgs", "null_space"])
+def test_a_trial_has_its_candidates_values_whatever_a_profile_says(name: str, tmp_path: Path) -> None:
+    """And a profile that took them over trains with them."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "profiles").mkdir()
+    own = {"train": {"stage1": {"epochs": 3, "lr": 1.0e-4}, "stage2": {"lr": 1.0e-4}, "surgery": {"lam": 0.2}}}
+    for candidate in candidates(METHODS[name]):
+        for settings in ({}, {"settings": {name: candidate}}):
+            (tmp_path / "profiles" / "own.yaml").write_text(yaml.safe_dump(own | settings))
+            params = load_params("own", tmp_path)
+            tried = with_candidate(params, name, candidate) if not settings else params.tuned(name)
+            content = tried.model_dump()
+            assert {key: reduce(dict.__getitem__, key.split("."), content) for key in candidate} == candidate
 
 
 def test_a_rule_that_nothing_was_measured_by_chooses_nothing() -> None:

@@ -59,6 +59,12 @@ def weighted_balanced_accuracy(
     return float(np.mean([np.average(right[labels == label], weights=weights[labels == label]) for label in (0, 1)]))
 
 
+def with_candidate(params: Params, name: str, candidate: Candidate) -> Params:
+    """The parameters of one trial: the candidate stands above whatever a profile or the parameter file say."""
+    tried = {"settings": {name: candidate}, "settings_instead_of": {}}
+    return validate({**params.model_dump(), **tried}, "candidate").tuned(name)
+
+
 def _score(_: str, name: str, candidate: str, seed: int, params: Params, root: Path, folder: Path) -> dict[str, float]:
     # Imported here: the parent only waits, and should not spend seconds on loading CLIP's libraries.
     from dgs.data.views import Views
@@ -69,7 +75,7 @@ def _score(_: str, name: str, candidate: str, seed: int, params: Params, root: P
     prepared = load_training(folder, root)
     clip = load_clip(params.model, root, params.image_size, text=False)
     device = choose_device(params.compute.device)
-    own = validate({**params.model_dump(), "settings": {name: json.loads(candidate)}}, "candidate").tuned(name)
+    own = with_candidate(params, name, json.loads(candidate))
     row: dict[str, float] = {}
 
     def done(trained: Trained) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 LIMIT = 0.6  # balanced accuracy above which a rule is worth a warning
 # Kolmogorov and Smirnov: two samples of one distribution differ by CHANCE * sqrt(1/n + 1/m) once in a thousand.
-# With fewer than 8 images a label nothing is beyond chance.
+# With fewer than 8 images of each label nothing is beyond chance.
 CHANCE = 1.95
 
 

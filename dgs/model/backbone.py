@@ -26,7 +26,7 @@ from tqdm import tqdm
 from dgs.errors import UserError, did_you_mean
 from dgs.minibench import stem
 from dgs.params import LoraParams, ModelParams
-from dgs.workspace import no_such_clip
+from dgs.workspace import no_such_clip, weights_twice
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # the release's constants
 RANDOM = "random"  # model.pretrained: seeded random weights, for tests of geometry
@@ -195,10 +195,7 @@ def load_clip(params: ModelParams, root: Path, image_size: int, seed: int = 0, t
     folder = (root / params.clip).resolve()
     if folder.is_dir():
         if params.pretrained is not None:
-            raise UserError(
-                f"model.clip = {params.clip} is a folder and brings its weights, found model.pretrained = "
-                f"{params.pretrained} too. Set model.pretrained: null."
-            )
+            raise weights_twice(params.clip, params.pretrained)
         model, preprocess = _from_folder(folder, image_size)
         source = f"local-dir:{folder}"
     else:
