@@ -159,7 +159,11 @@ class TestTheCheckBeforeAnyStage:
             ),
             ("model", {"clip": "sample/clipp"}, "Expected model.clip to be a folder or an open_clip name, found"),
             ("model", {"clip": "ViT-B-32", "pretrained": "my/w.pt"}, "Expected a weights file at model.pretrained ="),
-            ("model", {"clip": "sample/clip", "pretrained": "openai"}, "model.clip = sample/clip is a folder and brings"),
+            (
+                "model",
+                {"clip": "sample/clip", "pretrained": "openai"},
+                "model.clip = sample/clip is a folder and brings",
+            ),
             (
                 "data",
                 {"root": "scratch/images"},
