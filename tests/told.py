@@ -41,9 +41,9 @@ def change(name: str, other: str, method: str, minus: str | None = None, metric:
     return paired_difference(*(100 * paired.T))
 
 
-def number(text: float, digits: int = 1, sign: bool = False) -> str:
+def number(amount: float, digits: int = 1, sign: bool = False) -> str:
     """As `rounded_text` rounds, with a plain minus; what prints as zero has no sign."""
-    shown = rounded_text(text, digits, sign).replace("−", "-")
+    shown = rounded_text(amount, digits, sign).replace("−", "-")
     return shown.lstrip("+-") if float(shown) == 0 else shown
 
 
