@@ -111,7 +111,7 @@ def tune(
 
     from dgs.analysis.tuning import RULES, chosen, tune
     from dgs.data.prepared import load_training
-    from dgs.model.methods import METHODS, get_method
+    from dgs.model.methods.registry import METHODS, get_method
     from dgs.params import load_params
     from dgs.workspace import Workspace
 
@@ -151,11 +151,11 @@ def left_out(
     """
     import pandas as pd
 
-    from dgs.analysis.left_out import COLUMNS, left_out
     from dgs.data.prepared import load_training
-    from dgs.model.methods import get_method
+    from dgs.model.methods.registry import get_method
     from dgs.params import load_params
     from dgs.workspace import Workspace
+    from studies.leave_one_generator_out import COLUMNS, left_out
 
     params = load_params()
     workspace = Workspace.of(params.profile)
@@ -181,10 +181,10 @@ def ceiling(as_json: Json = False) -> None:
 
     On what was prepared last; the table is results/<profile>/ceiling.csv, the profile is DGS_PROFILE's.
     """
-    from dgs.analysis.ceiling import ceiling
-    from dgs.disk import replacing_file
+    from dgs.atomic import replacing_file
     from dgs.params import load_params
     from dgs.workspace import Workspace
+    from studies.ceiling import ceiling
 
     params = load_params()
     workspace = Workspace.of(params.profile)
@@ -232,9 +232,9 @@ def train(
 ) -> None:
     """Train one seed without a notebook, alone or as one of the processes that torchrun starts."""
     from dgs.data.prepared import load_training
-    from dgs.model import processes
-    from dgs.model.methods import get_method
-    from dgs.model.seeds import train_seed
+    from dgs.model import distributed as processes
+    from dgs.model.methods.registry import get_method
+    from dgs.model.runs import train_seed
     from dgs.params import load_params
     from dgs.workspace import Workspace
 
@@ -261,7 +261,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Check a parameter file, and that the folders and files it names are there (the pipeline's first stage)."""
-    from dgs.profile import check_file
+    from dgs.profiles import check_file
 
     _print(as_json, {"checked": str(check_file(params, _say))})
 
@@ -272,7 +272,7 @@ def profile(
     name: Annotated[str, typer.Argument(help="mini, or a file profiles/NAME.yaml")], as_json: Json = False
 ) -> None:
     """Write a profile's own pipeline (profiles/NAME/dvc.yaml) and print its path."""
-    from dgs.profile import write_profile_pipeline
+    from dgs.profiles import write_profile_pipeline
     from dgs.workspace import find_root
 
     pipeline = write_profile_pipeline(name).relative_to(find_root()).as_posix()
@@ -286,7 +286,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write a profile's executed notebooks and report as web pages that load nothing from outside; print the index."""
-    from dgs.pages import write_pages
+    from dgs.html_report import write_pages
     from dgs.params import load_params
     from dgs.workspace import find_root
 
@@ -371,7 +371,7 @@ def caption(
     from tqdm import tqdm
 
     from dgs.data.blip import load_blip
-    from dgs.data.captioner import caption_folder, check_own, complaints
+    from dgs.data.captioning import caption_folder, check_own, complaints
 
     def say(message: str) -> None:
         tqdm.write(message, file=sys.stderr)  # above the progress bar, not through it
@@ -456,8 +456,8 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Make the embedded benchmark from seeds."""
-    from dgs.minibench import pretrain, train_generators
-    from dgs.minibench.build import build as build_minibench
+    from minibench import pretrain, train_generators
+    from minibench.build import build as build_minibench
 
     made = build_minibench(
         out,
@@ -481,8 +481,8 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Ask what tells fake from real in a benchmark: trivial detectors, statistics, content, near duplicates."""
-    from dgs.minibench import audit as auditing
-    from dgs.minibench.sheets import write_sheets
+    from minibench import audit as auditing
+    from minibench.contact_sheets import write_sheets
 
     result = auditing.audit(folder, progress=True)
     text = auditing.markdown(result)

@@ -15,7 +15,7 @@ import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from dgs.disk import alone, explained
+from dgs.atomic import alone, explained
 from dgs.errors import UserError, did_you_mean
 from dgs.params import load_params
 from dgs.workspace import find_root

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgs.model.adapters import adapters, hold_principal, shrink, squared_update
 from dgs.model.backbone import Backbone, load_clip
+from dgs.model.methods.constraints import adapters, hold_principal, shrink, squared_update
 from dgs.params import LoraParams, ModelParams
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from scipy import stats
 
 from dgs.analysis.correlation import UNSEEN, WITHIN, correlation, predicts
+from dgs.analysis.figures.plane import in_plane
 from dgs.analysis.heads import rank_by_head
-from dgs.analysis.plane import in_plane
 from dgs.analysis.subspaces import compare, principal_angles, random_mean_angle, read_updates
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from dgs.analysis import angle_figures as figures
 from dgs.analysis.angles import angle_table, batch_table, one_sample
 from dgs.analysis.correlation import UNSEEN, WITHIN
-from dgs.analysis.figures import METHOD_COLOURS, save
+from dgs.analysis.figures.detection import METHOD_COLOURS, save
+from dgs.analysis.figures.detection import angles as figures
 from dgs.analysis.heads import rank_by_head
-from dgs.model.journal import Journal
 from dgs.model.surgery import suppress
+from dgs.model.training_log import Journal
 
 Logged = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
 

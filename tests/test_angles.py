@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dgs.analysis import angles as analysis
-from dgs.analysis.figures import angles_over_training
+from dgs.analysis.figures.detection import angles_over_training
 from dgs.errors import UserError
 from dgs.model.geometry import angles, effective_rank, inner_products
-from dgs.model.journal import Journal, write_journals
 from dgs.model.surgery import residual_directions, split_signs, suppress
+from dgs.model.training_log import Journal, write_journals
 
 PAIRS = ["task-harmful", "task-applied"]
 Vectors = dict[str, Tensor]

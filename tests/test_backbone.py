@@ -14,6 +14,7 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dgs.device import choose_device
 from dgs.errors import UserError
 from dgs.model.backbone import (
     Backbone,
@@ -24,7 +25,6 @@ from dgs.model.backbone import (
     encode_texts,
     load_clip,
 )
-from dgs.model.device import choose_device
 from dgs.params import LoraParams, ModelParams
 
 LORA = LoraParams(rank=3, alpha=6.0, dropout=0.5)

@@ -26,7 +26,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageT
 
 from dgs.data.blip import MAX_TOKENS, Blip, load_blip
 from dgs.data.caption_log import is_torn, open_log
-from dgs.data.captioner import Coverage, caption_folder, check_own
+from dgs.data.captioning import Coverage, caption_folder, check_own
 from dgs.data.captions import read_captions
 from dgs.data.folders import ignored_files
 from dgs.data.manifest import build_manifest

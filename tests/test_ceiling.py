@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from dgs.analysis.ceiling import accuracy_rows, by_label, ceiling, cross_validated
 from dgs.cli import app
 from dgs.errors import UserError
 from dgs.params import Params
 from dgs.workspace import Workspace
+from studies.ceiling import accuracy_rows, by_label, ceiling, cross_validated
 
 ROOT = Path(__file__).parents[1]
 GENERATORS = np.array(["real"] * 300 + ["a"] * 300 + ["b"] * 300, dtype=object)
@@ -72,7 +72,7 @@ def test_the_command_writes_both_heads_of_what_was_prepared(
     monkeypatch.setattr(Workspace, "of", lambda *_: Workspace(tmp_path, tmp_path, "tiny"))
     monkeypatch.setattr(Workspace, "find", lambda *_, **__: tiny_prepared)
     monkeypatch.setenv("DGS_PROFILE", "tiny")
-    monkeypatch.setattr("dgs.analysis.ceiling.ceiling", lambda *_: rows)
+    monkeypatch.setattr("studies.ceiling.ceiling", lambda *_: rows)
     done = CliRunner().invoke(app, ["ceiling", "--json"])
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)

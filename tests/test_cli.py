@@ -26,8 +26,8 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from dgs.cli import app, main
-from dgs.minibench import plan
 from dgs.model.detector import Detector
+from minibench import splits as plan
 
 
 def run(*arguments: object) -> Result:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dgs.model.conflict import pcgrad, prograd, upgrad
+from dgs.model.methods.aggregation import pcgrad, prograd, upgrad
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 

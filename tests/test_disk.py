@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dgs.disk import alone, explained, replacing, replacing_file
+from dgs.atomic import alone, explained, replacing, replacing_file
 from dgs.errors import UserError
 
 
@@ -97,7 +97,7 @@ def test_what_cannot_be_read_elsewhere_is_no_matter_of_the_disk(tmp_path: Path) 
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from dgs.disk import replacing
+    from dgs.atomic import replacing
     target = Path(sys.argv[1])
     number, kill_at = 0, int(sys.argv[2])
 
@@ -166,7 +166,7 @@ class TestAlone:
             pass
 
     def test_the_lock_of_a_killed_process_is_in_nobodys_way(self, tmp_path: Path) -> None:
-        code = "import os, sys\nfrom pathlib import Path\nfrom dgs.disk import alone\n"
+        code = "import os, sys\nfrom pathlib import Path\nfrom dgs.atomic import alone\n"
         code += "with alone(Path(sys.argv[1]), 'it'): os.kill(os.getpid(), 9)"
         killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "lock")], check=False)
         assert killed.returncode == -signal.SIGKILL and (tmp_path / "lock").exists()

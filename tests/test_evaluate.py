@@ -15,9 +15,9 @@ from conftest import ImageTree
 from PIL import Image
 
 from dgs.analysis.evaluate import block_means, checkpoints, evaluate, settings, tsne_rows
+from dgs.analysis.figures.robustness import robustness_curves
 from dgs.analysis.metrics import RATES, detection_table, summary
 from dgs.analysis.report import write_report
-from dgs.analysis.robustness_figures import robustness_curves
 from dgs.data.conditions import parse_condition
 from dgs.data.manifest import build_manifest, data_hash, open_image
 from dgs.data.perturbations import perturb
@@ -27,7 +27,7 @@ from dgs.errors import UserError
 from dgs.model.backbone import Backbone, Clip, encode_texts, load_clip
 from dgs.model.checkpoint import save_checkpoint
 from dgs.model.detector import Detector
-from dgs.model.methods import get_method
+from dgs.model.methods.registry import get_method
 from dgs.model.train import Trained, train
 from dgs.params import Params, validate
 from dgs.workspace import Workspace

@@ -29,10 +29,10 @@ from dgs.analysis.explore import (
     suppress_all,
     sweeps,
 )
-from dgs.analysis.explore_figures import mistakes_sheet, png, portrait, surgery_plane, sweep_figure
 from dgs.analysis.explore_widgets import LAMBDAS, WIDGET, SurgeryControls, bundle
+from dgs.analysis.figures.explore import mistakes_sheet, png, portrait, surgery_plane, sweep_figure
 from dgs.errors import UserError
-from dgs.model.methods import get_method
+from dgs.model.methods.registry import get_method
 from dgs.model.step import Known, surgery_step
 from dgs.model.surgery import head_gradients, suppress
 from dgs.params import load_params, validate

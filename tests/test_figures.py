@@ -14,9 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dgs.analysis import figures
+from dgs.analysis.figures.detection import detection as figures
+from dgs.analysis.figures.robustness import robustness_curves
 from dgs.analysis.metrics import DETECTION_COLUMNS
-from dgs.analysis.robustness_figures import robustness_curves
 from dgs.data.suites import SUITES, full_name
 from dgs.errors import UserError
 

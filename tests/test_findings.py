@@ -28,9 +28,9 @@ from told import (
     value,
 )
 
-from dgs.analysis.intervals import Interval
 from dgs.analysis.study import agreement
-from dgs.model.methods import METHODS
+from dgs.model.methods.registry import METHODS
+from dgs.stats import Interval
 
 FINDINGS = "docs/findings.md"
 METRICS = {

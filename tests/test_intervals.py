@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from dgs.analysis.intervals import (
+from dgs.stats import (
     Interval,
     iqm,
     paired_difference,

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from copies import ROOT
 
-from dgs.analysis.left_out import COLUMNS, SPLIT, generators_to_leave_out, left_out, without
 from dgs.data.prepared import Prepared, load_prepared
 from dgs.errors import UserError
 from dgs.params import Params
+from studies.leave_one_generator_out import COLUMNS, SPLIT, generators_to_leave_out, left_out, without
 
 
 @pytest.fixture(scope="module")

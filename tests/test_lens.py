@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import LinearRegression
 from torch import Tensor, nn
 
-from dgs.model.lens import Affine, Through, leace, null_space, standardise
+from dgs.model.methods.erasure import Affine, Through, leace, null_space, standardise
 from dgs.params import SurgeryParams
 
 COUNT, WIDTH = 400, 10

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from dgs.model.backbone import Backbone, load_clip
-from dgs.model.journal import LAYERS_EVERY, Journal
 from dgs.model.layers import LayerGradients
-from dgs.model.methods import get_method
+from dgs.model.methods.registry import get_method
 from dgs.model.step import Known, stage2_step
+from dgs.model.training_log import LAYERS_EVERY, Journal
 from dgs.params import load_params
 
 ROOT = Path(__file__).parent.parent

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dgs.data.manifest import ImageSource
 from dgs.data.prepared import Prepared
 from dgs.errors import UserError
-from dgs.model.expert import text_expert
-from dgs.model.methods import METHODS, get_method
+from dgs.model.methods.registry import METHODS, get_method
+from dgs.model.methods.text_expert import text_expert
 from dgs.model.step import Known, surgery_step
 from dgs.model.train import expert_logits, image_weights, known_before, stage1
 from dgs.params import Params, validate

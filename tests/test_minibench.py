@@ -21,7 +21,8 @@ from dgs.data.images import decode
 from dgs.data.layout import MINIBENCH
 from dgs.data.manifest import MINIBENCH_SPLITS, content_hash, training_set
 from dgs.errors import UserError
-from dgs.minibench import (
+from dgs.model.clip import ConvStem, attach
+from minibench import (
     build,
     camera,
     captions,
@@ -35,7 +36,6 @@ from dgs.minibench import (
     scenes,
     train_generators,
 )
-from dgs.minibench.stem import ConvStem, attach
 
 SAMPLE = build.SHIPPED
 SETS = sorted({training_set(rho, name) for rho in plan.RHOS for name in plan.SHORTCUTS})

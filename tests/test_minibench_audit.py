@@ -20,7 +20,10 @@ from PIL import Image
 
 from dgs.data import manifest
 from dgs.errors import UserError
-from dgs.minibench import audit, build, camera, captions, controls, jpeg, plan, scenes, sheets
+from minibench import audit, build, camera, captions, jpeg, scenes
+from minibench import contact_sheets as sheets
+from minibench import splits as plan
+from minibench import trivial_detectors as controls
 
 Bytes = NDArray[np.uint8]
 Maker = Callable[[Bytes], Bytes]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dgs.analysis.intervals import percent_text, seed_interval
 from dgs.analysis.metrics import headline
+from dgs.stats import percent_text, seed_interval
 
 ROOT = Path(__file__).parent.parent
 LINES = (ROOT / "docs/minibench.md").read_text().splitlines()

@@ -15,8 +15,10 @@ import torch
 from clips import write_checkpoint, write_random_clip
 from conftest import structured_image
 
-from dgs.analysis import comparison_figures, figures, metrics, report
+from dgs.analysis import metrics, report
 from dgs.analysis.evaluate import evaluate, evaluate_from_disk, settings
+from dgs.analysis.figures.detection import comparison as comparison_figures
+from dgs.analysis.figures.detection import detection as figures
 from dgs.analysis.outside import outside
 from dgs.data.manifest import ImageSource, build_manifest, data_hash
 from dgs.data.prepared import compute_patches, load_prepared, load_training, save_prepared
@@ -24,7 +26,7 @@ from dgs.errors import UserError
 from dgs.model.backbone import Clip, encode_texts, load_clip
 from dgs.model.checkpoint import import_release, read_info, save_checkpoint
 from dgs.model.detector import Detector
-from dgs.model.methods import get_method
+from dgs.model.methods.registry import get_method
 from dgs.model.train import Trained, train
 from dgs.params import Params, validate
 

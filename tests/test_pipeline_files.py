@@ -63,7 +63,7 @@ def test_a_stage_depends_on_exactly_the_modules_it_runs(stage: str) -> None:
 
 def test_the_check_depends_on_what_it_runs_and_every_stage_waits_for_it() -> None:
     declared = set(stages()["check"]["deps"])
-    todo, needed = {"dgs/profile.py"}, set()
+    todo, needed = {"dgs/profiles.py"}, set()
     while todo:
         needed.add(file := todo.pop())
         todo |= imported((ROOT / file).read_text()) - needed

@@ -21,14 +21,14 @@ from torch import nn
 from dgs.analysis.evaluate import evaluate_from_disk
 from dgs.data.prepared import load_prepared
 from dgs.errors import UserError
-from dgs.model import processes
+from dgs.model import distributed as processes
 from dgs.model.backbone import load_clip
 from dgs.model.checkpoint import read_info
-from dgs.model.journal import TABLES, Journal
-from dgs.model.methods import get_method
-from dgs.model.seeds import train_seeds
+from dgs.model.methods.registry import get_method
+from dgs.model.runs import train_seeds
+from dgs.model.snapshot import Unfinished
 from dgs.model.train import Trained, train
-from dgs.model.unfinished import Unfinished
+from dgs.model.training_log import TABLES, Journal
 from dgs.params import Params, validate
 
 

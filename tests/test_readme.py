@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dgs.analysis.intervals import percent_text, seed_interval
+from dgs.stats import percent_text, seed_interval
 
 ROOT = Path(__file__).parent.parent
 MEASURES = ("balanced_acc_seen", "balanced_acc_unseen", "ap_unseen", "zero_shot_kept")

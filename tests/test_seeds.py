@@ -11,7 +11,7 @@ from copies import ROOT, snapshot
 
 from dgs.data.prepared import TRAINING
 from dgs.errors import UserError
-from dgs.model.seeds import train_seeds
+from dgs.model.runs import train_seeds
 from dgs.params import Params
 
 pytestmark = pytest.mark.slow

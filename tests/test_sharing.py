@@ -20,10 +20,10 @@ from test_checkpoint import assert_helpful
 from torch import nn
 
 from dgs.errors import UserError
-from dgs.minibench.stem import ConvStem
 from dgs.model.backbone import Backbone, load_clip
 from dgs.model.card import card
 from dgs.model.checkpoint import read_info, save_checkpoint
+from dgs.model.clip import ConvStem
 from dgs.model.detector import Detector
 from dgs.model.scoring import score_files
 from dgs.params import Params
@@ -95,7 +95,7 @@ class TestWithoutDgs:
         folder = mini_checkpoint(tmp_path / "seed-0", params)
         structured_image(3, 64, 64).save(tmp_path / "a.png")
         (row,) = score_files([tmp_path / "a.png"], folder, lambda _: None)
-        (line,) = [line for line in code_of(folder).splitlines() if "dgs.minibench" in line]
+        (line,) = [line for line in code_of(folder).splitlines() if "minibench" in line]
         printed = run_card(folder, tmp_path / "a.png", but=line).split()
         assert printed == [f"{row['probability']:.4f}", row["verdict"]]
 

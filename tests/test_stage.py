@@ -18,7 +18,7 @@ from dgs.cli import app
 from dgs.errors import UserError
 from dgs.params import load_params
 from dgs.pipeline import check_stage, normalise, run_stage
-from dgs.profile import check_file, write_profile_pipeline
+from dgs.profiles import check_file, write_profile_pipeline
 from dgs.workspace import MAIN
 
 

@@ -24,7 +24,7 @@ from dgs.analysis.study import (
 )
 from dgs.analysis.tuning import candidates
 from dgs.errors import UserError
-from dgs.model.methods import METHODS
+from dgs.model.methods.registry import METHODS
 
 ROOT = Path(__file__).parents[1]
 SHIFT = {"lora": 0.5, "dgs": 0.1, "distillation": 1.5, "dgs_plus": 3.0, "poe_swad": 3.2}

@@ -15,7 +15,7 @@ from clips import write_random_clip
 from copies import ROOT, copy_repository, run
 from trees import grow, grow_with_pools, put
 
-from dgs.analysis.figures import detection_figures, short_names
+from dgs.analysis.figures.detection import detection_figures, short_names
 from dgs.analysis.metrics import by_suite, detection_table, reliability, summary
 from dgs.analysis.paper import paper_cells
 from dgs.analysis.suite_tables import suite_sections

@@ -22,13 +22,13 @@ from dgs.data.manifest import ImageSource
 from dgs.data.prepared import Prepared
 from dgs.data.views import Views, batch_order, batches
 from dgs.errors import UserError
-from dgs.model.adapters import adapters
 from dgs.model.backbone import Backbone, Clip, load_clip
 from dgs.model.checkpoint import load_checkpoint, load_heads, save_checkpoint
 from dgs.model.detector import Detector
-from dgs.model.methods import METHODS, get_method
+from dgs.model.methods.averaging import Tail
+from dgs.model.methods.constraints import adapters
+from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.step import Known, surgery_step
-from dgs.model.tail import Tail
 from dgs.model.train import (
     Trained,
     frozen_features,

@@ -16,8 +16,8 @@ import yaml
 from dgs.analysis import trials, tuning
 from dgs.analysis.tuning import RULES, candidates, chosen, weighted_balanced_accuracy, with_candidate
 from dgs.errors import UserError
-from dgs.model.expert import balance_weights
-from dgs.model.methods import METHODS
+from dgs.model.methods.registry import METHODS
+from dgs.model.methods.text_expert import balance_weights
 from dgs.params import load_params, validate
 
 ROOT = Path(__file__).parents[1]

@@ -17,10 +17,10 @@ from torch import Tensor
 from dgs.data.prepared import Prepared
 from dgs.errors import UserError
 from dgs.model.backbone import Clip
-from dgs.model.journal import AT_FEATURES, AT_LAYERS, TABLES, Journal
-from dgs.model.methods import get_method
+from dgs.model.methods.registry import get_method
+from dgs.model.snapshot import Unfinished, run_key
 from dgs.model.train import Trained, train
-from dgs.model.unfinished import Unfinished, run_key
+from dgs.model.training_log import AT_FEATURES, AT_LAYERS, TABLES, Journal
 from dgs.params import Params, validate
 
 STEPS = 6  # two epochs of three

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dgs.analysis.intervals import Interval, paired_difference, rounded_text, seed_interval
 from dgs.analysis.study import Condition, read_condition
+from dgs.stats import Interval, paired_difference, rounded_text, seed_interval
 
 ROOT = Path(__file__).parent.parent
 ACCURACY, PRECISION, WORST = "balanced_acc_unseen", "ap_unseen", "worst_generator_balanced_acc"

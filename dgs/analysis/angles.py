@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dgs.analysis.intervals import Interval, seed_interval
 from dgs.errors import UserError
+from dgs.stats import Interval, seed_interval
 
 COLUMNS = ["rho", "method", "seed", "step", "layer", "pair", "mean", "p05", "p95"]
 _DIRECTIONS = ("harmful", "beneficial")

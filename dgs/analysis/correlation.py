@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from dgs.analysis.intervals import Interval
 from dgs.analysis.metrics import headline, in_order
 from dgs.data.conditions import NATIVE
+from dgs.stats import Interval
 
 COLUMNS = ["rho", "measure", "method", "generator", "runs", "seeds", "r", "low", "high"]
 UNSEEN = "all unseen"  # the mean over generators that training did not see

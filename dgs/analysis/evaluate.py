@@ -30,12 +30,12 @@ from dgs.analysis.outside import outside
 from dgs.data.conditions import NATIVE, parse_condition
 from dgs.data.prepared import Prepared, load_prepared
 from dgs.data.views import Views, worth_keeping
+from dgs.device import choose_device, set_determinism
 from dgs.errors import UserError
-from dgs.model import processes
+from dgs.model import distributed as processes
 from dgs.model.backbone import Backbone, Clip, load_clip
 from dgs.model.checkpoint import load_checkpoint, read_info
-from dgs.model.device import choose_device, set_determinism
-from dgs.model.methods import get_method
+from dgs.model.methods.registry import get_method
 from dgs.model.train import extract_features
 from dgs.params import Params
 from dgs.workspace import Workspace

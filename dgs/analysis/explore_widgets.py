@@ -8,7 +8,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from dgs.analysis.explore import Settings, Subject, Workbench, remark
-from dgs.analysis.explore_figures import png, portrait, surgery_plane
+from dgs.analysis.figures.explore import png, portrait, surgery_plane
 from dgs.errors import UserError
 
 LAMBDAS = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)

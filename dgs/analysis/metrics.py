@@ -15,11 +15,11 @@ import pandas as pd
 from scipy.special import expit
 from sklearn.metrics import auc, average_precision_score, roc_curve
 
-from dgs.analysis.intervals import seed_interval, share_interval
 from dgs.data.conditions import NATIVE
 from dgs.data.layout import SHARED_REALS
 from dgs.data.suites import SUITES, is_pool, parted, pool_of
 from dgs.errors import UserError
+from dgs.stats import seed_interval, share_interval
 
 RUN = ["rho", "method", "seed"]
 RATES = ["acc", "balanced_acc", "r_acc", "f_acc", "ap", "auroc", "tpr_at_1fpr", "tpr_at_5fpr", "ece"]

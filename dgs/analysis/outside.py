@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dgs.errors import UserError
-from dgs.model.methods import METHODS
+from dgs.model.methods.registry import METHODS
 from dgs.params import Params
 
 SEED = 0  # theirs is not known, or of no meaning beside the seeds trained here

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dgs.analysis.intervals import rounded_text, seed_interval
 from dgs.analysis.metrics import generators_in_order, headline, in_order, paper_mean, read_detection
 from dgs.analysis.report import markdown_table
 from dgs.errors import UserError
+from dgs.stats import rounded_text, seed_interval
 
 PAGE = Path("docs/paper-tables.md")
 PRINTED = "PRINTED_AVERAGE"

@@ -11,16 +11,6 @@ import numpy as np
 import pandas as pd
 
 from dgs.analysis.deviations import deviations
-from dgs.analysis.intervals import (
-    Interval,
-    interval_text,
-    iqm,
-    paired_difference,
-    percent_text,
-    rounded_text,
-    seed_interval,
-    stratified_bootstrap,
-)
 from dgs.analysis.metrics import (
     CELL_METRICS,
     ORACLE,
@@ -39,6 +29,16 @@ from dgs.analysis.robustness import (
     readings,
 )
 from dgs.data.conditions import NATIVE, Condition
+from dgs.stats import (
+    Interval,
+    interval_text,
+    iqm,
+    paired_difference,
+    percent_text,
+    rounded_text,
+    seed_interval,
+    stratified_bootstrap,
+)
 
 BASELINE = "lora"
 METRIC_NAMES = {

@@ -14,7 +14,12 @@ import pandas as pd
 import yaml
 from scipy.stats import kendalltau
 
-from dgs.analysis.intervals import (
+from dgs.analysis.metrics import headline, in_order, per_seed_values, read_detection
+from dgs.analysis.report import markdown_table
+from dgs.analysis.tuning import RULES, choices
+from dgs.errors import UserError
+from dgs.params import load_params
+from dgs.stats import (
     Interval,
     interval_text,
     iqm,
@@ -24,11 +29,6 @@ from dgs.analysis.intervals import (
     seed_interval,
     stratified_bootstrap,
 )
-from dgs.analysis.metrics import headline, in_order, per_seed_values, read_detection
-from dgs.analysis.report import markdown_table
-from dgs.analysis.tuning import RULES, choices
-from dgs.errors import UserError
-from dgs.params import load_params
 from dgs.workspace import MAIN
 
 SUBJECT, BASELINE, PAPERS = "dgs_plus", "lora", "dgs"

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from dgs.analysis.trials import trials
 from dgs.data.prepared import load_training
 from dgs.errors import UserError
-from dgs.model.expert import balance_weights, caption_probability
-from dgs.model.methods import METHODS, Method, get_method
+from dgs.model.methods.registry import METHODS, Method, get_method
+from dgs.model.methods.text_expert import balance_weights, caption_probability
 from dgs.params import Params, validate
 
 Candidate = dict[str, float]
@@ -68,8 +68,8 @@ def with_candidate(params: Params, name: str, candidate: Candidate) -> Params:
 def _score(_: str, name: str, candidate: str, seed: int, params: Params, root: Path, folder: Path) -> dict[str, float]:
     # Imported here: the parent only waits, and should not spend seconds on loading CLIP's libraries.
     from dgs.data.views import Views
+    from dgs.device import choose_device
     from dgs.model.backbone import load_clip
-    from dgs.model.device import choose_device
     from dgs.model.train import Trained, train, validation_logits
 
     prepared = load_training(folder, root)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dgs.data.captions import BLIP
+from dgs.device import choose_device
 from dgs.errors import UserError
-from dgs.model.device import choose_device
 
 MAX_TOKENS = 30  # of a caption; BLIP's are about ten
 TOWERS = ("vision_model.encoder.", "text_decoder.bert.encoder.")  # weights that every captioning BLIP brings

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dgs.errors import UserError, did_you_mean
-from dgs.minibench import stem
+from dgs.model import clip as stem
 from dgs.params import LoraParams, ModelParams
 from dgs.workspace import no_such_clip, weights_twice
 

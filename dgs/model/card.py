@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dgs.analysis.intervals import percent_text
+from dgs.stats import percent_text
 
 CARD = """\
 ---
@@ -78,7 +78,7 @@ model = open_clip.create_model(f"local-dir:{{clip}}", force_image_size=seen["ima
 visual = model.visual.eval()
 """
 STEM = """\
-from dgs.minibench.stem import attach  # the embedded CLIP's own first layer: the one line that is not open_clip's
+from dgs.model.clip import attach  # the embedded CLIP's own first layer: the one line that is not open_clip's
 
 clip = {place}
 model = open_clip.create_model(f"local-dir:{{clip}}", load_weights=False, force_image_size=seen["image_size"])

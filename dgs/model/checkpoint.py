@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dgs.disk import replacing
+from dgs.atomic import replacing
 from dgs.errors import UserError
-from dgs.minibench.stem import ConvStem
 from dgs.model.backbone import Backbone, Clip, load_clip
 from dgs.model.card import card
+from dgs.model.clip import ConvStem
 from dgs.model.release import ALPHA, Release, read_tensors, take_apart, write_clip
 from dgs.params import Params, validate
 

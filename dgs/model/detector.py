@@ -19,10 +19,10 @@ from dgs.data.ahead import Room, ahead
 from dgs.data.images import MAX_BYTES, MAX_PIXELS, decode, read, size_of, to_rgb
 from dgs.data.patches import patch_entropy, select_indices
 from dgs.data.views import EVALUATION, make_view
+from dgs.device import choose_device
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, load_clip
 from dgs.model.checkpoint import damaged, load_checkpoint, read_info, require_unchanged
-from dgs.model.device import choose_device
 from dgs.params import Params, validate
 from dgs.workspace import find_root
 

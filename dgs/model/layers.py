@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dgs.model import processes
+from dgs.model import distributed as processes
 from dgs.model.backbone import Backbone
-from dgs.model.journal import AT_LAYERS, Journal
+from dgs.model.training_log import AT_LAYERS, Journal
 
 _LAYER = re.compile(r"resblocks\.(\d+)\.attn\.([qkv])_proj\.lora_")
 

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 
 from dgs.errors import UserError
-from dgs.model import processes
+from dgs.model import distributed as processes
 from dgs.model.detector import AHEAD, Detector
-from dgs.model.processes import Member
+from dgs.model.distributed import Member
 from dgs.model.verdicts import Judged, threshold_of, verdicts
 from dgs.params import Params
 

@@ -12,12 +12,12 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from dgs.analysis.intervals import percent_text
 from dgs.data.images import files_under
 from dgs.errors import UserError
 from dgs.model.detector import BATCH, newest_checkpoint, probability
 from dgs.model.scorers import scorers
 from dgs.model.verdicts import Row, View, threshold_of
+from dgs.stats import percent_text
 from dgs.workspace import find_root
 
 INDEX = "views.jsonl"

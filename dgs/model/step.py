@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgs.model.backbone import Backbone
+from dgs.model.distributed import rank, sum_gradients
 from dgs.model.layers import LayerGradients
-from dgs.model.methods import Batch, Method
-from dgs.model.processes import rank, sum_gradients
+from dgs.model.methods.registry import Batch, Method
 from dgs.model.surgery import head_gradients, residual_directions, split_signs
 from dgs.params import Params
 

@@ -18,19 +18,19 @@ from tqdm import tqdm
 from dgs.analysis.metrics import calibrate, detection_row
 from dgs.data.prepared import Prepared
 from dgs.data.views import Views, batch_order, batches, worth_keeping
+from dgs.device import set_determinism
 from dgs.errors import UserError
-from dgs.model import processes
-from dgs.model.adapters import shrink
+from dgs.model import distributed as processes
 from dgs.model.backbone import Backbone, Clip
-from dgs.model.device import set_determinism
-from dgs.model.expert import balance_weights, text_expert
-from dgs.model.journal import LAYERS_EVERY, Journal
 from dgs.model.layers import LayerGradients
-from dgs.model.lens import Affine, Through
-from dgs.model.methods import Method, total_steps
+from dgs.model.methods.averaging import Tail
+from dgs.model.methods.constraints import shrink
+from dgs.model.methods.erasure import Affine, Through
+from dgs.model.methods.registry import Method, total_steps
+from dgs.model.methods.text_expert import balance_weights, text_expert
+from dgs.model.snapshot import State, Unfinished
 from dgs.model.step import Known, stage2_step
-from dgs.model.tail import Tail
-from dgs.model.unfinished import State, Unfinished
+from dgs.model.training_log import LAYERS_EVERY, Journal
 from dgs.params import Params
 
 RECORDS = 200  # of stage 1's losses: its steps are many and cheap

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dgs.minibench import camera, scenes
+from minibench import camera, scenes
 
 CHUNK = 250
 

@@ -14,10 +14,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from dgs.analysis.figures import DPI, style
-from dgs.analysis.intervals import rounded_text
+from dgs.analysis.figures.detection import DPI, style
 from dgs.errors import UserError, did_you_mean
-from dgs.minibench import audit, camera, controls, generators, jpeg, plan, train_generators
+from dgs.stats import rounded_text
+from minibench import audit, camera, generators, jpeg, train_generators
+from minibench import splits as plan
+from minibench import trivial_detectors as controls
 
 Bytes = NDArray[np.uint8]
 

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from dgs.analysis.angle_figures import VECTOR_COLOURS, draw_plane
 from dgs.analysis.explore import Settings, Subject, harmful_directions, measure, operate
-from dgs.analysis.figures import WIDTH, put_title, short_names, style
-from dgs.analysis.intervals import rounded_text
-from dgs.analysis.plane import in_plane
+from dgs.analysis.figures.angles import VECTOR_COLOURS, draw_plane
+from dgs.analysis.figures.detection import WIDTH, put_title, short_names, style
+from dgs.analysis.figures.plane import in_plane
+from dgs.stats import rounded_text
 
 _FLAT, _BUSY = "#00cfe8", "#d400d4"  # the two halves of patch selection
 _SETTINGS = {

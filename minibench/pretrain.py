@@ -28,7 +28,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dgs.errors import UserError
-from dgs.minibench import captions, clip, media, pool, scenes
+from minibench import captions, clip, scenes
+from minibench import degradations as media
+from minibench import photographs as pool
 
 Bytes = NDArray[np.uint8]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dgs.minibench import scenes
+from minibench import scenes
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgs.errors import UserError, did_you_mean
-from dgs.model.adapters import hold_principal, squared_update
-from dgs.model.conflict import pcgrad, prograd, upgrad
-from dgs.model.lens import Affine, leace, null_space, standardise
+from dgs.model.methods.aggregation import pcgrad, prograd, upgrad
+from dgs.model.methods.constraints import hold_principal, squared_update
+from dgs.model.methods.erasure import Affine, leace, null_space, standardise
 from dgs.model.surgery import alignment_loss, split_signs, suppress
 from dgs.params import Params, SurgeryParams, validate
 
@@ -122,8 +122,8 @@ class Method:
     adapters: LoRA on the image tower learns in stage 2; without it the method is stage 1 alone.
     prior: a loss on the features beside the task's; its gradient reaches `gradient` separately.
     gradient: (task gradient, prior gradient, batch, params), all (B, D), to the gradient sent into the tower.
-    expert: in training the logit of a text expert (`dgs.model.expert`) is added to the image head's, so that neither
-        head nor tower is asked for what captions explain; at test time the image head stands alone.
+    expert: in training the logit of a text expert (`dgs.model.methods.text_expert`) is added to the image head's, so
+        that neither head nor tower is asked for what captions explain; at test time the image head stands alone.
     weighed: in training the text expert weighs images, so that captions tell nothing of labels.
     shuffled: captions go to other images than their own.
     levels: the head reads statistics of earlier tokens (`model.levels`) beside the tower's output.
@@ -132,7 +132,7 @@ class Method:
     penalty: a loss on the adapters, weighed by train.surgery.decay.
     confine: given the backbone, a function that puts the adapters back where they may be, called after every step.
     mix: the tuned tower and head are averaged with the frozen ones at the end, train.surgery.mix of the tuned.
-    tail: weights and head are their means over the last two thirds of stage 2's steps (`dgs.model.tail`).
+    tail: weights and head are their means over the last two thirds of stage 2's steps (`dgs.model.methods.averaging`).
     settings: parameters of train.surgery that are the method's own.
     knob: the parameter of train.surgery that sets the method's strength, tuned beside the learning rate.
     like: the method whose tuned settings this one takes, since it is to differ from it in one thing.

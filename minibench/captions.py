@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from dgs.minibench.scenes import VOCABULARY, Attributes
+from minibench.scenes import VOCABULARY, Attributes
 
 MEDIA = ("clean", "blurry", "noisy", "pixelated", "compressed", "sharpened")
 ATTRIBUTES = (*VOCABULARY, "medium")

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dgs.minibench import jpeg
-from dgs.minibench.camera import blur
+from minibench import jpeg
+from minibench.camera import blur
 
 Bytes = NDArray[np.uint8]
 
@@ -37,5 +37,5 @@ def apply(image: Bytes, medium: str, rng: np.random.Generator) -> Bytes:
     elif medium == "sharpened":
         image = _bytes(values + rng.uniform(0.7, 2.5) * (values - blur(values, rng.uniform(0.7, 1.2))))
     elif medium != "clean":
-        raise ValueError(f"medium should be one of dgs.minibench.captions.MEDIA. Found {medium!r}.")
+        raise ValueError(f"medium should be one of minibench.captions.MEDIA. Found {medium!r}.")
     return jpeg.decode(jpeg.encode(image, quality))

@@ -16,8 +16,8 @@ from dgs.analysis.trials import trials
 from dgs.analysis.tuning import weighted_balanced_accuracy
 from dgs.data.prepared import Prepared, load_training
 from dgs.errors import UserError
-from dgs.model.expert import balance_weights, caption_probability
-from dgs.model.methods import get_method
+from dgs.model.methods.registry import get_method
+from dgs.model.methods.text_expert import balance_weights, caption_probability
 from dgs.params import Params
 
 SPLIT = "left_out"
@@ -58,8 +58,8 @@ def without(prepared: Prepared, generator: str) -> Prepared:
 def _score(_: str, name: str, generator: str, seed: int, params: Params, root: Path, folder: Path) -> dict[str, float]:
     # Imported here: the parent only waits, and should not spend seconds on loading CLIP's libraries.
     from dgs.data.views import Views
+    from dgs.device import choose_device
     from dgs.model.backbone import load_clip
-    from dgs.model.device import choose_device
     from dgs.model.train import Trained, train, validation_logits
 
     prepared = without(load_training(folder, root), generator)

@@ -11,7 +11,7 @@ import yaml
 
 from dgs.analysis.outside import outside
 from dgs.errors import UserError, did_you_mean
-from dgs.model.methods import get_method
+from dgs.model.methods.registry import get_method
 from dgs.params import Params, load_params, merged_params, validate
 from dgs.workspace import find_root, is_path, no_such_clip, require_data_root, weights_twice
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from dgs.analysis.figures import (
+from dgs.analysis.figures.detection import (
     BASELINE,
     SUBJECT,
     WIDTH,
@@ -33,9 +33,9 @@ from dgs.analysis.figures import (
     to_baseline,
     verdict,
 )
-from dgs.analysis.intervals import Interval, rounded_text, seed_interval
 from dgs.analysis.metrics import ECE_BINS, in_order, one_rho, per_seed_values, reliability
 from dgs.errors import UserError
+from dgs.stats import Interval, rounded_text, seed_interval
 
 FEWEST = 50  # images of a bin, over all seeds, that make a point of a reliability diagram
 NARROWEST = 2.0  # points that a panel of a forest plot spans at least

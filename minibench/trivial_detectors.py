@@ -27,9 +27,10 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgs.analysis.intervals import Interval
 from dgs.errors import UserError
-from dgs.minibench import jpeg, plan
+from dgs.stats import Interval
+from minibench import jpeg
+from minibench import splits as plan
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgs.minibench import camera, scenes
+from minibench import camera, scenes
 
 Bytes = NDArray[np.uint8]
 Edges = Literal["zeros", "reflect"]  # what a convolution finds beyond the image

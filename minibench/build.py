@@ -25,7 +25,9 @@ from tqdm import tqdm
 from dgs.data.layout import MINIBENCH
 from dgs.data.manifest import content_hash
 from dgs.errors import UserError
-from dgs.minibench import camera, captions, generators, jpeg, plan, pool, pretrain, scenes, train_generators
+from minibench import camera, captions, generators, jpeg, pretrain, scenes, train_generators
+from minibench import photographs as pool
+from minibench import splits as plan
 
 Bytes = NDArray[np.uint8]
 

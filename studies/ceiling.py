@@ -14,15 +14,15 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dgs.analysis.intervals import share_interval
 from dgs.data.prepared import load_prepared
 from dgs.data.views import Views
+from dgs.device import choose_device
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, load_clip
-from dgs.model.device import choose_device
-from dgs.model.expert import balance_weights, caption_probability
+from dgs.model.methods.text_expert import balance_weights, caption_probability
 from dgs.model.train import extract_features, training_views
 from dgs.params import Params
+from dgs.stats import share_interval
 
 FOLDS = 5
 STRENGTHS = (1e-3, 1e-2, 1e-1)  # 1 / regularisation; the best counts: a reference may choose on what it is judged on

@@ -12,7 +12,7 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown import markdown2html
 from pygments.formatters import HtmlFormatter
 
-from dgs.disk import replacing
+from dgs.atomic import replacing
 from dgs.errors import UserError
 from dgs.pipeline import STAGES
 from dgs.workspace import MAIN

@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 from scipy import stats
 from tqdm import tqdm
 
-from dgs.analysis.intervals import Interval, percent_text, rounded_text
 from dgs.data.layout import MINIBENCH
 from dgs.data.manifest import content_hash, training_set
 from dgs.errors import UserError
-from dgs.minibench import clip, controls, plan, scenes
-from dgs.minibench.controls import Bytes, Floats, Samples
+from dgs.stats import Interval, percent_text, rounded_text
+from minibench import clip, scenes
+from minibench import splits as plan
+from minibench import trivial_detectors as controls
+from minibench.trivial_detectors import Bytes, Floats, Samples
 
 DECIMALS = 6
 CONTENT = ("shape", "colour", "background")

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dgs.minibench import captions, scenes
-from dgs.minibench.stem import ConvStem, attach
+from dgs.model.clip import ConvStem, attach
+from minibench import captions, scenes
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from dgs.analysis.angles import cosines, degrees
 from dgs.analysis.correlation import UNSEEN, WITHIN
-from dgs.analysis.figures import (
+from dgs.analysis.figures.detection import (
     TURNED,
     WIDTH,
     colour,
@@ -29,10 +29,10 @@ from dgs.analysis.figures import (
     short_names,
     style,
 )
+from dgs.analysis.figures.plane import Point, in_plane
 from dgs.analysis.heads import HEADS
-from dgs.analysis.intervals import rounded_text, seed_interval
 from dgs.analysis.metrics import in_order
-from dgs.analysis.plane import Point, in_plane
+from dgs.stats import rounded_text, seed_interval
 
 RIDGES = 6  # stretches of training, one below the other
 _GRID = np.linspace(0.0, 180.0, 361)

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dgs
-from dgs.disk import replacing, replacing_file
-from dgs.model import processes
-from dgs.model.journal import Journal
-from dgs.model.tail import Tail
+from dgs.atomic import replacing, replacing_file
+from dgs.model import distributed as processes
+from dgs.model.methods.averaging import Tail
+from dgs.model.training_log import Journal
 from dgs.params import Params
 
 FREE = {"jobs", "workers", "keep_mb", "snapshot_seconds"}  # of `compute`: no result depends on them

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dgs.minibench import camera, generators, pool, scenes
+from minibench import camera, generators, scenes
+from minibench import photographs as pool
 
 Bytes = NDArray[np.uint8]
 

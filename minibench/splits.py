@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dgs.data.manifest import training_set
-from dgs.minibench import generators, scenes
+from minibench import generators, scenes
 
 RHOS = (0.5, 0.75, 0.9)
 REAL = "real"

@@ -30,10 +30,10 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from dgs.analysis.intervals import Interval, paired_difference, rounded_text, seed_interval
 from dgs.analysis.metrics import by_suite, generators_in_order, headline, in_order, one_rho, per_seed_values
 from dgs.data.suites import abbreviated
 from dgs.errors import UserError
+from dgs.stats import Interval, paired_difference, rounded_text, seed_interval
 
 WIDTH = 6.0  # inches; at 150 dpi 900 px, shown at half of it or less
 DPI = 150

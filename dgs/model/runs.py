@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from dgs.data.prepared import TRAINING, Prepared, load_training
 from dgs.errors import UserError
-from dgs.model import processes
-from dgs.model.journal import Journal
-from dgs.model.methods import get_method, total_steps
+from dgs.model import distributed as processes
+from dgs.model.methods.registry import get_method, total_steps
+from dgs.model.training_log import Journal
 from dgs.params import Params
 
 if TYPE_CHECKING:
@@ -65,11 +65,11 @@ def train_seed(
         the journal; None in all but the first of several processes.
     """
     # Imported here: the parent starts workers and waits, and should not spend seconds on loading CLIP's libraries.
+    from dgs.device import choose_device
     from dgs.model.backbone import load_clip
     from dgs.model.checkpoint import save_checkpoint
-    from dgs.model.device import choose_device
+    from dgs.model.snapshot import Unfinished, run_key
     from dgs.model.train import train
-    from dgs.model.unfinished import Unfinished, run_key
 
     chosen = get_method(method)
     device = processes.own_device(choose_device(params.compute.device))

@@ -9,12 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dgs.analysis.figures import CHANCE, WIDTH, colour, marker, plain, put_title, style
-from dgs.analysis.intervals import rounded_text
+from dgs.analysis.figures.detection import CHANCE, WIDTH, colour, marker, plain, put_title, style
 from dgs.analysis.metrics import in_order, one_rho
 from dgs.analysis.robustness import MATERIAL, changes, conditions_of, means_over_generators
 from dgs.data.conditions import KINDS, NATIVE, Condition, parse_condition
 from dgs.errors import UserError
+from dgs.stats import rounded_text
 
 _AXES = {
     "jpeg": "JPEG quality",

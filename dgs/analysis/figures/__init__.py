@@ -1,0 +1,1 @@
+"""Figures: a function each, drawn from tables."""

@@ -1,0 +1,1 @@
+"""Scripts that ask one question of the package each."""
