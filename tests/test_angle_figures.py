@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from dgs.analysis.angles import angle_table, batch_table, one_sample
 from dgs.analysis.correlation import UNSEEN, WITHIN
+from dgs.analysis.figures import angles as figures
 from dgs.analysis.figures.detection import METHOD_COLOURS, save
-from dgs.analysis.figures.detection import angles as figures
 from dgs.analysis.heads import rank_by_head
 from dgs.model.surgery import suppress
 from dgs.model.training_log import Journal

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from test_figures import MANY, make_detection, make_forgetting, title
 
+from dgs.analysis.figures import detection as figures
 from dgs.analysis.figures.comparison import difference_forest, forgetting_blocks, reliability_diagram
-from dgs.analysis.figures.detection import detection as figures
 from dgs.errors import UserError
 
 

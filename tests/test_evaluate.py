@@ -16,7 +16,7 @@ from PIL import Image
 
 from dgs.analysis.evaluate import block_means, checkpoints, evaluate, settings, tsne_rows
 from dgs.analysis.figures.robustness import robustness_curves
-from dgs.analysis.metrics import RATES, detection_table, summary
+from dgs.analysis.metrics import RATES, SCORES, detection_table, summary
 from dgs.analysis.report import write_report
 from dgs.data.conditions import parse_condition
 from dgs.data.manifest import build_manifest, data_hash, open_image
@@ -86,6 +86,16 @@ def test_scores_are_those_of_the_detector_on_the_same_files(
     scores, forgetting, panels = evaluate(found, clip, prepared, params, CPU)
     rows = prepared.manifest[prepared.manifest["split"] != "train"]
     assert len(scores) == len(names) * len(rows)
+    assert (
+        ",".join(scores)
+        == ",".join(SCORES)
+        == ("id,sha256,split,generator,label,rho,condition,applied_to,logit,method,seed,profile")
+    )
+    assert {name: str(scores[name].dtype) for name, kind in SCORES.items() if kind != "str"} == {
+        "label": "int64", "rho": "float64", "logit": "float32", "seed": "int64",
+    }  # fmt: skip
+    assert set(scores["profile"]) == {params.profile} and set(scores["split"]) == {"val", "test"}
+    assert scores["sha256"].tolist() == len(names) * rows["sha256"].tolist()
     for name in names:
         own = scores[scores["method"] == name]
         assert own["id"].tolist() == rows["id"].tolist()

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dgs.analysis.figures.detection import detection as figures
+from dgs.analysis.figures import detection as figures
 from dgs.analysis.figures.robustness import robustness_curves
 from dgs.analysis.metrics import DETECTION_COLUMNS
 from dgs.data.suites import SUITES, full_name

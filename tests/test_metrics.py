@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 
 from dgs.analysis.metrics import (
     DETECTION_COLUMNS,
-    best_threshold,
-    calibrate,
     cells_table,
     detection_row,
     detection_table,
@@ -26,6 +24,7 @@ from dgs.analysis.metrics import (
     write_detection,
 )
 from dgs.errors import UserError
+from dgs.stats import best_threshold, calibrate
 
 LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 1])
 LOGITS = np.array([-3.0, -2.0, -1.0, 1.0, -0.5, 0.5, 2.0, 3.0])

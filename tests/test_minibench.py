@@ -29,13 +29,13 @@ from minibench import (
     clip,
     generators,
     jpeg,
-    media,
-    plan,
-    pool,
     pretrain,
     scenes,
     train_generators,
 )
+from minibench import degradations as media
+from minibench import photographs as pool
+from minibench import splits as plan
 
 SAMPLE = build.SHIPPED
 SETS = sorted({training_set(rho, name) for rho in plan.RHOS for name in plan.SHORTCUTS})

@@ -26,6 +26,7 @@ from dgs.analysis.forgetting import (
     spread_out,
     zero_shot_accuracy,
 )
+from dgs.analysis.metrics import SCORES
 from dgs.analysis.outside import outside
 from dgs.data.conditions import NATIVE, parse_condition
 from dgs.data.prepared import Prepared, load_prepared
@@ -149,13 +150,19 @@ def block_means(backbone: Backbone, views: Views, params: Params, device: torch.
 
 
 def score_rows(
-    rows: pd.DataFrame, logits: NDArray[np.float32], method: str, seed: int, rho: float, condition: str = NATIVE
-) -> pd.DataFrame:
-    """The scores table of one checkpoint under one condition: one row an image."""
-    scores = rows[["id", "split", "generator", "label"]].copy()
-    scores["condition"], scores["applied_to"] = condition, "both"
-    scores["logit"], scores["method"], scores["seed"], scores["rho"] = logits, method, seed, rho
-    return scores
+    rows: pd.DataFrame, logits: NDArray[np.float32], method: str, seed: int, prepared: Prepared, params: Params,
+    condition: str = NATIVE,
+) -> pd.DataFrame:  # fmt: skip
+    """The scores of one checkpoint under one condition: one row an image, columns `metrics.SCORES`."""
+    scores = rows[["id", "sha256", "split", "generator", "label"]].reset_index(drop=True)
+    scores["rho"], scores["condition"], scores["applied_to"], scores["logit"] = (
+        _rho(prepared),
+        condition,
+        "both",
+        logits,
+    )
+    scores["logit"], scores["method"], scores["seed"], scores["profile"] = logits, method, seed, params.profile
+    return scores.astype({name: kind for name, kind in SCORES.items() if kind != "str"})[list(SCORES)]
 
 
 def forgetting_measures(
@@ -301,7 +308,7 @@ def robustness_scores(
         for (method, seed), folder in chosen.items():
             with _opened(method, folder, clip, prepared, params, device) as (backbone, head, tuned):
                 logits = _logits(head, reader.features(backbone, tuned, f"{name}: {method}, seed {seed}"))
-            scores.append(score_rows(rows, logits, method, seed, _rho(prepared), name))
+            scores.append(score_rows(rows, logits, method, seed, prepared, params, name))
     return scores
 
 
@@ -344,7 +351,7 @@ def evaluate(
             known = reader.features(backbone, tuned, label)
             logits, features = _logits(head, known), known[:, :width]
             blocks = block_means(backbone, few_views, params, device, f"{label}, blocks") if tuned else frozen_blocks
-        scores.append(score_rows(rows, logits, method, seed, rho))
+        scores.append(score_rows(rows, logits, method, seed, prepared, params))
         if not np.isfinite(known).all():
             raise UserError(
                 f"Features of {method}, seed {seed}, are not finite: did training diverge? Try a lower learning rate."

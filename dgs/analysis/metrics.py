@@ -1,124 +1,191 @@
 """From scores (one row an image) to detection rates, their table and the summary of a run.
 
-Every number is computed from stored scores, so a new metric needs no new inference. A logit is the detector's output
-before the sigmoid: an image is called generated where logit > threshold, and the threshold 0 is sigmoid(logit) > 0.5.
+`SCORES` is the interface: every table, interval and figure of detection is a pivot of it. `METRICS` is the one list of
+what is measured: a new metric is a row of it and needs no inference. Rates are fractions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
-from sklearn.metrics import auc, average_precision_score, roc_curve
 
+from dgs import stats
 from dgs.data.conditions import NATIVE
 from dgs.data.layout import SHARED_REALS
 from dgs.data.suites import SUITES, is_pool, parted, pool_of
 from dgs.errors import UserError
-from dgs.stats import seed_interval, share_interval
+from dgs.stats import DECIMALS, Scored, best_threshold, rounded, seed_interval
 
+# The scores, build/<profile>/evaluate/scores.parquet: one row an image, checkpoint and condition.
+SCORES = {
+    "id": "str",  # of the image in the manifest
+    "sha256": "str",  # of the image file
+    "split": "str",  # "test", or validation: "val", and "val_unbiased" where the data has it
+    "generator": "str",
+    "label": "int64",  # 0 real, 1 fake
+    "rho": "float64",  # strength of the shortcut in training; NaN where the data has none
+    "condition": "str",  # "native", or a change to test images as in evaluate.robustness.conditions
+    "applied_to": "str",  # which images the condition changed: "both"
+    "logit": "float32",  # before the sigmoid: called generated where it is above the threshold
+    "method": "str",
+    "seed": "int64",
+    "profile": "str",
+}
+NEEDED = ["split", "generator", "label", "condition", "applied_to", "logit", "method", "seed"]  # by `detection_table`
 RUN = ["rho", "method", "seed"]
-RATES = ["acc", "balanced_acc", "r_acc", "f_acc", "ap", "auroc", "tpr_at_1fpr", "tpr_at_5fpr", "ece"]
+VALIDATION = ("val", "val_unbiased")  # the second without the training set's shortcut, where the data has one
+ORACLE = "oracle"  # the threshold rule that looks at the test scores
+
+
+def paper_mean(run: pd.DataFrame) -> float:
+    """The paper's mAcc of one run's rows, a row a generator: the mean of one Real column and an F.Acc column each.
+
+    It is fake recall for the most part (n/(n+1) of it, some 95 % with 16-25 generators): a detector that calls
+    everything fake scores near 1.
+    """
+    return float((run["r_acc"].mean() + run["f_acc"].sum()) / (len(run) + 1))
+
+
+def mean_of(rate: str, seen: bool | None = None) -> Callable[[pd.DataFrame], float | None]:
+    """Plain mean of a rate over all generators, over those seen in training, or over the others; None without any."""
+
+    def mean(run: pd.DataFrame) -> float | None:
+        rows = run if seen is None else run[run["seen"] == seen]
+        return None if rows.empty else float(rows[rate].mean())
+
+    return mean
+
+
+def kept(prefix: str) -> Callable[[pd.DataFrame], float | None]:
+    """Mean of after / before over the measures named `prefix`...; one whose `before` is 0 has no ratio.
+
+    Ratios are not corrected for chance.
+    """
+
+    def mean(run: pd.DataFrame) -> float | None:
+        ratio = (run["after"] / run["before"]).where(run["before"] != 0)[run["measure"].str.startswith(prefix)]
+        return float(ratio.mean()) if ratio.notna().any() else None
+
+    return mean
+
+
+def after(measure: str) -> Callable[[pd.DataFrame], float | None]:
+    """A measure's value after training."""
+
+    def mean(run: pd.DataFrame) -> float | None:
+        values = run.loc[run["measure"] == measure, "after"]
+        return float(values.mean()) if values.notna().any() else None
+
+    return mean
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number that is reported.
+
+    key: a column of detection.csv or a name in metrics.json, of a suite with "{suite}" in it.
+    of: what `function` takes. "decisions" (Scored, threshold on the logit) and "ranking" (Scored): a column of
+        detection.csv. "run" (a run's headline rows), "suite" (those of one suite) and "forgetting" (a run's rows of
+        forgetting.csv): a name in metrics.json, left out where `function` gives None.
+    label: in tables and figures. A run's metric that has one is compared with the baseline.
+    headline: a run's metric stands in the report's first table, a rate has a table by generator.
+    """
+
+    key: str
+    of: Literal["decisions", "ranking", "run", "suite", "forgetting"]
+    function: Callable[..., float | None]
+    label: str = ""
+    headline: bool = False
+
+
+METRICS: tuple[Metric, ...] = (  # columns of detection.csv, then names in metrics.json, both in this order
+    Metric("acc", "decisions", stats.accuracy, "Accuracy (Acc)", headline=True),
+    Metric("balanced_acc", "decisions", stats.balanced_accuracy, "Balanced accuracy", headline=True),
+    Metric("r_acc", "decisions", stats.real_accuracy, "Accuracy on reals (R.Acc)", headline=True),
+    Metric("f_acc", "decisions", stats.fake_accuracy, "Accuracy on fakes (F.Acc)", headline=True),
+    Metric("ap", "ranking", stats.average_precision, "Average precision (AP)", headline=True),
+    Metric("auroc", "ranking", stats.area_under_roc, "AUROC"),
+    Metric("tpr_at_1fpr", "ranking", partial(stats.caught_at, false_alarms=0.01), "fakes caught at 1 % false alarms"),
+    Metric("tpr_at_5fpr", "ranking", partial(stats.caught_at, false_alarms=0.05), "fakes caught at 5 % false alarms"),
+    Metric("ece", "ranking", stats.calibration_error, "calibration error"),
+    Metric("balanced_acc_unseen", "run", mean_of("balanced_acc", seen=False), "balanced acc., unseen", headline=True),
+    Metric("acc_unseen", "run", mean_of("acc", seen=False)),
+    Metric("ap_unseen", "run", mean_of("ap", seen=False), "AP, unseen", headline=True),
+    Metric("auroc_unseen", "run", mean_of("auroc", seen=False)),
+    Metric("f_acc_unseen", "run", mean_of("f_acc", seen=False)),
+    Metric("balanced_acc_seen", "run", mean_of("balanced_acc", seen=True), "balanced acc., seen", headline=True),
+    Metric("acc_seen", "run", mean_of("acc", seen=True)),
+    Metric("ap_seen", "run", mean_of("ap", seen=True), "AP, seen", headline=True),
+    Metric("auroc_seen", "run", mean_of("auroc", seen=True)),
+    Metric("f_acc_seen", "run", mean_of("f_acc", seen=True)),
+    Metric("r_acc", "run", mean_of("r_acc")),
+    Metric("worst_generator_balanced_acc", "run", lambda run: float(run["balanced_acc"].min()), "worst generator"),
+    Metric("mAcc", "run", paper_mean),
+    Metric("mAcc:{suite}", "suite", paper_mean),
+    Metric("balanced_acc:{suite}", "suite", mean_of("balanced_acc")),
+    Metric("ap:{suite}", "suite", mean_of("ap")),
+    Metric("zero_shot_kept", "forgetting", kept("zero_shot:"), "zero-shot kept", headline=True),
+    Metric("linear_probe_kept", "forgetting", kept("linear_probe:"), "linear probe kept"),
+    Metric("retrieval_kept", "forgetting", kept("retrieval"), "retrieval kept"),
+    Metric("cka_to_frozen", "forgetting", after("cka_to_frozen")),
+    Metric("knn_overlap", "forgetting", after("knn_overlap")),
+    Metric("cosine_drift", "forgetting", after("cosine_drift")),
+    Metric("silhouette", "forgetting", after("silhouette")),
+)
+
+
+def metrics_of(*kinds: str) -> dict[str, Metric]:
+    """The rows of `METRICS` of these kinds, by key, in order."""
+    return {metric.key: metric for metric in METRICS if metric.of in kinds}
+
+
+RATES = list(metrics_of("decisions", "ranking"))
+CELL_METRICS = tuple(key for key, metric in metrics_of("decisions", "ranking").items() if metric.headline)
 DETECTION_COLUMNS = [
     *RUN, "generator", "seen", "condition", "applied_to", "n_real", "n_fake", *RATES, "threshold_rule",
 ]  # fmt: skip
-SCORE_COLUMNS = ["split", "generator", "label", "condition", "applied_to", "logit", "method", "seed"]
-CELL_METRICS = ("acc", "balanced_acc", "r_acc", "f_acc", "ap")
-ECE_BINS = 15
-VALIDATION = ("val", "val_unbiased")  # the second without the training set's shortcut, where the data has one
-ORACLE = "oracle"  # the threshold rule that looks at the test scores
-AS_THEY_ARE = ("cka_to_frozen", "knn_overlap", "cosine_drift", "silhouette")  # forgetting measures for metrics.json
-DECIMALS = 6  # what files keep: far below what any test set can resolve, far above the noise of summation order
+
+
+def _rates(images: Scored, kind: str, *threshold: float) -> dict[str, Any]:
+    return {key: metric.function(images, *threshold) for key, metric in metrics_of(kind).items()}
+
+
+def _fixed(images: Scored) -> dict[str, Any]:
+    """What a set of images has at any threshold: counts of both labels, ranking metrics and calibration."""
+    return {"n_real": len(images.reals), "n_fake": len(images.fakes), **_rates(images, "ranking")}
 
 
 def detection_row(labels: np.ndarray, logits: np.ndarray, threshold: float = 0.0) -> dict[str, float | int]:
-    """All rates of one set of images: accuracies at `threshold` (a logit), ranking metrics and calibration.
+    """All rates of one set of images, and how many of each label there are: {key: value}.
 
-    `labels`: (N,) 0 real, 1 fake; `logits`: (N,) floats. All rates are fractions:
-    r_acc, f_acc = accuracy on reals and on fakes; balanced_acc = their mean; acc = over all images;
-    ap, auroc = average precision of "fake" and area under the ROC curve (scikit-learn);
-    tpr_at_1fpr, tpr_at_5fpr = largest share of fakes caught at a false-alarm rate of at most 1 % and 5 %;
-    ece = |mean probability - share of fakes| over 15 equal-width bins of sigmoid(logit), weighted by their images
-    (Naeini et al. 2015, binary form). Raises UserError where a class is missing or a logit is not finite.
+    `labels`: (N,) 0 real, 1 fake; `logits`: (N,) floats; `threshold`: a logit. Raises UserError as `Scored.of` does.
     """
-    truth, score = _checked(labels, logits)
-    return {**_counts(truth), **_decisions(truth, score, threshold), **_ranking(truth, score)}
-
-
-def best_threshold(labels: np.ndarray, logits: np.ndarray) -> float:
-    """The logit threshold that maximises balanced accuracy.
-
-    Choose by it on validation scores; on test scores it gives an upper bound (the rule "oracle"), never a choice.
-
-    `labels`: (N,) 0/1; `logits`: (N,). All thresholds between two neighbouring scores decide alike, so the answer is
-    the middle of such an interval; of several best intervals the one nearest to 0 counts. Where "everything is fake"
-    or "everything is real" is best, the answer lies 1 outside the scores. Raises UserError as `detection_row` does.
-    """
-    truth, score = _checked(labels, logits)
-    values, position = np.unique(score, return_inverse=True)
-    fakes = np.bincount(position, weights=truth, minlength=len(values)).astype(np.int64)
-    reals = np.bincount(position, weights=1 - truth, minlength=len(values)).astype(np.int64)
-    n_fake, n_real = int(fakes.sum()), int(reals.sum())
-    below_fake, below_real = np.append(0, np.cumsum(fakes)), np.append(0, np.cumsum(reals))
-    # 2 * n_fake * n_real * balanced accuracy, as integers: ties are exact.
-    quality = (n_fake - below_fake) * n_real + below_real * n_fake
-    low, high = np.append(-np.inf, values), np.append(values, np.inf)
-    distance = np.where(low > 0, low, np.where(high <= 0, -high, 0.0))
-    best = np.flatnonzero(quality == quality.max())
-    chosen = best[np.argmin(distance[best])]
-    if chosen == 0:
-        return float(values[0] - 1.0)
-    if chosen == len(values):
-        return float(values[-1] + 1.0)
-    return float((low[chosen] + high[chosen]) / 2.0)
-
-
-def calibrate(labels: np.ndarray, logits: np.ndarray) -> tuple[dict[str, float], dict[str, Any]]:
-    """Thresholds on the logit by rule ("0.5", "val"), and by rule how each does on these validation images.
-
-    `labels`: (N,) 0/1; `logits`: (N,). The second is {rule: {"false_alarm", "caught"}} of the shares of real and of
-    fake images that are called fake, each {count, of, rate, low, high} with a 95 % Wilson interval, in JSON types. For
-    "val", which was chosen on the same images, they are a little too good. Raises UserError as `detection_row` does.
-    """
-    truth, score = _checked(labels, logits)
-    thresholds = {"0.5": 0.0, "val": best_threshold(truth, score)}
-    measured = {
-        rule: {
-            "false_alarm": _share(score[truth == 0] > threshold),
-            "caught": _share(score[truth == 1] > threshold),
-        }
-        for rule, threshold in thresholds.items()
-    }
-    return thresholds, measured
-
-
-def _share(chosen: np.ndarray) -> dict[str, Any]:
-    count, of = int(chosen.sum()), len(chosen)
-    rate, low, high = (_rounded(end) for end in share_interval(count, of))
-    return {"count": count, "of": of, "rate": rate, "low": low, "high": high}
+    images = Scored.of(labels, logits)
+    return {**_fixed(images), **_rates(images, "decisions", threshold)}
 
 
 def detection_table(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame:
     """The detection table: one row a run, generator, condition and threshold rule, over the test images.
 
-    `scores`: one row an image and condition (columns split, generator, label, condition, applied_to, logit, method,
-    seed, and rho where the data has one); `seen`: names of the generators in the training set. A generator is judged
-    against real images of its own where it has any, else against the shared pool named "real" or that of its suite
-    (`suites.pool_of`). A condition other than
+    `scores`: columns of `SCORES`, of which id, sha256 and profile are not needed, nor rho where the data has none;
+    `seen`: names of the generators in the training set. A generator is judged against real images of its own where it
+    has any, else against the shared pool named "real" or that of its suite (`suites.pool_of`). A condition other than
     "native", scored on all images (applied_to "both"), also gets rows with it applied to real or fake images alone:
-    the others keep their native scores. Threshold rules: "0.5"
-    (logit 0), "val" and "val_unbiased" (`best_threshold` on the run's native scores of that split, where it has any),
-    and "oracle" (`best_threshold` on the very scores of the row): what no threshold can exceed, and nobody can choose.
-    Rates are fractions, `seen` is boolean; rows are ordered by run, condition, seen first, generator.
+    the others keep their native scores. Threshold rules: "0.5" (logit 0), "val" and "val_unbiased" (`best_threshold`
+    on the run's native scores of that split, where it has any), and "oracle" (`best_threshold` on the very scores of
+    the row): what no threshold can exceed, and nobody can choose. `seen` is boolean; rows are ordered by run,
+    condition, seen first, generator.
 
     Raises UserError for missing columns, no test rows, a generator without fakes or without reals (named), and fakes
     under the name "real".
     """
-    missing = [name for name in SCORE_COLUMNS if name not in scores.columns]
+    missing = [name for name in NEEDED if name not in scores.columns]
     if missing:
         raise UserError(f"The scores lack the columns {missing}; found {list(scores.columns)}.")
     if not (scores["split"] == "test").any():
@@ -127,20 +194,17 @@ def detection_table(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame
         scores = scores.assign(rho=np.nan)
     rows: list[dict[str, Any]] = []
     for (rho, method, seed), run in scores.groupby(RUN, dropna=False, sort=False):
-        thresholds = {"0.5": 0.0, **_validation_thresholds(run)}
-        test = run[run["split"] == "test"]
-        for condition, applied_to, part in _conditions(test):
-            for generator, labels, logits in _generators(part):
-                truth, score = _checked(labels, logits, f" ({method}, seed {seed}, generator {generator})")
+        chosen = {"0.5": 0.0, **_validation_thresholds(run)}
+        for condition, applied_to, part in _conditions(run[run["split"] == "test"]):
+            for generator, images in _generators(part, f"{method}, seed {seed}"):
                 shared = {
-                    "rho": rho, "method": method, "seed": seed, "generator": generator,
-                    "seen": generator in seen, "condition": condition, "applied_to": applied_to,
-                    **_counts(truth), **_ranking(truth, score),
+                    "rho": rho, "method": method, "seed": seed, "generator": generator, "seen": generator in seen,
+                    "condition": condition, "applied_to": applied_to, **_fixed(images),
                 }  # fmt: skip
-                bound = {ORACLE: best_threshold(truth, score)}
+                thresholds = {**chosen, ORACLE: best_threshold(images.truth, images.logits)}
                 rows += [
-                    {**shared, **_decisions(truth, score, threshold), "threshold_rule": rule}
-                    for rule, threshold in (thresholds | bound).items()
+                    {**shared, **_rates(images, "decisions", threshold), "threshold_rule": rule}
+                    for rule, threshold in thresholds.items()
                 ]
     return _ordered(pd.DataFrame(rows, columns=DETECTION_COLUMNS))
 
@@ -154,17 +218,17 @@ def reliability(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame:
     probability (mean sigmoid(logit)), fake (share of fakes); empty bins are left out. Raises UserError as
     `detection_table` does.
     """
-    native = scores[(scores["split"] == "test") & (scores["condition"] == "native") & (scores["applied_to"] == "both")]
+    native = scores[(scores["split"] == "test") & (scores["condition"] == NATIVE) & (scores["applied_to"] == "both")]
     unseen = {name for name in native["generator"].unique() if not is_pool(name)} - set(seen)
     parts = []
     for (method, seed), run in native.groupby(["method", "seed"], sort=False):
-        pooled = [(truth, score) for name, truth, score in _generators(run) if not unseen or name in unseen]
-        labels, logits = (np.concatenate(column) for column in zip(*pooled, strict=True))
-        truth, score = _checked(labels, logits, f" ({method}, seed {seed})")
-        probability = expit(score)
-        table = pd.DataFrame({"bin": _bins(probability), "probability": probability, "fake": truth})
-        found = table.groupby("bin").agg(n=("fake", "size"), probability=("probability", "mean"), fake=("fake", "mean"))
-        parts.append(pd.concat({(method, seed): found}, names=["method", "seed"]))
+        found = dict(_generators(run, f"{method}, seed {seed}"))
+        pooled = [images for name, images in found.items() if not unseen or name in unseen]
+        images = Scored(*(np.concatenate([getattr(part, side) for part in pooled]) for side in ("truth", "logits")))
+        probability, of_bin = stats.probability_bins(images)
+        table = pd.DataFrame({"bin": of_bin, "probability": probability, "fake": images.truth})
+        bins = table.groupby("bin").agg(n=("fake", "size"), probability=("probability", "mean"), fake=("fake", "mean"))
+        parts.append(pd.concat({(method, seed): bins}, names=["method", "seed"]))
     return pd.concat(parts).reset_index()
 
 
@@ -198,39 +262,23 @@ def one_rho(table: pd.DataFrame, what: str) -> None:
 
 
 def per_seed_values(detection: pd.DataFrame, forgetting: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Headline numbers of each run, before any mean over seeds: columns method, seed, metric, value (float64).
+    """The numbers of each run, before any mean over seeds: columns method, seed, metric, value (float64).
 
-    Detection (over `headline` rows; plain means over generators, `_seen` and `_unseen` apart):
-    balanced_acc, acc, ap, auroc, f_acc; over all generators r_acc and worst_generator_balanced_acc (the minimum).
-    mAcc is the paper's mean over one Real column (r_acc) and one F.Acc column a generator. It is fake recall for the
-    most part (n/(n+1) of it, some 95 % with 16-25 generators): a detector that calls everything fake scores near 1.
-    Of each suite of the paper that was tested, over its own generators: mAcc:<suite>, balanced_acc:<suite>, ap:<suite>.
-
-    Forgetting (columns method, seed, measure, before, after): zero_shot_kept, linear_probe_kept and retrieval_kept =
-    mean of after/before over the measures named zero_shot:*, linear_probe:* and retrieval*; cka_to_frozen, knn_overlap,
-    cosine_drift and silhouette = their after. Ratios are not corrected for chance. A measure whose `before` is 0 has no
-    ratio and is left out; so is each number without rows.
+    Those of `METRICS`, from the `headline` rows of the detection table and from the forgetting table (columns method,
+    seed, measure, before, after). A number without rows is left out. Raises UserError as `headline` does.
     """
-    found: list[tuple[Any, Any, str, float]] = []
+    found: list[tuple[Any, Any, str, float | None]] = []
     for (method, seed), run in headline(detection).groupby(["method", "seed"], sort=False):
-        numbers: dict[str, float] = {}
-        for suffix, part in (("unseen", run[~run["seen"]]), ("seen", run[run["seen"]])):
-            for metric in ("balanced_acc", "acc", "ap", "auroc", "f_acc"):
-                if not part.empty:
-                    numbers[f"{metric}_{suffix}"] = part[metric].mean()
-        numbers["r_acc"] = run["r_acc"].mean()
-        numbers["worst_generator_balanced_acc"] = run["balanced_acc"].min()
-        numbers["mAcc"] = paper_mean(run)
+        found += [(method, seed, key, metric.function(run)) for key, metric in metrics_of("run").items()]
         for suite, part in by_suite(run).items():
-            if suite:
-                numbers[f"mAcc:{suite}"] = paper_mean(part)
-                numbers |= {f"{metric}:{suite}": part[metric].mean() for metric in ("balanced_acc", "ap")}
-        found += [(method, seed, metric, float(value)) for metric, value in numbers.items()]
+            of_suite = metrics_of("suite") if suite else {}
+            found += [(method, seed, key.format(suite=suite), m.function(part)) for key, m in of_suite.items()]
     if forgetting is not None and not forgetting.empty:
         one_rho(forgetting, "forgetting table")
         for (method, seed), run in forgetting.groupby(["method", "seed"], sort=False):
-            found += [(method, seed, metric, value) for metric, value in _kept(run).items()]
-    return pd.DataFrame(found, columns=["method", "seed", "metric", "value"])
+            found += [(method, seed, key, metric.function(run)) for key, metric in metrics_of("forgetting").items()]
+    measured = [row for row in found if row[-1] is not None]
+    return pd.DataFrame(measured, columns=["method", "seed", "metric", "value"])
 
 
 def summary(detection: pd.DataFrame, forgetting: pd.DataFrame | None, profile: str, data_hash: str) -> dict[str, Any]:
@@ -244,19 +292,14 @@ def summary(detection: pd.DataFrame, forgetting: pd.DataFrame | None, profile: s
     methods: dict[str, dict[str, Any]] = {}
     for (method, metric), part in values.groupby(["method", "metric"], sort=False):
         by_seed = part.sort_values("seed")
-        mean, low, high = (_rounded(end) for end in seed_interval(by_seed["value"].to_numpy()))
+        mean, low, high = (rounded(end) for end in seed_interval(by_seed["value"].to_numpy()))
         methods.setdefault(str(method), {})[str(metric)] = {
             "mean": mean,
             "low": low,
             "high": high,
-            "per_seed": {str(seed): _rounded(v) for seed, v in zip(by_seed["seed"], by_seed["value"], strict=True)},
+            "per_seed": {str(seed): rounded(v) for seed, v in zip(by_seed["seed"], by_seed["value"], strict=True)},
         }
     return {"profile": profile, "data_hash": data_hash, "methods": methods}
-
-
-def paper_mean(run: pd.DataFrame) -> float:
-    """The paper's mAcc of one run's rows, a row a generator: the mean of one Real column and an F.Acc column each."""
-    return float((run["r_acc"].mean() + run["f_acc"].sum()) / (len(run) + 1))
 
 
 def by_suite(detection: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -275,7 +318,7 @@ def by_suite(detection: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return parts
 
 
-def cells_table(detection: pd.DataFrame, metrics: Sequence[str] = CELL_METRICS) -> pd.DataFrame:
+def cells_table(detection: pd.DataFrame, metrics: Iterable[str] = CELL_METRICS) -> pd.DataFrame:
     """Each method on each generator: mean and 95 % interval over seeds of the `headline` rows.
 
     Columns method, generator, seen, metric, n_seeds, mean, low, high (fractions; low and high NaN for one seed); rows
@@ -325,59 +368,6 @@ def read_detection(path: str | Path) -> pd.DataFrame:
     return table.astype({"seen": bool, **dict.fromkeys(("rho", *RATES), float)})
 
 
-def _checked(labels: np.ndarray, logits: np.ndarray, where: str = "") -> tuple[np.ndarray, np.ndarray]:
-    truth, score = np.asarray(labels), np.asarray(logits, dtype=np.float64)
-    if truth.ndim != 1 or truth.shape != score.shape:
-        raise UserError(f"Expected one label a logit, found labels {truth.shape} and logits {score.shape}.")
-    if not np.isin(truth, (0, 1)).all():
-        raise UserError(f"Expected labels 0 (real) and 1 (fake), found {np.unique(truth).tolist()}.")
-    if truth.size == 0 or truth.min() == truth.max():
-        raise UserError(
-            f"Expected real and fake images, found {int((truth == 0).sum())} real and {int((truth == 1).sum())} fake."
-        )
-    bad = int((~np.isfinite(score)).sum())
-    if bad:
-        raise UserError(
-            f"{bad} of {score.size} logits are not finite{where}: did training diverge? Try a lower learning rate."
-        )
-    return truth.astype(np.int64), score
-
-
-def _counts(truth: np.ndarray) -> dict[str, int]:
-    return {"n_real": int((truth == 0).sum()), "n_fake": int((truth == 1).sum())}
-
-
-def _decisions(truth: np.ndarray, score: np.ndarray, threshold: float) -> dict[str, float]:
-    called_fake = score > threshold
-    r_acc, f_acc = float(np.mean(~called_fake[truth == 0])), float(np.mean(called_fake[truth == 1]))
-    return {
-        "acc": float(np.mean(called_fake == (truth == 1))),
-        "balanced_acc": (r_acc + f_acc) / 2.0,
-        "r_acc": r_acc,
-        "f_acc": f_acc,
-    }
-
-
-def _ranking(truth: np.ndarray, score: np.ndarray) -> dict[str, float]:
-    false_alarms, caught, _ = roc_curve(truth, score, drop_intermediate=False)
-    return {
-        "ap": float(average_precision_score(truth, score)),
-        "auroc": float(auc(false_alarms, caught)),
-        "tpr_at_1fpr": float(caught[false_alarms <= 0.01].max()),
-        "tpr_at_5fpr": float(caught[false_alarms <= 0.05].max()),
-        "ece": _calibration_error(truth, expit(score)),
-    }
-
-
-def _calibration_error(truth: np.ndarray, probability: np.ndarray) -> float:
-    gap = np.bincount(_bins(probability), weights=probability - truth, minlength=ECE_BINS)
-    return float(np.abs(gap).sum() / truth.size)
-
-
-def _bins(probability: np.ndarray) -> np.ndarray:
-    return np.minimum((probability * ECE_BINS).astype(np.int64), ECE_BINS - 1)
-
-
 def _conditions(test: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """(condition, applied_to, rows) of one run's test rows: those scored, and those composed with native scores."""
     native = test[(test["condition"] == NATIVE) & (test["applied_to"] == "both")]
@@ -389,7 +379,7 @@ def _conditions(test: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
 
 
 def _validation_thresholds(run: pd.DataFrame) -> dict[str, float]:
-    native = run[(run["condition"] == "native") & (run["applied_to"] == "both")]
+    native = run[(run["condition"] == NATIVE) & (run["applied_to"] == "both")]
     splits = {name: native[native["split"] == name] for name in VALIDATION}
     return {
         name: best_threshold(rows["label"].to_numpy(), rows["logit"].to_numpy())
@@ -398,8 +388,8 @@ def _validation_thresholds(run: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def _generators(part: pd.DataFrame) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:
-    """(name, labels, logits) of each generator of one run and condition, with the reals it is judged against."""
+def _generators(part: pd.DataFrame, run: str) -> Iterator[tuple[str, Scored]]:
+    """(name, images) of each generator of one run and condition, with the reals it is judged against."""
     present = set(part["generator"])
     pools = {name: part[part["generator"] == name] for name in sorted(present) if is_pool(name)}
     for name, pool in pools.items():
@@ -418,11 +408,11 @@ def _generators(part: pd.DataFrame) -> Iterable[tuple[str, np.ndarray, np.ndarra
                     f"Generator '{name}' has no real test images, and there is no shared pool named '{SHARED_REALS}'."
                 )
             own = pd.concat([own, pools[shared]])
-        yield name, own["label"].to_numpy(), own["logit"].to_numpy()
+        yield name, Scored.of(own["label"].to_numpy(), own["logit"].to_numpy(), f" ({run}, generator {name})")
 
 
 def _ordered(table: pd.DataFrame) -> pd.DataFrame:
-    conditions = in_order(["native", *table["condition"]])
+    conditions = in_order([NATIVE, *table["condition"]])
     ranks = pd.DataFrame(
         {
             "rho": table["rho"],
@@ -436,20 +426,3 @@ def _ordered(table: pd.DataFrame) -> pd.DataFrame:
         }
     )
     return table.loc[ranks.sort_values(list(ranks.columns), kind="stable").index].reset_index(drop=True)
-
-
-def _kept(run: pd.DataFrame) -> dict[str, float]:
-    """Forgetting numbers of one run; the measure's name says which."""
-    name = run["measure"].astype(str)
-    ratio = (run["after"] / run["before"]).where(run["before"] != 0)
-    chosen = {
-        "zero_shot_kept": ratio[name.str.startswith("zero_shot:")],
-        "linear_probe_kept": ratio[name.str.startswith("linear_probe:")],
-        "retrieval_kept": ratio[name.str.startswith("retrieval")],
-        **{measure: run["after"][name == measure] for measure in AS_THEY_ARE},
-    }
-    return {metric: float(part.mean()) for metric, part in chosen.items() if part.notna().any()}
-
-
-def _rounded(value: float) -> float | None:
-    return None if np.isnan(value) else round(float(value), DECIMALS)

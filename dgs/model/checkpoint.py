@@ -94,7 +94,7 @@ def save_checkpoint(
         heads: by name; "image" is required, it decides.
         seed: None where it is not known.
         thresholds: by rule, on the logit: {"0.5": 0.0, "val": ...}.
-        calibration: how each rule did on validation images, as `dgs.analysis.metrics.calibrate` says it.
+        calibration: how each rule did on validation images, as `dgs.stats.calibrate` says it.
         carried: the folder of the CLIP, if it is to be moved into the checkpoint; params.model.clip then says "clip".
     """
     info = {

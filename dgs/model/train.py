@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dgs.analysis.metrics import calibrate, detection_row
 from dgs.data.prepared import Prepared
 from dgs.data.views import Views, batch_order, batches, worth_keeping
 from dgs.device import set_determinism
@@ -32,6 +31,7 @@ from dgs.model.snapshot import State, Unfinished
 from dgs.model.step import Known, stage2_step
 from dgs.model.training_log import LAYERS_EVERY, Journal
 from dgs.params import Params
+from dgs.stats import Scored, balanced_accuracy, calibrate
 
 RECORDS = 200  # of stage 1's losses: its steps are many and cheap
 
@@ -394,14 +394,14 @@ def stage2(
             on_step()
             if state.step % an_epoch == 0 and not (method.averages and state.step == steps):  # else noted when averaged
                 logits = validation_logits(backbone, heads["image"], validation, params, device)
-                journal.loss(epoch, state.step, val_balanced_acc=detection_row(truth, logits)["balanced_acc"])
+                journal.loss(epoch, state.step, val_balanced_acc=balanced_accuracy(Scored.of(truth, logits)))
             if state.step < steps and unfinished.is_due():
                 unfinished.save(state)
     backbone.eval()
     decides = averaged(method, backbone, image, lens, teacher, tail, params)
     if method.averages:
         logits = validation_logits(backbone, decides, validation, params, device)
-        journal.loss(epoch, steps, val_balanced_acc=detection_row(truth, logits)["balanced_acc"])
+        journal.loss(epoch, steps, val_balanced_acc=balanced_accuracy(Scored.of(truth, logits)))
     plain = {"image": decides, "text": text, "teacher": teacher}
     return Trained(backbone, plain, journal, *calibrate(truth, logits))
 
@@ -447,7 +447,7 @@ def train(
             head = stage1(frozen, labels, params, seed, journal, on_step, expert, lens, rows, weight)
             truth = prepared.split("val")["label"].to_numpy()
             logits = validation_logits(backbone, head, validation_views(prepared, params), params, device)
-            score = detection_row(truth, logits)["balanced_acc"]
+            score = balanced_accuracy(Scored.of(truth, logits))
             steps = total_steps(method, len(labels), params)
             journal.loss(params.train.stage1.epochs - 1, steps, val_balanced_acc=score)
             done(Trained(backbone, {"image": head}, journal, *calibrate(truth, logits)))

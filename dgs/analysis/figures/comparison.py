@@ -33,9 +33,9 @@ from dgs.analysis.figures.detection import (
     to_baseline,
     verdict,
 )
-from dgs.analysis.metrics import ECE_BINS, in_order, one_rho, per_seed_values, reliability
+from dgs.analysis.metrics import in_order, one_rho, per_seed_values, reliability
 from dgs.errors import UserError
-from dgs.stats import Interval, rounded_text, seed_interval
+from dgs.stats import BINS, Interval, rounded_text, seed_interval
 
 FEWEST = 50  # images of a bin, over all seeds, that make a point of a reliability diagram
 NARROWEST = 2.0  # points that a panel of a forest plot spans at least
@@ -70,8 +70,8 @@ def reliability_diagram(scores: pd.DataFrame, seen: Collection[str]) -> Figure:
             shown = line[line["n"] >= FEWEST]
             look = {"color": colour(method), "marker": marker(method), "markersize": 6}
             top.plot(100 * shown["probability"], 100 * shown["fake"], linewidth=2.0, zorder=3, **look)
-            counts = line["n"].reindex(range(ECE_BINS), fill_value=0) / own["seed"].nunique()
-            edges = np.linspace(0.0, 100.0, ECE_BINS + 1)
+            counts = line["n"].reindex(range(BINS), fill_value=0) / own["seed"].nunique()
+            edges = np.linspace(0.0, 100.0, BINS + 1)
             below.stairs(counts, edges, color=colour(method), linewidth=1.8)
         top.set_ylabel("Share of fakes (%);\ndashed: calibrated")
         top.set_xlim(0, 100)
@@ -242,7 +242,7 @@ def _calibration_takeaway(bins: pd.DataFrame, where: str) -> str:
     """What the images that a method is surest about turn out to be: of dgs where it is there, else of the last."""
     methods = in_order(bins["method"])
     named = SUBJECT if SUBJECT in methods else methods[-1]
-    last = bins[(bins["method"] == named) & (bins["bin"] == ECE_BINS - 1)]
+    last = bins[(bins["method"] == named) & (bins["bin"] == BINS - 1)]
     if last.empty:
         own = seed_interval(_errors(bins[bins["method"] == named]))
         off = f"{rounded_text(own.mean)} points{bracket(own)}"
