@@ -206,18 +206,23 @@ def study(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare methods over the results of several profiles: REPORT.md, table.csv and params.yaml in results/study/.
+    """Compare methods over several profiles: REPORT.md, forest.png, table.csv and params.yaml in results/study/.
 
-    Of profiles that are named, in results/<the first of them>/study/.
+    What results/study-*/ hold goes into results/study/*.parquet first, and the tables of docs/findings.md are brought
+    up to date. Of profiles that are named, in results/<the first of them>/study/, and no more than that.
     """
-    from dgs.analysis.study import finished_conditions, write_params, write_study
+    from dgs.analysis.study import finished_conditions, keep_runs, write_params, write_study
     from dgs.workspace import find_root
+    from studies.findings import refresh
 
     root = find_root()
     folder = root / "results" / profiles[0] / "study" if profiles else root / "results" / "study"
-    profiles = profiles or finished_conditions(root)
-    report = write_study(root, profiles, folder).relative_to(root).as_posix()
-    write_params(root, profiles, folder)
+    named = profiles or finished_conditions(root)
+    report = write_study(root, named, folder).relative_to(root).as_posix()
+    write_params(root, named, folder)
+    if not profiles:
+        keep_runs(root)
+        refresh(root)
     _print(as_json, {"report": report}, report)
 
 

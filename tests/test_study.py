@@ -11,12 +11,15 @@ import pandas as pd
 import pytest
 import yaml
 
+from dgs.analysis.figures.study import study_forest
 from dgs.analysis.metrics import detection_table, write_detection
 from dgs.analysis.study import (
     agreement,
     best_rival,
     comparison_table,
     finished_conditions,
+    generator_gaps,
+    keep_runs,
     read_condition,
     study_report,
     write_params,
@@ -25,6 +28,7 @@ from dgs.analysis.study import (
 from dgs.analysis.tuning import candidates
 from dgs.errors import UserError
 from dgs.model.methods.registry import METHODS
+from dgs.params import load_params
 
 ROOT = Path(__file__).parents[1]
 SHIFT = {"lora": 0.5, "dgs": 0.1, "distillation": 1.5, "dgs_plus": 3.0, "poe_swad": 3.2}
@@ -130,26 +134,50 @@ def test_the_parts_that_are_there_are_found_the_fullest_first(tmp_path: Path) ->
     assert finished_conditions(tmp_path) == ["study-75", "study-9", "study-50"]
 
 
-def test_a_condition_may_have_its_methods_in_several_parts(tmp_path: Path) -> None:
-    """Read as one, it is what one profile with all methods would have given; a part alone is no condition."""
-    core = {name: SHIFT[name] for name in ("lora", "dgs", "dgs_plus")}
-    write_results(tmp_path, "study-90", 0.9, core)
-    alone = comparison_table([read_condition(tmp_path, "study-90")])
-    write_results(tmp_path, "study-90-part2", 0.9, {"distillation": 1.5})
-    assert finished_conditions(tmp_path) == ["study-90"]
-    whole = read_condition(tmp_path, "study-90")
-    assert set(whole.methods) == {*core, "distillation"} and best_rival(whole) == "distillation"
-    table = comparison_table([whole])
-    assert table[table["method"] != "distillation"].reset_index(drop=True).equals(alone)
+def test_what_a_run_made_is_kept_without_its_folder_and_a_later_run_takes_its_place(tmp_path: Path) -> None:
+    few = {name: SHIFT[name] for name in ("lora", "dgs", "dgs_plus")}
+    for name, rho in (("study-90", 0.9), ("study-50", 0.5)):
+        write_results(tmp_path, name, rho, few)
+    names = finished_conditions(tmp_path)
+    before = [read_condition(tmp_path, name) for name in names]
+    keep_runs(tmp_path)
+    for name in names:
+        shutil.rmtree(tmp_path / "results" / name)
+    assert finished_conditions(tmp_path) == names
+    after = [read_condition(tmp_path, name) for name in names]
+    pd.testing.assert_frame_equal(comparison_table(after), comparison_table(before), check_exact=True)
+    assert study_report(after) == study_report(before)
 
-    write_results(tmp_path, "study-90-part3", 0.9, {"lora": 0.5})
-    with pytest.raises(UserError, match="Expected each method in one part of study-90, found lora in several"):
-        read_condition(tmp_path, "study-90")
-    (tmp_path / "results/study-90-part3/metrics.json").write_text(json.dumps({"data_hash": "f" * 64}))
-    again = read_condition(tmp_path, "study-90")
-    assert again.left_out == ["study-90-part3"] and again.values.equals(whole.values), "images differ between machines"
-    told = study_report([again])
-    assert "rho 0.9. Left out, since of other data: study-90-part3." in told
+    stored = (tmp_path / "results/study/detection.parquet").read_bytes()
+    keep_runs(tmp_path)
+    assert (tmp_path / "results/study/detection.parquet").read_bytes() == stored, "nothing new, nothing written"
+    write_results(tmp_path, "study-50", 0.5, SHIFT)
+    keep_runs(tmp_path)
+    shutil.rmtree(tmp_path / "results/study-50")
+    assert read_condition(tmp_path, "study-50").methods == list(SHIFT)
+    assert read_condition(tmp_path, "study-90").values.equals(before[0].values)
+
+
+def test_gaps_by_generator_have_the_mean_of_gaps_by_seed(root: Path) -> None:
+    condition = read_condition(root, "strong")
+    gaps = generator_gaps([condition])
+    own = gaps[gaps["method"] == "dgs_plus"]
+    assert sorted(own["generator"]) == ["new", "other"], "unseen ones alone"
+    assert own["gap"].mean() == pytest.approx(condition.gap("dgs_plus", "lora").mean)
+    assert "lora" not in set(gaps["method"]) and set(gaps["condition"]) == {"strong"}
+
+
+def test_the_forest_draws_what_each_condition_ran(root: Path) -> None:
+    few = {name: SHIFT[name] for name in ("lora", "dgs", "dgs_plus")}
+    write_results(root, "few", 0.5, few)
+    figure = study_forest(generator_gaps([read_condition(root, name) for name in ("strong", "few")]))
+    strong, short = figure.axes
+    assert (strong.get_title(loc="left") or strong.get_title(), len(strong.get_yticklabels())) == ("strong", 4)
+    drawn = [[line for line in ax.lines if line.get_marker() not in ("None", None, "")] for ax in (strong, short)]
+    means = [sorted(x for line in lines for x in line.get_xdata() if np.isfinite(x)) for lines in drawn]
+    assert [len(each) for each in means] == [4, 2]
+    gaps = generator_gaps([read_condition(root, "strong")]).groupby("method")["gap"].mean()
+    assert means[0] == pytest.approx(sorted(gaps))
 
 
 def test_folders_of_images_have_no_shortcut_and_no_abilities_to_keep(tmp_path: Path) -> None:
@@ -167,14 +195,13 @@ def test_parameters_are_kept_beside_the_report(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
     shutil.copy(ROOT / "params.yaml", tmp_path)
     (tmp_path / "results").mkdir()
+    for name in ("study-75", "study-90"):
+        write_results(tmp_path, name, 0.9, {"lora": 1.0, "dgs": 1.0})
     kept = yaml.safe_load(write_params(tmp_path, ["study-75", "study-90"], tmp_path / "results").read_text())
     assert [kept[name]["data"]["rho"] for name in ("study-75", "study-90")] == [0.75, 0.9]
-    (tmp_path / "results" / "study-90").mkdir()
-    (tmp_path / "results" / "study-90" / "metrics.json").write_text(json.dumps({"methods": {"lora": {}, "dgs": {}}}))
-    again = yaml.safe_load(write_params(tmp_path, ["study-75", "study-90"], tmp_path / "results").read_text())
-    assert again["study-90"]["methods"] == ["lora", "dgs"], "those that have results"
-    assert again["study-75"] == kept["study-75"]
-    assert kept["study-75"]["settings"] == yaml.safe_load((ROOT / "params.yaml").read_text())["settings"]
+    assert kept["study-90"]["methods"] == ["lora", "dgs"], "those that have results"
+    whole = load_params("study-75", tmp_path).model_dump(mode="json")
+    assert kept["study-75"] == {**whole, "methods": ["lora", "dgs"]}
 
 
 def test_missing_results_and_methods_are_one_sentence(root: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dgs.analysis.deviations import deviations
 from dgs.analysis.metrics import (
@@ -90,6 +92,7 @@ NOT_OF_TRAINING = (
 DIFFERENT_SETTINGS = (
     "**Methods were trained with different settings** (named below): their differences are not of the method alone."
 )
+_TEMPLATES = Environment(loader=PackageLoader("dgs.analysis"), undefined=StrictUndefined, trim_blocks=True)
 BLOCK = "_block:"  # in the name of a measure of a single vision block
 FEW_SEEDS = 3  # fewer say next to nothing about how far a number would move
 
@@ -145,6 +148,12 @@ def summary_sections(text: str) -> str:
     top, *sections = ("\n" + text).split("\n## ")
     chosen = [f"## {part}" for part in sections if part.startswith(("Headline", "Differences"))]
     return "\n\n".join(part.strip() for part in (top, *chosen) if part.strip()) + "\n"
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of dgs/analysis/templates/ with `values`; blank lines that its blocks leave are drawn together."""
+    text = _TEMPLATES.get_template(template).render(**values)
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

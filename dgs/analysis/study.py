@@ -1,22 +1,25 @@
-"""The study: methods under several conditions, compared in pairs; read from the tables of its profiles."""
+"""The study: methods under several conditions, compared in pairs; every table is a pivot of two long ones.
+
+results/study/detection.parquet and forgetting.parquet hold the rows of each profile's detection.csv and forgetting.csv
+behind two columns more, profile and data_hash.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
 from scipy.stats import kendalltau
 
 from dgs.analysis.metrics import headline, in_order, per_seed_values, read_detection
-from dgs.analysis.report import markdown_table
+from dgs.analysis.report import markdown_table, plus_minus, render
 from dgs.analysis.tuning import RULES, choices
+from dgs.atomic import replacing_file
 from dgs.errors import UserError
 from dgs.params import load_params
 from dgs.stats import (
@@ -35,14 +38,17 @@ SUBJECT, BASELINE, PAPERS = "dgs_plus", "lora", "dgs"
 PARTS = ("poe_swad",)  # of the subject, so no rivals of it
 GOALS = {0.9: 15.0, 0.75: 6.6, 0.5: 0.0}  # points above lora on unseen generators that were asked of the subject
 KEPT = 0.95  # share of the frozen tower's abilities that was asked of it
+UNSEEN = "balanced_acc_unseen"
 SHOWN = {
-    "balanced_acc_unseen": "unseen",
+    UNSEEN: "unseen",
     "worst_generator_balanced_acc": "worst generator",
     "balanced_acc_seen": "seen",
     "ap_unseen": "AP, unseen",
     "zero_shot_kept": "zero-shot kept",
     "retrieval_kept": "retrieval kept",
 }
+STORE = Path("results/study")  # the tables of all conditions, whose own results folders are not committed
+TABLES = ("detection", "forgetting")
 
 
 @dataclass(frozen=True)
@@ -50,74 +56,83 @@ class Condition:
     """One profile's results.
 
     values: columns method, seed, metric, value, as `metrics.per_seed_values` gives them.
-    cells: {method: (seeds, generators) balanced accuracy on unseen generators}, the seeds in order.
-    left_out: parts of it that have other data.
+    cells: {method: balanced accuracy on unseen generators, a row a seed and a column a generator}.
     """
 
     name: str
     rho: float
     data_hash: str
     values: pd.DataFrame
-    cells: Mapping[str, np.ndarray]
-    left_out: Sequence[str] = ()
+    cells: Mapping[str, pd.DataFrame]
 
-    def of(self, method: str, metric: str) -> pd.Series:
+    def of(self, method: str, metric: str = UNSEEN) -> pd.Series:
         """Values by seed."""
         rows = self.values[(self.values["method"] == method) & (self.values["metric"] == metric)]
         return rows.set_index("seed")["value"].sort_index()
 
-    def gap(self, method: str, other: str, metric: str = "balanced_acc_unseen") -> Interval:
+    def gap(self, method: str, other: str, metric: str = UNSEEN) -> Interval:
         """`method` minus `other` in points, paired by seed."""
         both = pd.concat([self.of(method, metric), self.of(other, metric)], axis=1, join="inner")
         return paired_difference(*(100 * both.to_numpy(dtype=float).T))
+
+    def cell_gaps(self, method: str, other: str) -> pd.DataFrame:
+        """`method` minus `other` in points by seed and unseen generator."""
+        return 100 * (self.cells[method] - self.cells[other]).dropna()
 
     @property
     def methods(self) -> list[str]:
         return in_order(self.values["method"])
 
 
-def _data_hash(root: Path, profile: str) -> str:
-    file = root / "results" / profile / "metrics.json"
-    if not file.exists():
-        raise UserError(f"Expected results of the profile {profile}, found none. Run make repro PROFILE={profile}.")
-    return json.loads(file.read_text(encoding="utf-8"))["data_hash"]
+def read_tables(root: Path, profile: str) -> dict[str, pd.DataFrame]:
+    """{"detection", "forgetting": table} of a profile, from results/<profile>/ or else from the study's tables.
 
-
-def parts_of(root: Path, name: str) -> tuple[list[str], list[str]]:
-    """The profiles with results that make up a condition, and those that cannot be read as one with them.
-
-    Returns:
-        `name` and, for its other methods, `name`-part2 and so on; those of them that have other data.
+    Raises:
+        UserError: neither has it.
     """
-    more = sorted(path.parent.name for path in root.glob(f"results/{name}-part*/metrics.json"))
-    others = [part for part in more if _data_hash(root, part) != _data_hash(root, name)]
-    return [name, *(part for part in more if part not in others)], others
+    folder = root / "results" / profile
+    if (folder / "metrics.json").exists():
+        data_hash = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["data_hash"]
+        detection, forgetting = read_detection(folder / "detection.csv"), pd.read_csv(folder / "forgetting.csv")
+        labels = pd.DataFrame({"profile": profile, "data_hash": data_hash}, index=[0])
+        return {
+            name: labels.merge(table, how="cross") for name, table in zip(TABLES, (detection, forgetting), strict=True)
+        }
+    found = {name: table[table["profile"] == profile] for name, table in _stored(root).items()}
+    if not found or found["detection"].empty:
+        raise UserError(f"Expected results of the profile {profile}, found none. Run make repro PROFILE={profile}.")
+    return found
+
+
+def _stored(root: Path) -> dict[str, pd.DataFrame]:
+    """The study's tables; none before the first study."""
+    files = {name: root / STORE / f"{name}.parquet" for name in TABLES}
+    return {name: pd.read_parquet(file) for name, file in files.items() if file.exists()}
+
+
+def keep_runs(root: Path) -> None:
+    """Put what results/study-*/ hold into the study's tables, in place of the rows of these profiles."""
+    profiles = sorted(path.parent.name for path in root.glob("results/study-*/metrics.json"))
+    runs, stored = [read_tables(root, profile) for profile in profiles], _stored(root)
+    for name in TABLES if runs else ():
+        before = [table[~table["profile"].isin(profiles)] for kind, table in stored.items() if kind == name]
+        (root / STORE).mkdir(parents=True, exist_ok=True)
+        with replacing_file(root / STORE / f"{name}.parquet") as draft:
+            whole = pd.concat([*before, *(run[name] for run in runs)], ignore_index=True)
+            whole.to_parquet(draft, compression="zstd", index=False)
 
 
 def read_condition(root: Path, name: str) -> Condition:
-    """The tables of results/<name>/ and of its further parts on the same data (`parts_of`), as one.
-
-    Raises:
-        UserError: they are not there, or parts have the same methods.
-    """
-    data_hash = _data_hash(root, name)
-    parts, others = parts_of(root, name)
-    folders = [root / "results" / part for part in parts]
-    detections = [read_detection(folder / "detection.csv") for folder in folders]
-    forgettings = [pd.read_csv(folder / "forgetting.csv") for folder in folders]
-    methods = pd.concat([rows["method"].drop_duplicates() for rows in detections])
-    if methods.duplicated().any():
-        twice = ", ".join(methods[methods.duplicated()].unique())
-        raise UserError(f"Expected each method in one part of {name}, found {twice} in several. Leave it in one.")
-    detection, forgetting = pd.concat(detections), pd.concat(forgettings)
+    """The results of one profile; raises UserError as `read_tables` does."""
+    tables = read_tables(root, name)
+    detection = tables["detection"]
     native = headline(detection)
-    unseen = native[~native["seen"]]
     cells = {
-        str(method): rows.pivot_table(index="seed", columns="generator", values="balanced_acc").to_numpy()
-        for method, rows in unseen.groupby("method", sort=False)
+        str(method): rows.pivot(index="seed", columns="generator", values="balanced_acc")
+        for method, rows in native[~native["seen"]].groupby("method", sort=False)
     }
-    values = per_seed_values(detection, forgetting)
-    return Condition(name, float(native["rho"].iloc[0]), data_hash, values, cells, others)
+    values = per_seed_values(detection, tables["forgetting"])
+    return Condition(name, float(native["rho"].iloc[0]), str(detection["data_hash"].iloc[0]), values, cells)
 
 
 def comparison_table(conditions: Sequence[Condition]) -> pd.DataFrame:
@@ -131,6 +146,7 @@ def comparison_table(conditions: Sequence[Condition]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for condition in conditions:
         for method in condition.methods:
+            others = [other for other in (BASELINE, PAPERS) if other in condition.methods and other != method]
             for metric in SHOWN:
                 values = condition.of(method, metric)
                 if values.empty:
@@ -139,53 +155,56 @@ def comparison_table(conditions: Sequence[Condition]) -> pd.DataFrame:
                     "condition": condition.name, "rho": condition.rho, "method": method, "metric": metric,
                     "n_seeds": len(values), **seed_interval(values.to_numpy())._asdict(),
                 }  # fmt: skip
-                for other in (BASELINE, PAPERS):
-                    if other in condition.methods and other != method:
-                        gap = condition.gap(method, other, metric)
-                        row |= {
-                            f"minus_{other}": gap.mean,
-                            f"minus_{other}_low": gap.low,
-                            f"minus_{other}_high": gap.high,
-                        }
-                if metric == "balanced_acc_unseen":
-                    row["iqm"] = iqm(condition.cells[method])
-                    for other in (BASELINE, PAPERS):
-                        if other in condition.methods and other != method:
-                            apart = 100 * (condition.cells[method] - condition.cells[other])
-                            boot = stratified_bootstrap(apart)
-                            row |= {f"minus_{other}_boot_low": boot.low, f"minus_{other}_boot_high": boot.high}
+                for other in others:
+                    ends = ("", "_low", "_high")
+                    gap = condition.gap(method, other, metric)
+                    row |= {f"minus_{other}{end}": value for end, value in zip(ends, gap, strict=True)}
+                if metric == UNSEEN:
+                    row["iqm"] = iqm(condition.cells[method].to_numpy())
+                    for other in others:
+                        boot = stratified_bootstrap(condition.cell_gaps(method, other).to_numpy())
+                        row |= {f"minus_{other}_boot_low": boot.low, f"minus_{other}_boot_high": boot.high}
                 rows.append(row)
     return pd.DataFrame(rows)
+
+
+def generator_gaps(conditions: Sequence[Condition], baseline: str = BASELINE) -> pd.DataFrame:
+    """Each method minus `baseline` on each unseen generator: columns condition, method, generator, gap.
+
+    gap: balanced accuracy, points, mean over seeds. Its spread over generators is what another generator would show,
+    which no interval over seeds covers.
+    """
+    gaps = {
+        (condition.name, method): condition.cell_gaps(method, baseline).mean()
+        for condition in conditions
+        for method in condition.methods
+        if method != baseline
+    }
+    return pd.concat(gaps, names=["condition", "method", "generator"]).rename("gap").reset_index()
 
 
 def best_rival(condition: Condition) -> str:
     """The best method on unseen generators that is neither the subject nor a part of it."""
     rivals = [name for name in condition.methods if name not in (SUBJECT, *PARTS)]
-    return max(rivals, key=lambda name: condition.of(name, "balanced_acc_unseen").mean())
+    return max(rivals, key=lambda name: condition.of(name).mean())
 
 
 def agreement(first: Condition, second: Condition) -> float:
     """Kendall's tau between two conditions of the order of methods by mean balanced accuracy on unseen generators."""
     shared = [name for name in first.methods if name in second.methods]
-    means = [[c.of(name, "balanced_acc_unseen").mean() for name in shared] for c in (first, second)]
+    means = [[condition.of(name).mean() for name in shared] for condition in (first, second)]
     return float(kendalltau(*means).statistic)
 
 
 def _ranking(condition: Condition) -> str:
-    order = sorted(condition.methods, key=lambda name: -condition.of(name, "balanced_acc_unseen").mean())
     rows = []
-    for name in order:
-        cells = [f"`{name}`"]
-        for metric in SHOWN:
-            values = condition.of(name, metric)
-            interval = seed_interval(values.to_numpy()) if not values.empty else None
-            half = f" ±{percent_text(interval.high - interval.mean)}" if interval and interval.known else ""
-            cells.append(f"{percent_text(interval.mean)}{half}" if interval else "–")
-        cells.insert(2, percent_text(iqm(condition.cells[name])))
-        cells += [interval_text(condition.gap(name, other)) if name != other else "–" for other in (BASELINE, PAPERS)]
-        rows.append(cells)
-    header = ["method", "unseen", "IQM", *list(SHOWN.values())[1:], f"minus `{BASELINE}`", f"minus `{PAPERS}`"]
-    return markdown_table(header, rows)
+    for name in sorted(condition.methods, key=lambda name: -condition.of(name).mean()):
+        unseen, *others = (plus_minus(condition.of(name, metric)) for metric in SHOWN)
+        middle = percent_text(iqm(condition.cells[name].to_numpy()))
+        gaps = [interval_text(condition.gap(name, other)) if name != other else "–" for other in (BASELINE, PAPERS)]
+        rows.append([f"`{name}`", unseen, middle, *others, *gaps])
+    unseen, *others = SHOWN.values()
+    return markdown_table(["method", unseen, "IQM", *others, f"minus `{BASELINE}`", f"minus `{PAPERS}`"], rows)
 
 
 def _goals(conditions: Sequence[Condition]) -> str:
@@ -217,11 +236,6 @@ def _orders(conditions: Sequence[Condition]) -> str:
     return markdown_table(["", *(f"`{condition.name}`" for condition in conditions)], rows)
 
 
-def _settings(tuning: pd.DataFrame) -> str:
-    rows = [[f"`{name}`", *by_rule] for name, by_rule in choices(tuning).items()]
-    return markdown_table(["method", *(f"`{rule}`" for rule in RULES)], rows)
-
-
 def study_report(conditions: Sequence[Condition], tuning: pd.DataFrame | None = None) -> str:
     """The study's REPORT.md; `tuning`: the table of `dgs tune` that the settings were chosen from.
 
@@ -231,35 +245,19 @@ def study_report(conditions: Sequence[Condition], tuning: pd.DataFrame | None = 
     for condition in conditions:
         if missing := {SUBJECT, BASELINE, PAPERS} - set(condition.methods):
             raise UserError(f"Expected {', '.join(sorted(missing))} among the methods of {condition.name}. Train them.")
-    parts = [
-        "# Study",
-        "Balanced accuracy and abilities kept in per cent, differences in points; mean over seeds with 95 % intervals "
-        "(Student's t, paired by seed for differences). IQM: interquartile mean over seeds and unseen generators. "
-        "Bootstrap intervals stand in table.csv.",
-        f"## What was asked of `{SUBJECT}`",
-        "Points above `lora` and `dgs` on unseen generators, and against the best method that is no part of it; that "
-        "rival is picked on these same test images, which flatters it.",
-        _goals(conditions),
-        "## Does the order of methods carry over?",
-        "Kendall's tau of the order on unseen generators (1 the same, 0 unrelated, −1 reversed).",
-        _orders(conditions),
-    ]
-    for condition in conditions:
-        facts = f"Data hash `{condition.data_hash[:12]}`"
-        if not math.isnan(condition.rho):
-            facts += f", rho {condition.rho:g}"
-        if condition.left_out:
-            facts += f". Left out, since of other data: {', '.join(condition.left_out)}"
-        parts += [f"## {condition.name}", f"{facts}.", _ranking(condition)]
-    if tuning is not None:
-        parts += [
-            "## Settings",
-            "What each rule chooses of the six candidates a method has, and the balanced accuracy (%) it chose by: "
-            + "; ".join(f"`{rule}`, {about}" for rule, about in RULES.items())
-            + ". Methods that are not listed take those of another.",
-            _settings(tuning),
-        ]
-    return "\n\n".join(parts) + "\n"
+    chosen = {} if tuning is None else choices(tuning)
+    return render(
+        "study.md.j2",
+        subject=SUBJECT,
+        goals=_goals(conditions),
+        orders=_orders(conditions),
+        rankings=[(condition, _ranking(condition)) for condition in conditions],
+        rules=RULES,
+        settings=chosen
+        and markdown_table(
+            ["method", *(f"`{rule}`" for rule in RULES)], [[f"`{name}`", *told] for name, told in chosen.items()]
+        ),
+    )
 
 
 def finished_conditions(root: Path) -> list[str]:
@@ -268,34 +266,36 @@ def finished_conditions(root: Path) -> list[str]:
     Raises:
         UserError: there is none.
     """
-    names = [path.parent.name for path in root.glob("results/study-*/metrics.json") if "-part" not in path.parent.name]
+    names = {path.parent.name for path in root.glob("results/study-*/metrics.json")}
+    names |= {name for name in _stored(root).get("detection", {"profile": ()})["profile"] if name.startswith("study-")}
     if not names:
         raise UserError("Expected results of a profile study-*, found none. Run make study, or name profiles.")
-    conditions = [read_condition(root, name) for name in names]
-    return [c.name for c in sorted(conditions, key=lambda c: (-len(c.methods), -c.rho, c.name))]
+    rows = {name: read_tables(root, name)["detection"] for name in names}
+    return sorted(names, key=lambda name: (-rows[name]["method"].nunique(), -rows[name]["rho"].iloc[0], name))
 
 
 def write_study(root: Path, names: Sequence[str], folder: Path) -> Path:
-    """`folder` with what the results of the profiles `names` say: table.csv and REPORT.md; returns the report.
+    """`folder` with what the results of the profiles `names` say: table.csv, forest.png, REPORT.md; returns the last.
 
     Settings are read from results/mini/tuning.csv, where there is one.
     """
+    from dgs.analysis.figures.detection import save
+    from dgs.analysis.figures.study import study_forest  # drawing libraries take seconds to load
+
     conditions = [read_condition(root, name) for name in names]
+    search = root / "results" / MAIN / "tuning.csv"
+    report = study_report(conditions, pd.read_csv(search) if search.exists() else None)
     folder.mkdir(parents=True, exist_ok=True)
     comparison_table(conditions).round(6).to_csv(folder / "table.csv", index=False)
-    search = root / "results" / MAIN / "tuning.csv"
-    tuning = pd.read_csv(search) if search.exists() else None
-    (folder / "REPORT.md").write_text(study_report(conditions, tuning), encoding="utf-8")
+    save(study_forest(generator_gaps(conditions)), folder / "forest.png")
+    (folder / "REPORT.md").write_text(report, encoding="utf-8")
     return folder / "REPORT.md"
 
 
 def write_params(root: Path, names: Sequence[str], folder: Path) -> Path:
     """`folder`/params.yaml: each profile's parameters, as they stand now, with the methods it has results of."""
-    parts = [part for name in names for part in parts_of(root, name)[0]]
-    content = {part: load_params(part, root).model_dump(mode="json") for part in parts}
-    for part, params in content.items():
-        metrics = root / "results" / part / "metrics.json"
-        if metrics.is_file():  # a broken-off run has some of them
-            params["methods"] = list(json.loads(metrics.read_text(encoding="utf-8"))["methods"])
+    content = {name: load_params(name, root).model_dump(mode="json") for name in names}
+    for name, params in content.items():
+        params["methods"] = in_order(read_tables(root, name)["detection"]["method"])
     (folder / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return folder / "params.yaml"
