@@ -74,21 +74,27 @@ def _for_users(command: Callable[..., Any]) -> Callable[..., Any]:
 @app.command()
 @_for_users
 def stage(
-    name: Annotated[str, typer.Argument(help="prepare, train, evaluate or gradient_angles")],
+    name: Annotated[str, typer.Argument(help="sources, prepare, train, evaluate or gradient_angles")],
     method: Annotated[str | None, typer.Option(help="for train: which method")] = None,
     params: Annotated[Path | None, typer.Option(help="a complete parameter file; default params.yaml")] = None,
     as_json: Json = False,
 ) -> None:
-    """Run one pipeline stage: its notebook through papermill (what dvc.yaml calls)."""
+    """Run one pipeline stage: its notebook through papermill; sources: check, and write what stages run."""
     from dgs.params import load_params
     from dgs.pipeline import check_stage, run_stage
+    from dgs.sources import SOURCES, write_sources
 
-    if (check_stage(name) == "train") != (method is not None):
+    if name != SOURCES:
+        check_stage(name)
+    if (name == "train") != (method is not None):
         raise UserError(
             "Expected --method for the stage train and for no other. Give it there, leave it out elsewhere."
         )
     label = name if method is None else f"{name}-{method}"
-    run_stage(name, label, {"method": method} if method else {}, params)
+    if name == SOURCES:
+        write_sources(params, _say)
+    else:
+        run_stage(name, label, {"method": method} if method else {}, params)
     if as_json:
         _print(as_json, {"stage": name, "label": label, "results": f"results/{load_params().profile}"})
 
@@ -265,10 +271,11 @@ def check(
     params: Annotated[Path | None, typer.Option(help="a complete parameter file; default params.yaml")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check a parameter file, and that the folders and files it names are there (the pipeline's first stage)."""
+    """Check a parameter file, and that the folders and files it names are there (the pipeline's first stage does)."""
     from dgs.profiles import check_file
 
-    _print(as_json, {"checked": str(check_file(params, _say))})
+    check_file(params, _say)
+    _print(as_json, {"checked": str(params or "params.yaml")})
 
 
 @app.command()

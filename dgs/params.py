@@ -419,6 +419,13 @@ def load_params(profile: str | None = None, root: Path | None = None) -> Params:
     return validate(merged_params(profile, root), source)
 
 
+def only_params(file: Path | None) -> Params:
+    """Make a complete parameter file (None: params.yaml) all that this process and its children run with."""
+    os.environ.pop("DGS_PROFILE", None)
+    os.environ["DGS_PARAMS"] = str((file or find_root() / "params.yaml").resolve())
+    return load_params()
+
+
 def _assigned_names(cells: list[str]) -> dict[str, bool]:
     """Names set by the parameters cell as it was last run, and by the one that papermill injects after it.
 

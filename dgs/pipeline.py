@@ -17,7 +17,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from dgs.atomic import alone, explained
 from dgs.errors import UserError, did_you_mean
-from dgs.params import load_params
+from dgs.params import only_params
 from dgs.workspace import find_root
 
 STAGES = ("prepare", "train", "evaluate", "gradient_angles")
@@ -102,13 +102,11 @@ def run_stage(stage: str, label: str, parameters: dict[str, Any], params_file: P
     """
     check_stage(stage)
     root = find_root()
-    os.environ.pop("DGS_PROFILE", None)  # the parameter file alone says what a stage runs with
-    os.environ["DGS_PARAMS"] = str((params_file or root / "params.yaml").resolve())
     # The kernel's progress bars reach this terminal through papermill, but it cannot see how wide it is, nor whether
     # it is one: a log gets a line now and then.
     os.environ.setdefault("TQDM_NCOLS", "90")
     os.environ.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "20")
-    profile = load_params().profile
+    profile = only_params(params_file).profile
     build = root / "build" / profile
     with alone(build / "locks" / label, f"stage {label}"), explained(build):
         _run_alone(stage, label, parameters, root, profile)
@@ -118,7 +116,7 @@ def _run_alone(stage: str, label: str, parameters: dict[str, Any], root: Path, p
     build = root / "build" / profile
     for leftover in build.glob(f".{label}-*"):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    notebook = build / "notebooks" / f"{stage}.ipynb"
+    notebook = build / "sources" / stage / "notebook.ipynb"
     if not notebook.exists():
         raise UserError(f"Expected the stripped notebook {notebook}, found none. Run the stage by dvc repro {stage}.")
     with tempfile.TemporaryDirectory(prefix=f".{label}-", dir=build) as folder:

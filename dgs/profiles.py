@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import yaml
 from dgs.analysis.outside import outside
 from dgs.errors import UserError, did_you_mean
 from dgs.model.methods.registry import get_method
-from dgs.params import Params, load_params, merged_params, validate
+from dgs.params import Params, merged_params, only_params, validate
 from dgs.workspace import find_root, is_path, no_such_clip, require_data_root, weights_twice
 
 UNWATCHED = "scratch"  # in .dvcignore: what notebooks by hand leave there should not look like a change
@@ -101,24 +100,18 @@ def check_params(params: Params, root: Path) -> None:
         )
 
 
-def check_file(params_file: Path | None, warn: Callable[[str], None]) -> Path:
-    """Check a complete parameter file (None: params.yaml) and leave a mark in build/<profile>/ that stages wait for.
+def check_file(params_file: Path | None, warn: Callable[[str], None]) -> Params:
+    """Check a complete parameter file (None: params.yaml), which this process then runs with.
 
     DVC looks only at the groups a stage names; this looks at the whole file, so that no typo passes unseen. `warn` is
     told of inputs whose contents the main pipeline does not watch.
     """
-    root = find_root()
-    os.environ.pop("DGS_PROFILE", None)
-    os.environ["DGS_PARAMS"] = str((params_file or root / "params.yaml").resolve())
-    params = load_params()
+    root, params = find_root(), only_params(params_file)
     check_params(params, root)
     if params_file is None:
         for path in sorted({path for paths in _inputs(params, root).values() for path in paths}):
             warn(f"warning: dvc.yaml does not watch {path}; a profile would. After a change to it: dvc repro --force.")
-    mark = root / "build" / params.profile / "checked"
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.write_text("The parameters are known and of their types; what they name is there.\n")
-    return mark
+    return params
 
 
 def write_profile_pipeline(profile: str, root: Path | None = None) -> Path:
@@ -148,8 +141,7 @@ def write_profile_pipeline(profile: str, root: Path | None = None) -> Path:
     inputs = _inputs(params, root)
     for name, body in pipeline["stages"].items():
         body["wdir"] = "../.."
-        for command in ("dgs check", "dgs stage"):
-            body["cmd"] = body["cmd"].replace(command, f"{command} --params {relative}")
+        body["cmd"] = body["cmd"].replace("dgs stage", f"dgs stage --params {relative}")
         body["deps"] = [relative if dep == "params.yaml" else dep for dep in body["deps"]] + inputs.get(name, [])
         if "params" in body:
             body["params"] = [{relative: body["params"]}]

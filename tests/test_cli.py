@@ -119,7 +119,7 @@ class TestStage:
         params = yaml.safe_load((repo / "params.yaml").read_text())
         params["profile"], params["data"]["limit"] = "small", 2
         (repo / "small.yaml").write_text(yaml.safe_dump(params))
-        stripped = repo / "build/small/notebooks/prepare.ipynb"
+        stripped = repo / "build/small/sources/prepare/notebook.ipynb"
         stripped.parent.mkdir(parents=True)
         shutil.copy(repo / "notebooks/prepare.ipynb", stripped)
         result = run("stage", "prepare", "--params", "small.yaml", "--json")

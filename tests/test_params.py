@@ -355,7 +355,7 @@ def parameter_cell(notebook: str) -> dict[str, str]:
 class TestNotebooks:
     def test_each_stage_notebook_has_its_names_and_no_other_does(self) -> None:
         stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-        assert set(NOTEBOOK_PARAMETERS) == set(stages) - {"check", "notebooks"} | {"explore"}, "explore is no stage"
+        assert set(NOTEBOOK_PARAMETERS) == set(stages) - {"sources"} | {"explore"}, "explore is no stage"
 
     @pytest.mark.parametrize("notebook", NOTEBOOKS)
     def test_every_name_stands_for_a_parameter_that_exists(self, notebook: str) -> None:

@@ -33,6 +33,11 @@ def ran(output: str) -> list[str]:
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
 
+def edit(path: Path) -> None:
+    with path.open("a") as file:
+        file.write("\n# edited\n")
+
+
 @contextmanager
 def put_back(repo: Path, *edited: str) -> Iterator[None]:
     """Afterwards the copy is as it was: edited files, and what the pipeline made of them, without another run."""
@@ -147,16 +152,32 @@ def test_editing_a_notebooks_code_reruns_its_stage(repo: Path) -> None:
 
 def test_editing_the_command_line_reruns_nothing(repo: Path) -> None:
     with put_back(repo, "dgs/cli.py"):
-        with (repo / "dgs" / "cli.py").open("a") as file:
-            file.write("\n# edited\n")
-        assert ran(run(repo, "dvc", "repro").stdout) == []
+        edit(repo / "dgs" / "cli.py")
+        assert ran(run(repo, "dvc", "repro").stdout) == ["sources"]
+
+
+def test_editing_a_figure_trains_nothing(repo: Path) -> None:
+    with put_back(repo, "dgs/analysis/figures/comparison.py"):
+        edit(repo / "dgs" / "analysis" / "figures" / "comparison.py")
+        assert run(repo, "dvc", "repro", "sources").returncode == 0
+        assert set(json.loads(run(repo, "dvc", "status", "--json").stdout)) == {"evaluate"}
+
+
+def test_editing_the_numbers_of_one_method_reruns_that_method(repo: Path) -> None:
+    path = repo / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    params["settings"]["lora"] = {"train.surgery.lam": 0.7}
+    with put_back(repo, "params.yaml"):
+        path.write_text(yaml.safe_dump(params, sort_keys=False))
+        status = json.loads(run(repo, "dvc", "status", "--json").stdout)
+        assert set(status) == {"sources", "train@lora"}
 
 
 def test_dvc_exp_run_with_a_changed_number_reruns_the_stages_that_read_it(repo: Path) -> None:
     with put_back(repo, "params.yaml"):
         tried = run(repo, "dvc", "exp", "run", "-S", "gradient_angles.pairs=[task-harmful]", "--name", "one-pair")
         assert tried.returncode == 0, tried.stderr
-        assert set(ran(tried.stdout)) == {"check", "gradient_angles"}
+        assert set(ran(tried.stdout)) == {"sources", "gradient_angles"}
         angles = pd.read_csv(repo / "results" / "mini" / "gradient_angles.csv")
         assert set(angles["pair"]) == {"task-harmful"}
     assert "one-pair" in run(repo, "dvc", "exp", "show", "--csv").stdout
@@ -171,7 +192,7 @@ def test_conditions_add_rows_and_a_figure_and_take_nothing_away(repo: Path) -> N
     path.write_text(yaml.safe_dump(params, sort_keys=False))
     try:
         done = run(repo, "dvc", "repro")
-        assert set(ran(done.stdout)) == {"check", "evaluate", "gradient_angles"}, done.stderr
+        assert set(ran(done.stdout)) == {"sources", "evaluate", "gradient_angles"}, done.stderr
         assert (results / "metrics.json").read_bytes() == before, "headlines are of native images"
         assert set(table.splitlines()) <= set((results / "detection.csv").read_text().splitlines())
         detection = pd.read_csv(results / "detection.csv", dtype={"threshold_rule": str})

@@ -27,7 +27,7 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of this repository as the current folder, with the stripped prepare notebook made."""
     folder = copy_repository(tmp_path / "repo", git=False)
     monkeypatch.chdir(folder)
-    stripped = folder / "build/mini/notebooks/prepare.ipynb"
+    stripped = folder / "build/mini/sources/prepare/notebook.ipynb"
     stripped.parent.mkdir(parents=True)
     source = (folder / "notebooks/prepare.ipynb").read_bytes()
     stripped.write_bytes(subprocess.run(["nbstripout", "-t"], input=source, capture_output=True, check=True).stdout)
@@ -95,13 +95,15 @@ def test_the_command_line_prints_the_sentence_and_exits_2(repo: Path) -> None:
 
 def test_a_failing_cell_has_the_number_it_has_in_the_notebook_that_people_open(repo: Path) -> None:
     """papermill puts a cell of parameters before it."""
+    train = repo / "build/mini/sources/train/notebook.ipynb"
+    train.parent.mkdir()
     cells = [nbformat.v4.new_code_cell("method = 'lora'", metadata={"tags": ["parameters"]})]
     cells += [nbformat.v4.new_code_cell(source) for source in ("print(method)", "raise RuntimeError(method)")]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), repo / "build/mini/notebooks/train.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), train)
     with pytest.raises(UserError, match=r"notebooks/train\.ipynb, cell 3: RuntimeError: probe"):
         run_stage("train", "train-probe", {"method": "probe"})
     cells[0].source = "raise RuntimeError('before any parameter')"
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), repo / "build/mini/notebooks/train.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), train)
     with pytest.raises(UserError, match=r"notebooks/train\.ipynb, cell 1: RuntimeError: before"):
         run_stage("train", "train-probe", {"method": "probe"})
 
@@ -137,15 +139,6 @@ class TestTheCheckBeforeAnyStage:
         warned: list[str] = []
         check_file(None, warned.append)
         assert len(warned) == 1 and str(captions) in warned[0] and "dvc repro --force" in warned[0]
-
-    def test_a_right_file_leaves_the_mark_that_stages_wait_for(self, repo: Path) -> None:
-        warned: list[str] = []
-        assert check_file(None, warned.append) == repo / "build/mini/checked"
-        first = (repo / "build/mini/checked").read_bytes()
-        change(repo, "train", batch_size=7)
-        check_file(None, warned.append)
-        assert (repo / "build/mini/checked").read_bytes() == first, "or every number would rerun every stage"
-        assert warned == []
 
     @pytest.mark.parametrize(
         ("group", "values", "sentence"),
@@ -187,14 +180,14 @@ class TestTheCheckBeforeAnyStage:
             ("data", {"captions": "no.jsonl"}, "Expected a caption file at data.captions = no.jsonl, found none."),
         ],
     )
-    def test_a_wrong_one_is_a_sentence_and_leaves_no_mark(
-        self, repo: Path, group: str, values: dict[str, object], sentence: str
+    @pytest.mark.parametrize("command", [["check"], ["stage", "sources"]])
+    def test_a_wrong_one_is_a_sentence(
+        self, repo: Path, command: list[str], group: str, values: dict[str, object], sentence: str
     ) -> None:
         change(repo, group, **values)
-        result = CliRunner().invoke(app, ["check"])
+        result = CliRunner().invoke(app, command)
         assert result.exit_code == 2
         assert result.stderr.startswith(f"dgs: {sentence}") and result.stderr.count("\n") == 1
-        assert not (repo / "build/mini/checked").exists()
 
     def test_an_unknown_method_is_found_before_anything_is_prepared(self, repo: Path) -> None:
         path = repo / "params.yaml"
@@ -268,7 +261,7 @@ def test_leftovers_of_a_killed_run_are_cleared(repo: Path) -> None:
     leftover = repo / "build/mini/.prepare-abc"
     leftover.mkdir()
     (repo / "build/mini/.train-lora-abc").mkdir()
-    (repo / "build/mini/notebooks/prepare.ipynb").unlink()  # so that nothing runs
+    (repo / "build/mini/sources/prepare/notebook.ipynb").unlink()  # so that nothing runs
     with pytest.raises(UserError):
         run_stage("prepare", "prepare", {})
     assert not leftover.exists() and (repo / "build/mini/.train-lora-abc").exists()
