@@ -33,6 +33,11 @@ def ran(output: str) -> list[str]:
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
 
+def stale(repo: Path) -> set[str]:
+    """Stages that `dvc status` names; of data.dvc it says that the copy's origin may have news."""
+    return set(json.loads(run(repo, "dvc", "status", "--json").stdout)) - {"data.dvc"}
+
+
 def edit(path: Path) -> None:
     with path.open("a") as file:
         file.write("\n# edited\n")
@@ -160,7 +165,7 @@ def test_editing_a_figure_trains_nothing(repo: Path) -> None:
     with put_back(repo, "dgs/analysis/figures/comparison.py"):
         edit(repo / "dgs" / "analysis" / "figures" / "comparison.py")
         assert run(repo, "dvc", "repro", "sources").returncode == 0
-        assert set(json.loads(run(repo, "dvc", "status", "--json").stdout)) == {"evaluate"}
+        assert stale(repo) == {"evaluate"}
 
 
 def test_editing_the_numbers_of_one_method_reruns_that_method(repo: Path) -> None:
@@ -169,8 +174,7 @@ def test_editing_the_numbers_of_one_method_reruns_that_method(repo: Path) -> Non
     params["settings"]["lora"] = {"train.surgery.lam": 0.7}
     with put_back(repo, "params.yaml"):
         path.write_text(yaml.safe_dump(params, sort_keys=False))
-        status = json.loads(run(repo, "dvc", "status", "--json").stdout)
-        assert set(status) == {"sources", "train@lora"}
+        assert stale(repo) == {"sources", "train@lora"}
 
 
 def test_dvc_exp_run_with_a_changed_number_reruns_the_stages_that_read_it(repo: Path) -> None:
