@@ -30,9 +30,8 @@ from timing import Timed, in_own_process, interleave, peak_megabytes, resident_m
 
 from dgs.data.patches import patch_entropy, select_indices, stitch  # noqa: E402
 from dgs.model.backbone import IMAGENET, Backbone, embed_tokens, load_clip  # noqa: E402
-from dgs.model.checkpoint import adapt  # noqa: E402
 from dgs.model.methods.registry import get_method  # noqa: E402
-from dgs.model.release import Release, take_apart, write_clip  # noqa: E402
+from dgs.model.release import Release, adapt, take_apart, write_clip  # noqa: E402
 from dgs.model.step import Known, stage2_step  # noqa: E402
 from dgs.model.train import stage1, teacher_residuals  # noqa: E402
 from dgs.params import Params, validate  # noqa: E402

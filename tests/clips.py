@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dgs.model.backbone import Backbone, load_clip
-from dgs.model.checkpoint import file_hashes, save_checkpoint, seal
+from dgs.model.checkpoint import SUMS, save_checkpoint, seal
 from dgs.params import LoraParams, Params, validate
 
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0)
@@ -68,9 +68,5 @@ def write_checkpoint(folder: Path, clip_folder: Path, params: Params | None = No
 
 def reseal(folder: Path) -> None:
     """Make the hashes of a checkpoint agree with what its files are now, as one who means harm could."""
-    try:
-        info = json.loads((folder / "dgs.json").read_bytes())
-        info["files"] = {**info["files"], **file_hashes(folder)}
-    except (ValueError, KeyError, TypeError):
-        return  # no dgs.json to seal
-    (folder / "dgs.json").write_bytes(seal(info))
+    if (folder / SUMS).exists():
+        seal(folder)

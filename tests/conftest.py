@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from clips import write_random_clip
+from clips import write_checkpoint, write_random_clip
 from copies import ROOT, copy_repository, run
 from PIL import Image
 
@@ -42,6 +43,18 @@ def _repeatable() -> None:
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random CLIP's folder."""
     return write_random_clip(tmp_path_factory.mktemp("clip") / "clip")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
+    """A checkpoint with adapters on that CLIP; to be read, not changed."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "seed-0", clip_folder)
+
+
+@pytest.fixture
+def checkpoint(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it to damage."""
+    return shutil.copytree(whole, tmp_path / "seed-0")
 
 
 def structured_image(seed: int, width: int = 40, height: int = 36) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from clips import WIDTH, reseal, settings, write_checkpoint
+from clips import WIDTH, reseal, settings
 from safetensors.torch import load_file, save_file
 
 from dgs.errors import UserError
 from dgs.model.backbone import Clip, load_clip
-from dgs.model.checkpoint import load_checkpoint, load_heads, read_info
+from dgs.model.checkpoint import SUMS, load_checkpoint, load_heads, read_info
 
 HUB = (
     "peft.config.hf_hub_download",
@@ -26,20 +27,20 @@ HUB = (
 )
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "seed-0", clip_folder)
-
-
-@pytest.fixture
-def checkpoint(whole: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    return shutil.copytree(whole, tmp_path / "seed-0")
-
-
 @pytest.fixture
 def clip(clip_folder: Path) -> Clip:
     return load_clip(settings(clip_folder).model, Path(), 32)
+
+
+def as_format_2(folder: Path) -> Path:
+    """Make of a checkpoint what was saved before there was SHA256SUMS: dgs.json has all hashes, and its own."""
+    lines = (folder / SUMS).read_text().splitlines()
+    files = {name: sha for sha, name in (line.split("  ") for line in lines) if name != INFO}
+    info = {**json.loads((folder / INFO).read_text()), "format": 2, "files": files, "sha256": "0" * 64}
+    text = json.dumps(info, indent=1, sort_keys=True)
+    (folder / INFO).write_text(text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest()))
+    (folder / SUMS).unlink()
+    return folder
 
 
 def edit_tensors(file: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -74,6 +75,7 @@ SETTINGS: list[tuple[str, str, Callable[[dict], object]]] = [
     ("adapter settings that would import a module", CONFIG, lambda c: c.update(megatron_config={"a": 1})),
     ("adapter settings of another kind of LoRA", CONFIG, lambda c: c.update(use_dora=True)),
     ("dgs.json of another format", INFO, lambda c: c.update(format=99)),
+    ("dgs.json of the format before, unsealed", INFO, lambda c: c.update(format=2)),
     ("dgs.json without the hash of the CLIP", INFO, lambda c: c["clip"].pop("weights_sha256")),
     ("dgs.json with a word for a threshold", INFO, lambda c: c["thresholds"].update(val="0.5")),
 ]
@@ -140,6 +142,16 @@ def test_a_whole_one_comes_back_to_the_bit(whole: Path, clip: Clip) -> None:
         assert torch.equal(loaded[f"visual.{name.replace('.weight', '.default.weight')}"], tensor), name
     assert set(heads) == {"image", "text", "teacher"}
     assert not backbone.training and info == read_info(whole)
+
+
+def test_one_of_the_format_before_comes_back_alike(whole: Path, checkpoint: Path, clip: Clip) -> None:
+    backbone, heads, info = load_checkpoint(as_format_2(checkpoint), clip)
+    state = backbone.state_dict()
+    backbone.without_adapters()
+    again, new_heads, new_info = load_checkpoint(whole, clip)
+    assert all(torch.equal(state[name], value) for name, value in again.state_dict().items())
+    assert torch.equal(heads["image"].weight, new_heads["image"].weight)
+    assert {name for name in info if info[name] != new_info.get(name)} == {"format", "files", "sha256"}
 
 
 def test_heads_are_read_without_the_rest(whole: Path, tmp_path: Path) -> None:

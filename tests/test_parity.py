@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from dgs.model.backbone import IMAGENET, Backbone, embed_tokens, load_clip
-from dgs.model.checkpoint import adapt
 from dgs.model.methods.registry import get_method
-from dgs.model.release import take_apart, write_clip
+from dgs.model.release import adapt, take_apart, write_clip
 from dgs.model.step import Known, stage2_step
 from dgs.model.train import teacher_residuals
 from dgs.params import Params, validate

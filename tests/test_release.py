@@ -19,6 +19,7 @@ from dgs.errors import UserError
 from dgs.model.backbone import IMAGENET
 from dgs.model.checkpoint import import_release, load_heads, read_info
 from dgs.model.detector import Detector
+from dgs.model.release import read_tensors
 
 FROZEN = "clip_model_frozen.clip_model_frozen."
 Q = "clip_model.visual.transformer.resblocks.3.attn.q_proj"
@@ -67,29 +68,33 @@ def test_the_files_have_as_many_tensors_as_the_releases(release: oracle.Release)
     assert len(oracle.Probe(oracle.REDUCED).state_dict()) == 448
 
 
-@pytest.mark.parametrize("wrap", [False, True], ids=["bare", "under 'model'"])
-@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
+@pytest.fixture(scope="module", params=[False, True], ids=["unmerged", "merged"])
+def merged(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(scope="module")
+def imported(merged: bool, release: oracle.Release, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    """What importing says, and the folder it makes; to be read, not changed."""
+    folder = tmp_path_factory.mktemp("release")
+    path = saved(release.merged_state() if merged else release.state_dict(), folder)
+    return import_release(path, out=folder / "imported"), folder / "imported"
+
+
 def test_an_imported_checkpoint_gives_the_releases_logits(
-    merged: bool, wrap: bool, release: oracle.Release, tmp_path: Path
+    merged: bool, imported: tuple[dict, Path], release: oracle.Release
 ) -> None:
-    state = release.merged_state() if merged else release.state_dict()
-    made = import_release(saved({"model": state} if wrap else state, tmp_path), out=tmp_path / "imported")
-    assert made == {
-        "out": str(tmp_path / "imported"),
-        "stage": 2,
-        "merged": merged,
-        "rank": 6,
-        "parameters": sum(value.numel() for value in state.values()),
-    }
-    require_equal_logits(release, tmp_path / "imported")
-    heads = load_heads(tmp_path / "imported")
+    made, folder = imported
+    parameters = sum(value.numel() for value in release.state_dict().values())
+    assert made == {"out": str(folder), "stage": 2, "merged": merged, "rank": 6, "parameters": parameters}
+    require_equal_logits(release, folder)
+    heads = load_heads(folder)
     assert torch.equal(heads["text"].weight, release.text_fc.weight)
     assert torch.equal(heads["teacher"].weight, release.clip_model_frozen.img_frozen_fc.weight)
-    info = read_info(tmp_path / "imported")
+    info = read_info(folder)
     assert (info["seed"], info["thresholds"], info["params"]["patches"]["size"]) == (None, {"0.5": 0.0}, 32)
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
 def test_a_file_in_half_precision_is_imported_as_rounded(merged: bool, release: oracle.Release, tmp_path: Path) -> None:
     state = release.merged_state() if merged else release.state_dict()
     import_release(saved({name: value.half() for name, value in state.items()}, tmp_path), out=tmp_path / "imported")
@@ -98,17 +103,25 @@ def test_a_file_in_half_precision_is_imported_as_rounded(merged: bool, release: 
     require_equal_logits(rounded, tmp_path / "imported")
 
 
-def test_a_carried_clip_that_is_gone_is_named(release: oracle.Release, tmp_path: Path) -> None:
-    import_release(saved(release.state_dict(), tmp_path), out=tmp_path / "imported")
-    shutil.rmtree(tmp_path / "imported" / "clip")
-    with pytest.raises(UserError, match=r"imported/clip: expected the CLIP that this checkpoint carries, found none"):
-        Detector.load(tmp_path / "imported")
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", "model.state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
+def test_common_wrappings_are_looked_through(wrapper: str, prefix: str, tmp_path: Path) -> None:
+    state = {"clip_model.ln_final.bias": torch.ones(3), "img_fc.bias": torch.ones(1)}
+    content: dict = {prefix + name: value for name, value in state.items()}
+    for name in reversed(wrapper.split(".")):
+        content = {name: content, "epoch": 3}
+    found = read_tensors(saved(content, tmp_path))
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
 
 
-def test_a_folder_moved_elsewhere_still_scores(release: oracle.Release, tmp_path: Path) -> None:
-    import_release(saved(release.state_dict(), tmp_path), out=tmp_path / "imported")
-    (tmp_path / "imported").rename(tmp_path / "elsewhere")
-    require_equal_logits(release, tmp_path / "elsewhere")
+def test_a_folder_moved_elsewhere_scores_while_it_carries_its_clip(
+    imported: tuple[dict, Path], release: oracle.Release, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(imported[1], tmp_path / "elsewhere")
+    require_equal_logits(release, moved)
+    shutil.rmtree(moved / "clip")
+    with pytest.raises(UserError, match=r"elsewhere/clip: expected the CLIP that this checkpoint carries, found none"):
+        Detector.load(moved)
 
 
 def test_merged_twice_would_have_been_seen(release: oracle.Release) -> None:
@@ -190,11 +203,16 @@ def shaped(name: str, *shape: int) -> Callable[[dict[str, Tensor]], object]:
         (shaped("clip_model.ln_final.bias", 3), r"ln_final\.bias in .* of shape \(64,\), found \(3,\)"),
         (shaped(f"{FROZEN}visual.proj", 24), r"visual\.proj in .* to have 2 dimensions, found 1"),
         (shaped(f"{FROZEN}visual.positional_embedding", 48, 64), r"visual\.positional_embedding .*\(37, 64\), found"),
-        (shaped("img_fc.weight", 1, 23), r"Expected img_fc in .* of shapes \(1, 24\) and \(1,\), found \(1, 23\)"),
+        (shaped("img_fc.weight", 1, 23), r"Expected img_fc\.weight in .* of shape \(1, 24\), found \(1, 23\)"),
+        (shaped(f"{FROZEN}visual.conv1.weight", 200, 3, 32, 32), r"Expected a CLIP of OpenAI's .*, found other sizes"),
         (lambda state: {**state, "img_fc.bias": torch.ones(1).to_sparse()}, r"Expected dense real tensors"),
         (lambda state: {**state, "img_fc.bias": torch.ones(1) * 1j}, r"Expected dense real tensors .*complex64"),
         (infinite, r"Expected finite numbers in .*step2\.pth, found others in img_fc\.weight"),
-        (lambda state: {}, r"Expected the \d+ tensors of a stage-1 file .* found 0; \d+ missing"),
+        (lambda state: {}, r"Expected a file of the release in .*step2\.pth, .*, found no tensor"),
+        (
+            lambda state: {"fc.bias": torch.ones(1)},
+            r"Expected a file of the release .*, found 1 tensors, fc\.bias first",
+        ),
         (lambda state: [1], r"Expected a state dict in .*step2\.pth, found list"),
         (lambda state: {"epoch": 3}, r"Expected only tensors in .*step2\.pth, found int under 'epoch'"),
         (lambda state: {"model": Path("x")}, r"Cannot read .*step2\.pth as tensors alone"),
@@ -225,13 +243,14 @@ def test_what_is_no_checkpoint_file_is_named(tmp_path: Path) -> None:
 
 
 def test_on_the_command_line(release: oracle.Release, tmp_path: Path) -> None:
-    step2 = str(saved(release.merged_state(), tmp_path))
-    run = CliRunner().invoke(app, ["import-release", step2, "--out", str(tmp_path / "a"), "--json"])
-    assert run.exit_code == 0 and json.loads(run.stdout)["merged"] is True
-    run = CliRunner().invoke(app, ["import-release", step2, "--out", str(tmp_path / "b")])
+    step2, out = str(saved(release.merged_state(), tmp_path)), str(tmp_path / "a")
+    run = CliRunner().invoke(app, ["import-release", step2, "--out", out])
     assert run.exit_code == 0 and "adapters of rank 6, merged" in run.stdout
-    run = CliRunner().invoke(app, ["import-release", step2, "--out", str(tmp_path / "b")])
+    run = CliRunner().invoke(app, ["import-release", step2, "--out", out])
     assert run.exit_code == 2 and "should not exist yet" in run.stderr
+    shutil.rmtree(out)
+    run = CliRunner().invoke(app, ["import-release", step2, "--out", out, "--json"])
+    assert run.exit_code == 0 and json.loads(run.stdout)["merged"] is True
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import shutil
@@ -14,15 +13,14 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from clips import CALIBRATION, WIDTH, reseal, settings, write_checkpoint
+from clips import CALIBRATION, WIDTH, reseal, settings
 from conftest import structured_image
-from test_checkpoint import assert_helpful
+from test_checkpoint import as_format_2, assert_helpful
 from torch import nn
 
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, load_clip
-from dgs.model.card import card
-from dgs.model.checkpoint import read_info, save_checkpoint
+from dgs.model.checkpoint import SUMS, card, read_info, save_checkpoint
 from dgs.model.clip import ConvStem
 from dgs.model.detector import Detector
 from dgs.model.scoring import score_files
@@ -33,29 +31,16 @@ PARTS = ("adapter_config.json", "adapter_model.safetensors", "dgs.json", "heads.
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "seed-0", clip_folder)
-
-
-def carrying(folder: Path, clip_folder: Path) -> Path:
+def whole_with_clip(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
     """A probe's checkpoint with its CLIP in it."""
-    shutil.copytree(clip_folder, folder.parent / "moved")
-    params = settings(Path("clip"))
+    folder = tmp_path_factory.mktemp("carrying")
+    params, carried = settings(Path("clip")), shutil.copytree(clip_folder, folder / "moved")
     clip = load_clip(params.model, clip_folder.parent, params.image_size)
     head = {"image": nn.Linear(WIDTH, 1)}
-    carried = folder.parent / "moved"
-    save_checkpoint(folder, Backbone(clip), head, clip, params, "probe", 0, {"0.5": 0.0}, "d", carried=carried)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole_with_clip(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
-    return carrying(tmp_path_factory.mktemp("carrying") / "seed-0", clip_folder)
-
-
-@pytest.fixture
-def checkpoint(whole: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(whole, tmp_path / "seed-0")
+    save_checkpoint(
+        folder / "seed-0", Backbone(clip), head, clip, params, "probe", 0, {"0.5": 0.0}, "d", carried=carried
+    )
+    return folder / "seed-0"
 
 
 @pytest.fixture
@@ -95,7 +80,7 @@ class TestWithoutDgs:
         folder = mini_checkpoint(tmp_path / "seed-0", params)
         structured_image(3, 64, 64).save(tmp_path / "a.png")
         (row,) = score_files([tmp_path / "a.png"], folder, lambda _: None)
-        (line,) = [line for line in code_of(folder).splitlines() if "minibench" in line]
+        (line,) = [line for line in code_of(folder).splitlines() if "from dgs" in line]
         printed = run_card(folder, tmp_path / "a.png", but=line).split()
         assert printed == [f"{row['probability']:.4f}", row["verdict"]]
 
@@ -118,21 +103,50 @@ def mini_checkpoint(folder: Path, params: Params) -> Path:
     return folder
 
 
+def flip(file: Path, where: float) -> None:
+    content = bytearray(file.read_bytes())
+    content[int(where * len(content))] ^= 1
+    file.write_bytes(content)
+
+
 class TestEveryByteCounts:
+    @pytest.mark.parametrize("saved_as", [2, 3])
     @pytest.mark.parametrize("name", PARTS)
-    @pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 0.999])
-    def test_a_changed_byte_is_an_error_that_names_the_file(self, name: str, where: float, checkpoint: Path) -> None:
-        self.flip(checkpoint / name, where)
-        with pytest.raises(UserError) as caught:
-            Detector.load(checkpoint)
-        assert_helpful(str(caught.value), checkpoint / name)
+    def test_a_changed_byte_is_an_error_that_names_the_file(self, name: str, saved_as: int, checkpoint: Path) -> None:
+        if saved_as == 2:
+            as_format_2(checkpoint)
+        content = (checkpoint / name).read_bytes()
+        for where in (0.0, 0.3, 0.6, 0.999):
+            flip(checkpoint / name, where)
+            with pytest.raises(UserError) as caught:
+                Detector.load(checkpoint)
+            assert_helpful(str(caught.value), checkpoint / name)
+            (checkpoint / name).write_bytes(content)
+        Detector.load(checkpoint)
 
     @pytest.mark.parametrize("name", ["open_clip_config.json", "open_clip_model.safetensors"])
     def test_so_is_one_in_the_clip_that_is_carried(self, name: str, with_clip: Path) -> None:
-        self.flip(with_clip / "clip" / name, 0.7)
+        flip(with_clip / "clip" / name, 0.7)
         with pytest.raises(UserError) as caught:
             Detector.load(with_clip)
         assert_helpful(str(caught.value), with_clip / "clip" / name)
+
+    def test_the_hashes_themselves_may_neither_change_nor_miss_a_file(self, checkpoint: Path) -> None:
+        sums = (checkpoint / SUMS).read_bytes()
+        flipped = [sums[:at] + bytes([sums[at] ^ 1]) + sums[at + 1 :] for at in range(0, len(sums), 7)]
+        for changed in (*flipped, sums[: len(sums) // 2], sums[:-20], b"", b"\n"):
+            (checkpoint / SUMS).write_bytes(changed)
+            with pytest.raises(UserError, match="The checkpoint is damaged"):
+                Detector.load(checkpoint)
+        (checkpoint / SUMS).unlink()
+        with pytest.raises(UserError, match="SHA256SUMS: no such file"):
+            Detector.load(checkpoint)
+
+    def test_they_can_be_checked_without_dgs(self, with_clip: Path) -> None:
+        command = ["sha256sum", "--check", "--strict", SUMS]
+        assert subprocess.run(command, cwd=with_clip, capture_output=True, check=False).returncode == 0
+        flip(with_clip / "dgs.json", 0.5)
+        assert subprocess.run(command, cwd=with_clip, capture_output=True, check=False).returncode == 1
 
     def test_every_digit_of_a_threshold_counts(self, checkpoint: Path) -> None:
         file = checkpoint / "dgs.json"
@@ -145,11 +159,6 @@ class TestEveryByteCounts:
     def test_the_card_is_for_people_and_may_be_edited(self, checkpoint: Path) -> None:
         (checkpoint / "README.md").write_text("Ask us first.")
         Detector.load(checkpoint)
-
-    def flip(self, file: Path, where: float) -> None:
-        content = bytearray(file.read_bytes())
-        content[int(where * len(content))] ^= 1
-        file.write_bytes(content)
 
 
 class Malice:
@@ -225,5 +234,5 @@ class TestCard:
         assert "peft" not in text.split("```")[1], "a probe needs no peft"
 
     def test_the_files_it_names_are_all_there_are(self, whole: Path) -> None:
-        assert sorted(path.name for path in whole.iterdir()) == sorted([*PARTS, "README.md"])
-        assert set(json.loads((whole / "dgs.json").read_text())["files"]) == set(PARTS) - {"dgs.json"}
+        assert {path.name for path in whole.iterdir()} == {*PARTS, "README.md", SUMS}
+        assert set(read_info(whole)["files"]) == set(PARTS)

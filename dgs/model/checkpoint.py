@@ -1,21 +1,26 @@
 """Checkpoints: a folder with peft's adapter, the heads as safetensors, dgs.json saying what they belong to, a card.
 
 Loading reads numbers and settings and runs nothing that a folder brings: weights are safetensors, adapter settings
-are LoRA's alone, and every file has the hash that dgs.json says it had when it was saved.
+are LoRA's alone, and every file has the hash that it had when it was saved: SHA256SUMS says which (in format 2,
+dgs.json).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError
@@ -25,15 +30,24 @@ from torch import Tensor, nn
 from dgs.atomic import replacing
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, Clip, load_clip
-from dgs.model.card import card
 from dgs.model.clip import ConvStem
-from dgs.model.release import ALPHA, Release, read_tensors, take_apart, write_clip
-from dgs.params import Params, validate
+from dgs.model.release import (
+    adapt,
+    linear_head,
+    read_tensors,
+    release_params,
+    require_same_start,
+    take_apart,
+    write_clip,
+)
+from dgs.params import Params
+from dgs.stats import percent_text
 
-FORMAT = 2
+FORMAT, SEALED_IN_INFO = 3, 2  # the second: dgs.json has the hashes of the other files, and its own
 RECORDED = ("torch", "open_clip_torch", "peft")
-INFO, CARD = "dgs.json", "README.md"
-UNSEALED = "0" * 64  # stands for dgs.json's own hash while that is taken
+INFO, SUMS, CARD, HEADS = "dgs.json", "SHA256SUMS", "README.md", "heads.safetensors"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+UNSEALED = b"0" * 64  # stands for dgs.json's own hash while that is taken (format 2)
 
 
 class _Strict(BaseModel):
@@ -125,7 +139,7 @@ def save_checkpoint(
     with replacing(folder) as draft:
         if isinstance(backbone.visual, PeftModel):
             backbone.visual.save_pretrained(str(draft))
-            config = draft / "adapter_config.json"  # peft writes a set in the order of this process's hash seed
+            config = draft / ADAPTER[0]  # peft writes a set in the order of this process's hash seed
             settings = json.loads(config.read_text())
             settings["target_modules"] = sorted(settings["target_modules"])
             settings["auto_mapping"] = None  # a module that peft's AutoPeftModel would import
@@ -133,54 +147,62 @@ def save_checkpoint(
         tensors = {
             f"{name}_head.{key}": value for name, head in heads.items() for key, value in head.state_dict().items()
         }
-        save_file(
-            {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, draft / "heads.safetensors"
-        )
+        save_file({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, draft / HEADS)
         if carried is not None:
             shutil.move(carried, draft / "clip")
         (draft / CARD).write_text(card(info, stem=isinstance(backbone.visual.conv1, ConvStem)), encoding="utf-8")
-        info["files"] = file_hashes(draft)
-        (draft / INFO).write_bytes(seal(info))
+        (draft / INFO).write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
+        seal(draft)
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file of a checkpoint but dgs.json and the card, which is for people to go on writing."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {
-        name: _file_hash(path)
-        for path in files
-        if (name := path.relative_to(folder).as_posix()) not in (INFO, CARD) and not path.name.startswith(".")
-    }
+def deciding_rule(info: dict[str, Any], folder: Path) -> tuple[str, float]:
+    """The rule that verdicts follow ("val", chosen on validation images, where there is one) and its threshold.
+
+    Args:
+        info: dgs.json of the checkpoint in `folder`.
+
+    Returns:
+        the rule's name, and a threshold on the logit.
+
+    Raises:
+        UserError: the checkpoint has no threshold.
+    """
+    thresholds = info["thresholds"]
+    if not thresholds:
+        raise damaged(folder / INFO, "expected a threshold, found none")
+    rule = "val" if "val" in thresholds else min(thresholds)
+    return rule, thresholds[rule]
 
 
-def seal(info: dict[str, Any]) -> bytes:
-    """dgs.json with its own hash in it, under "sha256": of the bytes with `UNSEALED` in its place."""
-    unsealed = (json.dumps({**info, "sha256": UNSEALED}, indent=1, sort_keys=True) + "\n").encode()
-    return unsealed.replace(UNSEALED.encode(), hashlib.sha256(unsealed).hexdigest().encode())
+def card(info: dict[str, Any], stem: bool = False) -> str:
+    """The model card (model_card.md.j2) for the content of dgs.json: how to load it without this package, its limits.
+
+    Args:
+        info: dgs.json's content; the same gives the same text.
+        stem: whether the CLIP has the embedded one's convolutional stem.
+    """
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    rule = deciding_rule(info, Path())[0] if info["thresholds"] else "val"
+    return templates.get_template("model_card.md.j2").render(**info, stem=stem, rule=rule, percent=percent_text)
 
 
-def _require_sealed(file: Path, info: dict[str, Any]) -> None:
-    said = str(info.get("sha256")).encode()
-    if len(said) != len(UNSEALED) or (
-        hashlib.sha256(file.read_bytes().replace(said, UNSEALED.encode())).hexdigest().encode() != said
-    ):
-        raise damaged(file, "its content is not what was saved")
+def seal(folder: Path) -> None:
+    """Write SHA256SUMS, as `sha256sum` reads it: every file but the card, which is for people to go on writing."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    sealed = [name for name in sorted(names) if name not in (SUMS, CARD) and not Path(name).name.startswith(".")]
+    lines = [f"{_file_hash(folder / name)}  {name}\n" for name in sealed]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def require_unchanged(folder: Path, info: dict[str, Any], carried: bool) -> None:
-    """Raise UserError unless the files of the `carried` CLIP, or else the other ones, are as they were saved."""
-    for name, said in info["files"].items():
-        if name.startswith("clip/") != carried:
-            continue
-        file = folder / name
-        try:
-            found = _file_hash(file)
-        except FileNotFoundError:
-            raise damaged(file, "no such file") from None
-        except OSError as error:
-            raise damaged(file, f"cannot be read ({error.strerror or error})") from None
-        if found != said:
-            raise damaged(file, f"its content is not what was saved (sha256 {said[:12]} expected, {found[:12]} found)")
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damaged(file: Path, reason: str) -> UserError:
@@ -189,35 +211,52 @@ def damaged(file: Path, reason: str) -> UserError:
     return UserError(f"{file}: {reason}. The checkpoint is damaged: train it again, or give another --checkpoint.")
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """In this block what goes wrong is that `file` is damaged."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        yield
+        return
     except FileNotFoundError:
-        raise damaged(file, "no such file") from None
-    except OSError as error:
-        raise damaged(file, f"cannot be read ({error.strerror or error})") from None
+        reason = "no such file"
+    except (OSError, SafetensorError) as error:
+        reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except (ValueError, RecursionError) as error:
-        raise damaged(file, f"not JSON ({error})") from None
+        reason = f"not JSON ({error})"
+    raise damaged(file, reason)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    with _reading(file):
+        content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise damaged(file, f"expected a JSON object, found {type(content).__name__}")
     return content
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
+    with _reading(file):
         tensors: dict[str, Tensor] = load_file(file)
-    except FileNotFoundError:
-        raise damaged(file, "no such file") from None
-    except (OSError, SafetensorError) as error:
-        raise damaged(file, f"cannot be read ({error})") from None
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise damaged(file, f"expected finite numbers, found others in {name}")
     return tensors
 
 
+def _read_sums(file: Path) -> dict[str, str]:
+    with _reading(file):
+        lines = file.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    matches = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in lines]
+    if None in matches:
+        raise damaged(file, "expected a sha256, two spaces and a name in each line, found another line")
+    return {match[2]: match[1] for match in matches if match}
+
+
 def read_info(folder: Path) -> dict[str, Any]:
-    """dgs.json of a checkpoint folder, with all that loading needs.
+    """dgs.json of a checkpoint folder, with all that loading needs, and "files": the sha256 of each by path.
 
     Raises:
         UserError: no checkpoint there, one of another format, or a damaged one.
@@ -228,28 +267,46 @@ def read_info(folder: Path) -> dict[str, Any]:
     except OSError:
         raise UserError(f"Expected a checkpoint folder (with dgs.json) at {folder}, found none.") from None
     info = _read_object(file)
-    if info.get("format") != FORMAT:
+    if info.get("format") == SEALED_IN_INFO:
+        said = str(info.get("sha256")).encode()
+        own = hashlib.sha256(file.read_bytes().replace(said, UNSEALED)).hexdigest()
+        if len(said) != len(UNSEALED) or own.encode() != said:
+            raise damaged(file, "its content is not what was saved")
+    elif info.get("format") == FORMAT:
+        info["files"] = _read_sums(folder / SUMS)
+        _require_as_saved(folder, info, [INFO])
+    else:
         raise UserError(
-            f"Expected a checkpoint of format {FORMAT} in {file}, found {info.get('format')!r}. "
+            f"Expected a checkpoint of format {SEALED_IN_INFO} or {FORMAT} in {file}, found {info.get('format')!r}. "
             "Train it again, or give another --checkpoint."
         )
-    _require_sealed(file, info)
-    _require(_Record, info, file)
+    with _reading(file):
+        _Record.model_validate(info)
     return info
 
 
-def _require(shape: type[_Strict], content: dict[str, Any], file: Path) -> None:
-    try:
-        shape.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise damaged(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+def require_unchanged(folder: Path, info: dict[str, Any], carried: bool) -> None:
+    """Raise UserError unless the files of the `carried` CLIP, or else the other ones, are as they were saved."""
+    needed = [] if carried else [HEADS, *(ADAPTER if info["adapter"] else ())]
+    _require_as_saved(folder, info, needed + [name for name in info["files"] if name.startswith("clip/") == carried])
+
+
+def _require_as_saved(folder: Path, info: dict[str, Any], names: Iterable[str]) -> None:
+    for name in dict.fromkeys(names):
+        file, said = folder / name, info["files"].get(name)
+        with _reading(file):
+            found = _file_hash(file)
+        if said is None:
+            raise damaged(folder / SUMS, f"expected the sha256 of {name}, found none")
+        if found != said:
+            raise damaged(file, f"its content is not what was saved (sha256 {said[:12]} expected, {found[:12]} found)")
 
 
 def _lora_config(file: Path) -> LoraConfig:
     """adapter_config.json, if it is plain LoRA: some of peft's settings would import a module that they name."""
     settings = _read_object(file)
-    _require(_Lora, settings, file)
+    with _reading(file):
+        _Lora.model_validate(settings)
     known, usual = set(_Lora.model_fields), LoraConfig().to_dict()
     for name in sorted(set(settings) - known - REMARKS):
         if settings[name] and settings[name] != usual.get(name):
@@ -263,7 +320,7 @@ def load_heads(folder: Path) -> dict[str, nn.Linear]:
     Raises:
         UserError: heads.safetensors is missing or damaged, or has no image head.
     """
-    file = folder / "heads.safetensors"
+    file = folder / HEADS
     tensors = _read_tensors(file)
     names = sorted({key.split("_head.")[0] for key in tensors} | {"image"})
     for key in (f"{name}_head.{part}" for name in names for part in ("weight", "bias")):
@@ -275,15 +332,13 @@ def load_heads(folder: Path) -> dict[str, nn.Linear]:
         if weight.ndim != 2 or (len(weight), *bias.shape) != (1, 1):
             found = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
             raise damaged(file, f"expected {name}_head of shapes (1, D) and (1,), found {found}")
-        head = nn.Linear(weight.shape[1], 1)
-        head.load_state_dict({"weight": weight, "bias": bias})
-        heads[name] = head.requires_grad_(False)
+        heads[name] = linear_head(weight, bias)
     return heads
 
 
 def _load_adapter(visual: nn.Module, folder: Path) -> PeftModel:
     # peft asks the hub for a file that is not here, and only warns of weights that fit no adapter: both are errors.
-    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    config, file = (folder / name for name in ADAPTER)
     weights = _read_tensors(file)
     settings = _lora_config(config)
     try:
@@ -321,47 +376,15 @@ def load_checkpoint(folder: Path, clip: Clip) -> tuple[Backbone, dict[str, nn.Li
     try:
         backbone = Backbone(clip, levels=info.get("levels", ()))
     except UserError as error:
-        raise damaged(folder / "dgs.json", str(error).rstrip(".")) from None
+        raise damaged(folder / INFO, str(error).rstrip(".")) from None
     for name, head in heads.items():
         width = backbone.widths[0 if name == "text" else 1]
         if head.in_features != width:
             reason = f"expected {name}_head for {width} features, as this CLIP has, found {head.in_features}"
-            raise damaged(folder / "heads.safetensors", reason)
+            raise damaged(folder / HEADS, reason)
     if info["adapter"]:
         backbone.visual = _load_adapter(backbone.visual, folder)
     return backbone.eval(), heads, info
-
-
-def adapt(clip: Clip, release: Release, params: Params) -> Backbone:
-    """The release's student on its CLIP: adapters as in the file, in eval mode."""
-    if not release.adapters:
-        return Backbone(clip).eval()
-    backbone = Backbone(clip, params.model.lora)
-    for name, (a, b) in release.adapters.items():
-        block, _, projection = name.partition(".")
-        layer: Any = getattr(backbone.visual.base_model.model.transformer.resblocks[int(block)].attn, projection)
-        layer.lora_A["default"].weight.data.copy_(a)
-        layer.lora_B["default"].weight.data.copy_(b)
-    return backbone.eval()
-
-
-def _release_params(release: Release) -> Params:
-    """The release's own settings: 7 x 7 patches (32 px of 224), ImageNet's constants, alpha 6, dropout 0.8.
-
-    A tower for another size than 224 px keeps the 7 x 7, or goes without patches where 7 does not divide it.
-    """
-    width, grid = release.clip["visual.conv1.weight"].shape[3], len(release.clip["visual.positional_embedding"]) - 1
-    side = round(grid**0.5) * width
-    patches = {"enabled": side % 7 == 0, "size": max(side // 7, 2), "count": 49}
-    lora = {"rank": release.rank, "alpha": ALPHA, "dropout": 0.8} if release.adapters else {}
-    content = {
-        "profile": "release",
-        "data": {"layout": "folders", "rho": None},
-        "patches": patches,
-        "model": {"clip": "clip", "image_size": side, "normalize": "imagenet", "lora": lora},
-        "train": {"batch_size": 32, "stage1": {"epochs": 3, "lr": 1e-4}, "stage2": {"epochs": 1, "lr": 1e-4}},
-    }
-    return validate(content, "the release's settings")
 
 
 def import_release(step2: str | Path, step1: str | Path | None = None, *, out: str | Path) -> dict[str, Any]:
@@ -393,8 +416,8 @@ def import_release(step2: str | Path, step1: str | Path | None = None, *, out: s
     state = read_tensors(path)
     release = take_apart(state, path)
     if step1 is not None:
-        _require_same_start(release, take_apart(read_tensors(Path(step1)), Path(step1)), path, Path(step1))
-    params = _release_params(release)
+        require_same_start(release, take_apart(read_tensors(Path(step1)), Path(step1)), path, Path(step1))
+    params = release_params(release)
     # Named otherwise than a draft of the checkpoint, which saving it would remove as left behind.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.import-", dir=folder.parent) as scratch:
         write_clip(release, Path(scratch) / "clip")
@@ -412,21 +435,3 @@ def import_release(step2: str | Path, step1: str | Path | None = None, *, out: s
         "rank": release.rank if release.adapters else None,
         "parameters": sum(value.numel() for value in state.values()),
     }
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _require_same_start(second: Release, first: Release, step2: Path, step1: Path) -> None:
-    if not second.adapters or first.adapters:
-        raise UserError(f"Expected a stage-2 file ({step2}) and then a stage-1 file ({step1}), found them otherwise.")
-    if set(first.clip) != set(second.clip):
-        raise UserError(f"Expected the CLIPs of {step1} and {step2} to be of one size, found two.")
-    teacher, probe = second.heads["teacher"].state_dict(), first.heads["image"].state_dict()
-    pairs = {name: (first.clip[name], second.clip[name]) for name in first.clip}
-    pairs |= {f"img_frozen_fc.{name}": (probe[name], teacher[name]) for name in probe}
-    for name, (a, b) in pairs.items():
-        if not torch.equal(a, b):
-            raise UserError(f"Expected {step2} to have started from {step1}, found another {name} in it.")

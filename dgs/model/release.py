@@ -9,30 +9,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dgs.errors import UserError
+from dgs.model.backbone import Backbone, Clip
+from dgs.params import Params, validate
 
 State = Mapping[str, Tensor]
 
 STUDENT, PROBE = "clip_model.", "clip_model_frozen."
-BLOCK = "transformer.resblocks."
-ATTENTION = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-REST = ("ln_1", "ln_2", "mlp.c_fc", "mlp.c_proj")
-ADAPTED = (
-    *(f"{part}_proj.{leaf}" for part in "qkv" for leaf in ("weight", "bias", "w_lora_A", "w_lora_B")),
-    "proj.weight",
-    "proj.bias",
-)
-OUTSIDE = (
-    *("positional_embedding", "text_projection", "logit_scale", "token_embedding.weight", "ln_final.weight"),
-    *("ln_final.bias", "visual.class_embedding", "visual.positional_embedding", "visual.proj", "visual.conv1.weight"),
-    *("visual.ln_pre.weight", "visual.ln_pre.bias", "visual.ln_post.weight", "visual.ln_post.bias"),
-)
+IMAGE_BLOCK, TEXT_BLOCK = "visual.transformer.resblocks.", "transformer.resblocks."
 ALPHA = 6.0  # of the release's adapters; a file of merged ones is checked against it
+WRAPPERS = ("model", "state_dict", "model_state_dict")  # under which training scripts save a state dict
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of names, by DataParallel, torch.compile and trainers
+# Tensors whose shapes give every size of a CLIP, with their numbers of dimensions.
+SIZED_BY = {
+    "visual.conv1.weight": 4,
+    "visual.proj": 2,
+    "visual.positional_embedding": 2,
+    "positional_embedding": 2,
+    "token_embedding.weight": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Release:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth` file: a bare state dict, or one under "model"; no code in it is ever run.
+    """The tensors of a `.pth` file: a state dict, bare or wrapped (`WRAPPERS`, `PREFIXES`); no code in it is ever run.
 
     Raises:
         UserError: missing, damaged, or holding anything but tensors.
@@ -69,8 +70,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # damaged files fail in many ways
         reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
         raise UserError(f"Cannot read {path} as tensors alone ({reason}). Other content is never loaded.") from None
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
+    for _ in WRAPPERS:
+        inner = [content[name] for name in WRAPPERS if isinstance(content, Mapping) and name in content]
+        content = inner[0] if inner and isinstance(inner[0], Mapping) else content
     if not isinstance(content, Mapping):
         raise UserError(f"Expected a state dict in {path}, found {type(content).__name__}.")
     for name, value in content.items():
@@ -80,34 +82,83 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             raise UserError(f"Expected dense real tensors in {path}, found {value.dtype}, {value.layout} in {name}.")
         if not torch.isfinite(value).all():
             raise UserError(f"Expected finite numbers in {path}, found others in {name}.")
-    return {str(name): value for name, value in content.items()}
-
-
-def _depth(names: Iterable[str], prefix: str) -> int:
-    start = prefix + BLOCK
-    return len({name[len(start) :].partition(".")[0] for name in names if name.startswith(start)})
-
-
-def clip_names(vision_layers: int, text_layers: int, attention: Iterable[str] = ATTENTION) -> set[str]:
-    """Names of a CLIP's tensors as OpenAI published them; `attention`: those of a vision block's attention."""
-    rest = {f"{module}.{leaf}" for module in REST for leaf in ("weight", "bias")}
-    names = set(OUTSIDE)
-    for tower, layers, some in (("visual.", vision_layers, attention), ("", text_layers, ATTENTION)):
-        own = rest | {f"attn.{leaf}" for leaf in some}
-        names |= {f"{tower}{BLOCK}{block}.{leaf}" for block in range(layers) for leaf in own}
-    return names
+    state = {str(name): value for name, value in content.items()}
+    while state and (shared := [prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)]):
+        state = _below(state, shared[0])
+    return state
 
 
 def _below(state: State, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _head(state: State, name: str, path: Path, width: int) -> nn.Linear:
-    weight, bias = state[f"{name}.weight"].float(), state[f"{name}.bias"].float()
-    if (tuple(weight.shape), tuple(bias.shape)) != ((1, width), (1,)):
-        found = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
-        raise UserError(f"Expected {name} in {path} to be of shapes (1, {width}) and (1,), found {found}.")
-    head = nn.Linear(width, 1)
+def open_clip_config(clip: State) -> dict[str, Any]:
+    """`open_clip_config.json` for a CLIP of OpenAI's architecture, read off its tensors' shapes (heads 64 wide).
+
+    A tensor of `SIZED_BY` that is missing or of other dimensions counts as one of length 2 along each.
+    """
+    sizes = {
+        name: tuple(clip[name].shape) if name in clip and clip[name].ndim == dimensions else (2,) * dimensions
+        for name, dimensions in SIZED_BY.items()
+    }
+    width, _, _, patch = sizes["visual.conv1.weight"]
+    side = math.isqrt(max(sizes["visual.positional_embedding"][0] - 1, 0)) * patch
+    (context, text_width), (vocabulary, _) = sizes["positional_embedding"], sizes["token_embedding.weight"]
+    vision = {"image_size": side, "layers": _depth(clip, IMAGE_BLOCK), "width": width, "patch_size": patch}
+    text = {"context_length": context, "vocab_size": vocabulary, "width": text_width}
+    model = {
+        "embed_dim": sizes["visual.proj"][1],
+        "quick_gelu": True,
+        "vision_cfg": {**vision, "head_width": min(64, width)},
+        "text_cfg": {**text, "heads": max(text_width // 64, 1), "layers": _depth(clip, TEXT_BLOCK)},
+    }
+    preprocess = {"size": side, "mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
+    return {"model_cfg": model, "preprocess_cfg": preprocess}
+
+
+def _depth(names: Iterable[str], start: str) -> int:
+    return len({name[len(start) :].partition(".")[0] for name in names if name.startswith(start)})
+
+
+def _expected_clip(clip: State, path: Path) -> dict[str, Tensor]:
+    """The names of a CLIP of these sizes, each with a tensor of its shape (on the device "meta": without numbers)."""
+    model = open_clip_config(clip)["model_cfg"]
+    try:
+        with torch.device("meta"):
+            return dict(open_clip.CLIP(**model).state_dict())
+    except Exception as error:  # sizes that no CLIP has fail in many ways
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"Expected a CLIP of OpenAI's architecture in {path}, found other sizes ({reason}).") from None
+
+
+def _split_attention(clip: State) -> dict[str, Tensor]:
+    """The same tensors as the release's student names them: in its image side q, k and v are apart."""
+    split: dict[str, Tensor] = {}
+    for name, value in clip.items():
+        at, attention, leaf = name.partition(".attn.")
+        if not attention or not name.startswith(IMAGE_BLOCK):
+            split[name] = value
+        elif leaf.startswith("in_proj_"):
+            kind = leaf.removeprefix("in_proj_")
+            split |= {f"{at}.attn.{part}_proj.{kind}": rows for part, rows in zip("qkv", value.chunk(3), strict=True)}
+        else:
+            split[f"{at}.attn.{leaf.removeprefix('out_')}"] = value
+    return split
+
+
+def _expected_student(clip: State, rank: int) -> dict[str, Tensor]:
+    """The student of such a CLIP: with adapters A (r, W) and B (W, r) on q, k and v."""
+    student = _split_attention(clip)
+    for name in [name for name in student if name.endswith(tuple(f".attn.{part}_proj.weight" for part in "qkv"))]:
+        at, width = name.removesuffix("weight"), len(student[name])
+        student[f"{at}w_lora_A"] = torch.empty(rank, width, device="meta")
+        student[f"{at}w_lora_B"] = torch.empty(width, rank, device="meta")
+    return student
+
+
+def linear_head(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A frozen head of weights (1, D) and bias (1,), float32."""
+    head = nn.Linear(weight.shape[1], 1)
     head.load_state_dict({"weight": weight, "bias": bias})
     return head.requires_grad_(False)
 
@@ -124,85 +175,6 @@ def _require_names(state: State, expected: set[str], kind: str, path: Path) -> N
                         f"{len(state)}; {'; '.join(parts)}.")  # fmt: skip
 
 
-def clip_shapes(clip: State, path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a CLIP, from those of its outer ones."""
-    known = {"visual.conv1.weight": 4, "visual.proj": 2, "visual.positional_embedding": 2, "positional_embedding": 2,
-             "token_embedding.weight": 2}  # fmt: skip
-    for name, dimensions in known.items():
-        if clip[name].ndim != dimensions:
-            raise UserError(f"Expected {name} in {path} to have {dimensions} dimensions, found {clip[name].ndim}.")
-    width, _, patch, _ = clip["visual.conv1.weight"].shape
-    embed, (context, text) = _width(clip), clip["positional_embedding"].shape
-    side = math.isqrt(len(clip["visual.positional_embedding"]) - 1)
-    shapes: dict[str, tuple[int, ...]] = {
-        "visual.conv1.weight": (width, 3, patch, patch),
-        "visual.class_embedding": (width,),
-        "visual.positional_embedding": (side * side + 1, width),
-        "visual.proj": (width, embed),
-        "positional_embedding": (context, text),
-        "text_projection": (text, embed),
-        "token_embedding.weight": (len(clip["token_embedding.weight"]), text),
-        "logit_scale": (),
-    }
-    for name in clip:
-        wide = width if name.startswith("visual.") else text
-        if BLOCK in name or name not in shapes:
-            leaf = name.rpartition(BLOCK)[2].partition(".")[2]
-            shapes[name] = {
-                "attn.in_proj_weight": (3 * wide, wide),
-                "attn.in_proj_bias": (3 * wide,),
-                "attn.out_proj.weight": (wide, wide),
-                "mlp.c_fc.weight": (4 * wide, wide),
-                "mlp.c_fc.bias": (4 * wide,),
-                "mlp.c_proj.weight": (wide, 4 * wide),
-            }.get(leaf, (wide,))
-    return shapes
-
-
-def _require_shapes(state: State, expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    for name, shape in expected.items():
-        if tuple(state[name].shape) != shape:
-            raise UserError(f"Expected {name} in {path} of shape {shape}, found {tuple(state[name].shape)}.")
-
-
-def _adapters(student: State, frozen: State, layers: int, path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:
-    """The adapters, and whether they are merged: every other weight has to be the frozen copy's."""
-    adapters: dict[str, tuple[Tensor, Tensor]] = {}
-    unmerged = merged = True
-    first = student[f"visual.{BLOCK}0.attn.q_proj.w_lora_A"]
-    rank = len(first) if first.ndim == 2 else 0
-    if rank < 1:
-        raise UserError(
-            f"Expected adapters A (r, W), r >= 1, in {path}, found shape {tuple(first.shape)} in the first."
-        )
-    for block in range(layers):
-        at = f"visual.{BLOCK}{block}.attn."
-        thirds = zip("qkv", *(frozen[f"{at}in_proj_{leaf}"].chunk(3) for leaf in ("weight", "bias")), strict=True)
-        for part, weight, bias in thirds:
-            name, wide = f"{at}{part}_proj", len(weight)
-            shapes = {"weight": (wide, wide), "bias": (wide,), "w_lora_A": (rank, wide), "w_lora_B": (wide, rank)}
-            _require_shapes(student, {f"{name}.{leaf}": shape for leaf, shape in shapes.items()}, path)
-            a, b = student[f"{name}.w_lora_A"].float(), student[f"{name}.w_lora_B"].float()
-            if not torch.equal(student[f"{name}.bias"].float(), bias.float()):
-                raise UserError(f"Expected {STUDENT}{name}.bias in {path} to equal the frozen copy's, found another.")
-            moved = student[f"{name}.weight"].float() - weight.float()
-            delta = ALPHA / math.sqrt(rank) * (b @ a)
-            # Merging rounds once, merging and unmerging again some times: halves are only ever rounded when stored.
-            ulps = 16 if student[f"{name}.weight"].dtype == torch.float32 else 2
-            largest = max(weight.abs().max().item(), student[f"{name}.weight"].abs().max().item())
-            rounding = ulps * torch.finfo(student[f"{name}.weight"].dtype).eps * largest
-            unmerged &= bool(moved.abs().max() <= rounding)
-            merged &= bool((moved - delta).abs().max() <= rounding)
-            if not unmerged and not merged:
-                raise UserError(
-                    f"Expected {STUDENT}{name}.weight in {path} to differ from the frozen copy by nothing or by the "
-                    f"adapter (alpha {ALPHA:g}), as every one before it; found a difference of "
-                    f"{moved.abs().max():.2g}, of which the adapter leaves {(moved - delta).abs().max():.2g}."
-                )
-            adapters[f"{block}.{part}_proj"] = (a, b)
-    return adapters, merged and not unmerged
-
-
 def take_apart(state: State, path: Path) -> Release:
     """A stage-1 (448 tensors at ViT-L/14) or stage-2 (1,138) state dict of the release.
 
@@ -211,63 +183,121 @@ def take_apart(state: State, path: Path) -> Release:
             copy by more than adapters, or adapters merged in some places only.
     """
     second = any(name.startswith(STUDENT) for name in state)
+    if not second and not any(name.startswith(PROBE) for name in state):
+        found = f"{len(state)} tensors, {min(state)} first" if state else "no tensor"
+        raise UserError(f"Expected a file of the release in {path}, names below {PROBE} or {STUDENT}, found {found}.")
     kind, at = ("stage-2", PROBE + PROBE) if second else ("stage-1", PROBE)
-    layers, text_layers = _depth(state, f"{at}visual."), _depth(state, at)
-    plain = clip_names(layers, text_layers)
-    probe = {PROBE + name for name in plain} | {f"img_frozen_fc.{leaf}" for leaf in ("weight", "bias")}
-    if not second:
-        _require_names(state, probe, kind, path)
-        clip = {name: value.float() for name, value in _below(state, at).items()}
-        _require_shapes(clip, clip_shapes(clip, path), path)
-        return Release(clip, {"image": _head(state, "img_frozen_fc", path, _width(clip))}, {}, False)
-    heads = {f"{name}.{leaf}" for name in ("img_fc", "text_fc") for leaf in ("weight", "bias")}
-    student_names = {STUDENT + name for name in clip_names(layers, text_layers, ADAPTED)}
-    _require_names(state, student_names | {PROBE + name for name in probe} | heads, kind, path)
-    frozen, student = _below(state, at), _below(state, STUDENT)
-    shapes = clip_shapes(frozen, path)
-    _require_shapes(frozen, shapes, path)
-    for name in sorted(plain):
-        twin = name.replace("attn.out_proj", "attn.proj") if name.startswith("visual.") else name
-        if twin not in student:
+    clip, student = _below(state, at), _below(state, STUDENT)
+    first = student.get(f"{IMAGE_BLOCK}0.attn.q_proj.w_lora_A", torch.empty(0))
+    plain = _expected_clip(clip, path)
+    expected = {at + name: value for name, value in plain.items()}
+    heads = {"image": "img_frozen_fc"}
+    if second:
+        rank = len(first) if first.ndim == 2 else 0
+        expected |= {STUDENT + name: value for name, value in _expected_student(plain, rank).items()}
+        heads = {"image": "img_fc", "text": "text_fc", "teacher": f"{PROBE}img_frozen_fc"}
+    for name in heads.values():
+        expected[f"{name}.weight"], expected[f"{name}.bias"] = plain["visual.proj"][:1], torch.empty(1)
+    _require_names(state, set(expected), kind, path)
+    for name, dimensions in SIZED_BY.items():
+        if clip[name].ndim != dimensions:
+            raise UserError(f"Expected {name} in {path} to have {dimensions} dimensions, found {clip[name].ndim}.")
+    if second and (first.ndim != 2 or len(first) < 1):
+        shape = tuple(first.shape)
+        raise UserError(f"Expected adapters A (r, W), r >= 1, in {path}, found shape {shape} in the first.")
+    for name, value in expected.items():
+        if state[name].shape != value.shape:
+            shapes = f"of shape {tuple(value.shape)}, found {tuple(state[name].shape)}"
+            raise UserError(f"Expected {name} in {path} {shapes}.")
+    adapters, merged = _adapters(student, _split_attention(clip), path) if second else ({}, False)
+    return Release(
+        {name: value.float() for name, value in clip.items()},
+        {name: linear_head(state[f"{head}.weight"], state[f"{head}.bias"]) for name, head in heads.items()},
+        adapters,
+        merged,
+    )
+
+
+def _adapters(student: State, frozen: State, path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:
+    """The adapters, and whether they are merged: every other weight has to be the frozen copy's."""
+    adapters: dict[str, tuple[Tensor, Tensor]] = {}
+    unmerged = merged = True
+    for name, original in frozen.items():
+        layer, weight, theirs = name.removesuffix(".weight"), original.float(), student[name].float()
+        if f"{layer}.w_lora_A" not in student:
+            if not torch.equal(theirs, weight):
+                raise UserError(f"Expected {STUDENT}{name} in {path} to equal the frozen copy's, found another: only "
+                                f"adapters and heads learn in the release.")  # fmt: skip
             continue
-        _require_shapes(student, {twin: shapes[name]}, path)
-        if not torch.equal(student[twin].float(), frozen[name].float()):
-            raise UserError(f"Expected {STUDENT}{twin} in {path} to equal the frozen copy's, found another: only "
-                            f"adapters and heads learn in the release.")  # fmt: skip
-    adapters, merged = _adapters(student, frozen, layers, path)
-    frozen = {name: value.float() for name, value in frozen.items()}
-    names = {"image": "img_fc", "text": "text_fc", "teacher": f"{PROBE}img_frozen_fc"}
-    return Release(frozen, {k: _head(state, v, path, _width(frozen)) for k, v in names.items()}, adapters, merged)
+        a, b = student[f"{layer}.w_lora_A"].float(), student[f"{layer}.w_lora_B"].float()
+        moved = theirs - weight
+        rest = moved - ALPHA / math.sqrt(len(a)) * (b @ a)
+        # Merging rounds once, merging and unmerging again some times: halves are only ever rounded when stored.
+        ulps = 16 if student[name].dtype == torch.float32 else 2
+        rounding = ulps * torch.finfo(student[name].dtype).eps * max(weight.abs().max(), theirs.abs().max())
+        unmerged &= bool(moved.abs().max() <= rounding)
+        merged &= bool(rest.abs().max() <= rounding)
+        if not unmerged and not merged:
+            raise UserError(
+                f"Expected {STUDENT}{name} in {path} to differ from the frozen copy by nothing or by the adapter "
+                f"(alpha {ALPHA:g}), as every one before it; found a difference of {moved.abs().max():.2g}, of which "
+                f"the adapter leaves {rest.abs().max():.2g}."
+            )
+        adapters[layer.removeprefix(IMAGE_BLOCK).replace(".attn", "")] = (a, b)
+    return adapters, merged and not unmerged
 
 
-def _width(clip: State) -> int:
-    return clip["visual.proj"].shape[1]
-
-
-def open_clip_config(clip: State) -> dict[str, Any]:
-    """`open_clip_config.json` for a CLIP of OpenAI's architecture, read off its tensors' shapes (heads 64 wide)."""
-    width, _, _, patch = clip["visual.conv1.weight"].shape
-    side = math.isqrt(len(clip["visual.positional_embedding"]) - 1) * patch
-    context, text_width = clip["positional_embedding"].shape
-    vision = {"image_size": side, "layers": _depth(clip, "visual."), "width": width, "patch_size": patch}
-    text = {"context_length": context, "vocab_size": len(clip["token_embedding.weight"]), "width": text_width}
-    model = {
-        "embed_dim": _width(clip),
-        "quick_gelu": True,
-        "vision_cfg": {**vision, "head_width": min(64, width)},
-        "text_cfg": {**text, "heads": max(text_width // 64, 1), "layers": _depth(clip, "")},
-    }
-    preprocess = {"size": side, "mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
-    return {"model_cfg": model, "preprocess_cfg": preprocess}
+def require_same_start(second: Release, first: Release, step2: Path, step1: Path) -> None:
+    """Raise UserError unless the stage-2 file `step2` started from the stage-1 file `step1`."""
+    if not second.adapters or first.adapters:
+        raise UserError(f"Expected a stage-2 file ({step2}) and then a stage-1 file ({step1}), found them otherwise.")
+    if set(first.clip) != set(second.clip):
+        raise UserError(f"Expected the CLIPs of {step1} and {step2} to be of one size, found two.")
+    teacher, probe = second.heads["teacher"].state_dict(), first.heads["image"].state_dict()
+    pairs = {name: (first.clip[name], second.clip[name]) for name in first.clip}
+    pairs |= {f"img_frozen_fc.{name}": (probe[name], teacher[name]) for name in probe}
+    for name, (a, b) in pairs.items():
+        if not torch.equal(a, b):
+            raise UserError(f"Expected {step2} to have started from {step1}, found another {name} in it.")
 
 
 def write_clip(release: Release, folder: Path) -> None:
     """The frozen CLIP as a folder that `load_clip` and open_clip read; stored as halves where those are exact."""
     folder.mkdir(parents=True)
     (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config(release.clip), indent=1) + "\n")
-    halves = {name: value.half() for name, value in release.clip.items()}
-    exact = {
-        name: half if torch.equal(half.float(), release.clip[name]) else release.clip[name]
-        for name, half in halves.items()
+    tensors = {}
+    for name, value in sorted(release.clip.items()):
+        half = value.half()
+        tensors[name] = (half if torch.equal(half.float(), value) else value).contiguous()
+    save_file(tensors, folder / "open_clip_model.safetensors")
+
+
+def release_params(release: Release) -> Params:
+    """The release's own settings: 7 x 7 patches (32 px of 224), ImageNet's constants, alpha 6, dropout 0.8.
+
+    A tower for another size than 224 px keeps the 7 x 7, or goes without patches where 7 does not divide it.
+    """
+    side = open_clip_config(release.clip)["preprocess_cfg"]["size"]
+    patches = {"enabled": side % 7 == 0, "size": max(side // 7, 2), "count": 49}
+    lora = {"rank": release.rank, "alpha": ALPHA, "dropout": 0.8} if release.adapters else {}
+    content = {
+        "profile": "release",
+        "data": {"layout": "folders", "rho": None},
+        "patches": patches,
+        "model": {"clip": "clip", "image_size": side, "normalize": "imagenet", "lora": lora},
+        "train": {"batch_size": 32, "stage1": {"epochs": 3, "lr": 1e-4}, "stage2": {"epochs": 1, "lr": 1e-4}},
     }
-    save_file({name: exact[name].contiguous() for name in sorted(exact)}, folder / "open_clip_model.safetensors")
+    return validate(content, "the release's settings")
+
+
+def adapt(clip: Clip, release: Release, params: Params) -> Backbone:
+    """The release's student on its CLIP: adapters as in the file, in eval mode."""
+    if not release.adapters:
+        return Backbone(clip).eval()
+    backbone = Backbone(clip, params.model.lora)
+    for name, (a, b) in release.adapters.items():
+        block, _, projection = name.partition(".")
+        layer: Any = getattr(backbone.visual.base_model.model.transformer.resblocks[int(block)].attn, projection)
+        layer.lora_A["default"].weight.data.copy_(a)
+        layer.lora_B["default"].weight.data.copy_(b)
+    return backbone.eval()

@@ -11,29 +11,12 @@ from numpy.typing import NDArray
 
 from dgs.data.ahead import ahead
 from dgs.errors import UserError
-from dgs.model.card import deciding_rule
-from dgs.model.checkpoint import damaged
+from dgs.model.checkpoint import deciding_rule as threshold_of  # noqa: F401
 from dgs.model.detector import AHEAD, Detector, probability
 
 Row = dict[str, Any]
 View = NDArray[np.uint8]
 Judged = tuple[Row, View | None]  # a row, and what the model saw where it saw anything
-
-
-def threshold_of(info: dict[str, Any], folder: Path) -> tuple[str, float]:
-    """The rule that verdicts follow and its threshold on the logit: "val" where a checkpoint has it.
-
-    Args:
-        info: of the checkpoint in `folder`.
-
-    Raises:
-        UserError: the checkpoint has no threshold.
-    """
-    thresholds = info["thresholds"]
-    if not thresholds:
-        raise damaged(folder / "dgs.json", "expected a threshold, found none")
-    rule = deciding_rule(thresholds)
-    return rule, thresholds[rule]
 
 
 def verdicts(
