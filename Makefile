@@ -28,6 +28,7 @@ STUDY ?= study-90 study-90-part2 study-90-part3 study-75 study-75-part2 study-75
 FRESH := 20261127
 
 NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gradient_angles explore))
+PARALLEL := -n logical --dist loadgroup  # tests/conftest.py says which tests stay together
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120
 
 .PHONY: environment repro test test-slow verify study bench lint report lab lock
@@ -55,12 +56,12 @@ test: $(READY) lint
 	out=$$(mktemp -d) && trap "rm -rf $$out" EXIT && startup=$$out/ipython/profile_default/startup && \
 	  mkdir -p $$startup && cp tests/kernel_coverage.py $$startup && \
 	  DGS_PROFILE=tiny DGS_OUT=$$out IPYTHONDIR=$$out/ipython \
-	  coverage run -m pytest $(NBVAL) -m "not slow" $(NOTEBOOKS) tests
+	  coverage run -m pytest $(PARALLEL) $(NBVAL) -m "not slow" $(NOTEBOOKS) tests
 	coverage combine --quiet
 	coverage report --skip-covered --fail-under=90
 
 test-slow: $(READY)
-	pytest -m slow --durations=25 tests
+	pytest $(PARALLEL) -m slow --durations=25 tests
 
 verify: $(READY)
 	python tests/verify.py $(SEEDS)
