@@ -414,23 +414,21 @@ def manifest(
     as_json: Json = False,
 ) -> None:
     """List the images of a folder by generator, with the paper's column; exit 1 if something is amiss."""
-    from dgs.data.checks import check as check_all
-    from dgs.data.listing import list_tree
-    from dgs.data.summary import columns, heading, remarks
+    from dgs.data.checks import check as check_images
+    from dgs.data.checks import columns, heading, listing
+    from dgs.data.tree import scan_tree
 
-    listing = list_tree(root)
-    report = check_all(listing, os.cpu_count() or 1) if check else None
-    rows = report.judged if report else listing.groups
-    findings = report.findings if report else listing.findings
+    tree = scan_tree(root)
+    report = check_images(tree, os.cpu_count() or 1) if check else listing(tree)
     if not as_json:
         print("\t".join(heading(check)))
-    for row in rows:
-        _print(as_json, {"kind": "images", **row.record()}, "\t".join(columns(row)))
-    for finding in findings:
+    for row in report.rows:
+        _print(as_json, {"kind": "images", **row}, "\t".join(columns(row)))
+    for finding in report.findings:
         _print(as_json, finding.record(), f"{finding.kind}: {finding.message}")
-    for remark in remarks(listing, report):
-        _say(remark)
-    if findings:
+    for note in report.notes:
+        _say(note)
+    if report.findings:
         raise typer.Exit(1)
 
 

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dgs.data.layout import MINIBENCH
+from dgs.data.tree import MINIBENCH
 from dgs.data.manifest import content_hash
 from dgs.errors import UserError
 from minibench import camera, captions, generators, jpeg, pretrain, scenes, train_generators

@@ -28,8 +28,8 @@ from dgs.data.blip import MAX_TOKENS, Blip, load_blip
 from dgs.data.caption_log import is_torn, open_log
 from dgs.data.captioning import Coverage, caption_folder, check_own
 from dgs.data.captions import read_captions
-from dgs.data.folders import ignored_files
 from dgs.data.manifest import build_manifest
+from dgs.data.tree import ignored_files
 from dgs.errors import UserError
 from dgs.params import DataParams
 

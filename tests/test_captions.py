@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from dgs.data.captions import assign_captions, read_captions, template_caption
 from dgs.errors import UserError
 
 SHA = "ab" * 32
-IMAGES = {"a.jpg": ("s1", "a photo of x"), "b.jpg": ("s2", "a photo of y"), "c.jpg": ("s1", "a photo of z")}
+IMAGES = pd.DataFrame({"file": ["a.jpg", "b.jpg", "c.jpg"], "sha256": ["s1", "s2", "s1"]})
 
 
 def write(folder: Path, *lines: Any) -> Path:
@@ -119,14 +120,11 @@ class TestTemplate:
 
 class TestAssigning:
     def test_path_before_hash_before_template(self) -> None:
-        chosen, counts = assign_captions(IMAGES, {"a.jpg": "by path", "s1": "by hash"})
-        assert chosen == {"a.jpg": "by path", "b.jpg": "a photo of y", "c.jpg": "by hash"}
-        assert counts == {"file": 2, "template": 1}
+        given = assign_captions(IMAGES, {"a.jpg": "by path", "s1": "by hash"})
+        assert given.fillna("template").tolist() == ["by path", "template", "by hash"]
 
-    def test_without_a_file_all_are_templates(self) -> None:
-        chosen, counts = assign_captions(IMAGES, {})
-        assert chosen == {path: template for path, (_, template) in IMAGES.items()}
-        assert counts == {"file": 0, "template": 3}
+    def test_without_a_file_none_has_one(self) -> None:
+        assert assign_captions(IMAGES, {}).isna().all()
 
     def test_keys_that_name_no_image_are_an_error(self) -> None:
         with pytest.raises(UserError) as error:

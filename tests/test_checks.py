@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ImageTree, structured_image
@@ -14,18 +15,16 @@ from PIL import Image
 from test_cli import one_sentence, run
 from test_suites import grow
 
-from dgs.data.checks import Report, check
-from dgs.data.listing import Finding, list_tree
-from dgs.data.rules import CHANCE, LIMIT, best_of, by_kind, by_threshold, by_value
+from dgs.data.checks import CHANCE, LIMIT, Report, check, file_properties, jpeg_quality, stump
 from dgs.data.suites import AIGI_BENCH, SUITES, UNIVERSAL_FAKE_DETECT
-from dgs.data.traits import jpeg_quality, traits
+from dgs.data.tree import Finding, scan_tree
 
 ONE = {"train": ("alpha",), "test": ("alpha", "beta")}
 Save = Callable[[Path, int], None]
 
 
 def report_on(root: Path, jobs: int = 1) -> Report:
-    return check(list_tree(root), jobs)
+    return check(scan_tree(root), jobs)
 
 
 def the_finding(root: Path) -> Finding:
@@ -61,18 +60,18 @@ def one_generator(root: Path, real: Save, fake: Save, count: int = 20) -> Path:
 class TestClean:
     def test_a_clean_tree_of_folders_has_nothing_amiss(self, image_tree: ImageTree) -> None:
         report = report_on(image_tree(real=8, fake=8))
-        assert (report.findings, report.notes) == ([], [])
-        assert len(report.judged) == 7
-        for row in report.judged:
-            assert (row.corrupt, row.copies) == (0, 0)
-            assert row.rules["format"].accuracy == row.rules["size"].accuracy == 0.5
-            assert "quality" in row.rules
+        assert (report.findings, len(report.notes)) == ([], 1)
+        assert len(report.rows) == 7
+        for row in report.rows:
+            assert (row["corrupt"], row["copies"]) == (0, 0)
+            assert row["rules"]["format"]["accuracy"] == row["rules"]["size"]["accuracy"] == 0.5
+            assert "quality" in row["rules"]
 
     def test_clean_suites_have_nothing_amiss(self, tmp_path: Path) -> None:
         for suite in SUITES:
             grow(tmp_path / suite.name, suite)
         report = report_on(tmp_path)
-        assert (report.findings, len(report.judged)) == ([], 50)
+        assert (report.findings, len(report.rows)) == ([], 50)
 
     def test_several_processes_find_the_same(self, image_tree: ImageTree, monkeypatch: pytest.MonkeyPatch) -> None:
         root = image_tree(ONE)
@@ -97,7 +96,7 @@ class TestCorrupt:
         assert (finding.kind, finding.where, finding.count) == ("corrupt", "test/beta", 3)
         assert "3 of 8 files in 1_fake" in finding.message and "the file is empty" in finding.message
         assert [str(path) in example for path, example in zip(files, finding.examples, strict=False)] == [True] * 3
-        assert {row.group.name: row.corrupt for row in report.judged}["test/beta"] == 3
+        assert [row["corrupt"] for row in report.rows] == [0, 3, 0]
 
     def test_broken_files_with_the_same_bytes_are_not_called_copies(self, image_tree: ImageTree) -> None:
         root = image_tree(ONE)
@@ -121,11 +120,7 @@ class TestCopies:
         assert (finding.kind, finding.where, finding.count) == ("duplicated", "test/beta", 3)
         assert "3 files repeat another in 1_fake of test/beta" in finding.message
         assert str(first) in finding.message and len(finding.examples) == 2
-        assert {row.group.name: row.copies for row in report.judged} == {
-            "test/alpha": 0,
-            "test/beta": 3,
-            "train/alpha": 0,
-        }
+        assert [row["copies"] for row in report.rows] == [0, 3, 0]
 
     def test_across_splits_each_shared_content_counts_once(self, root: Path) -> None:
         for path in sorted((root / "train/alpha/0_real").iterdir())[:2]:
@@ -162,7 +157,7 @@ class TestCopies:
         copy(path, root / "test/beta/0_real" / f"again{path.suffix}")
         report = report_on(root)
         assert report.findings == []
-        (note,) = report.notes
+        note, _ = report.notes
         assert note.startswith("1 image is real in several generators of a split")
 
     def test_the_same_content_real_and_fake_is_suspicious(self, root: Path) -> None:
@@ -210,7 +205,7 @@ class TestTellTales:
         assert (finding.kind, finding.count) == ("suspicious", 3)
         assert "3 of 20 files in 1_fake of test/alpha have another format than their name says" in finding.message
         assert str(files[0].with_suffix(".jpg")) in finding.message
-        assert report.judged[0].rules["format"].accuracy == 0.5
+        assert report.rows[0]["rules"]["format"]["accuracy"] == 0.5
 
     def test_shared_photographs_are_what_a_generators_fakes_are_compared_with(self, tmp_path: Path) -> None:
         fill(tmp_path / "test/alpha/1_fake", 20, png, 1)
@@ -218,46 +213,44 @@ class TestTellTales:
         fill(tmp_path / "test/real/0_real", 20, jpeg, 200)
         report = report_on(tmp_path)
         assert [(finding.kind, finding.where) for finding in report.findings] == [("suspicious", "test/alpha")]
-        assert {row.group.generator: len(row.rules) for row in report.judged} == {"alpha": 2, "beta": 3, "real": 0}
+        assert {row["generator"]: len(row["rules"]) for row in report.rows} == {"alpha": 2, "beta": 3, "real": 0}
 
     def test_so_few_images_that_it_may_be_chance_are_not_flagged(self, tmp_path: Path) -> None:
         report = report_on(one_generator(tmp_path, jpeg, png, count=7))
         assert report.findings == []
-        assert report.judged[0].rules["format"].accuracy == 1.0
+        assert report.rows[0]["rules"]["format"]["accuracy"] == 1.0
 
 
 class TestRules:
-    def test_by_kind_calls_each_kind_what_it_is_more_often(self) -> None:
-        real, fake = Counter(JPEG=80, PNG=15, WEBP=5), Counter(JPEG=20, PNG=60, WEBP=20)
-        rule = by_kind(real, fake)  # right on 80 % of the real (JPEG) and 80 % of the fake (PNG, WEBP)
-        assert (rule.words, rule.accuracy) == ("fake if PNG or WEBP", pytest.approx(0.8))
-        assert rule.suspicious
-
-    def test_labels_of_unequal_number_weigh_the_same(self) -> None:
-        rule = by_kind(Counter(JPEG=900, PNG=100), Counter(JPEG=10, PNG=10))
-        assert rule.accuracy == pytest.approx((0.9 + 0.5) / 2)
-
-    def test_a_threshold_is_put_where_it_separates_best_in_either_direction(self) -> None:
-        low, high = Counter({1: 6, 2: 3, 3: 1}), Counter({2: 1, 3: 4, 4: 5})
-        up = by_threshold(low, high, str)
-        assert (up.words, up.accuracy) == ("fake if 3", pytest.approx(0.9))  # 9 of 10 below 3, 9 of 10 from it on
-        down = by_threshold(high, low, str)
-        assert (down.words, down.accuracy) == ("real if 3", pytest.approx(0.9))
-
-    def test_one_value_is_the_one_whose_shares_differ_most(self) -> None:
-        rule = by_value(Counter({5: 2, 6: 8}), Counter({5: 7, 7: 3}), str)
-        assert (rule.words, rule.accuracy) == ("real if 6", pytest.approx(0.9))
-        assert best_of(by_value(Counter(a=1), Counter(a=1), str), rule) is rule
-
-    def test_equal_distributions_leave_a_coin(self) -> None:
-        same = Counter({1: 3, 2: 9})
-        assert by_kind(same, same).accuracy == by_value(same, same, str).accuracy == 0.5
-        assert by_threshold(same, same, str).accuracy == 0.5
+    @pytest.mark.parametrize(
+        ("kind", "real", "fake", "words", "accuracy"),
+        [
+            # Right on 80 % of the real (JPEG) and 80 % of the fake (PNG, WEBP).
+            ("kinds", {"J": 80, "P": 15, "W": 5}, {"J": 20, "P": 60, "W": 20}, "fake if P or W", 0.8),
+            # Labels of unequal number weigh the same.
+            ("kinds", {"J": 900, "P": 100}, {"J": 10, "P": 10}, "fake if P", (0.9 + 0.5) / 2),
+            # 9 of 10 below 3, 9 of 10 from it on; and the same the other way round.
+            ("threshold", {1: 6, 2: 3, 3: 1}, {2: 1, 3: 4, 4: 5}, "fake if 3", 0.9),
+            ("threshold", {2: 1, 3: 4, 4: 5}, {1: 6, 2: 3, 3: 1}, "real if 3", 0.9),
+            # The one value whose shares differ most; of equals one that says "fake if".
+            ("value", {5: 2, 6: 8}, {5: 7, 7: 3}, "real if 6", 0.9),
+            ("value", {5: 1, 6: 1}, {5: 1, 7: 1}, "fake if 7", 0.75),
+            # Equal distributions leave a coin.
+            ("kinds", {"J": 3, "P": 9}, {"J": 3, "P": 9}, "real if nothing", 0.5),
+            ("value", {1: 3, 2: 9}, {1: 1, 2: 3}, "real if 1", 0.5),
+            ("threshold", {1: 3, 2: 9}, {1: 1, 2: 3}, "real if 1", 0.5),
+        ],
+    )
+    def test_the_best_rule_is_found_and_put_into_words(
+        self, kind: Any, real: dict[Any, int], fake: dict[Any, int], words: str, accuracy: float
+    ) -> None:
+        rule = stump(Counter(real).elements(), Counter(fake).elements(), kind)
+        assert (rule.words, rule.accuracy) == (words, pytest.approx(accuracy))
 
     def test_only_what_is_above_the_limit_and_beyond_chance_is_suspicious(self) -> None:
         def flagged(images: int, share: float) -> bool:
             telling = round(images * share)
-            return by_kind(Counter(JPEG=images), Counter(PNG=telling, JPEG=images - telling)).suspicious
+            return stump(["JPEG"] * images, ["PNG"] * telling + ["JPEG"] * (images - telling), "kinds").suspicious
 
         assert (LIMIT, CHANCE) == (0.6, 1.95)
         assert [flagged(10_000, share) for share in (0.19, 0.21)] == [False, True]  # accuracy 0.595 and 0.605
@@ -265,11 +258,11 @@ class TestRules:
         assert [flagged(images, 1.0) for images in (7, 8)] == [False, True]
 
 
-class TestTraits:
+class TestFileProperties:
     @pytest.mark.parametrize("quality", [1, 30, 50, 75, 90, 95, 100])
     def test_the_quality_a_jpeg_was_saved_with_is_read_back(self, tmp_path: Path, quality: int) -> None:
         jpeg(tmp_path / "a", 1, quality)
-        assert traits(tmp_path / "a.jpg").quality == quality
+        assert file_properties(tmp_path / "a.jpg").quality == quality
 
     def test_a_table_between_two_qualities_gets_the_nearer(self, tmp_path: Path) -> None:
         jpeg(tmp_path / "a", 1, 80)
@@ -279,8 +272,8 @@ class TestTraits:
 
     def test_the_size_is_that_in_the_file_and_only_jpegs_have_a_quality(self, tmp_path: Path) -> None:
         png(tmp_path / "a", 1, 21, 13)
-        found = traits(tmp_path / "a.png")
-        assert (found.format, found.size, found.quality, found.lies, found.error) == ("PNG", (21, 13), None, False, "")
+        found = file_properties(tmp_path / "a.png")
+        assert found[1:] == ("PNG", 21, 13, 0, False, "")
 
 
 class TestCommand:

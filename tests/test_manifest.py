@@ -15,9 +15,7 @@ import pytest
 from conftest import SPLITS, ImageTree, structured_image
 
 from dgs.analysis.metrics import detection_table
-from dgs.data.folders import ignored_files
 from dgs.data.images import UnreadableImage, decode
-from dgs.data.layout import MINIBENCH
 from dgs.data.manifest import (
     COLUMNS,
     MINIBENCH_SPLITS,
@@ -31,6 +29,7 @@ from dgs.data.manifest import (
     examples,
     open_image,
 )
+from dgs.data.tree import MINIBENCH, ignored_files
 from dgs.errors import UserError
 from dgs.params import DataParams
 

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from dgs.data.images import decode
-from dgs.data.layout import MINIBENCH
 from dgs.data.manifest import MINIBENCH_SPLITS, content_hash, training_set
+from dgs.data.tree import MINIBENCH
 from dgs.errors import UserError
 from dgs.model.clip import ConvStem, attach
 from minibench import (

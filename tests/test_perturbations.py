@@ -11,11 +11,11 @@ import pytest
 from conftest import ImageTree, structured_image
 from PIL import Image
 
+from dgs.data.checks import jpeg_quality
 from dgs.data.conditions import KINDS, Condition, parse_condition
 from dgs.data.manifest import ImageSource, build_manifest, open_image
 from dgs.data.patches import patch_entropy, select_indices
 from dgs.data.perturbations import blur, jpeg_file, noise, perturb, resize, scale
-from dgs.data.traits import jpeg_quality
 from dgs.data.views import EVALUATION, Views, make_view
 from dgs.params import DataParams, validate
 

@@ -19,9 +19,9 @@ from dgs.analysis.figures.detection import detection_figures, short_names
 from dgs.analysis.metrics import by_suite, detection_table, reliability, summary
 from dgs.analysis.paper import paper_cells
 from dgs.analysis.suite_tables import suite_sections
-from dgs.data.listing import list_tree
 from dgs.data.manifest import ImageSource, build_manifest, cautions, data_hash, examples
 from dgs.data.suites import AIGC_DETECT_BENCHMARK, AIGI_BENCH, UNIVERSAL_FAKE_DETECT, full_name, is_seen, pool_of
+from dgs.data.tree import scan_tree
 from dgs.errors import UserError
 from dgs.params import DataParams
 
@@ -75,8 +75,7 @@ class TestManifest:
         assert test["id"].is_unique and all((root / file).is_file() for file in test["file"])
 
     def test_it_holds_the_files_that_dgs_manifest_lists_and_no_others(self, root: Path) -> None:
-        listed = {path for group in list_tree(root).groups for files in group.files.values() for path in files}
-        assert {root / file for file in manifest_of(root)["file"]} == listed
+        assert {root / file for file in manifest_of(root)["file"]} == set(scan_tree(root).files["path"])
 
     def test_a_suites_generator_is_seen_if_it_was_trained_on_under_whichever_spelling(self, root: Path) -> None:
         manifest = manifest_of(root)

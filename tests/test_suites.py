@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ImageTree
 from trees import grow, put
 
-from dgs.data.listing import Group, Listing, list_tree
 from dgs.data.suites import (
     AIGC_DETECT_BENCHMARK,
     AIGI_BENCH,
@@ -19,15 +19,20 @@ from dgs.data.suites import (
     suite_holding,
     suite_named,
 )
+from dgs.data.tree import Finding, Tree, count_suffixes, find_missing, rows_of, scan_tree
 from dgs.errors import UserError
 
 
-def by_folder(listing: Listing) -> dict[str, Group]:
-    return {group.generator: group for group in listing.groups}
+def findings_of(root: Path) -> list[Finding]:
+    return list(find_missing(scan_tree(root)))
 
 
-def counted(group: Group) -> tuple[int, int]:
-    return len(group.files["0_real"]), len(group.files["1_fake"])
+def by_folder(tree: Tree) -> dict[str, Any]:
+    return {group.generator: group for group in rows_of(tree.groups)}
+
+
+def counted(group: Any) -> tuple[int, int]:
+    return group.real, group.fake
 
 
 class TestTable:
@@ -79,15 +84,17 @@ class TestRecognised:
     def test_three_suites_in_one_folder_are_listed_with_the_papers_columns(self, tmp_path: Path) -> None:
         for suite in SUITES:
             grow(tmp_path / suite.name, suite)
-        listing = list_tree(tmp_path)
-        assert (listing.findings, listing.notes) == ([], [])
-        assert {(group.suite, group.split, group.column) for group in listing.groups} == {
-            (suite.name, "test", generator.column) for suite in SUITES for generator in suite.generators
-        }
-        assert len(listing.groups) == 8 + 17 + 25
+        tree = scan_tree(tmp_path)
+        assert (list(find_missing(tree)), tree.notes) == ([], [])
+        assert tree.groups[["suite", "split", "column"]].to_records(index=False).tolist() == [
+            (suite.name, "test", by_name.column)
+            for suite in sorted(SUITES, key=lambda suite: suite.name)
+            for by_name in sorted(suite.generators, key=lambda generator: generator.folder)
+        ]
+        assert len(tree.groups) == 8 + 17 + 25
 
     def test_images_of_all_classes_count_where_there_are_class_folders(self, tmp_path: Path) -> None:
-        groups = by_folder(list_tree(grow(tmp_path / "any", AIGC_DETECT_BENCHMARK, real=2, fake=1)))
+        groups = by_folder(scan_tree(grow(tmp_path / "any", AIGC_DETECT_BENCHMARK, real=2, fake=1)))
         assert {name: counted(group) for name, group in groups.items() if counted(group) != (2, 1)} == dict.fromkeys(
             ("progan", "cyclegan", "stylegan", "stylegan2"), (4, 2)
         )
@@ -96,17 +103,16 @@ class TestRecognised:
     def test_a_suites_own_folder_and_its_test_folder_will_do(self, tmp_path: Path, inner: str) -> None:
         grow(tmp_path / "AIGIBench" / inner, AIGI_BENCH)
         for root in {tmp_path, tmp_path / "AIGIBench", tmp_path / "AIGIBench" / inner}:
-            listing = list_tree(root)
-            assert {group.place for group in listing.groups} == {"AIGIBench/test"}
-            assert (len(listing.groups), listing.findings) == (25, [])
+            tree = scan_tree(root)
+            assert set(tree.groups["place"]) == {"AIGIBench/test"}
+            assert (len(tree.groups), list(find_missing(tree))) == (25, [])
 
     def test_its_training_split_may_have_other_generators(self, tmp_path: Path) -> None:
         grow(tmp_path / "AIGIBench" / "test", AIGI_BENCH)
         put(tmp_path / "AIGIBench/train/SDv1.4/0_real", [1])
         put(tmp_path / "AIGIBench/train/SDv1.4/1_fake", [2])
-        listing = list_tree(tmp_path)
-        assert listing.findings == []
-        (train,) = [group for group in listing.groups if group.split == "train"]
+        assert findings_of(tmp_path) == []
+        (train,) = [group for group in rows_of(scan_tree(tmp_path).groups) if group.split == "train"]
         assert (train.name, train.column, counted(train)) == ("AIGIBench/train/SDv1.4", "", (1, 1))
 
     def test_photographs_in_folders_of_their_own_serve_the_generators_without_any(self, tmp_path: Path) -> None:
@@ -114,27 +120,25 @@ class TestRecognised:
             put(tmp_path / "UFD" / generator.folder / "1_fake", [1, 2])
         put(tmp_path / "UFD" / "laion" / "0_real", [3])
         put(tmp_path / "UFD" / "imagenet" / "0_real", [4])
-        listing = list_tree(tmp_path)
-        assert listing.findings == []
-        groups = by_folder(listing)
+        assert findings_of(tmp_path) == []
+        groups = by_folder(scan_tree(tmp_path))
         assert counted(groups["laion"]) == counted(groups["imagenet"]) == (1, 0)
         assert groups["guided"].pool == "imagenet"
         assert {group.pool for name, group in groups.items() if name[:3] in ("dal", "gli", "ldm")} == {"laion"}
 
     def test_plain_folders_are_listed_as_the_manifest_reads_them(self, image_tree: ImageTree) -> None:
-        listing = list_tree(image_tree(real=2, fake=3, level="cat"))
-        assert listing.findings == []
-        assert [group.name for group in listing.groups] == [
+        tree = scan_tree(image_tree(real=2, fake=3, level="cat"))
+        assert list(find_missing(tree)) == []
+        assert list(tree.groups["name"]) == [
             *("test/alpha", "test/beta", "test/gamma", "train/alpha", "train/beta", "val/alpha", "val/beta")
         ]
-        assert {(*counted(group), group.suite, group.column) for group in listing.groups} == {(2, 3, "", "")}
+        assert {(*counted(group), group.suite, group.column) for group in rows_of(tree.groups)} == {(2, 3, "", "")}
 
     def test_shared_photographs_of_a_split_are_a_group_of_their_own(self, image_tree: ImageTree) -> None:
         root = image_tree({"test": ("alpha",)}, real=0)
         put(root / "test/real/0_real", [1, 2])
-        listing = list_tree(root)
-        assert listing.findings == []
-        groups = by_folder(listing)
+        assert findings_of(root) == []
+        groups = by_folder(scan_tree(root))
         assert (groups["alpha"].pool, counted(groups["alpha"]), counted(groups["real"])) == ("real", (0, 3), (2, 0))
 
     def test_other_files_are_counted_and_other_folders_named(self, tmp_path: Path) -> None:
@@ -142,12 +146,12 @@ class TestRecognised:
         (tmp_path / "AIGIBench/SDXL/1_fake/prompts.txt").write_text("a cat")
         (tmp_path / "AIGIBench/annotations").mkdir()
         (tmp_path / "AIGIBnch").mkdir()
-        listing = list_tree(tmp_path)
-        assert listing.findings == []
-        assert listing.passed_over == {".txt": 1}
-        assert len(listing.notes) == 2
-        assert "annotations" in listing.notes[0]
-        assert "Did you mean 'AIGIBench'?" in listing.notes[1]
+        tree = scan_tree(tmp_path)
+        assert list(find_missing(tree)) == []
+        assert count_suffixes(tree.files.loc[~tree.files["is_image"], "path"]) == {".txt": 1}
+        assert len(tree.notes) == 2
+        assert "annotations" in tree.notes[0]
+        assert "Did you mean 'AIGIBench'?" in tree.notes[1]
 
     @pytest.mark.parametrize("made", ["nothing", "no tree", "a pack"])
     def test_a_folder_of_no_known_layout_is_refused_in_one_sentence(self, tmp_path: Path, made: str) -> None:
@@ -157,7 +161,7 @@ class TestRecognised:
         if made == "a pack":
             (root / "minibench.json").write_text("{}")
         with pytest.raises(UserError) as error:
-            list_tree(root)
+            scan_tree(root)
         assert "\n" not in str(error.value)
         wanted = {"nothing": "found none", "no tree": "found pictures", "a pack": "dgs minibench audit"}
         assert str(root) in str(error.value) and wanted[made] in str(error.value)
@@ -168,23 +172,22 @@ class TestMissing:
         suite = grow(tmp_path / "AIGCDetectBenchmark", AIGC_DETECT_BENCHMARK)
         (suite / "deepfake").rename(tmp_path / "elsewhere")
         (suite / "wukong").rename(suite / "wukonk")
-        listing = list_tree(tmp_path)
-        (finding,) = listing.findings
+        (finding,) = findings_of(tmp_path)
         assert (finding.kind, finding.where, finding.count) == ("missing", "AIGCDetectBenchmark/test", 2)
         assert "2 of 17 generators" in finding.message and "deepfake, wukong" in finding.message
         assert "Did you mean 'wukonk'?" in finding.message
-        assert by_folder(listing)["wukonk"].column == ""
+        assert by_folder(scan_tree(tmp_path))["wukonk"].column == ""
 
     def test_a_named_suite_without_any_generator_misses_all(self, tmp_path: Path) -> None:
         (tmp_path / "AIGIBench").mkdir()
-        (finding,) = list_tree(tmp_path).findings
+        (finding,) = findings_of(tmp_path)
         assert finding.count == 25
 
     @pytest.mark.parametrize("label", ["0_real", "1_fake"])
     def test_a_misnamed_label_folder_is_missing_and_the_name_meant_is_guessed(self, tmp_path: Path, label: str) -> None:
         suite = grow(tmp_path / "AIGIBench", AIGI_BENCH)
         (suite / "SDXL" / label).rename(suite / "SDXL" / label.replace("_", "-"))
-        (finding,) = list_tree(tmp_path).findings
+        (finding,) = findings_of(tmp_path)
         assert (finding.kind, finding.where, finding.count) == ("missing", "AIGIBench/test/SDXL", 1)
         assert label in finding.message and f"Did you mean '{label}'?" in finding.message
 
@@ -192,24 +195,24 @@ class TestMissing:
         root = image_tree({"train": ("alpha",), "test": ("alpha", "beta")})
         for path in (root / "test/beta/0_real").iterdir():
             path.unlink()
-        (finding,) = list_tree(root).findings
+        (finding,) = findings_of(root)
         assert (finding.kind, finding.where) == ("missing", "test/beta")
         assert "found none, 3 in 1_fake" in finding.message
 
     def test_a_class_without_one_label_is_counted(self, tmp_path: Path) -> None:
         suite = grow(tmp_path / "AIGCDetectBenchmark", AIGC_DETECT_BENCHMARK, classes=("car", "cat", "dog"))
         (suite / "progan/cat/1_fake").rename(tmp_path / "gone")
-        (finding,) = list_tree(tmp_path).findings
+        (finding,) = findings_of(tmp_path)
         assert "1 of 3 class folders" in finding.message and "no 1_fake, first cat" in finding.message
 
     def test_fakes_among_shared_photographs_are_suspicious(self, image_tree: ImageTree) -> None:
         root = image_tree({"test": ("alpha", "real")})
-        (finding,) = list_tree(root).findings
+        (finding,) = findings_of(root)
         assert (finding.kind, finding.where, finding.count) == ("suspicious", "test/real", 3)
 
     def test_two_spellings_of_a_generator_are_suspicious(self, tmp_path: Path) -> None:
         suite = grow(tmp_path / "AIGIBench", AIGI_BENCH)
         put(suite / "DALLE3/0_real", [1])
         put(suite / "DALLE3/1_fake", [2])
-        (finding,) = list_tree(tmp_path).findings
+        (finding,) = findings_of(tmp_path)
         assert finding.kind == "suspicious" and "DALLE-3 and DALLE3" in finding.message

@@ -16,7 +16,7 @@ from dgs.data.blip import Blip
 from dgs.data.caption_log import open_log
 from dgs.data.captions import read_captions
 from dgs.data.images import UnreadableImage, decode, files_under, is_image_name, read
-from dgs.data.layout import LABELS
+from dgs.data.tree import LABELS
 from dgs.errors import UserError, did_you_mean
 
 SHOWN = 10  # captions without an image that are named one by one

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import pandas as pd
+
 from dgs.errors import UserError, did_you_mean
 
 BLIP = "Salesforce/blip-image-captioning-base"  # what captions images where nothing else is asked for
@@ -70,32 +72,21 @@ def template_caption(generator: str) -> str:
     return f"a photo of {' '.join(words)}" if words else "a photo"
 
 
-def assign_captions(
-    images: Mapping[str, tuple[str, str]], captions: Mapping[str, str]
-) -> tuple[dict[str, str], dict[str, int]]:
-    """Captions for images, and how many came from where.
+def assign_captions(images: pd.DataFrame, captions: Mapping[str, str]) -> pd.Series:
+    """The caption that a file gives each image, by path before hash; missing (NaN) where it gives none.
 
     Args:
-        images: {path relative to the root: (sha256, fallback template)}.
+        images: columns file (a path relative to the root) and sha256.
         captions: {path or sha256: caption}, as `read_captions` gives it.
-
-    Returns:
-        ({path: caption}, {"file": n, "template": n}).
 
     Raises:
         UserError: a key of the caption file that names no image (most often another root or a renamed folder).
     """
-    hashes = {sha for sha, _ in images.values()}
-    strangers = [key for key in captions if key not in images and key not in hashes]
-    if strangers:
+    names = {*images["file"], *images["sha256"]}
+    if strangers := [key for key in captions if key not in names]:
         raise UserError(
             f"{len(strangers)} of {len(captions)} captions name no image, first '{strangers[0]}'."
-            f"{did_you_mean(strangers[0], list(images)[:5000])} Expected paths relative to data.root, or sha256."
+            f"{did_you_mean(strangers[0], images['file'][:5000])} Expected paths relative to data.root, or sha256."
         )
-    chosen: dict[str, str] = {}
-    counts = {"file": 0, "template": 0}
-    for path, (sha, template) in images.items():
-        caption = captions.get(path) or captions.get(sha)
-        counts["file" if caption else "template"] += 1
-        chosen[path] = caption or template
-    return chosen, counts
+    by_path = images["file"].map(captions)
+    return by_path.where(by_path.notna(), images["sha256"].map(captions))

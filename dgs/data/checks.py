@@ -2,205 +2,350 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+import hashlib
+import io
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import pandas as pd
+from joblib import Parallel, delayed  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
-from dgs.data.copies import File, copy_findings
-from dgs.data.layout import FAKE, LABELS, REAL
-from dgs.data.listing import FEW, Finding, Group, Listing
-from dgs.data.rules import Rule, best_of, by_kind, by_threshold, by_value, counted_by
-from dgs.data.traits import Traits, traits
+from dgs.data.images import UnreadableImage, decode, read
+from dgs.data.suites import full_name
+from dgs.data.tree import FAKE, FEW, LABELS, REAL, Finding, Tree, count_suffixes, find_missing, rows_of
 
 WORTH_A_POOL = 500  # with fewer images, starting other processes takes longer than reading
-Size = tuple[int, int]
+LIMIT = 0.6  # balanced accuracy above which a rule is worth a warning
+# Kolmogorov and Smirnov: two samples of one distribution differ by CHANCE * sqrt(1/n + 1/m) once in a thousand.
+# With fewer than 8 images of each label nothing is beyond chance.
+CHANCE = 1.95
+SUFFIXES = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".gif": "GIF",
+}
+SAME = {"MPO": "JPEG", "DIB": "BMP"}  # what a decoder calls variants of a format
 
 
-@dataclass
-class Seen:
-    """What the readable images of a group and label have in common."""
+class FileProperties(NamedTuple):
+    """One image file, read whole."""
 
-    formats: Counter[str] = field(default_factory=Counter)
-    sizes: Counter[Size] = field(default_factory=Counter)
-    qualities: Counter[int] = field(default_factory=Counter)  # of the JPEGs
-    corrupt: list[str] = field(default_factory=list)  # a sentence each
-    lying: list[Path] = field(default_factory=list)
+    sha256: str = ""  # of the file's bytes; "" if they could not be read
+    format: str = ""  # by the first bytes, not by the name: "JPEG"
+    width: int = 0  # in the file, before any rotation
+    height: int = 0
+    quality: int = 0  # of a JPEG, 1 to 100; 0 for others
+    wrong_suffix: bool = False  # the suffix is another format's
+    error: str = ""  # why it cannot be decoded; then the rest but sha256 is empty
 
-    def add(self, path: Path, found: Traits) -> None:
-        """Count one more file."""
-        if found.error:
-            self.corrupt.append(found.error)
-            return
-        self.formats[found.format] += 1
-        self.sizes[found.size] += 1
-        if found.quality is not None:
-            self.qualities[found.quality] += 1
-        if found.lies:
-            self.lying.append(path)
 
-    def __add__(self, other: Seen) -> Seen:
-        """The traits of both; what was corrupt or lying stays with its own group."""
-        counts = (self.formats + other.formats, self.sizes + other.sizes, self.qualities + other.qualities)
-        return Seen(*counts)
+@cache
+def _quality_tables() -> NDArray[np.int64]:
+    """Luminance tables of the common encoder at quality 1 to 100, (100, 64)."""
+    tables = []
+    for quality in range(1, 101):
+        buffer = io.BytesIO()
+        Image.new("L", (8, 8)).save(buffer, "JPEG", quality=quality)
+        with Image.open(buffer) as image:
+            tables.append(image.quantization[0])  # type: ignore[attr-defined]
+    return np.array(tables, dtype=np.int64)
+
+
+def jpeg_quality(table: list[int]) -> int:
+    """The quality, 1 to 100, at which the common encoder's luminance table is nearest to this one of 64 numbers.
+
+    Encoders with tables of their own get the quality that compresses about as much.
+    """
+    return int(np.abs(_quality_tables() - np.array(table)).sum(axis=1).argmin()) + 1
+
+
+def file_properties(path: Path) -> FileProperties:
+    """Read and decode one file; an unreadable one is no exception here, its `error` says why."""
+    sha256 = ""
+    try:
+        data = read(path)
+        sha256 = hashlib.sha256(data).hexdigest()
+        decode(data, str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                named = image.format or "unknown"
+                found = SAME.get(named, named)
+                tables = getattr(image, "quantization", None)
+                quality = jpeg_quality(tables[0]) if found == "JPEG" and tables and 0 in tables else 0
+                wrong_suffix = SUFFIXES.get(path.suffix.lower(), found) != found
+                return FileProperties(sha256, found, *image.size, quality, wrong_suffix)
+    except UnreadableImage as error:
+        return FileProperties(sha256, error=str(error))
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A group with what the best trivial rules reach on it, by "format", "size" and "quality"; {} for a pool."""
+class Rule:
+    """A trivial rule in words, its balanced accuracy (0.5 to 1), and whether that is above LIMIT and beyond chance."""
 
-    group: Group
-    corrupt: int
-    copies: int  # files that repeat the content of another of the same group and label
-    rules: dict[str, Rule]
-
-    def record(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        rules = {name: vars(rule) for name, rule in self.rules.items()}
-        return {**self.group.record(), "corrupt": self.corrupt, "copies": self.copies, "rules": rules}
+    words: str
+    accuracy: float
+    suspicious: bool
 
 
-@dataclass(frozen=True)
-class Report:
-    """A checked tree: every group, everything that is amiss, and remarks that are not amiss."""
+def stump(
+    real: Iterable[Any],
+    fake: Iterable[Any],
+    kind: Literal["kinds", "value", "threshold"],
+    words: Callable[[Any], str] = str,
+) -> Rule:
+    """The best rule on one property by balanced accuracy, or its opposite if that is better.
 
-    judged: list[Judged]
-    findings: list[Finding]
-    notes: list[str]
+    Args:
+        real, fake: a value of each image; neither is empty.
+        kind: "value" (is it this one value), "threshold" (is it at least so much), or "kinds" (each value is called
+            what it is more often, by shares: for a few values, as formats are).
+        words: how the rule names a value.
+    """
+    seen = {REAL: Counter(real), FAKE: Counter(fake)}
+    n, m = seen[REAL].total(), seen[FAKE].total()
+    values = sorted(seen[REAL].keys() | seen[FAKE].keys(), reverse=kind == "threshold")
+    counts = np.array([[seen[label][value] for value in values] for label in LABELS])
+    if kind == "kinds":
+        more = counts[1] / m > counts[0] / n
+        values = [" or ".join(value for value, one in zip(values, more, strict=True) if one) or "nothing"]
+        counts = counts[:, more].sum(axis=1, keepdims=True)
+    elif kind == "threshold":
+        counts = counts.cumsum(axis=1)
+    apart = dict(zip(values, (counts[1] / m - counts[0] / n).tolist(), strict=True))
+    # Of equals the highest threshold; the lowest value, but first one that says "fake if". All alike: the lowest.
+    best = max(apart, key=lambda value: (abs(apart[value]), kind == "value" and apart[value]))
+    best = best if apart[best] else min(apart)
+    accuracy, chance = (1 + abs(apart[best])) / 2, CHANCE * math.sqrt(1 / n + 1 / m)
+    suspicious = accuracy > LIMIT and abs(apart[best]) > chance
+    return Rule(f"{'fake' if apart[best] > 0 else 'real'} if {words(best)}", accuracy, suspicious)
 
 
-def _read_all(paths: list[Path], jobs: int) -> Iterator[Traits]:
-    if jobs == 1 or len(paths) < WORTH_A_POOL:
-        yield from map(traits, paths)
-        return
-    # "spawn": a forked child would inherit whatever threads the caller has, in whatever state they are in.
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        try:
-            yield from pool.map(traits, paths, chunksize=32)
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _rules(real: pd.DataFrame, fake: pd.DataFrame) -> dict[str, Rule]:
+    """The best trivial rules where both labels have readable images; that on quality where both have JPEGs."""
+
+    def best(*tried: tuple[Any, ...]) -> Rule:
+        rules = [stump(of(real), of(fake), kind, words) for of, kind, words in tried]
+        return max(rules, key=lambda rule: rule.accuracy)
+
+    if real.empty or fake.empty:
+        return {}
+    rules = {
+        "format": best((lambda of: of["format"], "kinds", str)),
+        "size": best(
+            (lambda of: of["width"] == of["height"], "value", lambda square: "square" if square else "not square"),
+            (lambda of: of["width"] * of["height"], "threshold", lambda count: f"at least {count:,} pixels"),
+            (lambda of: zip(of["width"], of["height"], strict=True), "value", lambda size: f"{size[0]} x {size[1]} px"),
+        ),
+    }
+    if real["quality"].any() and fake["quality"].any():
+        rules["quality"] = best(
+            (lambda of: of["quality"][of["quality"] > 0], "threshold", lambda quality: f"quality {quality} or more"),
+            (lambda of: of["quality"][of["quality"] > 0], "value", lambda quality: f"quality {quality}"),
+        )
+    return rules
 
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %"
 
 
-def _median(counts: Counter[int]) -> int:
-    middle, passed = (counts.total() + 1) // 2, 0
-    for value in sorted(counts):
-        passed += counts[value]
-        if passed >= middle:
-            return value
-    raise ValueError("no median of nothing")
+def _median(values: pd.Series) -> int:
+    return int(values.quantile(0.5, interpolation="lower"))
 
 
-def _formats(seen: Seen) -> str:
-    total = seen.formats.total()
-    return ", ".join(f"{name} {_percent(count, total)}" for name, count in seen.formats.most_common())
-
-
-def _sizes(seen: Seen) -> str:
-    total = seen.sizes.total()
-    width = _median(counted_by(seen.sizes, lambda size: size[0]))
-    height = _median(counted_by(seen.sizes, lambda size: size[1]))
-    square = sum(count for (w, h), count in seen.sizes.items() if w == h)
-    (w, h), most = min(seen.sizes.items(), key=lambda entry: (-entry[1], entry[0]))
-    return (
-        f"median {width} x {height} px, {_percent(square, total)} square, "
-        f"most often {w} x {h} ({_percent(most, total)})"
-    )
-
-
-def _qualities(seen: Seen) -> str:
-    return f"median {_median(seen.qualities)}, {min(seen.qualities)} to {max(seen.qualities)}"
-
-
-def _rules(real: Seen, fake: Seen) -> dict[str, Rule]:
-    """The best trivial rules where both labels have readable images; that on quality where both have JPEGs."""
-    rules = {}
-    if real.formats and fake.formats:
-        rules["format"] = by_kind(real.formats, fake.formats)
-        square = [counted_by(seen.sizes, lambda size: size[0] == size[1]) for seen in (real, fake)]
-        pixels = [counted_by(seen.sizes, lambda size: size[0] * size[1]) for seen in (real, fake)]
-        rules["size"] = best_of(
-            by_value(square[0], square[1], lambda is_square: "square" if is_square else "not square"),
-            by_threshold(pixels[0], pixels[1], lambda count: f"at least {count:,} pixels"),
-            by_value(real.sizes, fake.sizes, lambda size: f"{size[0]} x {size[1]} px"),
+def _describe(name: str, files: pd.DataFrame) -> str:
+    """What a finding says of the formats, sizes or JPEG qualities of some files."""
+    if name == "format":
+        return ", ".join(f"{kind} {_percent(n, len(files))}" for kind, n in Counter(files["format"]).most_common())
+    if name == "size":
+        sizes = Counter(zip(files["width"], files["height"], strict=True))
+        (width, height), most = min(sizes.items(), key=lambda entry: (-entry[1], entry[0]))
+        return (
+            f"median {_median(files['width'])} x {_median(files['height'])} px, "
+            f"{_percent((files['width'] == files['height']).sum(), len(files))} square, "
+            f"most often {width} x {height} ({_percent(most, len(files))})"
         )
-    if real.qualities and fake.qualities:
-        rules["quality"] = best_of(
-            by_threshold(real.qualities, fake.qualities, lambda quality: f"quality {quality} or more"),
-            by_value(real.qualities, fake.qualities, lambda quality: f"quality {quality}"),
-        )
-    return rules
+    qualities = files["quality"][files["quality"] > 0]
+    return f"median {_median(qualities)}, {qualities.min()} to {qualities.max()}"
 
 
-def _bias_findings(group: Group, real: Seen, fake: Seen, rules: dict[str, Rule]) -> Iterator[Finding]:
-    describe = {"format": _formats, "size": _sizes, "quality": _qualities}
+def _bias_findings(where: str, real: pd.DataFrame, fake: pd.DataFrame, rules: dict[str, Rule]) -> Iterator[Finding]:
     subject = {"format": "Formats", "size": "Sizes", "quality": "JPEG qualities"}
     for name, rule in rules.items():
         if rule.suspicious:
             among = " among the JPEGs" if name == "quality" else ""
             yield Finding(
                 "suspicious",
-                group.name,
-                f"{subject[name]} tell real from fake in {group.name}: real {describe[name](real)}; fake "
-                f"{describe[name](fake)}. The rule '{rule.words}' alone has a balanced accuracy of "
+                where,
+                f"{subject[name]} tell real from fake in {where}: real {_describe(name, real)}; fake "
+                f"{_describe(name, fake)}. The rule '{rule.words}' alone has a balanced accuracy of "
                 f"{rule.accuracy:.2f}{among}.",
-                real.formats.total() + fake.formats.total(),
+                len(real) + len(fake),
             )
 
 
-def _file_findings(group: Group, label: str, seen: Seen) -> Iterator[Finding]:
-    total = len(group.files[label])
-    if seen.corrupt:
+def _file_findings(where: str, label: str, files: pd.DataFrame) -> Iterator[Finding]:
+    if errors := [error for error in files["error"] if error]:
         yield Finding(
             "corrupt",
-            group.name,
-            f"{len(seen.corrupt)} of {total} files in {label} of {group.name} cannot be read, first: {seen.corrupt[0]}",
-            len(seen.corrupt),
-            tuple(seen.corrupt[:FEW]),
+            where,
+            f"{len(errors)} of {len(files)} files in {label} of {where} cannot be read, first: {errors[0]}",
+            len(errors),
+            tuple(errors[:FEW]),
         )
-    if seen.lying:
+    if wrong := [str(path) for path in files.loc[files["wrong_suffix"], "path"]]:
         yield Finding(
             "suspicious",
-            group.name,
-            f"{len(seen.lying)} of {total} files in {label} of {group.name} have another format than their name says, "
-            f"first {seen.lying[0]}.",
-            len(seen.lying),
-            tuple(map(str, seen.lying[:FEW])),
+            where,
+            f"{len(wrong)} of {len(files)} files in {label} of {where} have another format than their name says, "
+            f"first {wrong[0]}.",
+            len(wrong),
+            tuple(wrong[:FEW]),
         )
 
 
-def check(listing: Listing, jobs: int = 1) -> Report:
-    """Read every image of a listing, one at a time in each of `jobs` processes, and judge what was seen.
+def _images(count: int) -> str:
+    return "1 image is" if count == 1 else f"{count} images are"
 
-    Findings come in the order missing, corrupt, duplicated, suspicious. Kept in memory: paths and hashes.
+
+def _shared_findings(
+    one: pd.DataFrame, other: pd.DataFrame, by: str, on: list[str], kind: Literal["duplicated", "suspicious"], what: str
+) -> Iterator[Finding]:
+    """Contents in files of both tables, counted by pairs of values of the column `by`; of one table with itself once.
+
+    on: the columns that must be equal. what: a sentence about the two values.
     """
-    files = [File(g, label, path) for g in listing.groups for label in LABELS for path in g.files[label]]
-    seen = {(group.name, label): Seen() for group in listing.groups for label in LABELS}
-    contents: dict[bytes, list[File]] = defaultdict(list)
-    read = _read_all([file.path for file in files], jobs)
-    for file, found in tqdm(zip(files, read, strict=True), "checking", len(files), unit="image"):
-        seen[file.group.name, file.label].add(file.path, found)
-        if not found.error:
-            contents[bytes.fromhex(found.sha256)].append(file)
-    findings, notes, surplus = copy_findings(copies for copies in contents.values() if len(copies) > 1)
-    judged = []
-    for group in listing.groups:
-        own = {label: seen[group.name, label] for label in LABELS}
-        real = own[REAL] + seen.get((f"{group.place}/{group.pool}", REAL), Seen())
-        rules = _rules(real, own[FAKE])
-        findings += _bias_findings(group, real, own[FAKE], rules)
+    left, right = (files.drop_duplicates([*on, by]) for files in (one, other))
+    pairs = left.merge(right, on=on, suffixes=("", "_other")).sort_values("content", kind="stable")
+    if one is other:
+        pairs = pairs[pairs[by] < pairs[f"{by}_other"]]
+    parties: Any = pairs.groupby([by, f"{by}_other"])
+    for (first, second), shared in parties:
+        count, paths = len(shared), zip(shared["path"][:FEW], shared["path_other"][:FEW], strict=True)
+        examples = tuple(f"{path} and {copy}" for path, copy in paths)
+        message = f"{_images(count)} {what.format(first, second)}, first {examples[0]}."
+        yield Finding(kind, first, message, count, examples)
+
+
+def _duplicate_findings(files: pd.DataFrame) -> Iterator[Finding]:
+    """Copies within a group, fakes of several generators, images in several places, and images under both labels."""
+    contents = files.groupby(["name", "label", "content"])["path"].agg(list)
+    cells: Any = contents[contents.map(len) > 1].groupby(level=["name", "label"])
+    for (name, label), copies in cells:
+        count = int(copies.map(len).sum()) - len(copies)
+        examples = tuple(f"{paths[0]} and {paths[1]}" for paths in copies[:FEW])
+        repeat = "1 file repeats" if count == 1 else f"{count} files repeat"
+        message = f"{repeat} another in {label} of {name}, first {examples[0]}."
+        yield Finding("duplicated", name, message, count, examples)
+    real, fake = (files[files["label"] == label] for label in (REAL, FAKE))
+    yield from _shared_findings(fake, fake, "name", ["content", "place"], "duplicated", "fake in both {} and {}")
+    yield from _shared_findings(files, files, "place", ["content"], "duplicated", "in both {} and {}")
+    yield from _shared_findings(real, fake, "name", ["content"], "suspicious", "real in {} and fake in {}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """A tree, listed or checked.
+
+    rows: a group each, as plain JSON types: suite, split, generator, column, pool, real, fake; of a checked tree also
+        corrupt, copies (files that repeat another of their group and label) and rules ({"format", "size" and "quality":
+        the best trivial rule}; {} for photographs alone).
+    findings: what is amiss, a checked tree's in the order missing, corrupt, duplicated, suspicious.
+    notes: what is not amiss but worth knowing, a sentence each; the last one is the result.
+    """
+
+    rows: list[dict[str, Any]]
+    findings: list[Finding]
+    notes: list[str]
+
+
+def heading(checked: bool) -> list[str]:
+    """Names of the columns that `columns` gives; "by ..." is the balanced accuracy of the best trivial rule."""
+    added = ["corrupt", "copies", "by format", "by size", "by quality"] if checked else []
+    return ["place", "generator", "column", "real", "fake", *added]
+
+
+def columns(row: dict[str, Any]) -> list[str]:
+    """A row of a report as text; "-" where there is nothing to say."""
+    counts = [str(row[name]) for name in ("real", "fake", "corrupt", "copies") if name in row]
+    rules = [row["rules"].get(name) for name in ("format", "size", "quality")] if "rules" in row else []
+    accuracies = [f"{rule['accuracy']:.2f}" if rule else "-" for rule in rules]
+    return [full_name(row["suite"], row["split"]), row["generator"], row["column"] or "-", *counts, *accuracies]
+
+
+def _report(tree: Tree, added: Iterable[dict[str, Any]], findings: list[Finding], notes: list[str], end: str) -> Report:
+    names = ["suite", "split", "generator", "column", "pool", "real", "fake"]
+    records: list[Any] = tree.groups[names].to_dict("records")
+    rows = [record | more for record, more in zip(records, added, strict=True)]
+    passed_over = count_suffixes(tree.files.loc[~tree.files["is_image"], "path"])
+    said = list(tree.notes)
+    if passed_over:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in passed_over.items())
+        said.append(f"Files passed over, not images that can be read here: {kinds}.")
+    by_kind = Counter(finding.kind for finding in findings)
+    what = ", ".join(f"{count} {kind}" for kind, count in by_kind.items()) or "nothing amiss"
+    groups = "1 group" if len(rows) == 1 else f"{len(rows)} groups"
+    result = f"{tree.root}: {tree.files['is_image'].sum():,} images in {groups}, {what}.{end}"
+    return Report(rows, findings, [*said, *notes, result])
+
+
+def listing(tree: Tree) -> Report:
+    """What lies where and what is missing; no image is opened."""
+    unread = " No image was opened; --check does that."
+    return _report(tree, [{}] * len(tree.groups), list(find_missing(tree)), [], unread)
+
+
+def check(tree: Tree, jobs: int = 1) -> Report:
+    """Read every image of a tree, one at a time in each of `jobs` processes, and judge what was seen.
+
+    Kept in memory: paths, hashes and a few numbers of each image.
+    """
+    files = tree.files[tree.files["is_image"]].join(tree.groups[["name", "place"]], on="group")
+    read = Parallel(n_jobs=jobs if len(files) >= WORTH_A_POOL else 1, return_as="generator")
+    found = read(delayed(file_properties)(path) for path in files["path"])
+    properties = list(tqdm(found, "checking", len(files), unit="image"))
+    files = files.join(pd.DataFrame(properties, files.index, FileProperties._fields))
+    readable = files[files["error"] == ""].copy()
+    readable["content"] = readable["sha256"].factorize()[0]
+    findings = list(find_missing(tree))
+    findings += _duplicate_findings(readable[readable.duplicated("content", keep=False)])
+    repeats = readable[readable.duplicated(["group", "label", "content"])].groupby("group").size()
+    parts: dict[Any, pd.DataFrame] = dict(iter(readable.groupby(["group", "label"])))
+    nothing = readable[:0]
+    added = []
+    for group in rows_of(tree.groups):
+        pool = tree.groups.index[tree.groups["folder"] == group.folder.parent / group.pool]
+        real, *shared = (parts.get((number, REAL), nothing) for number in (group.Index, *pool))
+        real, fake = pd.concat([real, *shared]), parts.get((group.Index, FAKE), nothing)
+        rules = _rules(real, fake)
+        findings += _bias_findings(group.name, real, fake, rules)
+        own = files[files["group"] == group.Index]
         for label in LABELS:
-            findings += _file_findings(group, label, own[label])
-        corrupt = sum(len(own[label].corrupt) for label in LABELS)
-        judged.append(Judged(group, corrupt, surplus[group.name], rules))
+            findings += _file_findings(group.name, label, own[own["label"] == label])
+        corrupt, copies = int((own["error"] != "").sum()), int(repeats.get(group.Index, 0))
+        added.append({"corrupt": corrupt, "copies": copies, "rules": {name: asdict(rules[name]) for name in rules}})
     order = ("missing", "corrupt", "duplicated", "suspicious")
-    ordered = sorted([*listing.findings, *findings], key=lambda finding: order.index(finding.kind))
-    return Report(judged, ordered, notes)
+    findings.sort(key=lambda finding: order.index(finding.kind))
+    photographs = readable[readable["label"] == REAL]
+    several = int((photographs.groupby(["content", "place"])["name"].nunique() > 1).sum())
+    note = (
+        f"{_images(several)} real in several generators of a split: as it should be where all are compared "
+        f"with the same photographs, but each counts several times in a mean over generators."
+    )
+    return _report(tree, added, findings, [note] if several else [], "")

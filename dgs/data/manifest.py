@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dgs.data.captions import assign_captions, read_captions, template_caption
-from dgs.data.folders import folder_rows
 from dgs.data.images import UnreadableImage, decode, read
-from dgs.data.layout import LABELS, MINIBENCH, SHARED_REALS, SPLITS
-from dgs.data.suites import SUITES, full_name, is_seen, parted
+from dgs.data.suites import SHARED_REALS, SUITES, full_name, is_seen, parted
+from dgs.data.tree import LABELS, MINIBENCH, SPLITS, read_rows
 from dgs.errors import UserError
 from dgs.params import DataParams
 from dgs.workspace import require_data_root
@@ -136,28 +135,22 @@ def _require_both_labels(manifest: pd.DataFrame, root: Path, cut: float | None) 
 
 
 def _folders(root: Path, params: DataParams, captions_file: Path | None) -> pd.DataFrame:
-    rows = folder_rows(root)
-    unreadable: list[str] = []
-    for row in tqdm(rows, desc="reading images", unit="image"):
-        data = read(root / row["file"])
-        row["sha256"] = hashlib.sha256(data).hexdigest()
+    manifest = read_rows(root)
+    manifest["id"], manifest["row"] = manifest["file"], -1
+    hashes, unreadable = [], []
+    for file in tqdm(manifest["file"], desc="reading images", unit="image"):
+        data = read(root / file)
+        hashes.append(hashlib.sha256(data).hexdigest())
         try:
-            decode(data, row["file"])
+            decode(data, file)
         except UnreadableImage as error:
             unreadable.append(str(error))
     if unreadable:
-        raise UserError(f"{len(unreadable)} of {len(rows)} images cannot be read, first: {unreadable[0]}")
-    manifest = pd.DataFrame(rows)
-    given = read_captions(captions_file) if captions_file else {}
-    images = {row["file"]: (row["sha256"], template_caption(row["words"])) for row in rows}
-    chosen, _ = assign_captions(images, given)
-    manifest["caption"] = manifest["file"].map(chosen)
-    manifest["caption_source"] = [
-        "file" if file in given or sha in given else "template"
-        for file, sha in zip(manifest["file"], manifest["sha256"], strict=True)
-    ]
-    manifest["id"] = manifest["file"]
-    manifest["row"] = -1
+        raise UserError(f"{len(unreadable)} of {len(manifest)} images cannot be read, first: {unreadable[0]}")
+    manifest["sha256"] = hashes
+    given = assign_captions(manifest, read_captions(captions_file) if captions_file else {})
+    manifest["caption"] = given.where(given.notna(), manifest["words"].map(template_caption))
+    manifest["caption_source"] = given.notna().map({True: "file", False: "template"})
     cut = None if (manifest["split"] == "val").any() else params.val_fraction
     if cut is not None:
         manifest = _cut_val(manifest, cut)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from dgs.data.layout import SHARED_REALS
+SHARED_REALS = "real"  # in place of a generator's name: photographs that all generators of the split are compared with
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ AIGI_BENCH = Suite(
     also=("AIGIBench-test", "AIGI-Bench"),
 )
 
+NO_SUITE = Suite("", "", ())  # what folders belong to that are no suite's
 SUITES = (UNIVERSAL_FAKE_DETECT, AIGC_DETECT_BENCHMARK, AIGI_BENCH)
 RECOGNISED = 0.5  # a folder without a suite's name is that suite's where it holds this share of the generators
 
@@ -164,9 +165,9 @@ def abbreviated(name: str) -> str:
     return suite.short + name.removeprefix(suite.name) if suite else name
 
 
-def pools_for(suite: Suite | None, generator: str) -> tuple[str, ...]:
+def pools_for(suite: Suite, generator: str) -> tuple[str, ...]:
     """Names of the folders whose photographs a generator may be compared with; the first that is there counts."""
-    known = suite.generator(generator) if suite else None
+    known = suite.generator(generator)
     own = (known.reals,) if known and known.reals else ()
     return tuple(name for name in (*own, SHARED_REALS) if name != generator)
 
@@ -174,14 +175,13 @@ def pools_for(suite: Suite | None, generator: str) -> tuple[str, ...]:
 def is_pool(name: str) -> bool:
     """Whether a generator's `full_name` stands for photographs that several generators are compared with."""
     suite, own = parted(name)
-    known = suite_named(suite)
-    return own == SHARED_REALS or (known is not None and own in known.pools())
+    return own in (suite_named(suite) or NO_SUITE).pools() | {SHARED_REALS}
 
 
 def pool_of(name: str, present: Collection[str]) -> str:
     """The pool that a generator's `full_name` is compared with, of the full names in `present`; "" if there is none."""
     suite, own = parted(name)
-    pools = (full_name(suite, pool) for pool in pools_for(suite_named(suite), own))
+    pools = (full_name(suite, pool) for pool in pools_for(suite_named(suite) or NO_SUITE, own))
     return next((pool for pool in pools if pool in present), "")
 
 
