@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from tqdm import tqdm
 
-from dgs.data.tree import MINIBENCH
 from dgs.data.manifest import content_hash, training_set
+from dgs.data.tree import MINIBENCH
 from dgs.errors import UserError
 from dgs.stats import Interval, percent_text, rounded_text
 from minibench import clip, scenes

@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dgs.data.tree import MINIBENCH
 from dgs.data.manifest import content_hash
+from dgs.data.tree import MINIBENCH
 from dgs.errors import UserError
 from minibench import camera, captions, generators, jpeg, pretrain, scenes, train_generators
 from minibench import photographs as pool
