@@ -1,6 +1,6 @@
 """REPORT.md of a run: what was run, what came out, how sure it is, and how to read it.
 
-Every table is a pivot of detection.csv or forgetting.csv; the text around them is templates/REPORT.md.j2.
+Every table is a pivot of detection.csv or forgetting.csv; the text around them is REPORT.md.j2.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dgs.analysis import metrics
 from dgs.analysis.metrics import CELL_METRICS, ORACLE, generators_in_order, in_order, metrics_of, per_seed_values
@@ -47,7 +47,7 @@ READINGS = {
     "none shown": "nothing shown for",
 }
 _TEMPLATES = Environment(
-    loader=PackageLoader("dgs.analysis"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
 
 
@@ -123,7 +123,7 @@ def summary_sections(text: str) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of dgs/analysis/templates/ with `values`; blank lines that its blocks leave are drawn together."""
+    """A template beside this module with `values`; blank lines that its blocks leave are drawn together."""
     text = _TEMPLATES.get_template(template).render(**values)
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
 
