@@ -491,11 +491,12 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Ask what tells fake from real in a benchmark: trivial detectors, statistics, content, near duplicates."""
-    from minibench import audit as auditing
+    from minibench.audit import audit as audit_folder
+    from minibench.audit_report import markdown
     from minibench.contact_sheets import write_sheets
 
-    result = auditing.audit(folder, progress=True)
-    text = auditing.markdown(result)
+    result = audit_folder(folder, progress=True)
+    text = markdown(result)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "audit.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

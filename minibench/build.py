@@ -7,8 +7,7 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -18,48 +17,35 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dgs.data.manifest import content_hash
 from dgs.data.tree import MINIBENCH
 from dgs.errors import UserError
-from minibench import camera, captions, generators, jpeg, pretrain, scenes, train_generators
-from minibench import photographs as pool
-from minibench import splits as plan
+from minibench import camera, captions, degradations, generators, pretrain, scenes, splits, train_generators
+from minibench.clip import one_thread
 
 Bytes = NDArray[np.uint8]
 
 Source = Literal["shipped", "train"]  # of a network
 
 VERSION = "2.1"
-SHIPPED = Path(__file__).resolve().parents[2] / "sample"
+SHIPPED = Path(__file__).resolve().parents[1] / "sample"
 WEIGHTS = "generators.safetensors"
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """torch on one thread: its sums depend on how many share the work, and bytes must not."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def make(
     seed: int,
-    rows: Sequence[plan.Row],
+    rows: Sequence[splits.Row],
     models: dict[str, generators.Generator],
     workers: int = 1,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """The finished records of one split's plan, in its order; "image" holds the JPEG file."""
+    """The finished records of one split's rows, in their order; "image" holds the JPEG file."""
     split = rows[0].split
     shot = sorted({row.index for row in rows})
-    found, photographs = pool.shoot(seed, split, shot, workers, progress, camera.MARGIN)
+    found, photographs = camera.photographs(seed, split, shot, camera.MARGIN, workers, progress)
     place = {index: i for i, index in enumerate(shot)}
     images: dict[int, Bytes] = {}
     for maker in tqdm(dict.fromkeys(row.generator for row in rows), f"images of {split}", disable=not progress):
@@ -67,9 +53,9 @@ def make(
         index = [rows[i].index for i in places]
         own = [place[k] for k in index]
         made = photographs[own]
-        if maker != plan.REAL:
+        if maker != splits.REAL:
             noise = [scenes.stream(seed, split, k, "generator") for k in index]
-            made = generators.synthesise(maker, models[maker], made, [found[k] for k in own], noise)
+            made = generators.synthesise(models[maker], made, [found[k] for k in own], noise)
         else:
             made = camera.crop(made)
         images.update(zip(places, made, strict=True))
@@ -77,14 +63,14 @@ def make(
     for i, row in enumerate(rows):
         s = found[place[row.index]]
         told = scenes.stream(seed, split, scenes.elder(split, row.index), "caption")
-        data = jpeg.encode(images[i], jpeg.draw_quality(scenes.stream(seed, split, row.index, "jpeg")))
+        data = degradations.encode(images[i], degradations.draw_quality(scenes.stream(seed, split, row.index, "jpeg")))
         records.append(
             {
                 "id": f"{split}-{row.index:06d}-{row.generator}",
                 "scene": s.id,
                 "split": split,
                 "generator": row.generator,
-                "label": int(row.generator != plan.REAL),
+                "label": int(row.generator != splits.REAL),
                 "caption": captions.caption(s.attributes, told),
                 **s.attributes.as_dict(),
                 "image": data,
@@ -93,7 +79,7 @@ def make(
     return records
 
 
-def write(records: Sequence[dict[str, Any]], rows: Sequence[plan.Row], path: Path) -> None:
+def write(records: Sequence[dict[str, Any]], rows: Sequence[splits.Row], path: Path) -> None:
     """One parquet file: a row an image, one boolean column a set."""
     sets = sorted(set().union(*(row.sets for row in rows)))
     columns = {
@@ -137,7 +123,7 @@ def build(
     shipped: Path = SHIPPED,
     weights: Source = "shipped",
     training: Literal["fresh", "shipped"] = "fresh",
-    sizes: plan.Sizes | None = None,
+    sizes: splits.Sizes | None = None,
     clip_recipe: pretrain.Recipe | None = None,
     generator_recipe: train_generators.Recipe | None = None,
     workers: int = 1,
@@ -162,18 +148,18 @@ def build(
         raise UserError(f"{shipped} should hold {', '.join(missing)} to reuse. Found none; train them instead.")
     if training == "shipped" and seed == _meta(shipped)["seed"]:
         raise UserError(f"Seed {seed} is that of {shipped}: its test set would not be fresh. Choose another --seed.")
-    sizes, rhos = sizes or plan.Sizes(), plan.RHOS if rho is None else (rho,)
+    sizes, rhos = sizes or splits.Sizes(), splits.RHOS if rho is None else (rho,)
     clip_recipe, generator_recipe = clip_recipe or pretrain.Recipe(), generator_recipe or train_generators.Recipe()
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.parent / f".{out.name}-pretraining"
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        with _one_thread():
+        with one_thread():
             made_generators = _generators(weights, folder, shipped, generator_recipe, workers, progress)
             made_clip = _clip(clip, folder, shipped, clip_recipe, scratch, workers, progress)
             models = generators.load(folder / WEIGHTS)
             images: list[pd.DataFrame] = []
-            for split, rows in plan.rows(seed, sizes, rhos).items():
+            for split, rows in splits.rows(seed, sizes, rhos).items():
                 pack = folder / f"images-{split}.parquet"
                 if training == "shipped" and split != "test":
                     shutil.copyfile(shipped / pack.name, pack)
@@ -221,12 +207,12 @@ def _described() -> dict[str, Any]:
                 "fake_with_rho": list(shortcut.fake),
                 "fake_with_1_minus_rho": list(shortcut.real),
             }
-            for name, shortcut in plan.SHORTCUTS.items()
+            for name, shortcut in splits.SHORTCUTS.items()
         },
         "seen": list(generators.SEEN),
         "unseen": list(generators.UNSEEN),
         "attributes": {name: list(values) for name, values in scenes.VOCABULARY.items()},
-        "image": {"side": scenes.SIZE, "jpeg_quality": list(jpeg.QUALITY), "subsampling": "4:2:0"},
+        "image": {"side": scenes.SIZE, "jpeg_quality": list(degradations.QUALITY), "subsampling": "4:2:0"},
         "camera": {
             "blur": list(camera.BLUR),
             "exposure": list(camera.EXPOSURE),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from joblib import Parallel, delayed  # type: ignore[import-untyped]
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from minibench import scenes
 
@@ -17,6 +19,7 @@ EXPOSURE = (0.8, 1.15)
 ELECTRONS = (800.0, 4000.0)  # full well: shot noise falls as it rises
 READ_NOISE = (0.003, 0.008)  # standard deviation, fraction of full scale
 MARGIN = 8  # pixels made around every image of the benchmark, real or fake, and cut off
+CHUNK = 250  # scenes that a process takes at a time
 
 
 def blur(image: Floats, sigma: float) -> Floats:
@@ -76,13 +79,29 @@ def shoot(seed: int, split: str, index: int, margin: int = 0) -> tuple[scenes.Sc
     return s, photograph(scenes.render(s, margin), scenes.stream(seed, split, index, "camera"))
 
 
-def shoot_many(seed: int, split: str, indices: Sequence[int], margin: int = 0) -> tuple[list[scenes.Scene], Bytes]:
-    """Scenes of a split by their indices, and their photographs, (N, S, S, 3) uint8."""
+def _chunk(seed: int, split: str, indices: Sequence[int], margin: int) -> tuple[list[scenes.Scene], list[Bytes]]:
+    found = [shoot(seed, split, index, margin) for index in indices]
+    return [scene for scene, _ in found], [image for _, image in found]
+
+
+def photographs(
+    seed: int, split: str, indices: Sequence[int], margin: int = 0, workers: int = 1, progress: bool = False
+) -> tuple[list[scenes.Scene], Bytes]:
+    """Scenes of a split by their indices, and their photographs: the same whatever the number of processes.
+
+    Returns:
+        the N scenes; (N, S, S, 3) uint8, S = 64 + 2 margin pixels.
+    """
+    chunks = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
+    made = Parallel(workers, return_as="generator")(delayed(_chunk)(seed, split, some, margin) for some in chunks)
+    found: list[scenes.Scene] = []
     side = scenes.SIZE + 2 * margin
-    found, images = [], np.empty((len(indices), side, side, 3), np.uint8)
-    for i, index in enumerate(indices):
-        s, images[i] = shoot(seed, split, index, margin)
-        found.append(s)
+    images = np.empty((len(indices), side, side, 3), np.uint8)
+    with tqdm(total=len(indices), desc=f"photographs of {split} scenes", disable=not progress) as bar:
+        for some, part in made:
+            images[len(found) : len(found) + len(some)] = part
+            found.extend(some)
+            bar.update(len(some))
     return found, images
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import open_clip
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
 from dgs.model.clip import ConvStem, attach
@@ -42,6 +44,18 @@ PREPROCESS: dict[str, Any] = {
     "resize_mode": "shortest",
 }
 STEM: dict[str, Any] = {"stem": "conv3", "stem_channels": [32, 64, 96]}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch and BLAS on one thread: the order of their sums, and so the last digits, depends on how many share it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def create(norm: bool = False) -> open_clip.model.CLIP:

@@ -17,9 +17,10 @@ from PIL import Image
 from dgs.analysis.figures.detection import DPI, style
 from dgs.errors import UserError, did_you_mean
 from dgs.stats import rounded_text
-from minibench import audit, camera, generators, jpeg, train_generators
-from minibench import splits as plan
-from minibench import trivial_detectors as controls
+from minibench import audit, camera, generators, trivial_detectors
+from minibench.degradations import decode, encode
+from minibench.splits import REAL
+from minibench.train_generators import psnr
 
 Bytes = NDArray[np.uint8]
 
@@ -41,18 +42,18 @@ def contact_sheet(folder: Path, generator: str, count: int = 8) -> Figure:
     fakes.
     """
     test = audit.tables(folder)["test"]
-    makers = [str(name) for name in test["generator"].unique() if name != plan.REAL]
+    makers = [str(name) for name in test["generator"].unique() if name != REAL]
     if generator not in makers:
         raise UserError(
             f"Expected a generator of the test pack ({', '.join(makers)}), found '{generator}'."
             f"{did_you_mean(generator, makers)} Name one of these."
         )
     rows = test[test["generator"] == generator].head(count)
-    fakes = np.stack([jpeg.decode(file) for file in rows["image"]])
+    fakes = np.stack([decode(file) for file in rows["image"]])
     shot = photographs(rows)
     apart = (fakes.astype(np.int64) - shot) * AMPLIFY + 128
     difference = np.clip(apart, 0, 255).astype(np.uint8)
-    quality = train_generators.psnr(shot, fakes)
+    quality = psnr(shot, fakes)
     title = (
         f"{generator}: {_decoder(generator)} These fakes are {rounded_text(quality)}\u00a0dB from photographs of their "
         "scenes."
@@ -67,7 +68,7 @@ def write_sheets(folder: Path, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for name in test["generator"].unique():
-        if name != plan.REAL:
+        if name != REAL:
             paths.append(out / f"{name}.png")
             paths[-1].write_bytes(png(contact_sheet(folder, str(name))))
     return paths
@@ -99,10 +100,10 @@ def source(scene: str) -> tuple[int, str, int]:
 
 def photographs(rows: pd.DataFrame) -> Bytes:
     """Photographs of the scenes of a pack's rows, saved at the quality of the row's own file: (N, H, W, 3) uint8."""
-    qualities = controls.jpeg_quality(controls.samples(rows))[:, 0]
+    qualities = trivial_detectors.jpeg_quality(trivial_detectors.samples(rows))[:, 0]
     return np.stack(
         [
-            jpeg.decode(jpeg.encode(camera.crop(camera.shoot(*source(scene), camera.MARGIN)[1]), int(quality)))
+            decode(encode(camera.crop(camera.shoot(*source(scene), camera.MARGIN)[1]), int(quality)))
             for scene, quality in zip(rows["scene"], qualities, strict=True)
         ]
     )

@@ -1,24 +1,48 @@
-"""Six media a CLIP learns to name: what was done to a photograph after it was taken, from faint to strong."""
+"""What is done to a photograph after it was taken: six media a CLIP learns to name, and one last JPEG step for all.
+
+File format is the field's best-known false cue. Here every image, real or fake, ends as a JPEG of a quality drawn
+without looking at its label.
+"""
 
 from __future__ import annotations
+
+import io
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from minibench import jpeg
 from minibench.camera import blur
 
+QUALITY = (90, 97)  # inclusive
+
 Bytes = NDArray[np.uint8]
+
+
+def draw_quality(rng: np.random.Generator, low: int = QUALITY[0], high: int = QUALITY[1]) -> int:
+    """A JPEG quality, uniform on low..high inclusive."""
+    return int(rng.integers(low, high + 1))
+
+
+def encode(image: Bytes, quality: int) -> bytes:
+    """(H, W, 3) uint8 -> a baseline JPEG file, 4:2:0, optimised Huffman tables, no metadata."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling="4:2:0", optimize=True)
+    return buffer.getvalue()
+
+
+def decode(data: bytes) -> Bytes:
+    """A JPEG file -> (H, W, 3) uint8."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def _bytes(image: NDArray[np.float32]) -> Bytes:
     return np.rint(np.clip(image, 0, 255)).astype(np.uint8)
 
 
-def apply(image: Bytes, medium: str, rng: np.random.Generator) -> Bytes:
-    """(64, 64, 3) uint8 -> the same image as `medium`, strength drawn from `rng`, after its last JPEG step."""
-    quality = jpeg.draw_quality(rng)
+def degrade(image: Bytes, medium: str, rng: np.random.Generator) -> Bytes:
+    """(64, 64, 3) uint8 -> the same image as `medium`, from faint to strong by `rng`, after its last JPEG step."""
+    quality = draw_quality(rng)
     values = image.astype(np.float32)
     if medium == "blurry":
         image = _bytes(blur(values, rng.uniform(0.7, 1.5)))
@@ -38,4 +62,4 @@ def apply(image: Bytes, medium: str, rng: np.random.Generator) -> Bytes:
         image = _bytes(values + rng.uniform(0.7, 2.5) * (values - blur(values, rng.uniform(0.7, 1.2))))
     elif medium != "clean":
         raise ValueError(f"medium should be one of minibench.captions.MEDIA. Found {medium!r}.")
-    return jpeg.decode(jpeg.encode(image, quality))
+    return decode(encode(image, quality))

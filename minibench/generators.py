@@ -26,10 +26,6 @@ from minibench import camera, scenes
 Bytes = NDArray[np.uint8]
 Edges = Literal["zeros", "reflect"]  # what a convolution finds beyond the image
 
-SEEN = ("deconv_gan", "kl_vae")
-UNSEEN = ("pixelshuffle", "bilinear", "vq", "superres", "splice", "diffusion", "layout_diffusion")
-NAMES = SEEN + UNSEEN
-
 
 def to_tensor(images: Bytes) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
@@ -60,8 +56,11 @@ class Residual(nn.Module):
 class Generator(nn.Module):
     """Synthesis (B, 3, 64, 64) -> the same, in [-1, 1]; `loss` is what it is trained on."""
 
+    seen = False  # in training sets
+    steps = 1000  # of training: how long sets how visible its fakes are
     adversarial = 0.0  # weight of the critic's loss
     starts_from: Literal["photograph", "drawing"] = "photograph"  # what `forward` is given
+    local = False  # only the object's region is taken from its output
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         """`noise`: standard normal, shaped as the images; a deterministic generator leaves it alone."""
@@ -74,6 +73,19 @@ class Generator(nn.Module):
         return F.l1_loss(output, images), output
 
 
+_CLASSES: dict[str, type[Generator]] = {}
+
+
+def _named(name: str) -> Callable[[type[Generator]], type[Generator]]:
+    """Makes a class the generator `name`. Their order enters random numbers: new ones go to the end."""
+
+    def register(kind: type[Generator]) -> type[Generator]:
+        _CLASSES[name] = kind
+        return kind
+
+    return register
+
+
 def _encoder(latent: int, width: int = 32) -> nn.Sequential:
     return nn.Sequential(
         _conv(3, width // 2), nn.SiLU(), _conv(width // 2, width, stride=2), Residual(width), nn.SiLU(),
@@ -81,9 +93,14 @@ def _encoder(latent: int, width: int = 32) -> nn.Sequential:
     )  # fmt: skip
 
 
+@_named("deconv_gan")
 class DeconvGAN(Generator):
     """Transposed convolution with overlapping 4x4 kernels; L1 and an adversarial loss."""
 
+    # Both seen generators stop where adapters learn to tell them: balanced accuracy 88 %; 75 % at 1,000 steps, 96 % at
+    # 800 and 500.
+    seen = True
+    steps = 900
     adversarial = 0.03
 
     def __init__(self, latent: int = 12) -> None:
@@ -98,8 +115,12 @@ class DeconvGAN(Generator):
         return cast(Tensor, self.decoder(self.encoder(images)))
 
 
+@_named("kl_vae")
 class KLVAE(Generator):
     """Nearest upsampling followed by convolutions; L1 and a KL term on a sampled latent."""
+
+    seen = True
+    steps = 800
 
     def __init__(self, latent: int = 12, beta: float = 1e-4) -> None:
         super().__init__()
@@ -127,8 +148,11 @@ class KLVAE(Generator):
         return F.l1_loss(output, images) + self.beta * kl, output
 
 
+@_named("pixelshuffle")
 class PixelShuffle(Generator):
     """Sub-pixel convolution: the last layer writes each 2x2 cell of pixels as 12 channels."""
+
+    steps = 600  # before it is at chance
 
     def __init__(self, latent: int = 12) -> None:
         super().__init__()
@@ -141,6 +165,7 @@ class PixelShuffle(Generator):
         return cast(Tensor, self.decoder(self.encoder(images)))
 
 
+@_named("bilinear")
 class Bilinear(Generator):
     """Bilinear upsampling followed by convolutions."""
 
@@ -155,6 +180,7 @@ class Bilinear(Generator):
         return cast(Tensor, self.outer(fine))
 
 
+@_named("vq")
 class VQ(Generator):
     """Two vector-quantised codes a cell, decoded by transposed convolution with 2x2 kernels that do not overlap."""
 
@@ -194,6 +220,7 @@ def _sharpen(images: Tensor, amount: float) -> Tensor:
     return images + amount * (images - soft)
 
 
+@_named("superres")
 class SuperResolution(Generator):
     """The image at half size, brought back by bicubic upsampling and a learned residual, then faintly sharpened.
 
@@ -219,8 +246,11 @@ class SuperResolution(Generator):
         return F.l1_loss(output, images), output
 
 
+@_named("splice")
 class Splice(Generator):
     """A coarse (f = 4) autoencoder with pooled encoder and dilated decoder; only the object's region is pasted in."""
+
+    local = True
 
     def __init__(self, latent: int = 32) -> None:
         super().__init__()
@@ -278,6 +308,7 @@ class Denoiser(nn.Module):
         return F.pixel_shuffle(self.leave(self.last(h + c)), 2)
 
 
+@_named("diffusion")
 class Diffusion(Generator):
     """A small denoising diffusion model, image to image: noised to `strength`, then denoised by a few DDIM steps."""
 
@@ -303,9 +334,11 @@ class Diffusion(Generator):
         return F.mse_loss(clean, images) * 10, clean
 
 
+@_named("layout_diffusion")
 class LayoutDiffusion(Generator):
     """Diffusion from pure noise, guided by a drawing of the scene: it invents lens, sensor and grain."""
 
+    steps = 1500
     starts_from = "drawing"
 
     def __init__(self, width: int = 48, steps: int = 3) -> None:
@@ -332,17 +365,10 @@ class LayoutDiffusion(Generator):
         return ((clean - images) ** 2 / (spread**2 + 1e-3)).mean(), clean
 
 
-_CLASSES: dict[str, type[Generator]] = {
-    "deconv_gan": DeconvGAN,
-    "kl_vae": KLVAE,
-    "pixelshuffle": PixelShuffle,
-    "bilinear": Bilinear,
-    "vq": VQ,
-    "superres": SuperResolution,
-    "splice": Splice,
-    "diffusion": Diffusion,
-    "layout_diffusion": LayoutDiffusion,
-}
+NAMES = tuple(_CLASSES)
+SEEN = tuple(name for name, kind in _CLASSES.items() if kind.seen)
+UNSEEN = tuple(name for name, kind in _CLASSES.items() if not kind.seen)
+STEPS = {name: kind.steps for name, kind in _CLASSES.items()}
 
 
 def create(name: str) -> Generator:
@@ -387,7 +413,6 @@ def load(path: Path) -> dict[str, Generator]:
 
 @torch.no_grad()
 def synthesise(
-    name: str,
     model: Generator,
     images: Bytes,
     found: Sequence[scenes.Scene],
@@ -407,7 +432,7 @@ def synthesise(
         some = to_tensor(images[start : start + batch])
         grain = [rng.standard_normal(some.shape[1:], dtype=np.float32) for rng in noise[start : start + batch]]
         output = model(some, torch.from_numpy(np.stack(grain)))
-        if name == "splice":
+        if model.local:
             cover = [scenes.mask(s, grow=0.08, soft=5.0) for s in found[start : start + batch]]
             weight = F.pad(torch.from_numpy(np.stack(cover))[:, None], (camera.MARGIN,) * 4)
             output = weight * output + (1 - weight) * some

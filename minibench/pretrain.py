@@ -28,9 +28,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dgs.errors import UserError
-from minibench import captions, clip, scenes
-from minibench import degradations as media
-from minibench import photographs as pool
+from minibench import camera, captions, clip, scenes
+from minibench.degradations import degrade
 
 Bytes = NDArray[np.uint8]
 
@@ -91,7 +90,7 @@ def augment(image: Bytes, medium: str, shift: int, rng: np.random.Generator) -> 
     side = image.shape[0]
     image = np.pad(image, ((shift, shift), (shift, shift), (0, 0)), mode="reflect")[dy : dy + side, dx : dx + side]
     image = np.minimum(image * np.float32(rng.uniform(0.85, 1.15)), 255).astype(np.uint8)
-    return media.apply(image, medium, rng)
+    return degrade(image, medium, rng)
 
 
 def draw(images: Bytes, attributes: Sequence[scenes.Attributes], recipe: Recipe, step: int) -> Batch:
@@ -157,9 +156,9 @@ def measure(
 ) -> dict[str, float]:
     """Zero-shot accuracy of every attribute and R@1 among 200 captions on held-out photographs, as fractions."""
     rng = np.random.default_rng([seed, 1])
-    clean = np.stack([media.apply(image, "clean", rng) for image in images])
+    clean = np.stack([degrade(image, "clean", rng) for image in images])
     chosen = [captions.MEDIA[i % len(captions.MEDIA)] for i in range(len(images))]
-    treated = np.stack([media.apply(image, m, rng) for image, m in zip(images, chosen, strict=True)])
+    treated = np.stack([degrade(image, m, rng) for image, m in zip(images, chosen, strict=True)])
     embedded = clip.embed_images(model, clean, clip.PREPROCESS)
     out = {
         name: clip.zero_shot(model, embedded, [getattr(a, name) for a in attributes], name)
@@ -231,7 +230,9 @@ def pretrain(
     scratch.mkdir(parents=True, exist_ok=True)
     counts = {"clip": recipe.scenes, "clip-val": recipe.held_out}
     if data is None:
-        shot = [pool.shoot(recipe.seed, split, range(n), workers, progress)[1] for split, n in counts.items()]
+        shot = [
+            camera.photographs(recipe.seed, split, range(n), 0, workers, progress)[1] for split, n in counts.items()
+        ]
         data = (shot[0], shot[1])
     images, held = data[0][: recipe.scenes], data[1][: recipe.held_out]
     known, held_known = (

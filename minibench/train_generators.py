@@ -13,19 +13,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from minibench import camera, generators, scenes
-from minibench import photographs as pool
 
 Bytes = NDArray[np.uint8]
-
-
-# How long sets how visible. Both seen generators stop where adapters learn to tell them: balanced accuracy 88 %; 75 %
-# at 1,000 steps, 96 % at 800 and 500. Sub-pixel shuffle stops before it is at chance; diffusion from noise learns long.
-STEPS = dict.fromkeys(generators.NAMES, 1000) | {
-    "deconv_gan": 900,
-    "kl_vae": 800,
-    "pixelshuffle": 600,
-    "layout_diffusion": 1500,
-}
 
 
 @dataclass(frozen=True)
@@ -38,7 +27,7 @@ class Recipe:
     batch: int = 8
     lr: float = 2e-3
     critic_lr: float = 4e-4
-    steps: dict[str, int] = field(default_factory=lambda: dict(STEPS))
+    steps: dict[str, int] = field(default_factory=lambda: dict(generators.STEPS))
 
 
 def train(name: str, images: Bytes, drawings: Bytes, recipe: Recipe, progress: bool = False) -> generators.Generator:
@@ -77,15 +66,15 @@ def psnr(first: Bytes, second: Bytes) -> float:
 
 def train_all(path: Path, recipe: Recipe, workers: int = 1, progress: bool = False) -> dict[str, float]:
     """Train and save every generator; returns the PSNR of each on held-out photographs, dB."""
-    found, images = pool.shoot(recipe.seed, "generators", range(recipe.scenes), workers, progress)
+    found, images = camera.photographs(recipe.seed, "generators", range(recipe.scenes), 0, workers, progress)
     drawings = np.stack([camera.draw(s) for s in found])
     held_out = range(recipe.held_out)
-    held, held_images = pool.shoot(recipe.seed, "generators-val", held_out, workers, progress, camera.MARGIN)
+    held, held_images = camera.photographs(recipe.seed, "generators-val", held_out, camera.MARGIN, workers, progress)
     models = {name: train(name, images, drawings, recipe, progress) for name in generators.NAMES}
     generators.save(models, path)
     quality = {}
     for name, model in generators.load(path).items():
         noise = [scenes.stream(recipe.seed, "generators-val", i, "generator") for i in range(len(held))]
-        made = generators.synthesise(name, model, held_images, held, noise)
+        made = generators.synthesise(model, held_images, held, noise)
         quality[name] = round(psnr(camera.crop(held_images), made), 2)
     return quality

@@ -7,10 +7,8 @@ own; what `CUES` find when labels are independent of content is a flaw of the be
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Any, cast
 
@@ -23,19 +21,20 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dgs.data.checks import jpeg_quality as quality_of_table
 from dgs.errors import UserError
 from dgs.stats import Interval
-from minibench import jpeg
-from minibench import splits as plan
+from minibench.degradations import decode
+from minibench.splits import REAL
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]
 Labels = NDArray[np.int64]
 
+DECIMALS = 6  # of an audit's numbers
 DRAWS = 10_000  # of the bootstrap
 BLOCK = 500  # images handled at once where float copies would fill memory
 EDGE = 4  # outer rings of pixels
@@ -70,26 +69,28 @@ class Samples:
 def samples(table: pd.DataFrame, embed: Callable[[Bytes], Floats] | None = None) -> Samples:
     """A pack's rows with decoded images and, by `embed`, their features."""
     table = table.reset_index(drop=True)
-    images = np.stack([jpeg.decode(file) for file in table["image"]])
+    images = np.stack([decode(file) for file in table["image"]])
     return Samples(table, images, embed(images) if embed else np.empty((len(table), 0), np.float32))
+
+
+def join(parts: Sequence[Samples]) -> Samples:
+    """Samples one after the other."""
+    return Samples(
+        pd.concat([part.table for part in parts], ignore_index=True),
+        np.concatenate([part.images for part in parts]),
+        np.concatenate([part.features for part in parts]),
+    )
+
+
+def rounded(value: Any) -> float:
+    """As a Python float of `DECIMALS` digits."""
+    return round(float(value), DECIMALS)
 
 
 # A detector learns from a training set and a seed and returns a scorer; a scorer gives logits (N,): fake where > 0.
 Feature = Callable[[Samples], Floats]
 Scorer = Callable[[Samples], Floats]
 Detector = Callable[[Samples, int], Scorer]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch and BLAS on one thread: the order of their sums, and so the last digits, depends on how many share it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- features ----------------------------------------------------------------------------------------------------
@@ -110,29 +111,19 @@ def file_size(some: Samples) -> Floats:
     return np.array([[len(file)] for file in some.table["image"]], np.float64)
 
 
-@cache
-def _quantisation() -> Floats:
-    """Luminance tables of the qualities 1 to 100: (100, 64)."""
-    grey = np.full((8, 8, 3), 128, np.uint8)
-    return np.array([_table(jpeg.encode(grey, quality)) for quality in range(1, 101)], np.float64)
-
-
-def _table(file: bytes) -> list[int]:
-    found: Any = Image.open(io.BytesIO(file))
-    if found.format != "JPEG":
-        raise UserError(f"Expected JPEG files in the packs, found {found.format}. Build the benchmark anew.")
-    return list(found.quantization[0])
-
-
 def jpeg_quality(some: Samples) -> Floats:
     """The quality whose standard luminance table is nearest to the file's: (N, 1), 1 to 100.
 
     Raises UserError for a file that is not a JPEG.
     """
-    tables = np.array([_table(file) for file in some.table["image"]], np.float64)
-    known, places = np.unique(tables, axis=0, return_inverse=True)
-    nearest = np.abs(known[:, None] - _quantisation()).sum(-1).argmin(1) + 1
-    return nearest[places.ravel()][:, None].astype(np.float64)
+    return np.array([[_quality(file)] for file in some.table["image"]], np.float64)
+
+
+def _quality(file: bytes) -> int:
+    found: Any = Image.open(io.BytesIO(file))
+    if found.format != "JPEG":
+        raise UserError(f"Expected JPEG files in the packs, found {found.format}. Build the benchmark anew.")
+    return quality_of_table(list(found.quantization[0]))
 
 
 def _residual(images: Floats) -> Floats:
@@ -319,10 +310,10 @@ def by_generator(table: pd.DataFrame, logits: Floats, seed: int = 0) -> tuple[di
         count, share = int(mask.sum()), float(right[mask].mean())
         return share, rng.binomial(count, share, DRAWS) / count
 
-    real, reals = drawn((table["generator"] == plan.REAL).to_numpy())
+    real, reals = drawn((table["generator"] == REAL).to_numpy())
     points, bootstrap = {}, {}
     for name in table["generator"].unique():
-        if name != plan.REAL:
+        if name != REAL:
             fake, fakes = drawn((table["generator"] == name).to_numpy())
             points[name], bootstrap[name] = (real + fake) / 2, (reals + fakes) / 2
     return (

@@ -27,26 +27,22 @@ from minibench import (
     camera,
     captions,
     clip,
+    degradations,
     generators,
-    jpeg,
     pretrain,
     scenes,
+    splits,
     train_generators,
 )
-from minibench import degradations as media
-from minibench import photographs as pool
-from minibench import splits as plan
 
 SAMPLE = build.SHIPPED
-SETS = sorted({training_set(rho, name) for rho in plan.RHOS for name in plan.SHORTCUTS})
+SETS = sorted({training_set(rho, name) for rho in splits.RHOS for name in splits.SHORTCUTS})
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with clip.one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +92,8 @@ def test_attributes_are_uniform_and_every_value_occurs() -> None:
 
 
 def test_photographs_do_not_depend_on_the_number_of_workers() -> None:
-    alone = pool.shoot(2, "val", range(6))
-    together = pool.shoot(2, "val", range(6), workers=2)
+    alone = camera.photographs(2, "val", range(6))
+    together = camera.photographs(2, "val", range(6), workers=2)
     assert alone[0] == together[0]
     assert np.array_equal(alone[1], together[1])
 
@@ -154,15 +150,15 @@ def test_prompts_cover_the_vocabulary_without_overlap() -> None:
 # --- the plan: shortcut dial and coupling ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", plan.SHORTCUTS)
+@pytest.mark.parametrize("name", splits.SHORTCUTS)
 @pytest.mark.parametrize("rho", [0.5, 0.75, 0.9])
 def test_labels_follow_the_dial(rho: float, name: str) -> None:
-    shortcut = plan.SHORTCUTS[name]
-    rows = [row for row in plan.biased(3, "train", 3000, [rho]) if training_set(rho, name) in row.sets]
+    shortcut = splits.SHORTCUTS[name]
+    rows = [row for row in splits.biased(3, "train", 3000, [rho]) if training_set(rho, name) in row.sets]
     assert sorted(row.index for row in rows) == list(range(3000))  # one image a scene
     for value in scenes.VOCABULARY[shortcut.attribute]:
         chosen = [
-            row.generator != plan.REAL
+            row.generator != splits.REAL
             for row in rows
             if getattr(scenes.scene(3, "train", row.index).attributes, shortcut.attribute) == value
         ]
@@ -170,22 +166,22 @@ def test_labels_follow_the_dial(rho: float, name: str) -> None:
         assert abs(np.mean(chosen) - expected) < 4.5 * math.sqrt(expected * (1 - expected) / len(chosen))
 
 
-@pytest.mark.parametrize("name", plan.SHORTCUTS)
+@pytest.mark.parametrize("name", splits.SHORTCUTS)
 def test_a_shortcut_splits_its_attribute_in_halves(name: str) -> None:
-    shortcut = plan.SHORTCUTS[name]
+    shortcut = splits.SHORTCUTS[name]
     assert len(shortcut.fake) == len(shortcut.real)
     assert {*shortcut.fake, *shortcut.real} == set(scenes.VOCABULARY[shortcut.attribute])
 
 
 def test_one_shortcut_leaves_the_other_attribute_independent_of_the_label() -> None:
-    rows = [row for row in plan.biased(3, "train", 3000, [0.9]) if "rho_0.90" in row.sets]
-    fake = [row.generator != plan.REAL for row in rows]
-    shape = [scenes.scene(3, "train", row.index).attributes.shape in plan.SHORTCUTS["object"].fake for row in rows]
+    rows = [row for row in splits.biased(3, "train", 3000, [0.9]) if "rho_0.90" in row.sets]
+    fake = [row.generator != splits.REAL for row in rows]
+    shape = [scenes.scene(3, "train", row.index).attributes.shape in splits.SHORTCUTS["object"].fake for row in rows]
     assert abs(np.corrcoef(fake, shape)[0, 1]) < 4 / math.sqrt(3000)
 
 
 def test_the_training_sets_share_scenes() -> None:
-    rows = plan.biased(3, "train", 1000, plan.RHOS)
+    rows = splits.biased(3, "train", 1000, splits.RHOS)
     per_scene = len(rows) / 1000
     assert abs(per_scene - 1.6) < 4 * math.sqrt(0.24 / 1000)
     for name in SETS:
@@ -193,9 +189,9 @@ def test_the_training_sets_share_scenes() -> None:
 
 
 def test_unbiased_validation_has_no_shortcut_and_scenes_of_its_own() -> None:
-    rows = plan.unbiased(3, "val_unbiased", 2000)
-    fake = np.array([row.generator != plan.REAL for row in rows])
-    for shortcut in plan.SHORTCUTS.values():
+    rows = splits.unbiased(3, "val_unbiased", 2000)
+    fake = np.array([row.generator != splits.REAL for row in rows])
+    for shortcut in splits.SHORTCUTS.values():
         found = [getattr(scenes.scene(3, "val_unbiased", row.index).attributes, shortcut.attribute) for row in rows]
         group = np.array([value in shortcut.fake for value in found])
         assert abs(np.corrcoef(fake, group)[0, 1]) < 4 / math.sqrt(2000)
@@ -205,16 +201,16 @@ def test_unbiased_validation_has_no_shortcut_and_scenes_of_its_own() -> None:
 
 
 def test_test_scenes_are_used_once() -> None:
-    rows = plan.test(7)
+    rows = splits.test(7)
     assert len({row.index for row in rows}) == len(rows) == 7 * (1 + len(generators.NAMES))
 
 
 def test_every_maker_of_a_test_set_shows_the_same_things_in_scenes_of_its_own() -> None:
     shown: dict[str, list[scenes.Attributes]] = {}
-    for row in plan.test(7):
+    for row in splits.test(7):
         shown.setdefault(row.generator, []).append(scenes.scene(3, "test", row.index).attributes)
-    assert all(attributes == shown[plan.REAL] for attributes in shown.values())
-    assert len(set(shown[plan.REAL])) > 1
+    assert all(attributes == shown[splits.REAL] for attributes in shown.values())
+    assert len(set(shown[splits.REAL])) > 1
     mine, other = scenes.scene(3, "test", 0), scenes.scene(3, "test", 1)
     assert mine.attributes == other.attributes
     assert (mine.x, mine.radius, mine.texture_seed) != (other.x, other.radius, other.texture_seed)
@@ -222,7 +218,7 @@ def test_every_maker_of_a_test_set_shows_the_same_things_in_scenes_of_its_own() 
 
 def test_captions_of_a_shipped_test_set_tell_exactly_nothing(tables: dict[str, pd.DataFrame]) -> None:
     captions = tables["test"].groupby("generator")["caption"].apply(list)
-    assert all(some == captions[plan.REAL] for some in captions)
+    assert all(some == captions[splits.REAL] for some in captions)
 
 
 # --- the shipped folder ------------------------------------------------------------------------------------------
@@ -234,7 +230,7 @@ def test_sample_matches_its_content_hash_and_counts(tables: dict[str, pd.DataFra
     assert content_hash(hashed) == meta["content_hash"]
     for split, table in tables.items():
         assert table.generator.value_counts().to_dict() == meta["counts"][split]
-    assert set(meta["counts"]["test"]) == {plan.REAL, *generators.NAMES}
+    assert set(meta["counts"]["test"]) == {splits.REAL, *generators.NAMES}
     assert min(meta["counts"]["test"].values()) >= 400
 
 
@@ -263,7 +259,7 @@ def test_sample_labels_follow_the_dial(tables: dict[str, pd.DataFrame], meta: di
         return bool(abs(labels.mean() - expected) < 4 * math.sqrt(expected * (1 - expected) / len(labels)))
 
     test = tables["test"]
-    neutral = [test[test.generator.isin([plan.REAL, name])] for name in generators.NAMES] + [tables["val_unbiased"]]
+    neutral = [test[test.generator.isin([splits.REAL, name])] for name in generators.NAMES] + [tables["val_unbiased"]]
     for name, shortcut in meta["shortcuts"].items():
         for rho in meta["rhos"]:
             for split in ("train", "val"):
@@ -280,7 +276,7 @@ def test_training_fakes_are_shared_evenly_by_the_seen_generators(tables: dict[st
         fakes = tables[split][tables[split].label == 1]
         assert set(fakes.generator) == set(generators.SEEN)
         for group in (True, False):
-            some = fakes[fakes.background.isin(plan.SHORTCUTS["background"].fake) == group]
+            some = fakes[fakes.background.isin(splits.SHORTCUTS["background"].fake) == group]
             assert abs((some.generator == generators.SEEN[0]).mean() - 0.5) < 4 * 0.5 / math.sqrt(len(some))
 
 
@@ -297,7 +293,7 @@ def test_file_format_carries_no_label(tables: dict[str, pd.DataFrame]) -> None:
         assert formats.map(lambda f: f[:4]).nunique() == 1
         quality = formats.map(lambda f: f[4])
         kinds = sorted(quality.unique())
-        assert len(kinds) == jpeg.QUALITY[1] - jpeg.QUALITY[0] + 1
+        assert len(kinds) == degradations.QUALITY[1] - degradations.QUALITY[0] + 1
         share = [[(quality[table.label == label] == kind).sum() for kind in kinds] for label in (0, 1)]
         observed = np.array(share, float)
         expected = observed.sum(0) * observed.sum(1, keepdims=True) / observed.sum()
@@ -351,8 +347,8 @@ def test_shipped_clip_names_what_test_photographs_show(
     loaded: tuple[torch.nn.Module, dict[str, Any]], tables: dict[str, pd.DataFrame]
 ) -> None:
     model, preprocess = loaded
-    reals = tables["test"][tables["test"].generator == plan.REAL]
-    embedded = clip.embed_images(model, np.stack([jpeg.decode(data) for data in reals.image]), preprocess)
+    reals = tables["test"][tables["test"].generator == splits.REAL]
+    embedded = clip.embed_images(model, np.stack([degradations.decode(data) for data in reals.image]), preprocess)
     bars = {"colour": 0.98, "background": 0.98, "shape": 0.97, "position": 0.97, "size": 0.98}
     for attribute, bar in bars.items():
         assert clip.zero_shot(model, embedded, reals[attribute].tolist(), attribute) >= bar, attribute
@@ -364,7 +360,7 @@ def test_shipped_clip_names_the_medium(loaded: tuple[torch.nn.Module, dict[str, 
     model, preprocess = loaded
     chosen = [captions.MEDIA[i % 6] for i in range(180)]
     images = [
-        media.apply(camera.shoot(9, "clip-val", i)[1], medium, np.random.default_rng(i))
+        degradations.degrade(camera.shoot(9, "clip-val", i)[1], medium, np.random.default_rng(i))
         for i, medium in enumerate(chosen)
     ]
     assert clip.zero_shot(model, clip.embed_images(model, np.stack(images), preprocess), chosen, "medium") >= 0.92
@@ -401,7 +397,7 @@ def test_sinusoids_leave_the_class_token_and_tell_every_place_apart() -> None:
 def test_pretraining_resumes_to_the_same_weights(
     broken_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = (pool.shoot(0, "clip", range(16))[1], pool.shoot(0, "clip-val", range(12))[1])
+    data = (camera.photographs(0, "clip", range(16))[1], camera.photographs(0, "clip-val", range(12))[1])
     pretrain.pretrain(tmp_path / "whole", TINY_CLIP, tmp_path / "a", data, progress=False)
 
     plain, calls = pretrain.draw, 0
@@ -429,10 +425,10 @@ def test_pretraining_resumes_to_the_same_weights(
 
 @pytest.fixture(scope="module")
 def resynthesised() -> dict[str, Any]:
-    found, wide = camera.shoot_many(3, "val", range(12), camera.MARGIN)
+    found, wide = camera.photographs(3, "val", range(12), camera.MARGIN)
     models = generators.load(SAMPLE / build.WEIGHTS)
     noise = {name: [scenes.stream(3, "val", i, "generator") for i in range(12)] for name in models}
-    made = {name: generators.synthesise(name, model, wide, found, noise[name]) for name, model in models.items()}
+    made = {name: generators.synthesise(model, wide, found, noise[name]) for name, model in models.items()}
     return {"images": camera.crop(wide), "wide": wide, "found": found, "made": made}
 
 
@@ -464,14 +460,14 @@ def test_noise_is_drawn_per_image_whatever_the_batch(resynthesised: dict[str, An
     model = generators.load(SAMPLE / build.WEIGHTS)["diffusion"]
     noise = [scenes.stream(3, "val", i, "generator") for i in range(12)]
     args = (resynthesised["wide"], resynthesised["found"], noise)
-    small = generators.synthesise("diffusion", model, *args, batch=5)
+    small = generators.synthesise(model, *args, batch=5)
     difference = np.abs(small.astype(int) - resynthesised["made"]["diffusion"])
     assert difference.max() <= 1  # sums are ordered differently: the last bit may round the other way
 
 
 # --- build -------------------------------------------------------------------------------------------------------
 
-TINY = plan.Sizes(train=8, val=4, val_unbiased=4, test=2)
+TINY = splits.Sizes(train=8, val=4, val_unbiased=4, test=2)
 
 
 def _images(folder: Path) -> dict[str, bytes]:
@@ -495,7 +491,7 @@ def test_one_rho_makes_one_set_a_shortcut(tmp_path: Path) -> None:
     meta = build.build(tmp_path / "out", 7, rho=0.8, sizes=TINY, progress=False)
     train = pd.read_parquet(tmp_path / "out" / "images-train.parquet")
     assert meta["rhos"] == [0.8]
-    for name in plan.SHORTCUTS:
+    for name in splits.SHORTCUTS:
         assert train[training_set(0.8, name)].sum() == TINY.train
 
 
@@ -581,11 +577,11 @@ def test_the_shipped_images_are_those_of_their_seed(tmp_path: Path, meta: dict[s
     """Weights are shipped, so every photograph can be checked: on another processor a few differ in rounding."""
     tables = pd.read_parquet(SAMPLE / "images-val.parquet")
     total = others = 0
-    for row in tables[tables.generator == plan.REAL].itertuples():
+    for row in tables[tables.generator == splits.REAL].itertuples():
         index = int(row.scene.split("-")[-1])
         image = camera.crop(camera.shoot(meta["seed"], "val", index, camera.MARGIN)[1])
-        quality = jpeg.draw_quality(scenes.stream(meta["seed"], "val", index, "jpeg"))
-        made = jpeg.encode(image, quality)
+        quality = degradations.draw_quality(scenes.stream(meta["seed"], "val", index, "jpeg"))
+        made = degradations.encode(image, quality)
         total += 1
         if made != row.image:
             others += 1
