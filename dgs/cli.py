@@ -382,8 +382,7 @@ def caption(
     """Caption images by BLIP, going on where an earlier run stopped; exit 1 if images and captions do not match."""
     from tqdm import tqdm
 
-    from dgs.data.blip import load_blip
-    from dgs.data.captioning import caption_folder, check_own, complaints
+    from dgs.data.captioning import caption_folder, check_own, complaints, load_blip
 
     def say(message: str) -> None:
         tqdm.write(message, file=sys.stderr)  # above the progress bar, not through it

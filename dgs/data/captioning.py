@@ -1,26 +1,236 @@
-"""Captions for a folder: every distinct image gets one, and what has one and what has not is counted."""
+"""BLIP captions for a folder of images, in a file that grows batch by batch and survives a killed run."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
-from dgs.data.blip import Blip
-from dgs.data.caption_log import open_log
-from dgs.data.captions import read_captions
+from dgs.data.captions import BLIP, read_captions
 from dgs.data.images import UnreadableImage, decode, files_under, is_image_name, read
 from dgs.data.tree import LABELS
+from dgs.device import choose_device
 from dgs.errors import UserError, did_you_mean
 
+MAX_TOKENS = 30  # of a caption; BLIP's are about ten
+TOWERS = ("vision_model.encoder.", "text_decoder.bert.encoder.")  # weights that every captioning BLIP brings
+LINE_START = b'{"sha256": "'  # of every line that is written here
 SHOWN = 10  # captions without an image that are named one by one
 Warn = Callable[[str], None]
+
+
+class Blip:
+    """A captioning model on its device, decoding greedily: the same batch gets the same captions."""
+
+    def __init__(self, model: Any, processor: Any, device: torch.device) -> None:
+        self.model, self.processor, self.device = model.to(device).eval(), processor, device
+
+    def view(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
+        """The model's input of an image: (H, W, 3) uint8 to (3, S, S) float32, on the CPU."""
+        # From an array the processor would have to guess the channels, and guesses wrong where a side is 1 or 3 px.
+        image = Image.fromarray(pixels)
+        return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    @torch.no_grad()
+    def captions(self, views: Sequence[torch.Tensor]) -> list[str]:
+        """(3, S, S) float32 views to a caption each, white space normalized; "" where the model found no word.
+
+        Raises:
+            UserError: the batch does not fit the device's memory.
+        """
+        try:
+            tokens = self.model.generate(
+                pixel_values=torch.stack(list(views)).to(self.device),
+                max_new_tokens=MAX_TOKENS,
+                num_beams=1,
+                do_sample=False,
+            )
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"A batch of {len(views)} images does not fit the memory of {self.device}. Give a smaller "
+                f"--batch-size; what was captioned so far is kept."
+            ) from None
+        texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+
+def _read(name: str, local: bool) -> tuple[Any, Any]:
+    """(model, processor) from a folder or the cache (local), or by download."""
+    import transformers
+    from huggingface_hub.utils import logging as hub_logging
+
+    logging = transformers.utils.logging
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # it announces every retry
+    (logging.disable_progress_bar if local else logging.enable_progress_bar)()  # downloads are worth a bar
+    config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
+    if config.model_type != "blip":
+        raise UserError(
+            f"Expected a BLIP captioning model in '{name}', found a model of type {config.model_type}. Give another "
+            f"--model, for example {BLIP}."
+        )
+    processor = transformers.BlipProcessor.from_pretrained(name, local_files_only=local)
+    model, loading = transformers.BlipForConditionalGeneration.from_pretrained(
+        name, local_files_only=local, output_loading_info=True
+    )
+    # transformers fills what is missing with random numbers, and a BLIP for retrieval has no decoder.
+    if missing := sorted(key for key in loading["missing_keys"] if key.startswith(TOWERS)):
+        raise UserError(
+            f"Expected the weights of a BLIP captioning model in '{name}', found none for {missing[0]} and "
+            f"{len(missing) - 1} others. Give another --model, for example {BLIP}."
+        )
+    return model, processor
+
+
+def load_blip(name: str = BLIP, device: str = "auto", warn: Callable[[str], None] = lambda _: None) -> Blip:
+    """A BLIP by its name on the Hugging Face Hub (from the cache, else downloaded), or from a local folder.
+
+    Args:
+        device: as `choose_device` takes it.
+        warn: told before a download begins.
+
+    Raises:
+        UserError: transformers is not installed, the weights are not to be had or no captioning BLIP's, or there is
+            no such device.
+    """
+    chosen = choose_device(device, "--device")
+    try:
+        import transformers  # noqa: F401
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+    except ImportError as error:
+        raise UserError(
+            f"Captioning needs transformers, which cannot be imported ({error}). Install it from the root of the "
+            f"repository: pip install -e '.[captions]'. Or give your own caption file: --captions FILE."
+        ) from None
+    folder = Path(name).is_dir()
+    try:
+        try:
+            model, processor = _read(name, local=True)
+        except OSError:  # what transformers raises for "not in the cache"
+            if folder or HF_HUB_OFFLINE:
+                raise
+            warn(f"{name} is not on this machine: downloading it.")
+            model, processor = _read(name, local=False)
+    except UserError:
+        raise
+    except Exception as error:  # damaged weights, configs and networks fail in many ways
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200].rstrip(".")
+        if folder:
+            raise UserError(
+                f"Expected a BLIP captioning model in the folder {name}, found none that loads ({reason}). "
+                f"Restore it, or give another --model."
+            ) from None
+        raise UserError(
+            f"Cannot load '{name}': it is no folder, not in the cache and cannot be downloaded ({reason}). "
+            f"With a network, run: hf download {name}. Without one, run hf download {name} --local-dir FOLDER "
+            f"elsewhere, copy the folder here and give --model FOLDER; or give your own caption file: --captions FILE."
+        ) from None
+    return Blip(model, processor, chosen)
+
+
+def is_torn(tail: bytes) -> bool:
+    """True if bytes after a file's last newline are a line of ours that broke off.
+
+    Whole JSON that only lacks its newline is not torn, and neither is what somebody else wrote.
+    """
+    written = tail.rstrip(b"\0")  # a crashed machine may leave a file longer than what reached the disk
+    if not tail or not LINE_START.startswith(written[: len(LINE_START)]):
+        return False
+    try:
+        json.loads(tail)
+    except ValueError:
+        return True
+    return False
+
+
+class CaptionLog:
+    """An open caption file: what it holds, and a way to add to it."""
+
+    def __init__(self, path: Path, file: BinaryIO, warn: Warn) -> None:
+        self.path, self._file = path, file
+        file.seek(0)
+        content = file.read()
+        tail = content[content.rfind(b"\n") + 1 :]
+        if is_torn(tail):
+            os.ftruncate(file.fileno(), len(content) - len(tail))
+            os.fsync(file.fileno())
+            warn(f"{path}: cut off a torn last line of {len(tail)} bytes, which a killed run left.")
+        elif tail.strip():
+            self._write(b"\n")
+        self.captions = read_captions(path)
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:  # usually one write; a nearly full disk takes less than it is given
+            rest = rest[self._file.write(rest) :]
+        os.fsync(self._file.fileno())
+
+    def append(self, captions: Mapping[str, str]) -> None:
+        """Add {sha256: caption}, a line each, in one write that is on the disk when this returns.
+
+        Raises:
+            UserError: the disk is full or the like; lines that were added before stay.
+        """
+        lines = [json.dumps({"sha256": sha, "caption": caption}) + "\n" for sha, caption in captions.items()]
+        try:
+            self._write("".join(lines).encode("ascii"))
+        except OSError as error:
+            raise UserError(
+                f"Cannot write {self.path} ({error.strerror or error}). Mend that and run the same command again: it "
+                f"goes on where it stopped."
+            ) from None
+        self.captions.update(captions)
+
+
+@contextmanager
+def open_log(path: Path, warn: Warn) -> Iterator[CaptionLog]:
+    """A caption file to read and add to, made if there is none; only one process has it open at a time.
+
+    `warn` is told of a torn last line, which is cut off. A file that is empty in the end is removed.
+
+    Raises:
+        UserError: no caption file that `read_captions` takes, not to be written, or open in another process.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"Expected to write captions to a file, found {path} to be none. Give another --out FILE.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b", buffering=0)
+    except OSError as error:
+        raise UserError(
+            f"Expected to write captions to {path}, found that impossible ({error.strerror or error}). Give another "
+            f"--out FILE."
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Expected {path} for this run alone, found another one writing to it. Wait for it, or give another "
+                f"--out FILE."
+            ) from None
+        except OSError:
+            pass  # some network file systems have no locks
+        try:
+            yield CaptionLog(path, file, warn)
+        finally:
+            if os.fstat(file.fileno()).st_size == 0:
+                with suppress(OSError):
+                    path.unlink()
 
 
 @dataclass(frozen=True)
@@ -70,14 +280,13 @@ class Survey:
     hashes: dict[str, str] = field(default_factory=dict)  # sha256 of the bytes, where there were any to read
     errors: dict[str, str] = field(default_factory=dict)  # why not, for what cannot be decoded
 
-    def decoded(
+    def decode(
         self, files: list[Path], wanted: Callable[[str, str], bool], warn: Warn
     ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-        """(sha256, (H, W, 3) uint8 pixels) of each content that is wanted, once; fills the survey on the way.
+        """(sha256, (H, W, 3) uint8 pixels) of each wanted content, once; fills the survey on the way.
 
         Args:
-            files: what to look at.
-            wanted: told (path, sha256); what is not wanted is hashed only.
+            wanted: given (path, sha256); an unwanted file is hashed only.
             warn: told of each file that cannot be read.
         """
         outcomes: dict[str, str | None] = {}  # by content: why it cannot be decoded
@@ -122,7 +331,7 @@ def caption_folder(
     """Caption every distinct image under `root` that `out` does not caption yet; each batch is on the disk when made.
 
     Args:
-        out: JSON lines, as `read_captions` takes them; may be there from an earlier run, killed or not.
+        out: JSON lines, as `read_captions` takes them; an earlier run, killed or not, may have begun it.
         load: makes the model, called only where there is something to caption.
         warn: told of each image that cannot be read or gets no words, and of a torn line that was cut off.
         batch_size: images a batch; another size may round differently, and so may rarely choose another word.
@@ -130,32 +339,19 @@ def caption_folder(
     Raises:
         UserError: nothing to caption, or as `open_log` and `load`.
     """
-    files = image_files(root)
-    survey = Survey(root)
-    blip: Blip | None = None
-    views: dict[str, torch.Tensor] = {}
-
+    files, survey, model = image_files(root), Survey(root), cache(load)
     with open_log(out, warn) as log:
 
-        def flush() -> None:
-            if blip is None or not views:
-                return
-            made = dict(zip(views, blip.captions(list(views.values())), strict=True))
+        def is_wanted(name: str, sha: str) -> bool:
+            return name not in log.captions and sha not in log.captions
+
+        views = ((sha, model().view(pixels)) for sha, pixels in survey.decode(files, is_wanted, warn))
+        while batch := dict(islice(views, batch_size)):
+            made = dict(zip(batch, model().captions(list(batch.values())), strict=True))
             log.append({sha: caption for sha, caption in made.items() if caption})
             for sha in (sha for sha, caption in made.items() if not caption):
                 name = next(name for name, found in survey.hashes.items() if found == sha)
                 warn(f"The model found no words for {name}. Give it a caption by hand, or leave it without one.")
-            views.clear()
-
-        def wanted(name: str, sha: str) -> bool:
-            return name not in log.captions and sha not in log.captions
-
-        for sha, pixels in survey.decoded(files, wanted, warn):
-            blip = blip or load()
-            views[sha] = blip.view(pixels)
-            if len(views) == batch_size:
-                flush()
-        flush()
         return survey.coverage(log.captions)
 
 
@@ -175,7 +371,7 @@ def check_own(root: Path, captions: Path, warn: Warn = lambda _: None) -> Covera
             f"Cannot read {captions} ({error.strerror or error}). Mend that, or give another file."
         ) from None
     survey = Survey(root)
-    for _ in survey.decoded(files, lambda name, sha: True, warn):
+    for _ in survey.decode(files, lambda name, sha: True, warn):
         pass
     return survey.coverage(given)
 

@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from dgs.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:  # the command line imports this module at its start
+    import pandas as pd
 
 BLIP = "Salesforce/blip-image-captioning-base"  # what captions images where nothing else is asked for
 

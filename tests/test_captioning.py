@@ -24,9 +24,7 @@ from PIL import Image
 from test_cli import one_sentence, run
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipProcessor, CLIPConfig
 
-from dgs.data.blip import MAX_TOKENS, Blip, load_blip
-from dgs.data.caption_log import is_torn, open_log
-from dgs.data.captioning import Coverage, caption_folder, check_own
+from dgs.data.captioning import MAX_TOKENS, Blip, Coverage, caption_folder, check_own, is_torn, load_blip, open_log
 from dgs.data.captions import read_captions
 from dgs.data.manifest import build_manifest
 from dgs.data.tree import ignored_files
