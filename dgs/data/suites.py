@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
 
 SHARED_REALS = "real"  # in place of a generator's name: photographs that all generators of the split are compared with
 
@@ -16,7 +19,7 @@ class Generator:
     folder: str  # as published
     column: str  # of the paper's tables
     classes: bool = False  # published with class folders above the label folders; both forms are read
-    also: tuple[str, ...] = ()  # other spellings seen or likely; the column's is always accepted
+    also: Collection[str] = ()  # other spellings seen or likely; the column's is always accepted
     reals: str = ""  # the suite's folder of photographs that the generator is compared with
 
     def answers_to(self, name: str) -> bool:
@@ -31,7 +34,7 @@ class Suite:
     name: str
     short: str  # its name in figures
     generators: tuple[Generator, ...]
-    also: tuple[str, ...] = ()
+    also: Collection[str] = ()
 
     def generator(self, folder: str) -> Generator | None:
         """The generator that a folder of this name holds, or None."""
@@ -52,87 +55,15 @@ def spelled(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-# Folder names are those of the logs of the authors' release, unless a comment says otherwise. The paper's tables have
-# no columns for UniversalFakeDetect: the log's names stand in. As first published it holds fakes alone, and the
-# photographs in two folders: imagenet for guided diffusion, laion for the rest; later copies put 0_real everywhere.
-UNIVERSAL_FAKE_DETECT = Suite(
-    "UniversalFakeDetect",
-    "UFD",
-    (
-        Generator("dalle", "dalle", also=("DALL-E", "dalle-mini"), reals="laion"),
-        Generator("glide_100_10", "glide_100_10", reals="laion"),
-        Generator("glide_100_27", "glide_100_27", reals="laion"),
-        Generator("glide_50_27", "glide_50_27", reals="laion"),
-        Generator("guided", "guided", also=("guided-diffusion",), reals="imagenet"),
-        Generator("ldm_100", "ldm_100", reals="laion"),
-        Generator("ldm_200", "ldm_200", reals="laion"),
-        Generator("ldm_200_cfg", "ldm_200_cfg", reals="laion"),
-    ),
-    also=("UniversalFakeDetect-test", "diffusion_datasets", "UFD"),
-)
+def _read_suites() -> tuple[Suite, ...]:
+    table = yaml.safe_load(Path(__file__).with_name("suites.yaml").read_text(encoding="utf-8"))
+    for values in table.values():
+        values["generators"] = tuple(Generator(**entry) for entry in values["generators"])
+    return tuple(Suite(name, **values) for name, values in table.items())
 
-AIGC_DETECT_BENCHMARK = Suite(
-    "AIGCDetectBenchmark",
-    "AIGC",
-    (
-        Generator("progan", "ProGAN", classes=True),
-        Generator("cyclegan", "CycleGAN", classes=True),
-        Generator("biggan", "BigGAN"),
-        Generator("stylegan", "StyleGAN", classes=True),
-        Generator("stylegan2", "StyleGAN2", classes=True),
-        Generator("gaugan", "GauGAN"),
-        Generator("stargan", "StarGAN"),
-        Generator("whichfaceisreal", "WFIR"),
-        # The log has no row for it, so its folder's name is not certain: the column's, and the older sets' spelling.
-        Generator("deepfake", "Deepfake", also=("deepfakes",)),
-        Generator("stable_diffusion_v_1_4", "SDv1.4", also=("SD14", "sd-v1-4", "stable-diffusion-1.4")),
-        Generator("stable_diffusion_v_1_5", "SDv1.5", also=("SD15", "sd-v1-5", "stable-diffusion-1.5")),
-        Generator("ADM", "ADM"),
-        Generator("Glide", "GLIDE"),
-        Generator("Midjourney", "Midjourney"),
-        Generator("wukong", "Wukong"),
-        Generator("VQDM", "VQDM"),
-        Generator("DALLE2", "DALLE2"),
-    ),
-    also=("AIGCDetectBenchmark-test", "AIGCDetectionBenchmark", "AIGCDetect"),
-)
-
-# Whether any generator of AIGIBench is published with class folders is not certain; ProGAN's training images are.
-AIGI_BENCH = Suite(
-    "AIGIBench",
-    "AIGI",
-    (
-        Generator("ProGAN", "ProGAN"),
-        Generator("R3GAN", "R3GAN"),
-        Generator("StyleGAN3", "StyleGAN3"),
-        Generator("StyleGAN-XL", "StyleGAN-XL"),
-        Generator("StyleSwim", "StyleSwim", also=("StyleSwin",)),  # the network's own name is StyleSwin
-        Generator("WFIR", "WFIR", also=("whichfaceisreal",)),
-        Generator("BlendFace", "BlendFace"),
-        Generator("E4S", "E4S"),
-        Generator("FaceSwap", "FaceSwap"),
-        Generator("InSwap", "InSwap", also=("InSwapper",)),
-        Generator("SimSwap", "SimSwap"),
-        Generator("DALLE-3", "DALLE-3", also=("DALL-E-3",)),
-        Generator("FLUX1-dev", "FLUX1-dev", also=("FLUX.1-dev",)),
-        Generator("Midjourney", "Midjourney-V6", also=("Midjourney-6",)),
-        Generator("GLIDE", "GLIDE"),
-        Generator("Imagen3", "Imagen3", also=("Imagen-3",)),
-        Generator("SD3", "SD3"),
-        Generator("SDXL", "SDXL"),
-        Generator("BLIP", "BLIP", also=("BLIP-Diffusion",)),
-        Generator("Infinite-ID", "Infinite-ID"),
-        Generator("PhotoMaker", "PhotoMaker"),
-        Generator("InstantID", "Instant-ID"),
-        Generator("IP-Adapter", "IP-Adapter"),
-        Generator("SocialRF", "SocialRF"),
-        Generator("CommunityAI", "CommunityAI"),
-    ),
-    also=("AIGIBench-test", "AIGI-Bench"),
-)
 
 NO_SUITE = Suite("", "", ())  # what folders belong to that are no suite's
-SUITES = (UNIVERSAL_FAKE_DETECT, AIGC_DETECT_BENCHMARK, AIGI_BENCH)
+SUITES = UNIVERSAL_FAKE_DETECT, AIGC_DETECT_BENCHMARK, AIGI_BENCH = _read_suites()
 RECOGNISED = 0.5  # a folder without a suite's name is that suite's where it holds this share of the generators
 
 
