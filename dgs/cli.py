@@ -255,7 +255,7 @@ def train(
     prepared_folder = workspace.find("prepare", made_by="prepare")
     folder = out or workspace.build("train", method)
     processes.join_torchrun()
-    params = load_training(prepared_folder, workspace.root).adopt(params.tuned(method))
+    params = load_training(prepared_folder, workspace.root).with_prepared(params.tuned(method))
     params = params.model_copy(update={"train": params.train.model_copy(update={"processes": processes.count()})})
     with workspace.unfinished(f"train-{method}-{seed}") as unfinished:
         train_seed(method, seed, params, workspace.root, prepared_folder, folder.resolve(), unfinished)

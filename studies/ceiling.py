@@ -105,7 +105,7 @@ def ceiling(params: Params, root: Path, folder: Path) -> pd.DataFrame:
         folder: what the prepare stage made.
     """
     prepared = load_prepared(folder, root)
-    params = prepared.adopt(params)
+    params = prepared.with_prepared(params)
     device = choose_device(params.compute.device)
     clip = load_clip(params.model, root, params.image_size, text=False)
     backbone = Backbone(clip, None, 0, params.model.levels).to(device)

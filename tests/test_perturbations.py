@@ -15,7 +15,7 @@ from dgs.data.checks import jpeg_quality
 from dgs.data.conditions import KINDS, Condition, parse_condition
 from dgs.data.manifest import ImageSource, build_manifest, open_image
 from dgs.data.patches import patch_entropy, select_indices
-from dgs.data.perturbations import blur, jpeg_file, noise, perturb, resize, scale
+from dgs.data.perturbations import blur, noise, perturb, resize, scale
 from dgs.data.views import EVALUATION, Views, make_view
 from dgs.params import DataParams, validate
 
@@ -89,9 +89,11 @@ class TestEach:
 
     @pytest.mark.parametrize("quality", [95, 90, 75, 50, 30])
     def test_jpeg_has_its_quality_by_the_files_own_tables(self, quality: int) -> None:
-        with Image.open(io.BytesIO(jpeg_file(PICTURE, quality))) as file:
-            assert file.format == "JPEG"
+        stored = io.BytesIO()
+        Image.fromarray(PICTURE).save(stored, "JPEG", quality=quality, subsampling="4:2:0")
+        with Image.open(stored) as file:
             assert jpeg_quality(file.quantization[0]) == quality  # type: ignore[attr-defined]
+            assert np.array_equal(perturb(PICTURE, Condition("jpeg", quality), SHA), np.array(file))
 
     @pytest.mark.parametrize("sigma", [1.0, 2.0, 4.0])
     def test_blur_spreads_a_point_by_its_sigma(self, sigma: float) -> None:

@@ -170,14 +170,14 @@ class TestWhatWasPreparedDecides:
             }
         )
         run = validate({"model": {"lora": {"rank": 5}}, "train": {"batch_size": 9}, "seeds": [4]})
-        adopted = load_prepared(saved(tmp_path / "out", manifest, params=used), root).adopt(run)
+        adopted = load_prepared(saved(tmp_path / "out", manifest, params=used), root).with_prepared(run)
         assert (adopted.data, adopted.patches, adopted.model.clip) == (used.data, used.patches, "another/clip")
         assert (adopted.model.lora.rank, adopted.train.batch_size, adopted.seeds) == (5, 9, [4])
         prepared = load_prepared(tmp_path / "out", root)
-        kept = prepared.kept(run)
+        kept = prepared.overridden(run)
         assert "model.clip stays 'another/clip', as prepared, not 'data/clip': to change it, prepare again." in kept
         assert not any("lora" in note or "batch_size" in note for note in kept)
-        assert prepared.kept(adopted) == []
+        assert prepared.overridden(adopted) == []
 
     def test_images_are_read_from_the_root_that_was_prepared(
         self, tmp_path: Path, root: Path, manifest: pd.DataFrame

@@ -234,7 +234,7 @@ class Workbench:
         self.workspace = workspace
         self.runs = trained(workspace, params.methods)
         self.prepared: Prepared = load_prepared(workspace.find("prepare", made_by="prepare"), workspace.root)
-        self.params = self.prepared.adopt(params)
+        self.params = self.prepared.with_prepared(params)
         self.images = self.prepared.split("test")
         # Few are kept: each holds a CLIP of its own.
         self._open = lru_cache(maxsize=3)(self._open_checkpoint)

@@ -43,11 +43,6 @@ def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS
 
 
-def _names(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith("."))
-
-
 def files_under(paths: Iterable[Path]) -> Iterator[Path]:
     """Every file under `paths`, in the order of names; what cannot be looked at is passed on, reading it says why.
 
@@ -65,7 +60,8 @@ def files_under(paths: Iterable[Path]) -> Iterator[Path]:
             try:
                 if path.is_dir():
                     real = path.resolve()
-                    branches.append(map(path.joinpath, () if real in entered else _names(path)))
+                    names = [] if real in entered else sorted(child.name for child in path.iterdir())
+                    branches.append(map(path.joinpath, [name for name in names if not name.startswith(".")]))
                     entered.add(real)
                     continue
             except OSError:
@@ -125,10 +121,6 @@ def _require_file(found: os.stat_result, path: Path) -> None:
         raise UnreadableImage(f"Refused {path}: {size:.1f} GB, expected at most {most} GB.")
 
 
-def _without_waiting(name: str, flags: int) -> int:
-    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
-
 def size_of(path: Path) -> int:
     """Of a file, in bytes; 0 where that cannot be known."""
     try:
@@ -146,7 +138,7 @@ def read(path: Path) -> bytes:
     try:
         _require_file(path.stat(), path)  # before it is opened, which may already do something to a device
         # Neither a pipe put there meanwhile nor a file of the kernel's may make us wait.
-        with open(path, "rb", opener=_without_waiting) as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             found = os.fstat(file.fileno())
             _require_file(found, path)
             return file.read(found.st_size + 1) or b""  # the kernel's own files say 0, and may have no end
@@ -154,11 +146,7 @@ def read(path: Path) -> bytes:
         raise UnreadableImage(f"Cannot read {path}: {error.strerror or error}.") from None
 
 
-def _nothing(_: int) -> None:
-    pass
-
-
-def decode(data: bytes, name: str = "image", before: Callable[[int], object] = _nothing) -> NDArray[np.uint8]:
+def decode(data: bytes, name: str = "image", before: Callable[[int], object] = lambda _: None) -> NDArray[np.uint8]:
     """An encoded image, whole, as (H, W, 3) uint8 RGB.
 
     Args:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,22 +21,17 @@ from dgs.data.conditions import PNG, Condition
 Bytes = NDArray[np.uint8]
 
 
-def jpeg_file(image: Bytes, quality: int) -> bytes:
-    """The image as a baseline JPEG file, 4:2:0, with libjpeg's tables for `quality` (1 to 100)."""
+def _stored(image: Bytes, kind: str, **options: Any) -> Bytes:
+    """The image after a file of Pillow's format `kind`."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
-    return buffer.getvalue()
+    Image.fromarray(image).save(buffer, kind, **options)
+    with Image.open(buffer) as stored:
+        return np.array(stored.convert("RGB"), dtype=np.uint8)
 
 
-def _png_file(image: Bytes) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def _decoded(data: bytes) -> Bytes:
-    with Image.open(io.BytesIO(data)) as image:
-        return np.array(image.convert("RGB"), dtype=np.uint8)
+def jpeg(image: Bytes, quality: int) -> Bytes:
+    """The image after a baseline JPEG file, 4:2:0, with libjpeg's tables for `quality` (1 to 100)."""
+    return _stored(image, "JPEG", quality=quality, subsampling="4:2:0")
 
 
 def _rounded(values: NDArray[np.float32]) -> Bytes:
@@ -68,6 +65,16 @@ def noise(image: Bytes, sigma: float, rng: np.random.Generator) -> Bytes:
     return _rounded(image.astype(np.float32) + np.float32(sigma) * grain)
 
 
+# By kind of condition: of an image, the strength, and random numbers of its own.
+PERTURBATIONS: dict[str, Callable[[Bytes, float, np.random.Generator], Bytes]] = {
+    "jpeg": lambda image, quality, _: jpeg(image, int(quality)),
+    "blur": lambda image, sigma, _: blur(image, sigma),
+    "resize": lambda image, factor, _: resize(image, factor),
+    "noise": noise,
+    PNG: lambda image, strength, _: _stored(image, "PNG", compress_level=1),
+}
+
+
 def perturb(image: Bytes, condition: Condition, sha256: str) -> Bytes:
     """The image under a condition: the same for the same (image hash, condition), whatever ran before.
 
@@ -78,15 +85,7 @@ def perturb(image: Bytes, condition: Condition, sha256: str) -> Bytes:
     Returns:
         (H, W, 3) uint8.
     """
-    if condition.kind == "jpeg":
-        return _decoded(jpeg_file(image, int(condition.strength)))
-    if condition.kind == "blur":
-        return blur(image, condition.strength)
-    if condition.kind == "resize":
-        return resize(image, condition.strength)
-    if condition.kind == "noise":
-        seed = np.random.SeedSequence([int(sha256[:16], 16), zlib.crc32(condition.name.encode())])
-        return noise(image, condition.strength, np.random.default_rng(seed))
-    if condition.kind == PNG:
-        return _decoded(_png_file(image))
-    raise ValueError(f"unknown kind of condition: {condition.kind!r}")
+    if condition.kind not in PERTURBATIONS:
+        raise ValueError(f"unknown kind of condition: {condition.kind!r}")
+    seed = np.random.SeedSequence([int(sha256[:16], 16), zlib.crc32(condition.name.encode())])
+    return PERTURBATIONS[condition.kind](image, condition.strength, np.random.default_rng(seed))

@@ -56,15 +56,15 @@ class Prepared:
         """Rows of one split; the index still points into `caption_embeddings`."""
         return self.manifest[self.manifest["split"] == name]
 
-    def adopt(self, params: Params) -> Params:
+    def with_prepared(self, params: Params) -> Params:
         """`params` with the data, patches and CLIP that were prepared: by hand, prepare may have been given others."""
         content = params.model_dump()
         for group, settings in self.info["params"].items():
             content[group] |= settings
         return validate(content, "data.json")
 
-    def kept(self, params: Params) -> list[str]:
-        """What `adopt` changes in `params`, a sentence each; nothing in a pipeline, where both are the same."""
+    def overridden(self, params: Params) -> list[str]:
+        """What `with_prepared` changes, a sentence each; nothing in a pipeline, where both are the same."""
         given = params.model_dump()
         return [
             f"{group}.{name} stays {value!r}, as prepared, not {given[group][name]!r}: to change it, prepare again."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -23,7 +24,7 @@ class Generator:
     reals: str = ""  # the suite's folder of photographs that the generator is compared with
 
     def answers_to(self, name: str) -> bool:
-        """Whether a folder of this name is this generator's."""
+        """True if a folder of this name is this generator's."""
         return spelled(name) in {spelled(accepted) for accepted in (self.folder, self.column, *self.also)}
 
 
@@ -50,6 +51,7 @@ class Suite:
         return len(found) / len(self.generators)
 
 
+@cache
 def spelled(name: str) -> str:
     """A name as it is compared: lower case, letters and digits alone ("StyleGAN-XL" -> "styleganxl")."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
@@ -62,7 +64,7 @@ def _read_suites() -> tuple[Suite, ...]:
     return tuple(Suite(name, **values) for name, values in table.items())
 
 
-NO_SUITE = Suite("", "", ())  # what folders belong to that are no suite's
+NO_SUITE = Suite("", "", ())  # of folders outside the suites
 SUITES = UNIVERSAL_FAKE_DETECT, AIGC_DETECT_BENCHMARK, AIGI_BENCH = _read_suites()
 RECOGNISED = 0.5  # a folder without a suite's name is that suite's where it holds this share of the generators
 
@@ -104,7 +106,7 @@ def pools_for(suite: Suite, generator: str) -> tuple[str, ...]:
 
 
 def is_pool(name: str) -> bool:
-    """Whether a generator's `full_name` stands for photographs that several generators are compared with."""
+    """True if a generator's `full_name` stands for photographs that several generators are compared with."""
     suite, own = parted(name)
     return own in (suite_named(suite) or NO_SUITE).pools() | {SHARED_REALS}
 
@@ -117,7 +119,7 @@ def pool_of(name: str, present: Collection[str]) -> str:
 
 
 def is_seen(name: str, trained: Iterable[str]) -> bool:
-    """Whether a generator's `full_name` is one of the folders trained on, in a suite under whichever spelling."""
+    """True if a generator's `full_name` is one of the folders trained on, in a suite under any spelling."""
     suite, own = parted(name)
     known = suite_named(suite)
     if known is None:
