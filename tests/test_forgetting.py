@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dgs.analysis import forgetting
 from dgs.analysis.forgetting import (
+    Tower,
     class_silhouette,
     cosine_drift,
     effective_rank,
     knn_overlap,
     linear_cka,
     linear_probe_accuracy,
+    measure,
+    measure_all,
     principal_angles,
     retrieval_at_1,
     spread_out,
@@ -236,3 +243,42 @@ class TestDrift:
             cosine_drift(np.ones((2, 2)), np.ones((2, 3)))
         with pytest.raises(ValueError, match="shape"):
             cosine_drift(np.ones(2), np.ones(2))
+
+
+class TestMeasures:
+    """What is reported of a tower: one decorated function a measure."""
+
+    @pytest.fixture
+    def tuned(self) -> Tower:
+        rows = pd.DataFrame({"label": np.arange(30) % 2, "caption": "x", "caption_source": "template", "shape": "disc"})
+        frozen = Tower(rows, features(2), {}, 4, features(0), [features(3)])
+        return dataclasses.replace(frozen, features=features(1), blocks=[features(4)], untuned=frozen)
+
+    def test_a_new_measure_is_one_decorated_function(self, tuned: Tower, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(forgetting, "MEASURES", {})
+
+        @measure("first")
+        def first(tower: Tower) -> float:
+            return float(tower.features[0, 0])
+
+        @measure("moved", unmoved=0.0)
+        def moved(tower: Tower) -> dict[str, float]:
+            return {"most": float(np.abs(tower.features - tower.frozen.features).max())}
+
+        @measure("impossible")
+        def impossible(tower: Tower) -> None:
+            return None
+
+        a, b = features(0), features(1)
+        assert measure_all(tuned) == {"first": (a[0, 0], b[0, 0]), "moved:most": (0.0, np.abs(a - b).max())}
+
+    def test_what_the_data_cannot_give_is_left_out(self, tuned: Tower) -> None:
+        found = measure_all(tuned)
+        assert list(found) == [
+            "cka_to_frozen", "knn_overlap", "effective_rank", "cosine_drift", "principal_angle:mean",
+            "principal_angle:max", "silhouette", "cka_block:1", "cosine_drift_block:1",
+        ]  # fmt: skip
+        assert found["cka_block:1"] == (1.0, linear_cka(features(3), features(4)))
+        assert found["effective_rank"] == (effective_rank(features(0)) / 6, effective_rank(features(1)) / 6)
+        few = dataclasses.replace(tuned, rows=tuned.rows[:5], features=features(1)[:5])
+        assert "knn_overlap" not in measure_all(dataclasses.replace(few, untuned=few))

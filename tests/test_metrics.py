@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dgs.analysis import metrics
 from dgs.analysis.metrics import (
     DETECTION_COLUMNS,
+    Metric,
     cells_table,
     detection_row,
     detection_table,
@@ -319,6 +321,12 @@ class TestSummary:
         assert first["zero_shot_kept"] == pytest.approx((0.5 + 0.9) / 2), "a measure that starts at 0 has no ratio"
         assert first["retrieval_kept"] == pytest.approx(0.8)
         assert first["cka_to_frozen"] == 0.6 and first["cosine_drift"] == 0.3
+
+    def test_a_new_metric_is_one_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        worst = Metric("worst_f_acc", "run", lambda run: float(run["f_acc"].min()))
+        monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, worst))
+        made = summary(self.detection(), None, "mini", "abc")["methods"]["lora"]
+        assert made["worst_f_acc"]["mean"] == made["f_acc_unseen"]["mean"]
 
     def test_contract_and_plain_json(self) -> None:
         made = summary(self.detection(), forgetting_of(list(self.runs)), "mini", "abc")

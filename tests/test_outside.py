@@ -17,8 +17,8 @@ from conftest import structured_image
 
 from dgs.analysis import metrics, report
 from dgs.analysis.evaluate import evaluate, evaluate_from_disk, settings
+from dgs.analysis.figures import comparison as comparison_figures
 from dgs.analysis.figures import detection as figures
-from dgs.analysis.figures.detection import comparison as comparison_figures
 from dgs.analysis.outside import outside
 from dgs.data.manifest import ImageSource, build_manifest, data_hash
 from dgs.data.prepared import compute_patches, load_prepared, load_training, save_prepared

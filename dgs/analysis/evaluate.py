@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,19 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dgs.analysis.forgetting import (
-    NEIGHBOURS,
-    class_silhouette,
-    cosine_drift,
-    effective_rank,
-    knn_overlap,
-    linear_cka,
-    linear_probe_accuracy,
-    principal_angles,
-    retrieval_at_1,
-    spread_out,
-    zero_shot_accuracy,
-)
+from dgs.analysis.forgetting import Tower, measure_all, spread_out
 from dgs.analysis.metrics import SCORES
 from dgs.analysis.outside import outside
 from dgs.data.conditions import NATIVE, parse_condition
@@ -42,9 +31,9 @@ from dgs.params import Params
 from dgs.workspace import Workspace
 
 Features = NDArray[np.float32]
+Runs = Mapping[tuple[str, int], Path]  # checkpoint folders by method and seed
 Panels = dict[str, tuple[Features, pd.DataFrame]]
 TRAINED_WITH = ("data", "patches", "model", "train")  # parameter groups that a checkpoint's training depends on
-PAIRED = 2000  # test images for what compares each with each
 # Test images that blocks are compared on: an eighth, within these. More would not be cheap, fewer would flatter CKA.
 OF_BLOCKS = (500, 2000)
 
@@ -80,7 +69,7 @@ def checkpoints(workspace: Workspace, methods: Sequence[str], seeds: Sequence[in
     return found
 
 
-def settings(found: Mapping[tuple[str, int], Path], params: Params) -> dict[str, dict[str, Any]]:
+def settings(found: Runs, params: Params) -> dict[str, dict[str, Any]]:
     """What each method was really run with: {method: parameters}.
 
     Those of training come from the checkpoint (a method may have been trained by hand, with others), those of
@@ -149,85 +138,6 @@ def block_means(backbone: Backbone, views: Views, params: Params, device: torch.
     return np.split(found[:, backbone.widths[0] :], 2 * depth, axis=1)[::2]  # the others are standard deviations
 
 
-def score_rows(
-    rows: pd.DataFrame, logits: NDArray[np.float32], method: str, seed: int, prepared: Prepared, params: Params,
-    condition: str = NATIVE,
-) -> pd.DataFrame:  # fmt: skip
-    """The scores of one checkpoint under one condition: one row an image, columns `metrics.SCORES`."""
-    scores = rows[["id", "sha256", "split", "generator", "label"]].reset_index(drop=True)
-    scores["rho"], scores["condition"], scores["applied_to"], scores["logit"] = (
-        _rho(prepared),
-        condition,
-        "both",
-        logits,
-    )
-    scores["logit"], scores["method"], scores["seed"], scores["profile"] = logits, method, seed, params.profile
-    return scores.astype({name: kind for name, kind in SCORES.items() if kind != "str"})[list(SCORES)]
-
-
-def forgetting_measures(
-    before: Features, after: Features, rows: pd.DataFrame, prepared: Prepared, params: Params
-) -> dict[str, tuple[float, float]]:
-    """What the tuned tower still knows, against the frozen one: {measure: (before, after)}.
-
-    On real test images, of each attribute that prompts name: zero_shot:<attribute> against the frozen text tower and
-    linear_probe:<attribute> without it; retrieval_at_1 (caption among `retrieval_pool`). On all test images:
-    cka_to_frozen; knn_overlap (10 neighbours, 2,000 images); effective_rank, as a share of the D dimensions;
-    cosine_drift; principal_angle:mean and :max (10 directions), as a share of a right angle; silhouette of real against
-    fake (2,000 images), which is no memory but says how far the classes are apart. Measures the data cannot give are
-    left out. `block_measures` has those of single blocks.
-
-    Args:
-        before, after: (N, D) features of the test rows `rows`, frozen and tuned.
-    """
-    measures: dict[str, tuple[float, float]] = {}
-    real = (rows["label"] == 0).to_numpy()
-    for attribute, (values, prompt) in prepared.prompts.items():
-        truth = rows.loc[real, attribute].map({value: i for i, value in enumerate(values)}).to_numpy()
-        measures[f"zero_shot:{attribute}"] = (
-            zero_shot_accuracy(before[real], prompt, truth),
-            zero_shot_accuracy(after[real], prompt, truth),
-        )
-    for attribute in prepared.prompts if real.sum() > 1 else ():
-        truth = rows.loc[real, attribute].factorize(sort=True)[0]
-        measures[f"linear_probe:{attribute}"] = (
-            linear_probe_accuracy(before[real], truth),
-            linear_probe_accuracy(after[real], truth),
-        )
-    captioned = real & (rows["caption_source"] == "file").to_numpy()
-    pool = params.evaluate.retrieval_pool
-    if captioned.sum() >= pool:
-        texts = prepared.caption_embeddings[rows.index[captioned]]
-        captions = rows.loc[captioned, "caption"].tolist()
-        measures["retrieval_at_1"] = (
-            retrieval_at_1(before[captioned], texts, pool, captions=captions),
-            retrieval_at_1(after[captioned], texts, pool, captions=captions),
-        )
-    measures["cka_to_frozen"] = (1.0, linear_cka(before, after))
-    sample = spread_out(len(rows), PAIRED)
-    if len(sample) > NEIGHBOURS:
-        measures["knn_overlap"] = (1.0, knn_overlap(before[sample], after[sample]))
-    width = before.shape[1]
-    measures["effective_rank"] = (effective_rank(before) / width, effective_rank(after) / width)
-    measures["cosine_drift"] = (0.0, cosine_drift(before, after))
-    angles = principal_angles(before, after) / (np.pi / 2)
-    measures["principal_angle:mean"], measures["principal_angle:max"] = (0.0, angles.mean()), (0.0, angles.max())
-    labels = rows["label"].to_numpy()[sample]
-    measures["silhouette"] = (class_silhouette(before[sample], labels), class_silhouette(after[sample], labels))
-    return measures
-
-
-def block_measures(before: Sequence[Features], after: Sequence[Features]) -> dict[str, tuple[float, float]]:
-    """Where in the tower it happens: cka_block:<k> and cosine_drift_block:<k> of the mean tokens after k blocks.
-
-    Args:
-        before, after: `block_means` of the frozen and of the tuned tower, on the same images.
-    """
-    pairs = list(enumerate(zip(before, after, strict=True), 1))
-    similar = {f"cka_block:{k}": (1.0, linear_cka(frozen, tuned)) for k, (frozen, tuned) in pairs}
-    return similar | {f"cosine_drift_block:{k}": (0.0, cosine_drift(frozen, tuned)) for k, (frozen, tuned) in pairs}
-
-
 def tsne_rows(rows: pd.DataFrame, per_cell: int) -> pd.DataFrame:
     """Test rows for the t-SNE figure: two seen and two unseen generators, `per_cell` fakes each, and as many reals."""
     fakes = rows[rows["label"] == 1]
@@ -241,52 +151,61 @@ def tsne_rows(rows: pd.DataFrame, per_cell: int) -> pd.DataFrame:
     return pd.concat([shared, pick])
 
 
+class _Job(NamedTuple):
+    clip: Clip
+    prepared: Prepared
+    params: Params
+    device: torch.device
+
+
 @contextmanager
-def _opened(
-    method: str, folder: Path, clip: Clip, prepared: Prepared, params: Params, device: torch.device
-) -> Iterator[tuple[Backbone, nn.Linear, bool]]:
+def _opened(method: str, folder: Path, job: _Job) -> Iterator[tuple[Backbone, nn.Linear, bool]]:
     """A checkpoint's tower, its head, and whether the tower was tuned; afterwards the CLIP is as it was."""
-    backbone, heads, info = load_checkpoint(folder, clip)
+    backbone, heads, info = load_checkpoint(folder, job.clip)
     try:
-        check_fits(method, folder, info, prepared, params, clip)
-        yield backbone.to(device), heads["image"], bool(info["adapter"])
+        check_fits(method, folder, info, job.prepared, job.params, job.clip)
+        yield backbone.to(job.device), heads["image"], bool(info["adapter"])
     finally:
-        clip.model.visual = backbone.without_adapters()
+        job.clip.model.visual = backbone.without_adapters()
 
 
 class _Reader:
-    """Features of one set of views; what frozen towers make of it is computed once."""
+    """Features and scores of one set of images under one condition; frozen towers read it once for all checkpoints.
 
-    def __init__(self, views: Views, params: Params, device: torch.device) -> None:
-        self.views, self.params, self.device = views, params, device
+    keep: the views stay in memory, if they fit.
+    """
+
+    def __init__(self, rows: pd.DataFrame, job: _Job, condition: str = NATIVE, keep: bool = True) -> None:
+        self.rows, self.job, self.condition = rows, job, condition
+        change = None if condition == NATIVE else parse_condition(condition)
+        keep = keep and worth_keeping(len(rows), job.params)
+        source, patches = job.prepared.source, job.prepared.patches
+        self.views = Views(rows, source, job.params, patches=patches, keep=keep, condition=change)
         self._frozen: dict[tuple[int, ...], Features] = {}  # by the levels that are read beside the tower's output
 
     def features(self, backbone: Backbone, tuned: bool, label: str) -> Features:
         """(N, D): what the head of `backbone` reads."""
-        if tuned:
-            return image_features(backbone, self.views, self.params, self.device, label)
-        if backbone.levels not in self._frozen:
-            self._frozen[backbone.levels] = image_features(backbone, self.views, self.params, self.device, label)
-        return self._frozen[backbone.levels]
+        if not tuned and backbone.levels in self._frozen:
+            return self._frozen[backbone.levels]
+        found = image_features(backbone, self.views, self.job.params, self.job.device, label)
+        if not tuned:
+            self._frozen[backbone.levels] = found
+        return found
+
+    def scores(self, method: str, seed: int, head: nn.Linear, features: Features) -> pd.DataFrame:
+        """One row an image, columns `metrics.SCORES`."""
+        table = self.rows.reset_index(drop=True)
+        table["method"], table["seed"], table["profile"] = method, seed, self.job.params.profile
+        table["condition"], table["applied_to"], table["rho"] = self.condition, "both", self.job.prepared.info["rho"]
+        table["logit"] = head(torch.from_numpy(features)).squeeze(1).detach().numpy()
+        return table[list(SCORES)].astype({name: kind for name, kind in SCORES.items() if kind != "str"})
 
 
-def _logits(head: nn.Linear, features: Features) -> NDArray[np.float32]:
-    return head(torch.from_numpy(features)).squeeze(1).detach().numpy()
-
-
-def robustness_scores(
-    found: Mapping[tuple[str, int], Path], clip: Clip, prepared: Prepared, params: Params, device: torch.device
-) -> list[pd.DataFrame]:
-    """Scores of changed test images, a table for each of evaluate.robustness.conditions and checkpoint asked for.
-
-    Condition by condition, so that one set of changed views is in memory at a time and all checkpoints share it.
-
-    Raises:
-        UserError: none of the checkpoints is asked for.
-    """
-    asked = params.evaluate.robustness
+def _changed_scores(found: Runs, job: _Job) -> Iterator[pd.DataFrame]:
+    """Scores of changed test images, condition by condition: all checkpoints share the views, one set at a time."""
+    asked = job.params.evaluate.robustness
     if not asked.conditions:
-        return []
+        return
     chosen = {
         (method, seed): folder
         for (method, seed), folder in found.items()
@@ -298,75 +217,69 @@ def robustness_scores(
             f"Expected evaluate.robustness.methods and seeds to name a checkpoint among {here}; found methods "
             f"{asked.methods}, seeds {asked.seeds}. Mend them, or set evaluate.robustness.conditions: []."
         )
-    rows = prepared.split("test")
-    keep = len(chosen) > 1 and worth_keeping(len(rows), params)
-    scores = []
-    for name in asked.conditions:
-        condition = parse_condition(name)
-        views = Views(rows, prepared.source, params, patches=prepared.patches, keep=keep, condition=condition)
-        reader = _Reader(views, params, device)
+    for condition in asked.conditions:
+        reader = _Reader(job.prepared.split("test"), job, condition, keep=len(chosen) > 1)
         for (method, seed), folder in chosen.items():
-            with _opened(method, folder, clip, prepared, params, device) as (backbone, head, tuned):
-                logits = _logits(head, reader.features(backbone, tuned, f"{name}: {method}, seed {seed}"))
-            scores.append(score_rows(rows, logits, method, seed, prepared, params, name))
-    return scores
-
-
-def _rho(prepared: Prepared) -> float:
-    return np.nan if prepared.info["rho"] is None else prepared.info["rho"]
+            with _opened(method, folder, job) as (backbone, head, tuned):
+                features = reader.features(backbone, tuned, f"{condition}: {method}, seed {seed}")
+            yield reader.scores(method, seed, head, features)
 
 
 def evaluate(
-    found: dict[tuple[str, int], Path], clip: Clip, prepared: Prepared, params: Params, device: torch.device
+    found: Runs, clip: Clip, prepared: Prepared, params: Params, device: torch.device
 ) -> tuple[pd.DataFrame, pd.DataFrame, Panels]:
     """Every checkpoint on the validation and test images, and on changed test images where asked for.
 
     Returns:
-        scores (one row an image, checkpoint and condition), forgetting (rho, method, seed, measure, before, after), and
-        for the t-SNE {"frozen", method...: (features, rows)} of the first seed.
+        scores (one row an image, checkpoint and condition, columns `metrics.SCORES`), forgetting (rho, method, seed,
+        measure, before, after), and for the t-SNE {"frozen", method...: (features, rows)} of the first seed.
+
+    Raises:
+        UserError: a checkpoint does not fit (`check_fits`) or has features that are not finite, or
+            evaluate.robustness names none.
     """
     clip.model.to(device)
+    job = _Job(clip, prepared, params, device)
     for (method, _), folder in found.items():
-        if method in params.evaluate.checkpoints:  # whether it fits is not to be known at the end only
-            with _opened(method, folder, clip, prepared, params, device):
+        if method in params.evaluate.checkpoints:  # an error that can be known now should not come at the end
+            with _opened(method, folder, job):
                 pass
     rows = prepared.manifest[prepared.manifest["split"] != "train"]
     test = (rows["split"] == "test").to_numpy()
-    rho, keep = _rho(prepared), worth_keeping(len(rows), params)
-    reader = _Reader(Views(rows, prepared.source, params, patches=prepared.patches, keep=keep), params, device)
-    tower = Backbone(clip).to(device).eval()
-    frozen = reader.features(tower, False, "frozen features")
-    few = rows[test].iloc[spread_out(int(test.sum()), int(np.clip(test.sum() // 8, *OF_BLOCKS)))]
-    few_views = Views(few, prepared.source, params, patches=prepared.patches, keep=worth_keeping(len(few), params))
-    frozen_blocks = block_means(tower, few_views, params, device, "frozen blocks")
-    width = frozen.shape[1]
-    shown = tsne_rows(rows[test], params.evaluate.tsne_images)
-    at = pd.Series(range(len(rows)), index=rows.index)[shown.index].to_numpy()
-    panels = {"frozen": (frozen[at], shown)}
+    tested = rows[test]
+    reader = _Reader(rows, job)
+    few = _Reader(tested.iloc[spread_out(len(tested), int(np.clip(len(tested) // 8, *OF_BLOCKS)))], job)
+    plain = Backbone(clip).to(device).eval()
+    features = reader.features(plain, False, "frozen features")
+    width, captions = features.shape[1], prepared.caption_embeddings[tested.index]
+    blocks = block_means(plain, few.views, params, device, "frozen blocks")
+    frozen = Tower(tested, captions, prepared.prompts, params.evaluate.retrieval_pool, features[test], blocks)
+    shown = tsne_rows(tested, params.evaluate.tsne_images)
+    at = tested.index.get_indexer(shown.index)
+    panels: Panels = {"frozen": (features[test][at], shown)}
     scores: list[pd.DataFrame] = []
-    forgetting: list[dict[str, Any]] = []
+    forgetting: list[tuple[Any, ...]] = []
     for (method, seed), folder in found.items():
         label = f"{method}, seed {seed}"
-        with _opened(method, folder, clip, prepared, params, device) as (backbone, head, tuned):
-            known = reader.features(backbone, tuned, label)
-            logits, features = _logits(head, known), known[:, :width]
-            blocks = block_means(backbone, few_views, params, device, f"{label}, blocks") if tuned else frozen_blocks
-        scores.append(score_rows(rows, logits, method, seed, prepared, params))
-        if not np.isfinite(known).all():
+        with _opened(method, folder, job) as (backbone, head, tuned):
+            features = reader.features(backbone, tuned, label)
+            if tuned:
+                blocks = block_means(backbone, few.views, params, device, f"{label}, blocks")
+        scores.append(reader.scores(method, seed, head, features))
+        if not np.isfinite(features).all():
             raise UserError(
                 f"Features of {method}, seed {seed}, are not finite: did training diverge? Try a lower learning rate."
             )
-        measures = forgetting_measures(frozen[test], features[test], rows[test], prepared, params)
-        measures |= block_measures(frozen_blocks, blocks)
-        forgetting += [
-            {"rho": rho, "method": method, "seed": seed, "measure": name, "before": before, "after": after}
-            for name, (before, after) in measures.items()
-        ]
+        own = features[test, :width]
+        tower = replace(frozen, features=own, blocks=blocks if tuned else frozen.blocks, untuned=frozen)
+        forgetting += [(prepared.info["rho"], method, seed, name, *both) for name, both in measure_all(tower).items()]
         if method not in panels and tuned:
-            panels[method] = (features[at], shown)
+            panels[method] = (own[at], shown)
     del reader  # and with it the views in memory
-    scores += robustness_scores(found, clip, prepared, params, device)
-    return pd.concat(scores, ignore_index=True), pd.DataFrame(forgetting), panels
+    scores += _changed_scores(found, job)
+    columns = ["rho", "method", "seed", "measure", "before", "after"]
+    table = pd.DataFrame(forgetting, columns=columns).astype({"rho": float})
+    return pd.concat(scores, ignore_index=True), table, panels
 
 
 def evaluate_from_disk(
@@ -384,7 +297,7 @@ def evaluate_from_disk(
 
 
 def _evaluate_share(
-    found: dict[tuple[str, int], Path], root: Path, prepared_folder: Path, params: Params
+    found: Runs, root: Path, prepared_folder: Path, params: Params
 ) -> tuple[pd.DataFrame, pd.DataFrame, Panels]:
     set_determinism(max(1, params.compute.threads * params.compute.jobs // processes.count()))
     clip = load_clip(params.model, root, params.image_size, text=False)

@@ -1,21 +1,27 @@
 """What a fine-tuned image tower still knows, measured on features alone (no model is run here).
 
-Feature arguments are float arrays or CPU tensors of shape (N, D), one row an image; all sums are in float64.
+First the measures in general, then what is reported of a tower: a function decorated with `@measure` each. Features are
+float arrays or CPU tensors of shape (N, D), one row an image; all sums are in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.linalg import subspace_angles
 from sklearn.metrics import silhouette_samples
 
+from dgs import stats
+
 Features: TypeAlias = np.ndarray | torch.Tensor
 DIRECTIONS = 10  # principal directions that stand for a feature space
 NEIGHBOURS = 10
+PAIRED = 2000  # test images for measures that compare each image with each
 RIDGE = 0.1  # of the linear probe, in units of a standardised feature's variance
 
 
@@ -127,17 +133,12 @@ def principal_angles(x: Features, y: Features, k: int = DIRECTIONS) -> np.ndarra
 
 
 def effective_rank(features: Features) -> float:
-    """How many directions the features use: exp of the entropy of their singular values (Roy & Vetterli 2007, eq. 3-4).
+    """How many directions the features use: `stats.effective_rank` of their singular values, after centring.
 
-    `features`: (N, D), centred first. 1 to D; 0 for features collapsed to one point.
+    `features`: (N, D). 1 to D; 0 for features collapsed to one point.
     """
     power = np.linalg.eigvalsh(_covariance(_matrix(features, "features")))
-    singular = np.sqrt(np.clip(power, 0.0, None))
-    if singular.sum() == 0.0:
-        return 0.0
-    share = singular / singular.sum()
-    share = share[share > 0.0]
-    return float(np.exp(-np.sum(share * np.log(share))))
+    return stats.effective_rank(np.sqrt(np.clip(power, 0.0, None)))
 
 
 def knn_overlap(before: Features, after: Features, k: int = NEIGHBOURS) -> float:
@@ -202,3 +203,139 @@ def _unit_rows(features: Features, name: str) -> np.ndarray:
     matrix = _matrix(features, name)
     length = np.linalg.norm(matrix, axis=1, keepdims=True)
     return matrix / np.where(length > 0.0, length, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Tower:
+    """One image tower, by its features of the N test images; what a measure of forgetting is a function of.
+
+    rows: of the manifest. captions: (N, D) text embeddings. prompts: {attribute: (values, (C, D) text embeddings)}.
+    pool: captions that an image's own is looked for among. features: (N, D). blocks: of M of the images the mean patch
+    token after each vision block, (M, W) each. untuned: the tower before training; None for that one itself.
+    """
+
+    rows: pd.DataFrame
+    captions: np.ndarray
+    prompts: Mapping[str, tuple[Sequence[str], np.ndarray]]
+    pool: int
+    features: np.ndarray
+    blocks: Sequence[np.ndarray]
+    untuned: Tower | None = None
+
+    @property
+    def frozen(self) -> Tower:
+        """The tower before training."""
+        return self.untuned or self
+
+    @property
+    def real(self) -> np.ndarray:
+        """Which images are real: (N,) booleans."""
+        return (self.rows["label"] == 0).to_numpy()
+
+    @property
+    def sample(self) -> np.ndarray:
+        """Positions of at most `PAIRED` images."""
+        return spread_out(len(self.rows), PAIRED)
+
+
+Measure: TypeAlias = Callable[[Tower], float | dict[str, float] | None]
+MEASURES: dict[str, tuple[Measure, float | None]] = {}  # in the order of forgetting.csv
+
+
+def measure(name: str, unmoved: float | None = None) -> Callable[[Measure], Measure]:
+    """A decorator: the function's number is the row `name` of forgetting.csv, a dictionary's are "name:key".
+
+    None and what is not in the dictionary are left out: the data cannot give them. unmoved: what a comparison with the
+    frozen tower gives for a tower that did not move; without it the frozen tower is measured too.
+    """
+
+    def register(function: Measure) -> Measure:
+        MEASURES[name] = function, unmoved
+        return function
+
+    return register
+
+
+def measure_all(tower: Tower) -> dict[str, tuple[float, float]]:
+    """Every measure of a tuned tower: {measure: (before, after)}."""
+    found: dict[str, tuple[float, float]] = {}
+    for name, (function, unmoved) in MEASURES.items():
+        after = _by_row(name, function(tower))
+        before = _by_row(name, function(tower.frozen)) if unmoved is None else dict.fromkeys(after, unmoved)
+        found |= {row: (before[row], value) for row, value in after.items()}
+    return found
+
+
+def _by_row(name: str, value: float | dict[str, float] | None) -> dict[str, float]:
+    if isinstance(value, dict):
+        return {f"{name}:{key}": number for key, number in value.items()}
+    return {} if value is None else {name: value}
+
+
+@measure("zero_shot")
+def _(tower: Tower) -> dict[str, float]:
+    found = {}
+    for attribute, (values, prompts) in tower.prompts.items():
+        truth = tower.rows.loc[tower.real, attribute].map({value: i for i, value in enumerate(values)}).to_numpy()
+        found[attribute] = zero_shot_accuracy(tower.features[tower.real], prompts, truth)
+    return found
+
+
+@measure("linear_probe")
+def _(tower: Tower) -> dict[str, float]:
+    rows, features = tower.rows[tower.real], tower.features[tower.real]
+    attributes = tower.prompts if len(rows) > 1 else ()
+    return {name: linear_probe_accuracy(features, rows[name].factorize(sort=True)[0]) for name in attributes}
+
+
+@measure("retrieval_at_1")
+def _(tower: Tower) -> float | None:
+    own = tower.real & (tower.rows["caption_source"] == "file").to_numpy()
+    if own.sum() < tower.pool:
+        return None
+    words = tower.rows.loc[own, "caption"].tolist()
+    return retrieval_at_1(tower.features[own], tower.captions[own], tower.pool, captions=words)
+
+
+@measure("cka_to_frozen", unmoved=1.0)
+def _(tower: Tower) -> float:
+    return linear_cka(tower.frozen.features, tower.features)
+
+
+@measure("knn_overlap", unmoved=1.0)
+def _(tower: Tower) -> float | None:
+    at = tower.sample
+    return knn_overlap(tower.frozen.features[at], tower.features[at]) if len(at) > NEIGHBOURS else None
+
+
+@measure("effective_rank")  # as a share of the dimensions
+def _(tower: Tower) -> float:
+    return effective_rank(tower.features) / tower.features.shape[1]
+
+
+@measure("cosine_drift", unmoved=0.0)
+def _(tower: Tower) -> float:
+    return cosine_drift(tower.frozen.features, tower.features)
+
+
+@measure("principal_angle", unmoved=0.0)  # as a share of a right angle
+def _(tower: Tower) -> dict[str, float]:
+    angles = principal_angles(tower.frozen.features, tower.features) / (np.pi / 2)
+    return {"mean": float(angles.mean()), "max": float(angles.max())}
+
+
+@measure("silhouette")  # of real against fake: no memory, it says how far the classes are apart
+def _(tower: Tower) -> float:
+    return class_silhouette(tower.features[tower.sample], tower.rows["label"].to_numpy()[tower.sample])
+
+
+@measure("cka_block", unmoved=1.0)  # after how many blocks
+def _(tower: Tower) -> dict[str, float]:
+    pairs = zip(tower.frozen.blocks, tower.blocks, strict=True)
+    return {str(k): linear_cka(*pair) for k, pair in enumerate(pairs, 1)}
+
+
+@measure("cosine_drift_block", unmoved=0.0)
+def _(tower: Tower) -> dict[str, float]:
+    pairs = zip(tower.frozen.blocks, tower.blocks, strict=True)
+    return {str(k): cosine_drift(*pair) for k, pair in enumerate(pairs, 1)}

@@ -29,7 +29,7 @@ NOTE = (
     "Per cent at threshold 0.5; ours: means over seeds ± half the 95 % interval. **mAcc** is the paper's mean, of one "
     "Real column and one F.Acc column a generator, so for the most part fake recall; **balanced acc.** is the mean of "
     "R.Acc and F.Acc, **AP** average precision, both plain means over the suite's generators. To be compared with the "
-    'paper only if this run has its setting ("Where this differs from the paper and the release") and whole suites. '
+    "paper only if this run has its setting (docs/release.md says where they differ) and whole suites. "
     "The headline's means are over all generators tested; one that two suites have counts twice there."
 )
 
