@@ -17,8 +17,7 @@ from trees import grow, grow_with_pools, put
 
 from dgs.analysis.figures.detection import detection_figures, short_names
 from dgs.analysis.metrics import by_suite, detection_table, reliability, summary
-from dgs.analysis.paper import paper_cells
-from dgs.analysis.suite_tables import suite_sections
+from dgs.analysis.paper import paper_cells, suite_sections
 from dgs.data.manifest import ImageSource, build_manifest, cautions, data_hash, examples
 from dgs.data.suites import AIGC_DETECT_BENCHMARK, AIGI_BENCH, UNIVERSAL_FAKE_DETECT, full_name, is_seen, pool_of
 from dgs.data.tree import scan_tree

@@ -1,24 +1,27 @@
-"""docs/paper-tables.md: the paper's numbers, the authors' own re-run, and what was measured here, in one form.
+"""The paper's numbers, the authors' own re-run and ours in one form: docs/paper-tables.md, and a report's suites.
 
-`python -m dgs.analysis.paper` writes the page from docs/paper/*.csv and results/mini. Averages are recomputed from the
-cells; printed ones that differ are named. All numbers are per cent.
+`python -m dgs.analysis.paper` writes the page from docs/paper/*.csv and results/mini. All three are rows of one table,
+shaped as detection.csv (`theirs`), and every table is a pivot of it. Averages are recomputed from the cells; printed
+ones that differ are named.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from dgs.analysis.metrics import generators_in_order, headline, in_order, paper_mean, read_detection
-from dgs.analysis.report import markdown_table
+from dgs.analysis.metrics import by_suite, generators_in_order, headline, in_order, mean_of, paper_mean, read_detection
+from dgs.analysis.report import markdown_table, plus_minus, render
+from dgs.data.suites import SUITES
 from dgs.errors import UserError
-from dgs.stats import rounded_text, seed_interval
+from dgs.stats import percent_text, rounded_text
 
 PAGE = Path("docs/paper-tables.md")
 PRINTED = "PRINTED_AVERAGE"
 SUBJECT = "DGS-Net"
+PAPER, RERUN = f"paper, {SUBJECT}", f"re-run, {SUBJECT}"
 ACCURACY = {1: "AIGCDetectBenchmark", 3: "AIGIBench"}  # tables of one Real column and an F.Acc column a generator
 PRECISION = {2: "AIGCDetectBenchmark"}
 OURS = ("probe", "lora", "dgs")
@@ -30,23 +33,18 @@ RENAMED = {
     ("AIGCDetectBenchmark", "stablediffusionv15"): "SDv1.5",
     ("AIGIBench", "midjourney"): "Midjourney-V6",
 }
-SUMMARY = ("Acc", "R.Acc", "F.Acc", "balanced acc.", "mAcc", "AP")
-SIDE_BY_SIDE = ("", "benchmark", "generators", *SUMMARY)
+Measure = Callable[[pd.DataFrame], float | None]  # of one run's rows, a row a generator
+NAMES = {"f_acc": "F.Acc", "ap": "AP", "r_acc": "R.Acc", "acc": "Acc"}
 
-INTRO = """# The paper's tables, beside what was measured here
 
-Made by `python -m dgs.analysis.paper`, not by hand, from [paper/paper_tables.csv](paper/paper_tables.csv) (tables 1 to
-3 of arXiv 2511.13108), [paper/official_rerun.csv](paper/official_rerun.csv) (a log that the authors published with
-their release) and `results/mini`. All numbers are per cent.
-
-**Not comparable:** paper and re-run are ViT-L/14 on photographs, ours is a mini-CLIP on an embedded benchmark
-([what it is, and is not](minibench.md)). The form is shared so that a run on the paper's data can be put beside it.
-
-- **R.Acc**, **F.Acc**: accuracy on real and on fake images at threshold 0.5. **Balanced acc.**: mean of their means.
-- **mAcc** is what the paper averages in tables 1 and 3: one Real column and one F.Acc column a generator. For the most
-  part it is fake recall: a detector that calls everything fake would have 94.4 with 17 generators and 96.2 with 25.
-- **Acc** is over all images of a generator; **AP** is average precision.
-- Means over generators are plain, and recomputed from the cells."""
+SUMMARY: dict[str, Measure] = {
+    "Acc": mean_of("acc"),
+    "R.Acc": mean_of("r_acc"),
+    "F.Acc": mean_of("f_acc"),
+    "balanced acc.": lambda run: float(run["r_acc"].mean() + run["f_acc"].mean()) / 2.0,
+    "mAcc": paper_mean,
+    "AP": mean_of("ap"),
+}
 
 
 def paper_cells(root: Path) -> pd.DataFrame:
@@ -62,7 +60,6 @@ def averages(cells: pd.DataFrame, table: int) -> pd.DataFrame:
     """
     own = cells[cells["table"] == table]
     single = own[own["column"] != PRINTED]
-    order = in_order(own["method"])
     found = pd.DataFrame(
         {
             "printed": own[own["column"] == PRINTED].set_index("method")["value"],
@@ -70,10 +67,9 @@ def averages(cells: pd.DataFrame, table: int) -> pd.DataFrame:
         }
     )
     if table in ACCURACY:
-        found["r_acc"] = single[single["metric"] == "r_acc"].set_index("method")["value"]
-        found["f_acc"] = single[single["metric"] == "f_acc"].groupby("method")["value"].mean()
+        found[["r_acc", "f_acc"]] = single.pivot_table("value", "method", "metric")[["r_acc", "f_acc"]]
         found["balanced_acc"] = (found["r_acc"] + found["f_acc"]) / 2.0
-    return found.loc[order]
+    return found.loc[in_order(own["method"])]
 
 
 def misprinted(found: pd.DataFrame) -> pd.Series:
@@ -86,15 +82,48 @@ def rerun_cells(root: Path) -> pd.DataFrame:
     """The authors' re-run: columns benchmark, generator (the paper's name), acc, ap, r_acc, f_acc; paper's order."""
     found = pd.read_csv(_existing(root / "docs/paper/official_rerun.csv"))
     paper = paper_cells(root)
+    fakes = paper[paper["metric"] == "f_acc"]
     for benchmark in ACCURACY.values():
-        names = {_plain(name): name for name in _generators(paper, benchmark)}
+        names = {_plain(name): name for name in in_order(fakes.loc[fakes["benchmark"] == benchmark, "column"])}
         at = found["benchmark"] == benchmark
         plain = found.loc[at, "generator"].map(_plain)
         found.loc[at, "generator"] = [RENAMED.get((benchmark, name)) or names[name] for name in plain]
-    order = {name: i for i, name in enumerate(dict.fromkeys([*paper["column"], *found["generator"]]))}
-    suites = {name: i for i, name in enumerate([*ACCURACY.values(), *found["benchmark"]][::-1])}
-    ranks = pd.DataFrame({"suite": -found["benchmark"].map(suites), "generator": found["generator"].map(order)})
-    return found.loc[ranks.sort_values(["suite", "generator"], kind="stable").index].reset_index(drop=True)
+    order = [*in_order(ACCURACY.values()), *in_order(found["benchmark"])]
+    generators = in_order([*paper["column"], *found["generator"]])
+    ranks = [found["benchmark"].map(order.index), found["generator"].map(generators.index)]
+    return found.loc[pd.concat(ranks, axis=1).sort_values(["benchmark", "generator"], kind="stable").index]
+
+
+def theirs(root: Path) -> pd.DataFrame:
+    """DGS-Net's numbers by the paper and by the re-run, as rows of a detection table: fractions, seed 0.
+
+    Columns benchmark, method (`PAPER`, `RERUN`), seed, generator, f_acc, ap, r_acc, acc; NaN is what they do not say.
+    """
+    cells = paper_cells(root)
+    own = cells[(cells["method"] == SUBJECT) & (cells["column"] != PRINTED)]
+    by_rate = {rate: rows.set_index(["benchmark", "column"])["value"] for rate, rows in own.groupby("metric")}
+    paper = by_rate["f_acc"].to_frame("f_acc").join(by_rate["ap"].rename("ap")).reset_index()
+    paper["r_acc"] = paper["benchmark"].map(by_rate["r_acc"].droplevel("column"))
+    both = {PAPER: paper.rename(columns={"column": "generator"}), RERUN: rerun_cells(root)}
+    table = pd.concat([rows.assign(method=name, seed=0) for name, rows in both.items()], ignore_index=True)
+    table[list(NAMES)] /= 100.0
+    return table[["benchmark", "method", "seed", "generator", *NAMES]]
+
+
+def cell(rows: pd.DataFrame, measure: Measure) -> str:
+    """A measure of one method's rows: mean over seeds ± half its interval, "–" where it is not known."""
+    values = [measure(run) for _, run in rows.groupby("seed")]
+    return plus_minus(pd.Series(values, dtype=float).dropna())
+
+
+def side_by_side(parts: Iterable[tuple[str, pd.DataFrame]]) -> str:
+    """A line for each method of each (benchmark, rows), with its means over generators."""
+    lines = [
+        [method, benchmark, str(own["generator"].nunique()), *(cell(own, measure) for measure in SUMMARY.values())]
+        for benchmark, rows in parts
+        for method, own in rows.groupby("method", sort=False)
+    ]
+    return markdown_table(["", "benchmark", "generators", *SUMMARY], lines)
 
 
 def page(root: Path) -> str:
@@ -102,155 +131,118 @@ def page(root: Path) -> str:
 
     Raises UserError where docs/paper or results/mini lack a file.
     """
-    cells, rerun = paper_cells(root), rerun_cells(root)
-    ours = headline(read_detection(_existing(root / "results/mini/detection.csv")))
-    parts = [INTRO, "## Side by side", _side_by_side(cells, rerun, ours), "## The paper's averages, recomputed"]
-    for table, benchmark in {**ACCURACY, **PRECISION}.items():
-        parts += [f"### Table {table}: {benchmark}", *_average_section(averages(cells, table), table)]
-    parts += ["## Generator by generator"]
-    for benchmark in ACCURACY.values():
-        parts += [f"### {SUBJECT} on {benchmark}", _by_generator(cells, rerun, benchmark)]
-    for benchmark in [name for name in in_order(rerun["benchmark"]) if name not in ACCURACY.values()]:
-        own = rerun[rerun["benchmark"] == benchmark]
-        parts += [
-            f"### {SUBJECT} on {benchmark}",
-            "In the re-run only; the paper has no table of it.",
-            _rerun_only(own),
-        ]
-    parts += ["### Ours", "Embedded benchmark, profile `mini`: means over seeds.", _ours_by_generator(ours)]
-    parts += ["## The paper's tables in full"]
-    for table in (1, 2, 3):
-        own = cells[(cells["table"] == table) & (cells["column"] != PRINTED)]
+    cells, known = paper_cells(root), theirs(root)
+    measured = headline(read_detection(_existing(root / "results/mini/detection.csv")))
+    ours = measured.assign(method="ours, `" + measured["method"] + "`")
+    parts = list(known.groupby(["method", "benchmark"], sort=False))
+    shown = [(str(benchmark), rows) for (_, benchmark), rows in parts]
+    for name in OURS:
+        own = ours[ours["method"] == f"ours, `{name}`"]
+        shown += [("embedded, all", own), ("embedded, unseen", own[~own["seen"]])]
+    full = []
+    for number in (1, 2, 3):
+        own = cells[(cells["table"] == number) & (cells["column"] != PRINTED)]
         wide = own.pivot(index="column", columns="method", values="value")
-        wide = wide.loc[in_order(own["column"]), in_order(own["method"])]
-        rows = [[str(name), *map(rounded_text, line)] for name, line in zip(wide.index, wide.to_numpy(), strict=True)]
-        what = "average precision" if table in PRECISION else "accuracy on real images, and on fakes of each generator"
-        parts += [f"### Table {table}: {what}", markdown_table(["", *wide.columns], rows)]
-    return "\n\n".join(parts) + "\n"
-
-
-def write_page(root: Path) -> Path:
-    """Writes docs/paper-tables.md below `root` and returns its path; raises as `page` does."""
-    (root / PAGE).write_text(page(root), encoding="utf-8", newline="\n")
-    return root / PAGE
-
-
-def _side_by_side(cells: pd.DataFrame, rerun: pd.DataFrame, ours: pd.DataFrame) -> str:
-    rows = [line for benchmark in ACCURACY.values() for line in paper_lines(cells, benchmark)]
-    rows += [line for benchmark in in_order(rerun["benchmark"]) for line in rerun_lines(rerun, benchmark)]
-    for method in [name for name in OURS if name in set(ours["method"])]:
-        own = ours[ours["method"] == method]
-        for where, part in (("all", own), ("unseen", own[~own["seen"]])):
-            rows.append(our_line(part, f"embedded, {where}"))
-    note = (
-        "Ours: mean over seeds ± half the 95 % interval. The paper's suites hold the generators of its training set, "
-        'as "all" does here.'
+        wide = wide.loc[in_order(own["column"]), in_order(own["method"])].map(rounded_text)
+        what = "average precision" if number in PRECISION else "accuracy on real images, and on fakes of each generator"
+        full.append((number, what, markdown_table(["", *wide.columns], wide.itertuples())))
+    return render(
+        "paper-tables.md.j2",
+        subject=SUBJECT,
+        side_by_side=side_by_side(shown),
+        averages=[(n, benchmark, *_averages(cells, n)) for n, benchmark in {**ACCURACY, **PRECISION}.items()],
+        by_generator=[
+            (name, *_by_generator(known[known["benchmark"] == name])) for name in in_order(known["benchmark"])
+        ],
+        ours=_ours(measured),
+        full=full,
     )
-    return f"{markdown_table(SIDE_BY_SIDE, rows)}\n\n{note}"
 
 
-def paper_lines(cells: pd.DataFrame, benchmark: str) -> list[list[str]]:
-    """What the paper has of DGS-Net on a benchmark under the columns SIDE_BY_SIDE: a line, or none."""
-    lines = []
-    for table in [number for number, of in ACCURACY.items() if of == benchmark]:
-        own = averages(cells, table).loc[SUBJECT]
-        precise = [number for number, of in PRECISION.items() if of == benchmark]
-        ap = averages(cells, precise[0]).loc[SUBJECT, "average"] if precise else np.nan
-        numbers = [np.nan, *own[["r_acc", "f_acc", "balanced_acc", "average"]], ap]
-        count = len(_generators(cells, benchmark))
-        lines.append([f"paper, {SUBJECT}", benchmark, str(count), *(number_text(float(value)) for value in numbers)])
-    return lines
-
-
-def rerun_lines(rerun: pd.DataFrame, benchmark: str) -> list[list[str]]:
-    """What the authors' re-run has of a benchmark under the columns SIDE_BY_SIDE: a line, or none."""
-    part = rerun[rerun["benchmark"] == benchmark]
-    return [[f"re-run, {SUBJECT}", benchmark, str(len(part)), *map(number_text, _summary(part))]] if len(part) else []
-
-
-def our_line(part: pd.DataFrame, benchmark: str) -> list[str]:
-    """One method's rows of a detection table, a row a seed and generator, under the columns SIDE_BY_SIDE."""
-    by_seed = np.array([_summary(run) for _, run in part.groupby("seed")])
-    found = [seed_interval(100.0 * column) for column in by_seed.T]
-    shown = [
-        rounded_text(value.mean) + (f" ±{rounded_text(value.high - value.mean)}" if value.known else "")
-        for value in found
+def _averages(cells: pd.DataFrame, number: int) -> tuple[str, str]:
+    found = averages(cells, number)
+    kind, more = ("mAcc", ["r_acc", "f_acc", "balanced_acc"]) if number in ACCURACY else ("mean AP", [])
+    rows = found[["average", "printed", *more]].map(rounded_text)
+    rows["average"] = found["average"].map(lambda mean: rounded_text(mean, 2))
+    header = [
+        "method",
+        f"{kind}, recomputed",
+        f"{kind}, printed",
+        *["R.Acc", "F.Acc, mean", "balanced acc."][: len(more)],
     ]
-    return [f"ours, `{part['method'].iloc[0]}`", benchmark, str(part["generator"].nunique()), *shown]
+    wrong = [f"{method} {rounded_text(gap, 2, sign=True)}" for method, gap in misprinted(found).items()]
+    return markdown_table(header, rows.itertuples()), ", ".join(wrong)
 
 
-def _summary(part: pd.DataFrame) -> list[float]:
-    """The columns of SUMMARY from one row a generator (acc, r_acc, f_acc, ap)."""
-    real, fake = part["r_acc"].mean(), part["f_acc"].mean()
-    return [part["acc"].mean(), real, fake, (real + fake) / 2.0, paper_mean(part), part["ap"].mean()]
+def _by_generator(rows: pd.DataFrame) -> tuple[str, str, str, str]:
+    """Of one benchmark: its table; the paper's R.Acc, the re-run's lowest, and what the re-run lacks."""
+    paper, rerun = (rows[rows["method"] == name].set_index("generator") for name in (PAPER, RERUN))
+    columns = {f"re-run {label}": rerun[rate] for rate, label in NAMES.items()}
+    if len(paper):
+        columns = {f"paper {NAMES[rate]}": paper[rate] for rate in ("f_acc", "ap")} | columns
+    lines = [[name, *(_known(of.get(name)) for of in columns.values())] for name in in_order(rows["generator"])]
+    real = _known(paper["r_acc"].iloc[0]) if len(paper) else ""
+    lowest = f"{_known(rerun['r_acc'].min())} ({rerun['r_acc'].idxmin()})"
+    absent = ", ".join(name for name in paper.index if name not in rerun.index)
+    return markdown_table(["generator", *columns], lines), real, lowest, absent
 
 
-def _average_section(found: pd.DataFrame, table: int) -> list[str]:
-    wrong = misprinted(found)
-    named = ", ".join(f"{method} {rounded_text(gap, 2, sign=True)}" for method, gap in wrong.items())
-    rows = []
-    for method, line in found.iterrows():
-        more = [line["r_acc"], line["f_acc"], line["balanced_acc"]] if table in ACCURACY else []
-        rows.append(
-            [str(method), rounded_text(line["average"], 2), rounded_text(line["printed"]), *map(number_text, more)]
+def _ours(measured: pd.DataFrame) -> str:
+    means = measured.groupby(["generator", "method"])[list(NAMES)].mean().map(percent_text)
+    seen = set(measured.loc[measured["seen"], "generator"])
+    lines = [
+        [f"{name} (in training)" if name in seen else name, f"`{method}`", *means.loc[[(name, method)]].to_numpy()[0]]
+        for name in generators_in_order(measured)
+        for method in OURS
+    ]
+    return markdown_table(["generator", "method", *NAMES.values()], lines)
+
+
+def suite_sections(detection: pd.DataFrame, root: Path) -> list[str]:
+    """Markdown on the suites that a detection table has rows of, for REPORT.md; none without suites.
+
+    `root`: the repository, for docs/paper. Raises UserError as `metrics.headline` does, or where that lacks a file.
+    """
+    parts = {suite: rows for suite, rows in by_suite(headline(detection)).items() if suite}
+    if not parts:
+        return []
+    known = theirs(root)
+    whole = {}
+    for suite, rows in parts.items():
+        ours = rows.assign(method="ours, `" + rows["method"] + "`")
+        whole[suite] = pd.concat([known[known["benchmark"] == suite], ours])
+    columns = {suite.name: [generator.column for generator in suite.generators] for suite in SUITES}
+    suites = [
+        (
+            suite,
+            ", ".join(name for name in columns[suite] if name not in set(parts[suite]["generator"])),
+            _suite_table(rows, parts[suite], "f_acc"),
+            _suite_table(rows, parts[suite], "ap"),
         )
-    kind = "mAcc" if table in ACCURACY else "mean AP"
-    header = ["method", f"{kind}, recomputed", f"{kind}, printed"]
-    header += ["R.Acc", "F.Acc, mean", "balanced acc."] if table in ACCURACY else []
-    text = f"Printed averages that differ by more than rounding (printed minus recomputed): {named or 'none'}."
-    return [markdown_table(header, rows), text]
+        for suite, rows in whole.items()
+    ]
+    return [render("paper-suites.md.j2", side_by_side=side_by_side(whole.items()), suites=suites).rstrip()]
 
 
-def _by_generator(cells: pd.DataFrame, rerun: pd.DataFrame, benchmark: str) -> str:
-    own = cells[(cells["method"] == SUBJECT) & (cells["benchmark"] == benchmark)]
-    real = own.loc[own["metric"] == "r_acc", "value"].iloc[0]
-    fakes = own[own["metric"] == "f_acc"].set_index("column")["value"]
-    precision = own[own["metric"] == "ap"].set_index("column")["value"]
-    again = rerun[rerun["benchmark"] == benchmark].set_index("generator")
-    rows = []
-    for name in _generators(cells, benchmark):
-        line = again.loc[name] if name in again.index else pd.Series(np.nan, again.columns)
-        numbers = [fakes[name], precision.get(name, np.nan), *(line[m] for m in ("f_acc", "ap", "r_acc", "acc"))]
-        rows.append([name, *map(number_text, numbers)])
-    header = ["generator", "paper F.Acc", "paper AP", "re-run F.Acc", "re-run AP", "re-run R.Acc", "re-run Acc"]
-    absent = [name for name in fakes.index if name not in again.index]
-    lowest = again["r_acc"].min()
-    note = (
-        f"The paper has one Real column, {rounded_text(real)}; the re-run has an R.Acc for each generator, the lowest "
-        f"{rounded_text(lowest)} ({again.index[again['r_acc'] == lowest][0]})."
-    )
-    if absent:
-        note += f" Missing from the re-run: {', '.join(absent)}."
-    return f"{note}\n\n{markdown_table(header, rows)}"
+def _suite_table(rows: pd.DataFrame, tested: pd.DataFrame, rate: str) -> str:
+    """A row a generator that was tested and their mean last, a column a source; of accuracies with Real first."""
+    sources = [PAPER, RERUN, *(name for name in in_order(rows["method"]) if name not in (PAPER, RERUN))]
+    own = {name: rows[rows["method"] == name] for name in sources}
+
+    def line(label: str, seen: str, measure: Measure, generator: str | None = None) -> list[str]:
+        parts = [part if generator is None else part[part["generator"] == generator] for part in own.values()]
+        return [label, seen, *(cell(part, measure) for part in parts)]
+
+    lines = [line("Real", "", mean_of("r_acc"))] if rate == "f_acc" else []
+    for name in in_order(tested["generator"]):
+        seen = tested.loc[tested["generator"] == name, "seen"].iloc[0]
+        lines.append(line(name, "seen" if seen else "unseen", mean_of(rate), name))
+    last = line("**mAcc**", "", paper_mean) if rate == "f_acc" else line("**mean**", "", mean_of(rate))
+    return markdown_table(["", "in training", *sources], [*lines, last])
 
 
-def _rerun_only(part: pd.DataFrame) -> str:
-    numbers = part[["f_acc", "ap", "r_acc", "acc"]].to_numpy()
-    rows = [[name, *map(number_text, line)] for name, line in zip(part["generator"], numbers, strict=True)]
-    return markdown_table(["generator", "re-run F.Acc", "re-run AP", "re-run R.Acc", "re-run Acc"], rows)
-
-
-def _ours_by_generator(ours: pd.DataFrame) -> str:
-    methods = [name for name in OURS if name in set(ours["method"])]
-    rows = []
-    for name in generators_in_order(ours):
-        own = ours[ours["generator"] == name]
-        for method in methods:
-            means = 100.0 * own.loc[own["method"] == method, ["f_acc", "ap", "r_acc", "acc"]].to_numpy().mean(axis=0)
-            rows.append(
-                [f"{name} (in training)" if own["seen"].iloc[0] else name, f"`{method}`", *map(number_text, means)]
-            )
-    return markdown_table(["generator", "method", "F.Acc", "AP", "R.Acc", "Acc"], rows)
-
-
-def _generators(cells: pd.DataFrame, benchmark: str) -> list[str]:
-    own = cells[(cells["benchmark"] == benchmark) & (cells["metric"] == "f_acc")]
-    return in_order(own["column"])
-
-
-def number_text(value: float) -> str:
-    """A rounded number, "–" for NaN."""
-    return "–" if np.isnan(value) else rounded_text(value)
+def _known(fraction: float | None) -> str:
+    return "–" if fraction is None or pd.isna(fraction) else percent_text(fraction)
 
 
 def _plain(name: str) -> str:
@@ -264,8 +256,10 @@ def _existing(path: Path) -> Path:
 
 
 def main() -> None:
-    """Writes the page of the repository that this module lies in."""
-    print(write_page(Path(__file__).resolve().parents[2]))
+    """Writes docs/paper-tables.md of the repository that this module lies in; raises as `page` does."""
+    root = Path(__file__).resolve().parents[2]
+    (root / PAGE).write_text(page(root), encoding="utf-8", newline="\n")
+    print(root / PAGE)
 
 
 if __name__ == "__main__":

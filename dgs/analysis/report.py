@@ -128,18 +128,14 @@ def render(template: str, **values: Any) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: bool = False) -> str:
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]], left: bool = False) -> str:
     """A Markdown table; a pipe inside a cell is escaped.
 
     The first column stands to the left, the others to the right, or with `left` to the left too. Empty without rows.
     """
-    lines = [list(map(str, row)) for row in rows]
-    aligned = ["---", *["---" if left else "---:"] * (len(header) - 1)]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
-        for line in (header, aligned, *lines)
-        if lines
-    )
+    top, *lines = ([str(cell).replace("|", "\\|") for cell in line] for line in (header, *rows))
+    aligned = ["---", *["---" if left else "---:"] * (len(top) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (top, aligned, *lines) if lines)
 
 
 def plus_minus(values: pd.Series, sign: bool = False) -> str:
