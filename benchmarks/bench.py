@@ -30,9 +30,10 @@ from timing import Timed, in_own_process, interleave, peak_megabytes, resident_m
 
 from dgs.data.patches import patch_entropy, select_indices, stitch  # noqa: E402
 from dgs.model.backbone import IMAGENET, Backbone, embed_tokens, load_clip  # noqa: E402
+from dgs.model.methods.base import Precomputed  # noqa: E402
 from dgs.model.methods.registry import get_method  # noqa: E402
 from dgs.model.release import Release, adapt, take_apart, write_clip  # noqa: E402
-from dgs.model.step import Known, stage2_step  # noqa: E402
+from dgs.model.step import stage2_step  # noqa: E402
 from dgs.model.train import stage1, teacher_residuals  # noqa: E402
 from dgs.params import Params, validate  # noqa: E402
 
@@ -91,7 +92,7 @@ class Student:
         learned = [p for n in ("image", "text") for p in self.heads[n].parameters()]
         self.optimizer = torch.optim.Adam([*self.backbone.adapter_parameters(), *learned], lr=LR)
 
-    def step(self, images: Tensor, known: Known) -> None:
+    def step(self, images: Tensor, known: Precomputed) -> None:
         """One step of stage 2, from cached caption embeddings and teacher residuals."""
         noise = torch.randn(known.captions.shape, device=known.captions.device)
         stage2_step(self.method, self.backbone, self.heads, self.optimizer, images, known, noise, self.params)
@@ -103,13 +104,13 @@ class Student:
         features = self.backbone(images)
         features.backward(torch.ones_like(features))
 
-    def prepare(self, images: Tensor, tokens: Tensor, labels: Tensor, batch: int) -> Known:
+    def prepare(self, images: Tensor, tokens: Tensor, labels: Tensor, batch: int) -> Precomputed:
         """What is computed once: frozen features, caption embeddings, teacher residuals."""
         with self.backbone.frozen():
             frozen = torch.cat([self.backbone(part) for part in images.split(batch)])
             captions = torch.cat([embed_tokens(self.clip.model, part) for part in tokens.split(batch)])
         residual, ones = teacher_residuals(self.heads["teacher"], frozen, labels), torch.ones_like(labels)
-        return Known(labels, captions, frozen, ones, residual, torch.zeros_like(labels), ones)
+        return Precomputed(labels, captions, frozen, ones, residual, torch.zeros_like(labels), ones)
 
 
 def data(geometry: oracle.Geometry, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,11 +129,11 @@ def normalised(images: Tensor) -> Tensor:
     return (images / 255 - mean) / std
 
 
-def arbitrary(labels: Tensor, width: int) -> Known:
+def arbitrary(labels: Tensor, width: int) -> Precomputed:
     """What a step reads, made up: its values do not change what a step costs."""
     captions, teacher = torch.randn(2, len(labels), width, device=labels.device)
     ones = torch.ones_like(labels)
-    return Known(labels, captions, teacher, ones, torch.rand_like(labels) - 0.5, torch.zeros_like(labels), ones)
+    return Precomputed(labels, captions, teacher, ones, torch.rand_like(labels) - 0.5, torch.zeros_like(labels), ones)
 
 
 @contextmanager
@@ -211,7 +212,7 @@ def bench_stages(name: str, images_count: int, batch: int, rounds: int) -> list[
             with torch.no_grad():
                 captions = torch.cat([embed_tokens(mine.clip.model, part) for part in tokens.split(batch)])
             residual, ones = teacher_residuals(mine.heads["teacher"], frozen, labels), torch.ones_like(labels)
-            known = Known(labels, captions, frozen, ones, residual, torch.zeros_like(labels), ones)
+            known = Precomputed(labels, captions, frozen, ones, residual, torch.zeros_like(labels), ones)
             for part in order[EPOCHS_1]:
                 mine.step(images[part], known[part])
 

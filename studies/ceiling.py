@@ -19,7 +19,7 @@ from dgs.data.views import Views
 from dgs.device import choose_device
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, load_clip
-from dgs.model.methods.text_expert import balance_weights, caption_probability
+from dgs.model.methods.text_expert import caption_probability, ipw_weights
 from dgs.model.train import extract_features, training_views
 from dgs.params import Params
 from dgs.stats import share_interval
@@ -121,7 +121,7 @@ def ceiling(params: Params, root: Path, folder: Path) -> pd.DataFrame:
             for name, some in views.items()
         }
     labels = train["label"].to_numpy(dtype=np.int64)
-    weights = balance_weights(caption_probability(prepared, "train"), labels)
+    weights = ipw_weights(caption_probability(prepared, "train"), labels)
     generators = test["generator"].where(test["label"] == 1, REAL).to_numpy(dtype=object)
     seen = set(test.loc[test["seen"], "generator"])
     parts = []

@@ -17,7 +17,7 @@ from dgs.analysis.tuning import weighted_balanced_accuracy
 from dgs.data.prepared import Prepared, load_training
 from dgs.errors import UserError
 from dgs.model.methods.registry import get_method
-from dgs.model.methods.text_expert import balance_weights, caption_probability
+from dgs.model.methods.text_expert import caption_probability, ipw_weights
 from dgs.params import Params
 
 SPLIT = "left_out"
@@ -73,7 +73,7 @@ def _score(_: str, name: str, generator: str, seed: int, params: Params, root: P
             views = Views(rows, prepared.source, own, patches=prepared.patches)
             logits = validation_logits(trained.backbone, trained.heads["image"], views, own, device)
             labels = rows["label"].to_numpy()
-            weights = balance_weights(caption_probability(prepared, split), labels)
+            weights = ipw_weights(caption_probability(prepared, split), labels)
             told = weighted_balanced_accuracy(labels, logits, weights)
             if split == SPLIT:
                 found["balanced_acc"] = told
@@ -90,7 +90,7 @@ def left_out(
 ) -> Iterator[dict[str, Any]]:
     """Train each method without each generator in turn, `compute.jobs` at a time, with its settings in `params`.
 
-    Images are weighed so that captions tell nothing (`balance_weights`). What `out` holds for the same training and
+    Images are weighed so that captions tell nothing (`ipw_weights`). What `out` holds for the same training and
     validation images is not run again; remove it after a change of settings or code.
 
     Args:

@@ -14,7 +14,7 @@ from dgs.analysis.figures import angles as figures
 from dgs.analysis.figures.detection import METHOD_COLOURS, save
 from dgs.analysis.heads import rank_by_head
 from dgs.model.surgery import suppress
-from dgs.model.training_log import Journal
+from dgs.model.training_log import TrainingLog
 
 Logged = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
 
@@ -25,7 +25,7 @@ def logged() -> Logged:
     journals = []
     for method in ("lora", "dgs"):
         for seed in range(3):
-            journal = Journal(method, seed)
+            journal = TrainingLog(method, seed)
             for step in range(0, 80, 10):
                 labels = torch.arange(8).remainder(2)
                 radians = torch.deg2rad(80.0 - 20.0 * labels)

@@ -16,9 +16,8 @@ from torch import Tensor
 from dgs.analysis import angles as analysis
 from dgs.analysis.figures.detection import angles_over_training
 from dgs.errors import UserError
-from dgs.model.geometry import angles, effective_rank, inner_products
 from dgs.model.surgery import residual_directions, split_signs, suppress
-from dgs.model.training_log import Journal, write_journals
+from dgs.model.training_log import TrainingLog, angles, effective_rank, inner_products, write_logs
 
 PAIRS = ["task-harmful", "task-applied"]
 Vectors = dict[str, Tensor]
@@ -35,9 +34,9 @@ def some_gradients(applied: Callable[[Vectors], Tensor], count: int = 8, width: 
     return {**vectors, "applied": applied(vectors)}
 
 
-def noted(vectors: Vectors, method: str = "dgs", seed: int = 0, steps: tuple[int, ...] = (0, 10)) -> Journal:
+def noted(vectors: Vectors, method: str = "dgs", seed: int = 0, steps: tuple[int, ...] = (0, 10)) -> TrainingLog:
     """A journal with the same gradients at some steps."""
-    journal = Journal(method, seed)
+    journal = TrainingLog(method, seed)
     count = len(vectors["task"])
     for step in steps:
         journal.gradients(step, list(range(count)), torch.arange(count).remainder(2), vectors)
@@ -47,9 +46,9 @@ def noted(vectors: Vectors, method: str = "dgs", seed: int = 0, steps: tuple[int
     return journal
 
 
-def written(folder: Path, *journals: Journal) -> Path:
+def written(folder: Path, *journals: TrainingLog) -> Path:
     folder.mkdir()
-    write_journals(folder, journals)
+    write_logs(folder, journals)
     return folder
 
 
@@ -169,7 +168,7 @@ class TestTables:
         assert analysis.energy_along_harm(noted(without).samples)["dgs"].mean == 0.0, "no direction: nothing to remove"
 
     def test_frozen_methods_alone_have_empty_tables_and_a_figure_that_says_so(self, tmp_path: Path) -> None:
-        folder = written(tmp_path / "probe", Journal("probe", 0))
+        folder = written(tmp_path / "probe", TrainingLog("probe", 0))
         samples, layers, batches = (
             analysis.read_logged({"probe": folder}, [0], table) for table in ("samples", "layers", "batches")
         )

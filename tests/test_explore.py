@@ -32,8 +32,9 @@ from dgs.analysis.explore import (
 from dgs.analysis.explore_widgets import LAMBDAS, WIDGET, SurgeryControls, bundle
 from dgs.analysis.figures.explore import mistakes_sheet, png, portrait, surgery_plane, sweep_figure
 from dgs.errors import UserError
+from dgs.model.methods.base import Precomputed
 from dgs.model.methods.registry import get_method
-from dgs.model.step import Known, surgery_step
+from dgs.model.step import surgery_step
 from dgs.model.surgery import head_gradients, suppress
 from dgs.params import load_params, validate
 from dgs.workspace import Workspace
@@ -62,7 +63,7 @@ def test_the_explorers_surgery_is_the_training_steps(
     labels = torch.arange(size).remainder(2).float()
     residual = torch.sigmoid(heads["teacher"](frozen).squeeze(1)).detach() - labels
     zeros = torch.zeros(size)
-    known = Known(labels, captions, frozen, zeros + 1, residual, zeros, zeros + 1)
+    known = Precomputed(labels, captions, frozen, zeros + 1, residual, zeros, zeros + 1)
     _, _, wanted = surgery_step(get_method("dgs"), features, heads, known, torch.randn(size, width), params)
     settings = Settings.of(params.train.surgery)
     for i in range(size):

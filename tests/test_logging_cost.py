@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from dgs.model.backbone import Backbone, load_clip
-from dgs.model.layers import LayerGradients
+from dgs.model.methods.base import Precomputed
 from dgs.model.methods.registry import get_method
-from dgs.model.step import Known, stage2_step
-from dgs.model.training_log import LAYERS_EVERY, Journal
+from dgs.model.step import stage2_step
+from dgs.model.training_log import LAYERS_EVERY, LayerGradients, TrainingLog
 from dgs.params import load_params
 
 ROOT = Path(__file__).parent.parent
@@ -36,17 +36,17 @@ def test_logging_costs_at_most_five_per_cent_of_a_run() -> None:
     images = torch.randint(0, 256, (size, 3, params.image_size, params.image_size), dtype=torch.uint8)
     captions, frozen, noise = torch.randn(3, size, width)
     labels = torch.arange(size).remainder(2).float()
-    known = Known(
+    known = Precomputed(
         labels, captions, frozen, torch.ones(size), torch.rand(size) - 0.5, torch.zeros(size), torch.ones(size)
     )
-    journal = Journal("dgs", 0)
+    journal = TrainingLog("dgs", 0)
 
     def step(logged: bool, layers: LayerGradients | None = None) -> None:
         _, gradients = stage2_step(method, backbone, heads, optimizer, images, known, noise, params, layers=layers)
         if logged:
             journal.gradients(0, list(range(size)), labels, gradients)
         if layers is not None:
-            layers.note(journal, 0)
+            layers.record(journal, 0)
 
     try:
         timed = interleave(

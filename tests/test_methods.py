@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from dgs.data.manifest import ImageSource
 from dgs.data.prepared import Prepared
 from dgs.errors import UserError
+from dgs.model.methods.base import Method, Precomputed
 from dgs.model.methods.registry import METHODS, get_method
-from dgs.model.methods.text_expert import text_expert
-from dgs.model.step import Known, surgery_step
-from dgs.model.train import expert_logits, image_weights, known_before, stage1
+from dgs.model.methods.text_expert import expert_terms, text_expert
+from dgs.model.step import surgery_step
+from dgs.model.train import method_captions, stage1
 from dgs.params import Params, validate
 
 COUNT, WIDTH = 12, 8
@@ -32,16 +33,16 @@ def some_heads() -> dict[str, nn.Linear]:
     return {name: nn.Linear(WIDTH, 1).double() for name in ("image", "text", "teacher")}
 
 
-def some_known(seed: int = 0) -> Known:
+def some_known(seed: int = 0) -> Precomputed:
     generator = torch.Generator().manual_seed(seed)
     captions, teacher = torch.randn(2, COUNT, WIDTH, generator=generator, dtype=torch.float64)
     labels = torch.arange(COUNT).remainder(2).double()
     residual = torch.rand(COUNT, generator=generator, dtype=torch.float64) * 0.5 - labels
     power = teacher.square().sum(1).mean().expand(COUNT)
-    return Known(labels, captions, teacher, power, residual, torch.zeros_like(labels), torch.ones_like(labels))
+    return Precomputed(labels, captions, teacher, power, residual, torch.zeros_like(labels), torch.ones_like(labels))
 
 
-def step(name: str, known: Known | None = None, seed: int = 1, **surgery: object) -> dict[str, Tensor]:
+def step(name: str, known: Precomputed | None = None, seed: int = 1, **surgery: object) -> dict[str, Tensor]:
     """Gradients by name, of one step at features drawn from `seed`; "loss" is the task's."""
     generator = torch.Generator().manual_seed(seed)
     features, noise = torch.randn(2, COUNT, WIDTH, generator=generator, dtype=torch.float64)
@@ -106,7 +107,7 @@ def test_distillation_does_not_depend_on_the_scale_of_features() -> None:
     found = []
     for scale in (1.0, 10.0):
         features = scale * torch.ones(COUNT, WIDTH, dtype=torch.float64)
-        scaled = replace(known, teacher=scale * known.teacher, power=scale**2 * known.power)
+        scaled = replace(known, teacher=scale * known.teacher, feature_norm2=scale**2 * known.feature_norm2)
         heads = some_heads()
         heads["image"].weight.data /= scale
         applied, losses, gradients = surgery_step(method, features, heads, scaled, features, settings())
@@ -157,11 +158,11 @@ def test_general_knowledge_is_the_teachers_opinion() -> None:
 
 
 def test_a_control_takes_the_settings_of_what_it_controls() -> None:
-    controls = {name for name, method in METHODS.items() if method.like}
+    controls = {name for name, method in METHODS.items() if method.settings_of}
     assert controls == {
         "random_direction", "shuffled_captions", "signed", "random_alignment", "per_sample", "paper_order"
     }  # fmt: skip
-    assert {METHODS[name].like for name in controls} == {"dgs"}
+    assert {METHODS[name].settings_of for name in controls} == {"dgs"}
 
 
 def shortcut(count: int = 2_000) -> tuple[Tensor, np.ndarray, Tensor]:
@@ -180,7 +181,7 @@ def test_a_probe_with_a_text_expert_leaves_the_shortcut_to_it() -> None:
     params = validate({"data": {"layout": "folders", "rho": None}, "train": {"stage1": {"epochs": 40, "lr": 0.02}}})
     rests = {}
     for name in ("probe", "poe_probe"):
-        expert = expert_logits(get_method(name), captions, labels, 0)
+        expert, _ = expert_terms(get_method(name).text_expert, captions, labels, 0)
         head = stage1(features[None], labels, params, 0, expert=expert)
         rests[name] = (head.weight[0] * features.std(0)).abs()
     assert rests["probe"][0] > rests["probe"][1]
@@ -191,7 +192,7 @@ def test_weighed_images_leave_the_shortcut_to_nobody() -> None:
     """A probe rests on the shortcut less than plainly, and no expert stands beside it."""
     features, captions, labels = shortcut()
     params = validate({"data": {"layout": "folders", "rho": None}, "train": {"stage1": {"epochs": 40, "lr": 0.02}}})
-    weights = image_weights(get_method("weighed_probe"), captions, labels, 0)
+    expert, weights = expert_terms(get_method("weighed_probe").text_expert, captions, labels, 0)
     assert weights.mean() == pytest.approx(1, abs=1e-6)
     group = torch.tensor(captions[:, 0])
     share = [(weights * (group == side) * (labels == 1)).sum() / (weights * (group == side)).sum() for side in (0, 1)]
@@ -201,7 +202,7 @@ def test_weighed_images_leave_the_shortcut_to_nobody() -> None:
         head = stage1(features[None], labels, params, 0, weight=weight)
         rests.append((head.weight[0] * features.std(0)).abs())
     assert rests[1][0] / rests[1][1] < 0.3 * rests[0][0] / rests[0][1]
-    assert not expert_logits(get_method("weighed_probe"), captions, labels, 0).any()
+    assert not expert.any()
 
 
 def test_a_weighed_image_counts_as_many_times() -> None:
@@ -213,10 +214,14 @@ def test_a_weighed_image_counts_as_many_times() -> None:
     assert same(step("lora", known)["task"], plain["task"])
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"weighed_probe", "weighed_lora"}))
-def test_no_other_method_weighs(name: str) -> None:
+def test_two_methods_reweight_and_no_other_weight_leaves_one() -> None:
     _, captions, labels = shortcut()
-    assert (image_weights(get_method(name), captions, labels, 0) == 1).all()
+    assert {name for name, method in METHODS.items() if method.text_expert == "reweight"} == {
+        "weighed_probe", "weighed_lora"
+    }  # fmt: skip
+    for use in ("add", None):
+        logits, weights = expert_terms(use, captions, labels, 0)
+        assert (weights == 1).all() and logits.any() == (use == "add")
 
 
 def test_the_text_expert_is_cross_fitted() -> None:
@@ -282,14 +287,36 @@ def prepared() -> Prepared:
 
 
 def test_shuffled_captions_are_the_same_captions_with_other_images() -> None:
-    data, teacher, frozen = prepared(), nn.Linear(WIDTH, 1).requires_grad_(False), torch.randn(1, COUNT, WIDTH)
-    (own,), (shuffled,), (again,) = (
-        known_before(get_method(name), data, teacher, frozen, 3)
-        for name in ("dgs", "shuffled_captions", "shuffled_captions")
+    data = prepared()
+    own, shuffled, again = (
+        method_captions(get_method(name), data, 3) for name in ("dgs", "shuffled_captions", "shuffled_captions")
     )
-    assert torch.equal(own.captions, torch.from_numpy(data.caption_embeddings))
-    assert torch.equal(shuffled.captions.sort(0).values, own.captions.sort(0).values)
-    assert (shuffled.captions != own.captions).any(1).float().mean() > 0.5
-    assert torch.equal(shuffled.captions, again.captions)
-    assert torch.equal(shuffled.labels, own.labels) and torch.equal(shuffled.residual, own.residual)
-    assert not own.expert.any()
+    assert np.array_equal(own, data.caption_embeddings)
+    assert np.array_equal(np.sort(shuffled, 0), np.sort(own, 0))
+    assert (shuffled != own).any(1).mean() > 0.5
+    assert np.array_equal(shuffled, again)
+
+
+def in_parts(method: Method, known: Precomputed, parts: int) -> Tensor:
+    """What is sent into the tower for every image of a batch that is worked off in so many parts."""
+    features, noise = torch.randn(2, COUNT, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    params, heads, size = settings(), some_heads(), COUNT // parts
+    slices = [slice(start, start + size) for start in range(0, COUNT, size)]
+    sent = [surgery_step(method, features[s], heads, known[s], noise[s], params, COUNT)[0] for s in slices]
+    return torch.cat(sent)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_in_parts_is_the_whole_batch_or_refused(name: str) -> None:
+    """Every method of the registry: gradients are a sample's own, or the method says that it needs whole batches."""
+    method, known = get_method(name), some_known()
+    known = replace(known, teacher=-known.teacher)
+    assert same(in_parts(method, known, 1), in_parts(method, known, 3)) == (not method.whole_batch)
+    content = settings().model_dump()
+    for split in ("accumulate", "processes"):
+        params = validate({**content, "train": {**content["train"], split: 3}})
+        if not method.whole_batch:
+            assert method.of(params).train.accumulate == params.train.accumulate
+            continue
+        with pytest.raises(UserError, match=rf"to be 1 for {name}, which takes .* found (3 and 1|1 and 3)\. Set both"):
+            method.of(params)

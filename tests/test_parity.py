@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dgs.model.backbone import IMAGENET, Backbone, embed_tokens, load_clip
+from dgs.model.methods.base import Precomputed
 from dgs.model.methods.registry import get_method
 from dgs.model.release import adapt, take_apart, write_clip
-from dgs.model.step import Known, stage2_step
+from dgs.model.step import stage2_step
 from dgs.model.train import teacher_residuals
 from dgs.params import Params, validate
 
@@ -65,7 +66,7 @@ def require_parity(
     with backbone.frozen():
         frozen = backbone(images)
         residual = teacher_residuals(heads["teacher"], frozen, labels)
-        known = Known(
+        known = Precomputed(
             labels,
             embed_tokens(clip.model, tokens),
             frozen,

@@ -25,10 +25,11 @@ from dgs.errors import UserError
 from dgs.model.backbone import Backbone, Clip, load_clip
 from dgs.model.checkpoint import load_checkpoint, load_heads, save_checkpoint
 from dgs.model.detector import Detector
-from dgs.model.methods.averaging import Tail
+from dgs.model.methods.averaging import Averaging
+from dgs.model.methods.base import Precomputed
 from dgs.model.methods.constraints import adapters
 from dgs.model.methods.registry import METHODS, get_method
-from dgs.model.step import Known, surgery_step
+from dgs.model.step import surgery_step
 from dgs.model.train import (
     Trained,
     frozen_features,
@@ -101,10 +102,10 @@ def run(
     return kept[0]
 
 
-def some_known(labels: Tensor, captions: Tensor, residual: Tensor) -> Known:
+def some_known(labels: Tensor, captions: Tensor, residual: Tensor) -> Precomputed:
     """With a teacher that matters to no method tested with it, and no text expert."""
     ones = torch.ones_like(captions)
-    return Known(labels, captions, ones, ones[:, 0], residual, torch.zeros_like(labels), torch.ones_like(labels))
+    return Precomputed(labels, captions, ones, ones[:, 0], residual, torch.zeros_like(labels), torch.ones_like(labels))
 
 
 @pytest.mark.parametrize("order", ["release", "paper"])
@@ -207,7 +208,7 @@ def test_accumulated_parts_equal_the_large_batch(method: str, scale: str, clip: 
     for name, value in whole[0].items():
         assert torch.allclose(parts[0][name], value, rtol=0, atol=1e-5), name
     for table in ("losses", "samples", "layers", "batches"):
-        a, b = (getattr(trained.journal, table).select_dtypes("number") for _, trained in (whole, parts))
+        a, b = (getattr(trained.log, table).select_dtypes("number") for _, trained in (whole, parts))
         assert np.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
@@ -359,40 +360,40 @@ def test_stage_1_learns_to_separate_what_is_separable() -> None:
 
 def test_training_separates_fakes_with_a_checkerboard(clip: Clip, prepared: Prepared) -> None:
     _, trained = run("lora", clip, prepared, settings(stage2={"epochs": 40, "lr": 0.01}))
-    assert trained.journal.losses["val_balanced_acc"].dropna().iloc[-1] >= 0.9
+    assert trained.log.losses["val_balanced_acc"].dropna().iloc[-1] >= 0.9
 
 
 def test_the_journal_notes_losses_and_gradients_at_the_steps_asked_for(clip: Clip, prepared: Prepared) -> None:
     _, lora = run("lora", clip, prepared, settings(log_every=2))
     _, dgs = run("dgs", clip, prepared, settings(log_every=2))
-    assert sorted(dgs.journal.losses["step"].unique()) == [0, 2, 3]  # 3 steps an epoch; validation after the last
-    samples = dgs.journal.samples
+    assert sorted(dgs.log.losses["step"].unique()) == [0, 2, 3]  # 3 steps an epoch; validation after the last
+    samples = dgs.log.samples
     assert samples.groupby("step").size().to_dict() == {0: 8, 2: 4}, "a row an image of the batch"
     first = batch_order(20, 0, 0)[:8]
     assert samples.loc[samples["step"] == 0, "image"].tolist() == first
     assert (samples["label"].to_numpy() == prepared.split("train")["label"].to_numpy()[samples["image"]]).all()
-    assert list(dgs.journal.batches["step"]) == [0, 2] and (dgs.journal.batches["effective_rank"] <= 2 + 1e-6).all()
+    assert list(dgs.log.batches["step"]) == [0, 2] and (dgs.log.batches["effective_rank"] <= 2 + 1e-6).all()
     assert (degrees(samples, "task-applied") > 0).all()
-    assert np.allclose(degrees(lora.journal.samples, "task-applied"), 0, rtol=0, atol=1e-4)
+    assert np.allclose(degrees(lora.log.samples, "task-applied"), 0, rtol=0, atol=1e-4)
 
 
 def test_layers_are_noted_every_fifth_record_block_by_block(clip: Clip, prepared: Prepared) -> None:
     _, dgs = run("dgs", clip, prepared, settings(stage2={"epochs": 3, "lr": 0.01}))
     _, lora = run("lora", clip, prepared, settings(stage2={"epochs": 3, "lr": 0.01}))
     blocks = len(clip.model.visual.transformer.resblocks)
-    assert dgs.journal.layers.groupby("step").size().to_dict() == {0: 3 * blocks, 5: 3 * blocks}
-    assert set(dgs.journal.layers["layer"]) == {f"{block}.{name}" for block in range(blocks) for name in "qkv"}
-    assert (degrees(dgs.journal.layers, "task-applied") > 0.01).all()
-    assert np.allclose(degrees(lora.journal.layers, "task-applied"), 0, rtol=0, atol=0.05)
+    assert dgs.log.layers.groupby("step").size().to_dict() == {0: 3 * blocks, 5: 3 * blocks}
+    assert set(dgs.log.layers["layer"]) == {f"{block}.{name}" for block in range(blocks) for name in "qkv"}
+    assert (degrees(dgs.log.layers, "task-applied") > 0.01).all()
+    assert np.allclose(degrees(lora.log.layers, "task-applied"), 0, rtol=0, atol=0.05)
 
 
 def test_what_is_logged_changes_no_bit_of_a_run_and_nothing_is_logged_when_off(clip: Clip, prepared: Prepared) -> None:
     loud, noted = run("dgs", clip, prepared, settings())
     quiet, silent = run("dgs", clip, prepared, settings(log_gradients=False))
     assert all(torch.equal(loud[name], quiet[name]) for name in loud)
-    pd.testing.assert_frame_equal(noted.journal.losses, silent.journal.losses)
-    assert silent.journal.samples.empty and silent.journal.layers.empty and silent.journal.batches.empty
-    assert not noted.journal.layers.empty
+    pd.testing.assert_frame_equal(noted.log.losses, silent.log.losses)
+    assert silent.log.samples.empty and silent.log.layers.empty and silent.log.batches.empty
+    assert not noted.log.layers.empty
 
 
 def test_a_diverging_run_stops_and_names_the_batch(clip: Clip, prepared: Prepared) -> None:
@@ -410,7 +411,7 @@ def test_a_diverging_run_stops_and_names_the_batch(clip: Clip, prepared: Prepare
 def test_every_method_learns_what_separates_real_from_fake(method: str, clip: Clip, prepared: Prepared) -> None:
     params = settings(stage1={"lr": 0.05, "epochs": 30}, stage2={"lr": 0.02, "epochs": 8}, surgery={"directions": 2})
     _, trained = run(method, clip, prepared, params)
-    losses = trained.journal.losses
+    losses = trained.log.losses
     assert np.isfinite(losses["loss"].dropna()).all()
     assert losses["val_balanced_acc"].dropna().iloc[-1] >= 0.7
 
@@ -418,7 +419,7 @@ def test_every_method_learns_what_separates_real_from_fake(method: str, clip: Cl
 @pytest.mark.parametrize("method", ["lora", "wise_ft", "swad"])
 def test_validation_is_noted_once_an_epoch(method: str, clip: Clip, prepared: Prepared) -> None:
     _, trained = run(method, clip, prepared, settings(stage2={"lr": 0.01, "epochs": 2}))
-    noted = trained.journal.losses.dropna(subset=["val_balanced_acc"])
+    noted = trained.log.losses.dropna(subset=["val_balanced_acc"])
     assert noted["epoch"].tolist() == [0, 1]
     assert not noted["step"].duplicated().any()
 
@@ -445,13 +446,13 @@ def test_weights_are_their_means_over_the_last_two_thirds(
 ) -> None:
     """Three epochs of three steps: what adapters and head were after each of the last six."""
     steps: dict[int, list[Tensor]] = {}
-    add = Tail.add
+    add = Averaging.add
 
-    def watched(self: Tail, step: int) -> None:
+    def watched(self: Averaging, step: int) -> None:
         steps[step] = [parameter.detach().clone() for parameter in self.parameters]
         add(self, step)
 
-    monkeypatch.setattr(Tail, "add", watched)
+    monkeypatch.setattr(Averaging, "add", watched)
     ends: list[Tensor] = []
 
     def look(trained: Trained) -> None:
@@ -469,11 +470,11 @@ def test_weights_are_their_means_over_the_last_two_thirds(
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 10])
 def test_a_tail_is_never_empty_and_is_told_after_any_step(steps: int) -> None:
     parameter = nn.Parameter(torch.zeros(2))
-    tail = Tail([parameter], steps)
+    tail = Averaging([parameter], steps)
     for step in range(steps):
         parameter.data = torch.full((2,), float(step))
         tail.add(step)
-    tail.settle()
+    tail.apply()
     last = range(steps - tail.count, steps)
     assert 1 <= tail.count <= steps and tail.count == max(1, round(2 * steps / 3))
     assert parameter.tolist() == pytest.approx([sum(last) / len(last)] * 2)

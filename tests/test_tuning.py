@@ -17,7 +17,7 @@ from dgs.analysis import trials, tuning
 from dgs.analysis.tuning import RULES, candidates, chosen, weighted_balanced_accuracy, with_candidate
 from dgs.errors import UserError
 from dgs.model.methods.registry import METHODS
-from dgs.model.methods.text_expert import balance_weights
+from dgs.model.methods.text_expert import ipw_weights
 from dgs.params import load_params, validate
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ def test_every_method_gets_six_different_settings_that_are_parameters(name: str)
     given = validate({})
     for candidate in tried:
         assert validate({"settings": {name: candidate}}).tuned(name).train != given.train or candidate in tried
-    knob = METHODS[name].knob
+    knob = METHODS[name].tuned_param
     assert all((f"train.surgery.{knob}" in candidate) == (knob is not None) for candidate in tried)
 
 
@@ -38,8 +38,8 @@ def test_the_parameter_file_has_settings_for_every_method_and_a_control_has_thos
     given = yaml.safe_load((ROOT / "params.yaml").read_text())["settings"]
     assert list(given) == list(METHODS)
     for name, method in METHODS.items():
-        if method.like:
-            assert given[name] == given[method.like]
+        if method.settings_of:
+            assert given[name] == given[method.settings_of]
 
 
 def test_committed_settings_are_those_that_the_committed_search_chose() -> None:
@@ -57,14 +57,14 @@ def test_balanced_weights_make_captions_tell_nothing() -> None:
     rng = np.random.default_rng(0)
     group = rng.integers(0, 2, 20_000)
     labels = np.where(rng.random(20_000) < 0.9, group, 1 - group)
-    weights = balance_weights(np.where(group == 1, 0.9, 0.1), labels)
+    weights = ipw_weights(np.where(group == 1, 0.9, 0.1), labels)
     for value in (0, 1):
         share = np.average(labels[group == value], weights=weights[group == value])
         assert share == pytest.approx(0.5, abs=0.02)
     reader = (2.0 * group - 1).astype(np.float32)
     assert weighted_balanced_accuracy(labels, reader, np.ones(20_000)) == pytest.approx(0.9, abs=0.01)
     assert weighted_balanced_accuracy(labels, reader, weights) == pytest.approx(0.5, abs=0.02)
-    assert balance_weights(np.array([0.0, 1.0]), np.array([1, 0])).tolist() == [20, 20]
+    assert ipw_weights(np.array([0.0, 1.0]), np.array([1, 0])).tolist() == [20, 20]
 
 
 def table(scores: dict[str, list[float]], name: str = "lora") -> pd.DataFrame:
@@ -86,7 +86,7 @@ def test_seeds_are_averaged_and_controls_follow() -> None:
     )
     best = chosen(pd.concat([one, two.assign(seed=1)]), "val")
     assert best["dgs"] == candidates(METHODS["dgs"])[1]
-    assert {name for name in best if name != "dgs"} == {name for name, method in METHODS.items() if method.like}
+    assert {name for name in best if name != "dgs"} == {name for name, method in METHODS.items() if method.settings_of}
     assert all(values == best["dgs"] for values in best.values())
 
 

@@ -32,8 +32,8 @@ from dgs.errors import UserError, did_you_mean
 from dgs.model.backbone import Backbone, encode_texts, load_clip
 from dgs.model.checkpoint import load_checkpoint, load_heads
 from dgs.model.detector import probability
-from dgs.model.geometry import inner_products
 from dgs.model.surgery import head_gradients, split_signs, suppress
+from dgs.model.training_log import inner_products
 from dgs.params import Params, SurgeryParams
 from dgs.workspace import Workspace
 

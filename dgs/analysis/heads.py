@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgs.model.geometry import angles, effective_rank
 from dgs.model.surgery import head_gradients, split_signs
+from dgs.model.training_log import angles, effective_rank
 
 HEADS = ("linear", "MLP")
 COLUMNS = ["head", "step", "effective_rank", "same_class_angle", "accuracy"]

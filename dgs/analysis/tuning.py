@@ -16,7 +16,7 @@ from dgs.analysis.trials import trials
 from dgs.data.prepared import load_training
 from dgs.errors import UserError
 from dgs.model.methods.registry import METHODS, Method, get_method
-from dgs.model.methods.text_expert import balance_weights, caption_probability
+from dgs.model.methods.text_expert import caption_probability, ipw_weights
 from dgs.params import Params, validate
 
 Candidate = dict[str, float]
@@ -41,11 +41,11 @@ def candidates(method: Method) -> list[Candidate]:
 
     On the frozen tower, where a step costs nothing, epochs take the strength's place.
     """
-    if method.knob is not None:
+    if method.tuned_param is not None:
         rates: Sequence[float] = (1e-3, 3e-3, 1e-2) if method.adapters else (3e-3, 1e-2, 3e-2)
         name = LR if method.adapters else LR_FROZEN
-        pairs = product(rates, STRENGTHS[method.knob])
-        return [{name: rate, f"train.surgery.{method.knob}": strength} for rate, strength in pairs]
+        pairs = product(rates, STRENGTHS[method.tuned_param])
+        return [{name: rate, f"train.surgery.{method.tuned_param}": strength} for rate, strength in pairs]
     if method.adapters:
         return [{LR: rate} for rate in (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)]
     return [{LR_FROZEN: rate, EPOCHS: epochs} for rate, epochs in product((3e-3, 1e-2, 3e-2), (20, 60))]
@@ -88,7 +88,7 @@ def _score(_: str, name: str, candidate: str, seed: int, params: Params, root: P
             labels = rows["label"].to_numpy()
             row[split] = weighted_balanced_accuracy(labels, logits, np.ones(len(rows)))
             if split == "val":
-                weights = balance_weights(caption_probability(prepared, split), labels)
+                weights = ipw_weights(caption_probability(prepared, split), labels)
                 row["val_balanced"] = weighted_balanced_accuracy(labels, logits, weights)
 
     train(get_method(name), clip, prepared, own, seed, device, done)
@@ -116,7 +116,7 @@ def tune(
     todo = [
         {"data_hash": images, "method": name, "candidate": json.dumps(candidate), "seed": seed}
         for name in names
-        if get_method(name).like is None
+        if get_method(name).settings_of is None
         for candidate in candidates(get_method(name))
         for seed in seeds
     ]
@@ -139,8 +139,8 @@ def chosen(table: pd.DataFrame, rule: str) -> dict[str, Candidate]:
         listed = [text for c in candidates(get_method(str(name))) if (text := json.dumps(c)) in means.index]
         best[str(name)] = json.loads(max(listed, key=lambda text: means[text]))
     for name, method in METHODS.items():
-        if method.like in best:
-            best[name] = best[method.like]
+        if method.settings_of in best:
+            best[name] = best[method.settings_of]
     return {name: best[name] for name in METHODS if name in best}
 
 

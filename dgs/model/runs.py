@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from dgs.data.prepared import TRAINING, Prepared, load_training
 from dgs.errors import UserError
-from dgs.model import distributed as processes
-from dgs.model.methods.registry import get_method, total_steps
-from dgs.model.training_log import Journal
+from dgs.model import distributed
+from dgs.model.methods.registry import get_method
+from dgs.model.training_log import TrainingLog
 from dgs.params import Params
 
 if TYPE_CHECKING:
@@ -29,11 +29,11 @@ _steps: Any = None  # in a worker: the counter it shares with the parent
 def _share(counter: Any) -> None:
     global _steps  # noqa: PLW0603  # a process pool hands shared memory over at start only
     _steps = counter
-    processes.end_with_parent()
+    distributed.end_with_parent()
 
 
 def _count() -> None:
-    if _steps is not None and processes.rank() == 0:
+    if _steps is not None and distributed.rank() == 0:
         with _steps.get_lock():
             _steps.value += 1
 
@@ -54,41 +54,41 @@ def _silent_workers() -> Iterator[None]:
 
 def train_seed(
     method: str, seed: int, params: Params, root: Path, prepared_folder: Path, folder: Path, unfinished: Path
-) -> Journal | None:
+) -> TrainingLog | None:
     """Train one method with one seed and save its checkpoint as `folder`/seed-<seed>.
 
     Args:
-        unfinished: where it keeps what it has; what an earlier run left there is gone on with, and a seed that it
-            finished is only copied.
+        unfinished: folder of snapshots: a run resumes what an earlier one left there, and copies a seed that it
+            finished.
 
     Returns:
-        the journal; None in all but the first of several processes.
+        the log; None in all but the first of several processes.
     """
     # Imported here: the parent starts workers and waits, and should not spend seconds on loading CLIP's libraries.
     from dgs.device import choose_device
     from dgs.model.backbone import load_clip
     from dgs.model.checkpoint import save_checkpoint
-    from dgs.model.snapshot import Unfinished, run_key
+    from dgs.model.snapshot import Snapshot, run_key
     from dgs.model.train import train
 
     chosen = get_method(method)
-    device = processes.own_device(choose_device(params.compute.device))
+    own = chosen.of(params)
+    device = distributed.own_device(choose_device(params.compute.device))
     clip = load_clip(params.model, root, params.image_size, text=False)
     prepared = load_training(prepared_folder, root)
     _require_same_clip(prepared, clip)
     key = run_key(method, seed, params, prepared_folder / TRAINING, clip.weights_hash, device)
-    kept = Unfinished(unfinished / key, params.compute.snapshot_seconds)
+    snapshot = Snapshot(unfinished / key, params.compute.snapshot_seconds)
 
     def done(trained: Trained) -> None:
-        if processes.rank() == 0:
-            kept.keep_journal(trained.journal)
+        if distributed.rank() == 0:
+            snapshot.save_log(trained.log)
             decisions = (trained.thresholds, prepared.info["training_hash"], trained.calibration)
-            own = chosen.of(params)
-            save_checkpoint(kept.checkpoint, trained.backbone, trained.heads, clip, own, method, seed, *decisions)
+            save_checkpoint(snapshot.checkpoint, trained.backbone, trained.heads, clip, own, method, seed, *decisions)
 
-    if not kept.is_done:
-        train(chosen, clip, prepared, params, seed, device, done, _count, kept)
-    return kept.hand_over(method, seed, folder / f"seed-{seed}") if processes.rank() == 0 else None
+    if not snapshot.is_done:
+        train(chosen, clip, prepared, params, seed, device, done, _count, snapshot)
+    return snapshot.publish(method, seed, folder / f"seed-{seed}") if distributed.rank() == 0 else None
 
 
 def _require_same_clip(prepared: Prepared, clip: Clip) -> None:
@@ -100,29 +100,30 @@ def _require_same_clip(prepared: Prepared, clip: Clip) -> None:
         )
 
 
-def _train_together(parts: int, *arguments: Any) -> Journal:
+def _train_together(processes: int, *arguments: Any) -> TrainingLog:
     """`train_seed` in so many processes that share every batch."""
-    journal = processes.run(parts, train_seed, *arguments, begin=_share, begin_with=(_steps,))
-    assert journal is not None
-    return journal
+    log = distributed.run(processes, train_seed, *arguments, begin=_share, begin_with=(_steps,))
+    assert log is not None
+    return log
 
 
 def train_seeds(
     method: str, params: Params, root: Path, prepared_folder: Path, folder: Path, unfinished: Path
-) -> list[Journal]:
+) -> list[TrainingLog]:
     """Train one method with every seed of `params`, `compute.jobs` at a time; the results do not depend on how many.
 
     Args:
         root: repository, for a relative model.clip and data.root.
         prepared_folder: what the prepare stage made.
         folder: gets one checkpoint folder a seed.
-        unfinished: as in `train_seed`; whoever has the results in place removes it.
+        unfinished: as in `train_seed`; to be removed once the results are in place.
 
     Returns:
-        the journals, in the order of the seeds.
+        the logs, in the order of the seeds.
     """
-    size = len(load_training(prepared_folder, root).split("train"))
-    steps = len(params.seeds) * total_steps(get_method(method), size, params)
+    chosen = get_method(method)
+    chosen.of(params)  # its refusals come before any worker
+    steps = len(params.seeds) * chosen.steps(len(load_training(prepared_folder, root).split("train")), params)
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     rest = (params, root, prepared_folder, folder, unfinished)
@@ -132,15 +133,12 @@ def train_seeds(
         ProcessPoolExecutor(jobs, context, initializer=_share, initargs=(counter,)) as pool,
         tqdm(total=steps, desc=f"{method}, all seeds", unit="step") as progress,
     ):
-        futures: list[Future[Journal]] = [
-            pool.submit(_train_together, params.train.processes, method, seed, *rest) for seed in params.seeds
-        ]
+        futures = [pool.submit(_train_together, params.train.processes, method, seed, *rest) for seed in params.seeds]
         try:
-            while wait(futures, timeout=0.5).not_done:
+            while (waiting := wait(futures, timeout=0.5)).not_done:
                 progress.update(counter.value - progress.n)
-                for future in futures:
-                    if future.done():
-                        future.result()  # raises what stopped it, without waiting for the others
+                for future in waiting.done:
+                    future.result()  # raises what stopped it, without waiting for the others
             progress.update(counter.value - progress.n)
             return [future.result() for future in futures]
         except BaseException:

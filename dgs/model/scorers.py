@@ -58,7 +58,7 @@ def scorers(folder: Path, count: int, size: int, with_views: bool = False) -> It
         _, threshold = threshold_of(detector.info, folder)
         yield Scorers(detector.info, detector.params, lambda files: verdicts(detector, threshold, files, size))
         return
-    with processes.started(count, _score, count, folder, size, with_views, daemon=True) as members:
+    with processes.started(count, _score, count, folder, size, with_views) as members:
         (info, params), *_ = [_heard(member, count) for member in members]
         yield Scorers(info, params, lambda files: _shared(members, files, size))
 
@@ -85,7 +85,7 @@ def _tell(member: Member, batch: list[Path] | None) -> None:
 
 
 def _heard(member: Member, count: int) -> Any:
-    good, said = member.hear()
+    good, said = member.recv()
     if good:
         return said
     if isinstance(said, UserError):
@@ -93,8 +93,8 @@ def _heard(member: Member, count: int) -> Any:
     if isinstance(said, int):
         raise UserError(
             f"Expected {count} processes to score together, found that process {member.number} died "
-            f"({processes.how(said)}). What was printed until then is right. Run the same command again; if memory was "
-            f"short, with fewer --processes."
+            f"({processes.exit_reason(said)}). What was printed until then is right. Run the same command again; if "
+            f"memory was short, with fewer --processes."
         )
     raise RuntimeError(f"Process {member.number} of {count} stopped. {said}")
 

@@ -1,4 +1,4 @@
-"""What a seed's training leaves on the disk while it runs, so that a run that was killed goes on bit for bit."""
+"""Snapshots of a seed's training on the disk, so that a run that was killed resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import dgs
 from dgs.atomic import replacing, replacing_file
-from dgs.model import distributed as processes
-from dgs.model.methods.averaging import Tail
-from dgs.model.training_log import Journal
+from dgs.model import distributed
+from dgs.model.methods.averaging import Averaging
+from dgs.model.training_log import TrainingLog
 from dgs.params import Params
 
 FREE = {"jobs", "workers", "keep_mb", "snapshot_seconds"}  # of `compute`: no result depends on them
@@ -33,14 +33,13 @@ def run_key(
 ) -> str:
     """A hash of everything that a trained seed depends on: parameters, code, data, weights, libraries, kind of device.
 
-    The whole package counts as code: what was left by other code is never gone on with.
+    The whole package counts as code: a snapshot of other code is never resumed.
     """
     digest = hashlib.sha256()
     settings = params.model_dump(exclude={"compute": FREE})
     versions = {name: version(name) for name in VERSIONS}
     digest.update(json.dumps([method, seed, settings, weights_hash, device.type, versions], sort_keys=True).encode())
-    package = Path(dgs.__file__).parent
-    for folder, pattern in ((package, "*.py"), (prepared_folder, "*")):
+    for folder, pattern in ((Path(dgs.__file__).parent, "*.py"), (prepared_folder, "*")):
         for file in sorted(path for path in folder.rglob(pattern) if path.is_file()):
             with file.open("rb") as opened:
                 content = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -54,21 +53,21 @@ class State:
 
     learned: the parameters, always in the same order.
     random: the generator of the controls' noise.
+    averaging: the means of weights, where the method takes them.
     step: steps that were made.
-    tail: the means of weights, where the method takes them.
     """
 
     learned: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     random: torch.Generator
-    journal: Journal
+    log: TrainingLog
+    averaging: Averaging | None = None
     step: int = 0
-    tail: Tail | None = None
 
     def count(self) -> None:
-        """One step more was made."""
-        if self.tail is not None:
-            self.tail.add(self.step)
+        """Count one more step."""
+        if self.averaging is not None:
+            self.averaging.add(self.step)
         self.step += 1
 
     def content(self) -> dict[str, Any]:
@@ -78,8 +77,8 @@ class State:
             "learned": [parameter.detach() for parameter in self.learned],
             "optimizer": self.optimizer.state_dict(),
             "random": self.random.get_state(),
-            "journal": self.journal.rows(),
-            "tail": None if self.tail is None else self.tail.content(),
+            "log": self.log.rows(),
+            "averaging": None if self.averaging is None else self.averaging.state(),
         }
 
     @torch.no_grad()
@@ -88,15 +87,15 @@ class State:
         self.step = content["step"]
         self.optimizer.load_state_dict(content["optimizer"])
         self.random.set_state(content["random"])
-        self.journal.restore(content["journal"])
+        self.log.restore(content["log"])
         for parameter, value in zip(self.learned, content["learned"], strict=True):
             parameter.copy_(value)
-        if self.tail is not None:
-            self.tail.restore(content["tail"])
+        if self.averaging is not None:
+            self.averaging.restore(content["averaging"])
 
 
-class Unfinished:
-    """The folder of one seed's training: snapshots on the way, its checkpoint and journal when it is done.
+class Snapshot:
+    """The folder of one seed's training: a snapshot on the way, its checkpoint and log when it is done.
 
     Every file in it takes its place whole. With several processes all read it and the first one writes.
 
@@ -106,46 +105,51 @@ class Unfinished:
     """
 
     def __init__(self, folder: Path | None = None, seconds: float | None = None) -> None:
-        self.folder, self.seconds = folder, seconds
+        self._folder, self.seconds = folder, seconds
         self._saved = time.monotonic()
+
+    @property
+    def folder(self) -> Path:
+        """Where files go."""
+        assert self._folder is not None
+        return self._folder
 
     @property
     def checkpoint(self) -> Path:
         """Where the finished checkpoint goes."""
-        assert self.folder is not None
         return self.folder / "checkpoint"
 
     @property
     def is_done(self) -> bool:
-        """Whether a run before finished this seed."""
-        return self.folder is not None and self.checkpoint.is_dir()
+        """True if an earlier run finished this seed."""
+        return self._folder is not None and self.checkpoint.is_dir()
 
-    def keep_journal(self, journal: Journal) -> None:
-        """Before the checkpoint, whose being there says that all is."""
-        assert self.folder is not None
-        with replacing_file(self.folder / "journal.json") as draft:
-            draft.write_text(json.dumps(journal.rows()))
+    def save_log(self, log: TrainingLog) -> None:
+        """To be called before the checkpoint is saved, whose presence says that all is there."""
+        with replacing_file(self.folder / "log.json") as draft:
+            draft.write_text(json.dumps(log.rows()))
 
-    def hand_over(self, method: str, seed: int, target: Path) -> Journal:
-        """Copy the finished checkpoint to `target`; returns its journal."""
-        assert self.folder is not None
+    def publish(self, method: str, seed: int, target: Path) -> TrainingLog:
+        """Copy the finished checkpoint to `target`; returns the log."""
         with replacing(target) as draft:
             shutil.copytree(self.checkpoint, draft, dirs_exist_ok=True)
-        journal = Journal(method, seed)
-        journal.restore(json.loads((self.folder / "journal.json").read_text()))
-        return journal
+        log = TrainingLog(method, seed)
+        log.restore(json.loads((self.folder / "log.json").read_text()))
+        return log
 
     def is_due(self) -> bool:
-        """Whether it is time for a snapshot; all processes get the answer of the first one's clock."""
-        if self.folder is None or self.seconds is None:
+        """True if it is time for a snapshot, by the first process's clock."""
+        if self._folder is None or self.seconds is None:
             return False
-        return processes.agreed(time.monotonic() - self._saved >= self.seconds)
+        return distributed.broadcast(time.monotonic() - self._saved >= self.seconds)
 
     def save(self, state: State) -> None:
-        """Keep the state of training between two steps, with each process's random numbers."""
-        assert self.folder is not None
-        masks = processes.gathered(_random_state())
-        if processes.rank() == 0:
+        """Save the state of training between two steps, with each process's random numbers."""
+        random = [torch.get_rng_state()]
+        if torch.cuda.is_available():
+            random.append(torch.cuda.get_rng_state())
+        masks = distributed.all_gather(random)
+        if distributed.rank() == 0:
             content = io.BytesIO()  # to a file itself torch.save hides why it could not be written
             torch.save({**state.content(), "masks": masks}, content)
             with replacing_file(self.folder / "snapshot.pt") as draft:
@@ -153,40 +157,34 @@ class Unfinished:
         self._saved = time.monotonic()
 
     def resume(self, state: State) -> None:
-        """Put `state`, and torch's random numbers, where they were when it was kept last.
+        """Restore `state` and torch's random numbers from the last snapshot.
 
-        Without a snapshot nothing happens; one that cannot be read is as good as none.
+        A missing or unreadable snapshot is ignored.
         """
-        if self.folder is None or not (file := self.folder / "snapshot.pt").exists():
+        if self._folder is None or not (file := self.folder / "snapshot.pt").exists():
             return
         try:
             content: dict[str, Any] = torch.load(file, weights_only=True)
         except Exception:  # a damaged file fails in many ways
             return
-        _set_random_state(content.pop("masks")[processes.rank()])
+        cpu, *cuda = content.pop("masks")[distributed.rank()]
+        torch.set_rng_state(cpu)
+        for mask in cuda:
+            torch.cuda.set_rng_state(mask)
         state.restore(content)
 
     def features(self, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives, kept from run to run where making it takes longer than what may be lost."""
-        file = self.folder / "features.safetensors" if self.folder is not None and self.seconds is not None else None
-        if file is not None and file.exists():
+        """What `make` gives, kept from run to run if making it takes longer than a snapshot's interval."""
+        if self._folder is None or self.seconds is None:
+            return make()
+        file = self.folder / "features.safetensors"
+        if file.exists():
             return load_file(file)["features"]
         start = time.monotonic()
         made = make()
-        if file is not None and processes.agreed(time.monotonic() - start >= (self.seconds or 0.0)):
-            if processes.rank() == 0:
+        if distributed.broadcast(time.monotonic() - start >= self.seconds):
+            if distributed.rank() == 0:
                 with replacing_file(file) as draft:
                     save_file({"features": made.cpu().contiguous()}, draft)
-            processes.wait_for_all()
+            distributed.wait_for_all()
         return made
-
-
-def _random_state() -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states
-
-
-def _set_random_state(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
 from typing import cast
 
 import torch
@@ -13,47 +12,17 @@ from torch.nn import functional as F
 
 from dgs.model.backbone import Backbone
 from dgs.model.distributed import rank, sum_gradients
-from dgs.model.layers import LayerGradients
-from dgs.model.methods.registry import Batch, Method
+from dgs.model.methods.base import Batch, Method, Precomputed
 from dgs.model.surgery import head_gradients, residual_directions, split_signs
+from dgs.model.training_log import AT_FEATURES, LayerGradients
 from dgs.params import Params
-
-JOURNALED = ("task", "applied", "harmful", "beneficial")  # gradients of a step that angles are taken of
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is known of images before stage 2, row by row.
-
-    labels: (N,) float, 0 real, 1 fake.
-    captions: (N, T), frozen caption embeddings t, of the width of CLIP's features.
-    teacher: (N, D), the frozen tower's features fT of the view at hand; D > T where the head reads levels too.
-    power: (N,), in every row the mean of |fT|^2 over all training images, of the first T columns.
-    residual: (N,), sigmoid(zT) - y.
-    expert: (N,), logits of the text expert; zero where a method adds none.
-    weight: (N,), of the image in the task's loss, 1 on average; 1 where a method does not weigh.
-    """
-
-    labels: Tensor
-    captions: Tensor
-    teacher: Tensor
-    power: Tensor
-    residual: Tensor
-    expert: Tensor
-    weight: Tensor
-
-    def __getitem__(self, rows: Tensor | slice) -> Known:
-        return Known(*(getattr(self, part.name)[rows] for part in fields(self)))
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 def surgery_step(
     method: Method,
     features: Tensor,
     heads: Mapping[str, nn.Module],
-    known: Known,
+    known: Precomputed,
     noise: Tensor,
     params: Params,
     batch_size: int | None = None,
@@ -68,7 +37,7 @@ def surgery_step(
         batch_size: of the whole batch, where these rows are a part of one; losses and directions are scaled by it.
 
     Returns:
-        (gradient to send into the tower (B, D), losses by name, gradients by name for the journal).
+        (gradient to send into the tower (B, D), losses by name, gradients by name (`AT_FEATURES`) for the log).
 
     Raises:
         FloatingPointError: a loss is NaN or infinite.
@@ -97,17 +66,8 @@ def surgery_step(
     # The text side knows nothing of levels: its gradient lies in the space it shares with CLIP's features.
     text_grad = F.pad(text_grad, (0, leaf.shape[1] - text_grad.shape[1]))
     teacher_weight = cast(nn.Linear, heads["teacher"]).weight.detach()[0]
-    batch = Batch(
-        features=leaf,
-        teacher=known.teacher,
-        shared=known.captions.shape[1],
-        power=known.power,
-        teacher_grad=per * residual_directions(known.residual, teacher_weight),
-        opinion=known.residual + known.labels,
-        text_grad=per * text_grad,
-        head=heads["image"],
-        noise=noise,
-    )
+    teacher_grad = residual_directions(known.residual, teacher_weight)
+    batch = Batch(leaf, known, per * teacher_grad, per * text_grad, heads["image"], noise)
     prior_loss = share * method.prior(batch, surgery)
     prior = torch.autograd.grad(prior_loss, leaf)[0] if prior_loss.requires_grad else torch.zeros_like(task)
     applied = method.gradient(task, prior, batch, surgery)
@@ -123,22 +83,22 @@ def stage2_step(
     heads: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     images: Tensor,
-    known: Known,
+    known: Precomputed,
     noise: Tensor,
     params: Params,
-    after: Callable[[], None] | None = None,
+    project: Callable[[], None] | None = None,
     batch_size: int | None = None,
     layers: LayerGradients | None = None,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """One optimiser step of stage 2 on a batch, in `train.accumulate` parts through the tower: losses and gradients.
 
     Without dropout the parts add up to the whole batch's step; with it each part draws its own masks. The same holds
-    for the shares of several processes: their gradients are summed before the step.
+    for the shards of several processes: their gradients are summed before the step.
 
     Args:
         images: (B, 3, S, S) uint8; the rest as in `surgery_step`. B may be 0 where another process has rows.
-        after: called when the optimiser has stepped.
-        layers: takes the gradients of each layer, where they are to be noted.
+        project: called after the optimiser's step.
+        layers: takes the gradients of each layer, where they are to be logged.
     """
     count = len(known)
     total = batch_size or count
@@ -160,7 +120,7 @@ def stage2_step(
         losses["loss_alignment"] = losses.get("loss_alignment", 0.0) + penalty.item()
     sum_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
     optimizer.step()
-    if after is not None:
-        after()
+    if project is not None:
+        project()
     none = noise.new_zeros(0, cast(nn.Linear, heads["teacher"]).in_features)  # all of a process without rows
-    return losses, {name: torch.cat([none, *(gradients[name] for gradients in parts)]) for name in JOURNALED}
+    return losses, {name: torch.cat([none, *(gradients[name] for gradients in parts)]) for name in AT_FEATURES}

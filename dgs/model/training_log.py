@@ -1,41 +1,89 @@
-"""What training writes down: losses, and the geometry of its gradients that the gradient_angles stage reads."""
+"""What training records: losses, and the geometry of its gradients that the gradient_angles stage reads.
+
+Lengths, angles, energies and pictures in a plane follow from inner products alone, so that nothing else is kept of a
+step. What is recorded changes no bit of a run.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from dgs.model.geometry import effective_rank, inner_products, pairs_of
+from dgs.model.distributed import all_gather_rows, all_reduce, all_reduce_sum
 
-LOSS_COLUMNS = [
-    "method",
-    "seed",
-    "epoch",
-    "step",
-    "loss",
-    "loss_task",
-    "loss_text",
-    "loss_alignment",
-    "val_balanced_acc",
-]
 Rows = dict[str, list[dict[str, Any]]]
+LAYERS_EVERY = 5  # records at the features to one of the layers, which costs two more backward passes
 AT_FEATURES = ("task", "harmful", "beneficial", "applied")  # gradients at the features, a row a sample
 AT_LAYERS = ("task", "harmful", "applied")  # gradients of a layer's adapters, one a batch
-SAMPLE_COLUMNS = ["method", "seed", "step", "image", "label", *(f"{a}.{b}" for a, b in pairs_of(AT_FEATURES))]
-LAYER_COLUMNS = ["method", "seed", "step", "layer", *(f"{a}.{b}" for a, b in pairs_of(AT_LAYERS))]
-BATCH_COLUMNS = ["method", "seed", "step", "effective_rank"]
-TABLES = ("losses", "samples", "layers", "batches")
-LAYERS_EVERY = 5  # records at the features to one of the layers, which costs two more backward passes
+_LAYER = re.compile(r"resblocks\.(\d+)\.attn\.([qkv])_proj\.lora_")
 
 
-class Journal:
+def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Every pair of names once, a name with itself too: the upper triangle of a Gram matrix, row by row."""
+    return [(a, b) for i, a in enumerate(names) for b in names[i:]]
+
+
+_LOSSES = ["epoch", "step", "loss", "loss_task", "loss_text", "loss_alignment", "val_balanced_acc"]
+_SAMPLES = ["step", "image", "label", *(f"{a}.{b}" for a, b in pairs_of(AT_FEATURES))]
+_LAYERS = ["step", "layer", *(f"{a}.{b}" for a, b in pairs_of(AT_LAYERS))]
+TABLES = {"losses": _LOSSES, "samples": _SAMPLES, "layers": _LAYERS, "batches": ["step", "effective_rank"]}
+
+
+def inner_products(vectors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
+    """All inner products of named gradients, sample by sample: {"a.b": (B,) float64}, "a.a" the squared length.
+
+    Args:
+        vectors: {name: (B, D)}, of one shape.
+    """
+    names = list(vectors)
+    stacked = torch.stack([vectors[name].detach().double() for name in names], dim=1)
+    gram = (stacked @ stacked.mT).cpu().numpy()
+    return {f"{a}.{b}": gram[:, names.index(a), names.index(b)] for a, b in pairs_of(names)}
+
+
+def angles(a: Tensor, b: Tensor) -> Tensor:
+    """Angles between the rows of two (B, D) tensors, in degrees (B,); NaN where a row is zero."""
+    a, b = a.double(), b.double()
+    norms = a.norm(dim=1) * b.norm(dim=1)
+    cosine = torch.where(norms > 0, (a * b).sum(dim=1) / norms, torch.nan)
+    return torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))
+
+
+def effective_rank(directions: Tensor) -> float:
+    """How many directions a batch's rows really take: exp of the entropy of the spectrum (Roy & Vetterli 2007).
+
+    Rows are brought to unit length first, since suppression does so; zero rows are left out. 1: all on one line, k: k
+    orthogonal directions equally often. Rows of a linear head (two orthogonal half-vectors) have at most 2.
+
+    Args:
+        directions: (B, D).
+
+    Returns:
+        between 1 and min(B, D); NaN where every row is zero.
+    """
+    rows = directions.detach().double()
+    norms = rows.norm(dim=1)
+    rows = rows[norms > 0] / norms[norms > 0, None]
+    if not len(rows):
+        return float("nan")
+    gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
+    shares = torch.linalg.eigvalsh(gram).clamp(min=0)
+    shares = shares / shares.sum()
+    return float(torch.special.entr(shares).sum().exp())
+
+
+class TrainingLog:
     """Collects rows in memory; `losses`, `samples`, `layers` and `batches` give them as tables.
 
+    losses: a row a logged step, and one a validation.
     samples: inner products of the gradients at the features, a row a logged step and image.
     layers: inner products of the gradients of a layer's adapters, a row a logged step and layer.
     batches: effective rank of a logged step's harmful directions.
@@ -43,74 +91,121 @@ class Journal:
 
     def __init__(self, method: str, seed: int) -> None:
         self.method, self.seed = method, seed
-        self._losses: list[dict[str, Any]] = []
-        self._samples: list[dict[str, Any]] = []  # a step each: columns of equal length
-        self._layers: list[dict[str, Any]] = []
-        self._batches: list[dict[str, Any]] = []
-
-    @property
-    def _run(self) -> dict[str, Any]:
-        return {"method": self.method, "seed": self.seed}
+        self._rows: Rows = {name: [] for name in TABLES}
 
     def rows(self) -> Rows:
-        """All that was noted, as plain numbers and text."""
-        return {name: list(getattr(self, f"_{name}")) for name in TABLES}
+        """All records as plain numbers and text, by table."""
+        return {name: list(rows) for name, rows in self._rows.items()}
 
     def restore(self, rows: Rows) -> None:
-        """Go on after what another journal's `rows` gave."""
-        for name in TABLES:
-            setattr(self, f"_{name}", list(rows[name]))
+        """Go on after the records that another log's `rows` gave."""
+        self._rows = {name: list(rows[name]) for name in TABLES}
 
     def loss(self, epoch: int, step: int, **values: float) -> None:
-        """Note the losses of one step, or a validation result."""
-        self._losses.append({**self._run, "epoch": epoch, "step": step, **values})
+        """Record the losses of one step, or a validation result."""
+        self._rows["losses"].append({"epoch": epoch, "step": step, **values})
 
-    def gradients(self, step: int, images: Sequence[int], labels: Tensor, vectors: Mapping[str, Tensor]) -> None:
-        """Note a step's gradients at the features.
+    def record(
+        self,
+        epoch: int,
+        step: int,
+        losses: Mapping[str, float],
+        gradients: Mapping[str, Tensor],
+        images: Sequence[int],
+        labels: Tensor,
+    ) -> None:
+        """Record a step: this process's losses and gradients, joined with those of the others.
 
         Args:
-            images: B row numbers among the training images.
-            labels: (B,).
-            vectors: {name: (B, D)}, those of `AT_FEATURES`.
+            gradients: {name: (b, D)} of this process's rows, those of `AT_FEATURES`; empty: not recorded.
+            images: the whole batch's B row numbers among the training images.
+            labels: (B,) of them.
         """
+        losses = all_reduce_sum(losses)
+        self.loss(epoch, step, loss=sum(losses.values()), **losses)
+        if gradients:
+            self.gradients(step, images, labels, {name: all_gather_rows(part) for name, part in gradients.items()})
+
+    def gradients(self, step: int, images: Sequence[int], labels: Tensor, vectors: Mapping[str, Tensor]) -> None:
+        """Record a whole batch's gradients at the features: {name: (B, D)}."""
         products = inner_products({name: vectors[name] for name in AT_FEATURES})
         columns = {name: values.tolist() for name, values in products.items()}
-        self._samples.append({"step": step, "image": list(images), "label": labels.int().tolist(), **columns})
-        self._batches.append({**self._run, "step": step, "effective_rank": effective_rank(vectors["harmful"])})
+        self._rows["samples"].append({"step": step, "image": list(images), "label": labels.int().tolist(), **columns})
+        self._rows["batches"].append({"step": step, "effective_rank": effective_rank(vectors["harmful"])})
 
     def layer(self, step: int, layer: str, vectors: Mapping[str, Tensor]) -> None:
-        """Note a step's gradients of one layer's adapters: {name: (1, P)}, those of `AT_LAYERS`."""
+        """Record a step's gradients of one layer's adapters: {name: (1, P)}, those of `AT_LAYERS`."""
         products = inner_products({name: vectors[name] for name in AT_LAYERS})
         row = {name: value.item() for name, value in products.items()}
-        self._layers.append({**self._run, "step": step, "layer": layer, **row})
+        self._rows["layers"].append({"step": step, "layer": layer, **row})
 
-    @property
-    def losses(self) -> pd.DataFrame:
-        """One row a record; absent values are NaN."""
-        return pd.DataFrame(self._losses).reindex(columns=LOSS_COLUMNS)
+    def table(self, name: str) -> pd.DataFrame:
+        """One of `TABLES`, with columns method and seed before its own; absent values are NaN."""
+        columns, rows = ["method", "seed", *TABLES[name]], self._rows[name]
+        if name != "samples" or not rows:
+            run = {"method": self.method, "seed": self.seed}
+            return pd.DataFrame([{**run, **row} for row in rows], columns=columns)
+        steps = [
+            pd.DataFrame({"method": self.method, "seed": self.seed, **row}) for row in rows
+        ]  # a step's images each
+        return pd.concat(steps, ignore_index=True).astype({"label": np.int8})
 
-    @property
-    def samples(self) -> pd.DataFrame:
-        """One row a logged step and image."""
-        if not self._samples:
-            return pd.DataFrame(columns=SAMPLE_COLUMNS)
-        steps = pd.concat([pd.DataFrame({**self._run, **columns}) for columns in self._samples], ignore_index=True)
-        return steps.astype({"label": np.int8})
-
-    @property
-    def layers(self) -> pd.DataFrame:
-        """One row a logged step and layer."""
-        return pd.DataFrame(self._layers, columns=LAYER_COLUMNS)
-
-    @property
-    def batches(self) -> pd.DataFrame:
-        """One row a logged step."""
-        return pd.DataFrame(self._batches, columns=BATCH_COLUMNS)
+    losses = property(lambda self: self.table("losses"))
+    samples = property(lambda self: self.table("samples"))
+    layers = property(lambda self: self.table("layers"))
+    batches = property(lambda self: self.table("batches"))
 
 
-def write_journals(folder: Path, journals: Sequence[Journal]) -> None:
+def write_logs(folder: Path, logs: Sequence[TrainingLog]) -> None:
     """Every table of a method's runs, all seeds in one: `folder`/<table>.parquet."""
     for name in TABLES:
-        parts = [table for journal in journals if not (table := getattr(journal, name)).empty]
-        table = pd.concat(parts, ignore_index=True) if parts else getattr(journals[0], name)
+        parts = [table for log in logs if not (table := log.table(name)).empty]
+        table = pd.concat(parts, ignore_index=True) if parts else logs[0].table(name)
         table.to_parquet(folder / f"{name}.parquet", index=False, compression="zstd")
+
+
+def layer_of(parameter: str) -> str:
+    """The layer an adapter's parameter belongs to, "<block>.<q, k or v>": resblocks.3.attn.q_proj... -> "3.q"."""
+    found = _LAYER.search(parameter)
+    if found is None:
+        raise ValueError(f"`{parameter}` should be a LoRA matrix on q, k or v of a vision block.")
+    return f"{found[1]}.{found[2]}"
+
+
+class LayerGradients:
+    """What each layer's adapters would get from the task's gradient alone or from harm, and what they get.
+
+    A backward pass is linear in the gradient that is sent in, so the first two are two more passes through the same
+    graph.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self._parameters = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+        self._sums: dict[str, list[Tensor]] = {}
+
+    def take(self, features: Tensor, gradients: Mapping[str, Tensor]) -> None:
+        """Before the real backward pass of a batch, or of one of its parts (parts add up).
+
+        Args:
+            features: (B, D), with their graph, which is kept.
+            gradients: {name: (B, D)} at the features.
+        """
+        wanted = list(self._parameters.values())
+        for name in AT_LAYERS[:-1]:  # "applied" is what the real pass leaves in .grad
+            found = torch.autograd.grad(features, wanted, gradients[name], retain_graph=True)
+            earlier = self._sums.get(name)
+            self._sums[name] = list(found) if earlier is None else [a + b for a, b in zip(earlier, found, strict=True)]
+
+    def record(self, log: TrainingLog, step: int) -> None:
+        """Into the log, after the real backward pass and before gradients are set to zero."""
+        parameters = self._parameters.values()
+        none = [torch.zeros_like(p) for p in parameters]  # of a process without rows in this batch
+        taken = {name: all_reduce(self._sums.get(name, none)) for name in AT_LAYERS[:-1]}
+        taken["applied"] = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        by_layer: dict[str, list[int]] = {}
+        for number, name in enumerate(self._parameters):
+            by_layer.setdefault(layer_of(name), []).append(number)
+        for layer, numbers in by_layer.items():
+            log.layer(
+                step, layer, {name: torch.cat([g[i].flatten() for i in numbers])[None] for name, g in taken.items()}
+            )

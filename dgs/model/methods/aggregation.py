@@ -1,4 +1,7 @@
-"""Neighbours of gradient surgery: maps that let two gradients into the features agree over a whole batch."""
+"""Neighbours of gradient surgery: maps that let two gradients into the features agree over a whole batch.
+
+All take (B, D) gradients of task and prior as two vectors of B D entries, and return a (B, D) gradient.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,11 @@ def _aggregator(name: str) -> Any:
 def _together(name: str, task: Tensor, prior: Tensor) -> Tensor:
     if not (task.any() and prior.any()):
         return task + prior
-    jacobian = torch.stack([task.flatten(), prior.flatten()])
-    return _aggregator(name)(jacobian).view_as(task)
+    return _aggregator(name)(torch.stack([task.flatten(), prior.flatten()])).view_as(task)
 
 
 def pcgrad(task: Tensor, prior: Tensor) -> Tensor:
-    """Each gradient off the other where they conflict, then their sum (Yu et al. 2020, by torchjd).
-
-    Args:
-        task, prior: (B, D), taken as two vectors of B D entries.
-    """
+    """Each gradient off the other where they conflict, then their sum (Yu et al. 2020, by torchjd)."""
     return _together("pcgrad", task, prior)
 
 
@@ -38,10 +36,6 @@ def upgrad(task: Tensor, prior: Tensor) -> Tensor:
 
 
 def prograd(task: Tensor, general: Tensor) -> Tensor:
-    """The task gradient, off the general one where they conflict (Zhu et al. 2023, eq. 4).
-
-    Args:
-        task, general: (B, D), taken as two vectors of B D entries.
-    """
+    """The task gradient, off the general one where they conflict (Zhu et al. 2023, eq. 4)."""
     dot = (task * general).sum()
     return task - (dot / general.square().sum()).clamp_max(0) * general if dot < 0 else task

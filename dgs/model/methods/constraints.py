@@ -1,4 +1,4 @@
-"""What methods do to the adapters themselves: penalise, confine or shrink the update that they make to the weights."""
+"""What methods do to the adapters themselves: penalise, project or scale the update that they make to the weights."""
 
 from __future__ import annotations
 
@@ -36,18 +36,16 @@ def adapters(tower: nn.Module) -> Iterator[Adapter]:
 
 def squared_update(tower: nn.Module) -> Tensor:
     """sum |scale B A|_F^2 over all layers, without forming B A: the distance of L2-SP (Li et al. 2018)."""
-    terms = [
-        adapter.scale**2 * ((adapter.b.T @ adapter.b) * (adapter.a @ adapter.a.T)).sum() for adapter in adapters(tower)
-    ]
+    terms = [layer.scale**2 * ((layer.b.T @ layer.b) * (layer.a @ layer.a.T)).sum() for layer in adapters(tower)]
     return torch.stack(terms).sum()
 
 
 @torch.no_grad()
-def hold_principal(tower: nn.Module) -> Callable[[], None]:
-    """A function that puts every update back into the weights' smallest singular directions, as many as its rank.
+def effort_projection(tower: nn.Module) -> Callable[[], None]:
+    """A function that projects every update onto the weights' smallest singular directions, as many as its rank.
 
-    Effort (Yan et al. 2025) freezes the principal part of each weight and trains the rest; it does so for whole
-    weights and with two more losses, here for LoRA's q, k and v.
+    Effort (Yan et al. 2025) freezes the principal part of each weight and trains the rest. Differs from Effort: it
+    adapts whole weights and has two more losses, here LoRA adapts q, k and v.
     """
     bases = []
     for adapter in adapters(tower):
@@ -56,16 +54,16 @@ def hold_principal(tower: nn.Module) -> Callable[[], None]:
         bases.append((adapter, left[:, -rank:].to(adapter.b.dtype), right[-rank:].to(adapter.a.dtype)))
 
     @torch.no_grad()
-    def confine() -> None:
+    def project() -> None:
         for adapter, left, right in bases:
             adapter.a.copy_(adapter.a @ right.T @ right)
             adapter.b.copy_(left @ (left.T @ adapter.b))
 
-    return confine
+    return project
 
 
 @torch.no_grad()
-def shrink(tower: nn.Module, share: float) -> None:
-    """Scale every update by `share`: 0 is the frozen tower, 1 the tuned one."""
+def scale_update(tower: nn.Module, factor: float) -> None:
+    """Scale every update: 0 is the frozen tower, 1 the tuned one."""
     for adapter in adapters(tower):
-        adapter.b.mul_(share)
+        adapter.b.mul_(factor)

@@ -1,11 +1,6 @@
-"""Affine maps of the features that a head reads through, fitted once on the frozen tower's features and captions.
-
-A linear head behind such a map is again a linear head (`Affine.before`), so that checkpoints hold plain heads.
-"""
+"""Affine maps of the features that a head reads through, fitted once on the frozen tower's features and captions."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,35 +8,27 @@ from torch import Tensor, nn
 from dgs.params import SurgeryParams
 
 
-@dataclass(frozen=True)
-class Affine:
-    """x to x M^T + b. matrix: (D, D), bias: (D,)."""
+class Affine(nn.Module):
+    """x to x M^T + b: (..., D) to (..., D). matrix: (D, D), bias: (D,)."""
 
     matrix: Tensor
     bias: Tensor
 
-    def __call__(self, features: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
+    def __init__(self, matrix: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+        self.register_buffer("bias", bias)
+
+    def forward(self, features: Tensor) -> Tensor:
         return features @ self.matrix.T + self.bias
 
     @torch.no_grad()
-    def before(self, head: nn.Linear) -> nn.Linear:
-        """The head on raw features that equals `head` on mapped ones."""
+    def fold_into(self, head: nn.Linear) -> nn.Linear:
+        """The linear head on raw features that equals `head` on mapped ones: checkpoints hold plain heads."""
         plain = nn.Linear(self.matrix.shape[1], 1, device=head.weight.device, dtype=head.weight.dtype)
         plain.weight.copy_(head.weight @ self.matrix)
         plain.bias.copy_(head.bias + head.weight[0] @ self.bias)
         return plain.requires_grad_(False)
-
-
-class Through(nn.Module):
-    """A linear head behind a map: (B, D) raw features to (B, 1)."""
-
-    def __init__(self, lens: Affine, head: nn.Linear) -> None:
-        super().__init__()
-        self.lens, self.head = lens, head
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.head(self.lens(features))
 
 
 def standardise(features: Tensor, captions: Tensor, params: SurgeryParams) -> Affine:
@@ -59,8 +46,8 @@ def _principal(captions: Tensor, count: int) -> Tensor:
 def leace(features: Tensor, captions: Tensor, params: SurgeryParams) -> Affine:
     """Least-squares concept erasure (Belrose et al. 2023): afterwards no linear map of features predicts captions.
 
-    Captions are taken by their `params.directions` components of largest variance, since all of them would leave
-    nothing. In float64.
+    Differs from LEACE on the captions themselves: it erases their `params.directions` components of largest variance,
+    since all of them would leave nothing. In float64.
 
     Args:
         features, captions: (N, D) of the same images.
@@ -80,7 +67,5 @@ def null_space(features: Tensor, captions: Tensor, params: SurgeryParams) -> Aff
     What LEACE improves on: it takes image and text features to lie in the same directions.
     """
     span = _principal(captions, params.directions).to(features.dtype)
-    return Affine(
-        torch.eye(features.shape[1], dtype=span.dtype, device=span.device) - span @ span.T,
-        span.new_zeros(()).expand(features.shape[1]),
-    )
+    width = features.shape[1]
+    return Affine(torch.eye(width, dtype=span.dtype, device=span.device) - span @ span.T, span.new_zeros(width))

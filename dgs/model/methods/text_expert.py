@@ -1,13 +1,18 @@
-"""The text expert: what captions alone say about real and fake, to be added to logits, or to weigh images by."""
+"""The text expert: what captions alone say about real and fake, to be added to logits, or to weight images by."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
 from dgs.data.prepared import Prepared
 from dgs.errors import UserError
@@ -42,22 +47,47 @@ def text_expert(captions: NDArray[np.float32], labels: NDArray[np.int64], seed: 
         raise UserError(
             f"Expected at least {FOLDS} training images of each label for a text expert, found {fewest}. Add images."
         )
-    model = _model()
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-    return cross_val_predict(model, captions, labels, cv=folds, method="decision_function")
+    return cross_val_predict(_model(), captions, labels, cv=folds, method="decision_function")
 
 
-def balance_weights(probability: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+def ipw_weights(probability: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
     """Weights under which captions tell nothing of labels: 1 / P(label | caption), at most 20.
 
-    So a sample with the shortcut stands for one without, and nobody needs to know what the shortcut is. It is
-    importance weighting, with the text expert for the propensity.
+    Inverse propensity weighting with the text expert's propensity: images that contradict the shortcut count for
+    more, and nobody needs to know what the shortcut is.
 
     Args:
         probability: (N,) of a fake, from captions alone.
         labels: (N,) 0 real, 1 fake.
     """
     return 1 / np.clip(np.where(labels == 1, probability, 1 - probability), 0.05, 1)
+
+
+def expert_terms(
+    use: Literal["add", "reweight"] | None, captions: NDArray[np.float32], labels: Tensor, seed: int
+) -> tuple[Tensor, Tensor]:
+    """What a text expert brings into a method's loss.
+
+    Args:
+        use: `Method.text_expert`.
+        captions: (N, D) embeddings.
+        labels: (N,) float, 0 real, 1 fake.
+        seed: of the folds.
+
+    Returns:
+        (N,) logits to add, zero unless `use` is "add"; (N,) weights of images, 1 on average, all 1 unless it is
+        "reweight". On `labels`' device.
+    """
+    logits, weights = torch.zeros_like(labels), torch.ones_like(labels)
+    if use is None:
+        return logits, weights
+    truth = labels.cpu().numpy().astype(np.int64)
+    found = text_expert(captions, truth, seed)
+    if use == "add":
+        return torch.tensor(found, dtype=labels.dtype, device=labels.device), weights
+    balanced = ipw_weights(expit(found), truth)
+    return logits, torch.tensor(balanced / balanced.mean(), dtype=labels.dtype, device=labels.device)
 
 
 def caption_probability(prepared: Prepared, split: str) -> NDArray[np.float64]:

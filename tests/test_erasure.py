@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import LinearRegression
 from torch import Tensor, nn
 
-from dgs.model.methods.erasure import Affine, Through, leace, null_space, standardise
+from dgs.model.methods.erasure import Affine, leace, null_space, standardise
 from dgs.params import SurgeryParams
 
 COUNT, WIDTH = 400, 10
@@ -34,8 +34,8 @@ def test_a_head_that_has_taken_the_map_in_decides_as_one_behind_it(lens: object)
     features, captions = images_and_captions()
     fitted = lens(features, captions, SurgeryParams(directions=3))  # type: ignore[operator]
     head = nn.Linear(WIDTH, 1)
-    assert torch.allclose(Through(fitted, head)(features), fitted.before(head)(features), atol=1e-4)
-    assert not fitted.before(head).weight.requires_grad
+    assert torch.allclose(nn.Sequential(fitted, head)(features), fitted.fold_into(head)(features), atol=1e-4)
+    assert not fitted.fold_into(head).weight.requires_grad
 
 
 def test_after_leace_no_linear_map_of_features_predicts_captions() -> None:

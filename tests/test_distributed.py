@@ -26,9 +26,9 @@ from dgs.model.backbone import load_clip
 from dgs.model.checkpoint import read_info
 from dgs.model.methods.registry import get_method
 from dgs.model.runs import train_seeds
-from dgs.model.snapshot import Unfinished
+from dgs.model.snapshot import Snapshot
 from dgs.model.train import Trained, train
-from dgs.model.training_log import TABLES, Journal
+from dgs.model.training_log import TABLES, TrainingLog
 from dgs.params import Params, validate
 
 
@@ -37,7 +37,7 @@ def square(number: int) -> tuple[int, int]:
 
 
 def parts_of_seven() -> list[list[int]]:
-    return processes.gathered(list(processes.share(range(7))))
+    return processes.all_gather(list(processes.shard(range(7))))
 
 
 def collected() -> dict[str, object]:
@@ -50,10 +50,10 @@ def collected() -> dict[str, object]:
         layer(torch.tensor([[2.0, 3.0]])).sum().backward()
     processes.sum_gradients(layer.parameters())
     return {
-        "rows": processes.whole(torch.full((3 * me, 2), float(me))),  # none of process 0
-        "total": processes.total({"a": 1.0} if me == 0 else {"a": 2.0, "b": 0.5}),
-        "agreed": processes.agreed(me == 0),
-        "gradients": processes.gathered(layer.weight.grad.tolist()),
+        "rows": processes.all_gather_rows(torch.full((3 * me, 2), float(me))),  # none of process 0
+        "total": processes.all_reduce_sum({"a": 1.0} if me == 0 else {"a": 2.0, "b": 0.5}),
+        "agreed": processes.broadcast(me == 0),
+        "gradients": processes.all_gather(layer.weight.grad.tolist()),
     }
 
 
@@ -124,7 +124,7 @@ class TestRun:
         with pytest.raises(
             UserError, match=r"^Expected 2 processes to keep step, found that process 0 waited too long"
         ):
-            processes.run(2, fall_asleep, patience=5.0)
+            processes.run(2, fall_asleep, timeout=5.0)
 
 
 def changed(params: Params, **groups: dict[str, object]) -> Params:
@@ -160,7 +160,7 @@ def assert_equal_within_rounding(a: dict[str, torch.Tensor], b: dict[str, torch.
     assert (gaps.abs() < 1e-6).double().mean().item() > 0.99
 
 
-def train_in(count: int, method: str, params: Params, prepared: Path, folder: Path) -> tuple[Path, Journal]:
+def train_in(count: int, method: str, params: Params, prepared: Path, folder: Path) -> tuple[Path, TrainingLog]:
     folder.mkdir()
     many = changed(params, train={"processes": count})
     (journal,) = train_seeds(method, many, ROOT, prepared, folder, folder / "unfinished")
@@ -218,7 +218,7 @@ def train_and_die(params: Params, prepared: Path, folder: Path, fatal: int | Non
         made.update({n: p.detach().clone() for n, p in trained.backbone.named_parameters() if p.requires_grad})
 
     clip = load_clip(params.model, ROOT, params.image_size, text=False)
-    cpu, kept = torch.device("cpu"), Unfinished(folder, 0.0)
+    cpu, kept = torch.device("cpu"), Snapshot(folder, 0.0)
     train(get_method("dgs"), clip, load_prepared(prepared, ROOT), params, 0, cpu, done, on_step, kept)
     return made
 

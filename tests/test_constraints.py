@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dgs.model.backbone import Backbone, load_clip
-from dgs.model.methods.constraints import adapters, hold_principal, shrink, squared_update
+from dgs.model.methods.constraints import adapters, effort_projection, scale_update, squared_update
 from dgs.params import LoraParams, ModelParams
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def test_the_penalty_is_the_squared_update_and_has_its_gradient(backbone: Backbo
 
 
 def test_confined_updates_leave_the_large_singular_directions_alone(backbone: Backbone) -> None:
-    confine = hold_principal(backbone)
+    confine = effort_projection(backbone)
     confine()
     once = updates(backbone)
     for adapter, update in zip(adapters(backbone), once, strict=True):
@@ -66,7 +66,7 @@ def test_shrinking_goes_from_the_tuned_tower_to_the_frozen_one(backbone: Backbon
         with backbone.frozen():
             frozen = backbone(IMAGES)
         assert (backbone(IMAGES) - frozen).abs().max() > 1e-3
-        shrink(backbone, 0.5)
+        scale_update(backbone, 0.5)
         assert all(torch.allclose(a, b / 2) for a, b in zip(updates(backbone), tuned, strict=True))
-        shrink(backbone, 0.0)
+        scale_update(backbone, 0.0)
         assert torch.equal(backbone(IMAGES), frozen)

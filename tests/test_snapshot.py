@@ -18,9 +18,9 @@ from dgs.data.prepared import Prepared
 from dgs.errors import UserError
 from dgs.model.backbone import Clip
 from dgs.model.methods.registry import get_method
-from dgs.model.snapshot import Unfinished, run_key
+from dgs.model.snapshot import Snapshot, run_key
 from dgs.model.train import Trained, train
-from dgs.model.training_log import AT_FEATURES, AT_LAYERS, TABLES, Journal
+from dgs.model.training_log import AT_FEATURES, AT_LAYERS, TABLES, TrainingLog
 from dgs.params import Params, validate
 
 STEPS = 6  # two epochs of three
@@ -38,7 +38,7 @@ class Killed(BaseException):
 
 
 def train_until(
-    stop: int | None, method: str, clip: Clip, prepared: Prepared, params: Params, kept: Unfinished
+    stop: int | None, method: str, clip: Clip, prepared: Prepared, params: Params, kept: Snapshot
 ) -> tuple[dict[str, Tensor], dict[str, object], int]:
     """Train, killed in the given step (from 1) before its snapshot: (weights, journal, steps that were made)."""
     found: list[tuple[dict[str, Tensor], dict[str, object]]] = []
@@ -53,7 +53,7 @@ def train_until(
     def done(trained: Trained) -> None:
         learned = {n: p.detach().clone() for n, p in trained.backbone.named_parameters() if p.requires_grad}
         learned |= {f"{n}.{k}": v.clone() for n, h in trained.heads.items() for k, v in h.state_dict().items()}
-        found.append((learned, {**trained.journal.rows(), "thresholds": trained.thresholds}))
+        found.append((learned, {**trained.log.rows(), "thresholds": trained.thresholds}))
 
     try:
         train(get_method(method), clip, prepared, params, 0, torch.device("cpu"), done, on_step, kept)
@@ -71,13 +71,13 @@ def kept_step(folder: Path) -> int:
 def test_broken_off_after_any_step_it_ends_with_the_same_bits(
     method: str, clip: Clip, prepared: Prepared, params: Params, tmp_path: Path
 ) -> None:
-    whole, notes, _ = train_until(None, method, clip, prepared, params, Unfinished())
+    whole, notes, _ = train_until(None, method, clip, prepared, params, Snapshot())
     for step in range(2, STEPS + 1):
         folder = tmp_path / str(step)
-        train_until(step, method, clip, prepared, params, Unfinished(folder, 0.0))
+        train_until(step, method, clip, prepared, params, Snapshot(folder, 0.0))
         assert kept_step(folder) == step - 1
         torch.rand(step)  # another process's random numbers stand elsewhere
-        again, noted, _ = train_until(None, method, clip, prepared, params, Unfinished(folder, 0.0))
+        again, noted, _ = train_until(None, method, clip, prepared, params, Snapshot(folder, 0.0))
         assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
         assert json.dumps(noted) == json.dumps(notes), "the journal has every record once"
 
@@ -85,10 +85,10 @@ def test_broken_off_after_any_step_it_ends_with_the_same_bits(
 def test_killed_again_and_again_it_still_arrives(
     clip: Clip, prepared: Prepared, params: Params, tmp_path: Path
 ) -> None:
-    whole, notes, _ = train_until(None, "dgs", clip, prepared, params, Unfinished())
+    whole, notes, _ = train_until(None, "dgs", clip, prepared, params, Snapshot())
     for step in range(2, STEPS + 1):  # each run makes one step more
-        assert train_until(step, "dgs", clip, prepared, params, Unfinished(tmp_path, 0.0))[2] == step
-    again, noted, _ = train_until(None, "dgs", clip, prepared, params, Unfinished(tmp_path, 0.0))
+        assert train_until(step, "dgs", clip, prepared, params, Snapshot(tmp_path, 0.0))[2] == step
+    again, noted, _ = train_until(None, "dgs", clip, prepared, params, Snapshot(tmp_path, 0.0))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert json.dumps(noted) == json.dumps(notes)
 
@@ -101,11 +101,11 @@ def test_a_damaged_snapshot_is_as_good_as_none(
     tmp_path: Path,
     damage,  # type: ignore[no-untyped-def]
 ) -> None:
-    whole, _, _ = train_until(None, "dgs", clip, prepared, params, Unfinished())
-    train_until(4, "dgs", clip, prepared, params, Unfinished(tmp_path, 0.0))
+    whole, _, _ = train_until(None, "dgs", clip, prepared, params, Snapshot())
+    train_until(4, "dgs", clip, prepared, params, Snapshot(tmp_path, 0.0))
     file = tmp_path / "snapshot.pt"
     file.write_bytes(damage(file.read_bytes()))
-    again, _, made = train_until(None, "dgs", clip, prepared, params, Unfinished(tmp_path, 0.0))
+    again, _, made = train_until(None, "dgs", clip, prepared, params, Snapshot(tmp_path, 0.0))
     assert made == STEPS
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
@@ -115,14 +115,14 @@ def test_a_snapshot_that_does_not_fit_on_the_disk_stops_with_a_sentence_and_the_
 ) -> None:
     if not full_disk.is_mount():
         pytest.skip("needs a disk that can be filled")
-    kept = Unfinished(full_disk / "seed", 0.0)
+    kept = Snapshot(full_disk / "seed", 0.0)
     train_until(3, "dgs", clip, prepared, params, kept)
     (full_disk / "other").write_bytes(b"0" * (shutil.disk_usage(full_disk).free - 8192))
     with pytest.raises(UserError, match="no space is left"):
         train_until(None, "dgs", clip, prepared, params, kept)
     assert kept_step(full_disk / "seed") == 2
     (full_disk / "other").unlink()
-    whole, _, _ = train_until(None, "dgs", clip, prepared, params, Unfinished())
+    whole, _, _ = train_until(None, "dgs", clip, prepared, params, Snapshot())
     again, _, _ = train_until(None, "dgs", clip, prepared, params, kept)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
@@ -131,22 +131,22 @@ def test_without_a_time_to_wait_no_snapshot_is_made(
     clip: Clip, prepared: Prepared, params: Params, tmp_path: Path
 ) -> None:
     for seconds in (None, 3600.0):
-        train_until(4, "dgs", clip, prepared, params, Unfinished(tmp_path, seconds))
+        train_until(4, "dgs", clip, prepared, params, Snapshot(tmp_path, seconds))
         assert list(tmp_path.iterdir()) == []
 
 
 def test_a_journal_on_the_disk_is_the_same_journal(tmp_path: Path) -> None:
-    journal = Journal("dgs", 0)
+    journal = TrainingLog("dgs", 0)
     journal.loss(0, 3, loss=1 / 3, loss_task=float("nan"))
     vectors = {name: torch.randn(7, 4, dtype=torch.float64) for name in AT_FEATURES}
     journal.gradients(3, list(range(7)), torch.arange(7).remainder(2), vectors)
     journal.layer(3, "0.q", {name: torch.randn(1, 9) for name in AT_LAYERS})
-    kept = Unfinished(tmp_path / "seed")
-    kept.keep_journal(journal)
+    kept = Snapshot(tmp_path / "seed")
+    kept.save_log(journal)
     assert not kept.is_done, "the checkpoint comes last, and says that all is there"
     kept.checkpoint.mkdir()
     assert kept.is_done
-    read = kept.hand_over("dgs", 0, tmp_path / "out")
+    read = kept.publish("dgs", 0, tmp_path / "out")
     for name in TABLES:
         assert len(getattr(journal, name)) and getattr(read, name).equals(getattr(journal, name))
 

@@ -1,0 +1,213 @@
+"""What a method is made of: `Method`, what its losses may look at, and the losses and gradient maps to choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dgs.errors import UserError
+from dgs.model.methods.erasure import Affine
+from dgs.model.surgery import alignment_loss, split_signs, suppress
+from dgs.params import Params, SurgeryParams, validate
+
+
+@dataclass(frozen=True)
+class Precomputed:
+    """What is known of N images before stage 2, row by row; indexing takes rows.
+
+    labels: (N,) float, 0 real, 1 fake.
+    captions: (N, T), frozen caption embeddings t, of the width of CLIP's features.
+    teacher: (N, D), the frozen tower's features fT of the view at hand; D > T where the head reads levels too.
+    feature_norm2: (N,), in every row the mean of |fT|^2 over all training images, of the first T columns.
+    residual: (N,), sigmoid(zT) - y, of the teacher's logit.
+    expert: (N,), logits of the text expert; zero where a method adds none.
+    weight: (N,), of the image in the task's loss, 1 on average; 1 where a method does not reweight.
+    """
+
+    labels: Tensor
+    captions: Tensor
+    teacher: Tensor
+    feature_norm2: Tensor
+    residual: Tensor
+    expert: Tensor
+    weight: Tensor
+
+    def __getitem__(self, rows: Tensor | slice) -> Precomputed:
+        return Precomputed(*(getattr(self, part.name)[rows] for part in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def clip_dim(self) -> int:
+        """T: how many columns of features, from the first, are CLIP's; the rest are statistics of levels."""
+        return self.captions.shape[1]
+
+    @property
+    def teacher_prob(self) -> Tensor:
+        """(N,), the teacher's probability of a fake."""
+        return self.residual + self.labels
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loss on the features may look at; gradients are scaled as train.surgery.scale says.
+
+    features: (B, D), the student's, a leaf that gradients are taken at.
+    known: of the B images.
+    teacher_grad: (B, D), dL_T/dfT, constant.
+    text_grad: (B, D), dL_text/dt at the current text head, constant.
+    head: the current image head.
+    noise: (B, T) standard normal, for controls.
+    """
+
+    features: Tensor
+    known: Precomputed
+    teacher_grad: Tensor
+    text_grad: Tensor
+    head: nn.Module
+    noise: Tensor
+
+
+Prior = Callable[[Batch, SurgeryParams], Tensor]
+GradientMap = Callable[[Tensor, Tensor, Batch, SurgeryParams], Tensor]
+
+
+def no_prior(batch: Batch, params: SurgeryParams) -> Tensor:
+    """No loss beside the task's."""
+    return batch.features.new_zeros(())
+
+
+def prior_alignment(batch: Batch, params: SurgeryParams) -> Tensor:
+    """lambda L_PA (paper, prior alignment)."""
+    return params.lam * alignment_loss(batch.features, batch.teacher_grad)
+
+
+def random_alignment(batch: Batch, params: SurgeryParams) -> Tensor:
+    """Control: L_PA with the teacher gradient's lengths kept and every entry's sign drawn anew."""
+    return params.lam * alignment_loss(batch.features, batch.teacher_grad.abs() * batch.noise.sign())
+
+
+def distillation(batch: Batch, params: SurgeryParams) -> Tensor:
+    """w mean_i |f_i - fT_i|^2 / mean |fT|^2: bounded below, whatever the scale of the features; levels are free."""
+    moved = (batch.features - batch.known.teacher)[:, : batch.known.clip_dim]
+    return params.distill * (moved.square().sum(1) / batch.known.feature_norm2).mean()
+
+
+def agreement(batch: Batch, params: SurgeryParams) -> Tensor:
+    """KL(teacher || student), but for a constant: ProGrad's general knowledge, with a probe in place of zero-shot."""
+    return F.binary_cross_entropy_with_logits(batch.head(batch.features).squeeze(1), batch.known.teacher_prob)
+
+
+def add(task: Tensor, prior: Tensor, batch: Batch, params: SurgeryParams) -> Tensor:
+    """The plain sum of both gradients."""
+    return task + prior
+
+
+def aggregated(rule: Callable[[Tensor, Tensor], Tensor]) -> GradientMap:
+    """A map of (task gradient, prior gradient) alone, each taken as one vector over the batch."""
+
+    def combine(task: Tensor, prior: Tensor, batch: Batch, params: SurgeryParams) -> Tensor:
+        return rule(task, prior)
+
+    return combine
+
+
+def suppression(harmful: Callable[[Batch], Tensor]) -> GradientMap:
+    """Project off a direction: the release's order projects task + prior, the paper's only the task."""
+
+    def project(task: Tensor, prior: Tensor, batch: Batch, params: SurgeryParams) -> Tensor:
+        if params.order == "release":
+            return suppress(task + prior, harmful(batch), params.eps)
+        return suppress(task, harmful(batch), params.eps) + prior
+
+    return project
+
+
+def text_harm(batch: Batch) -> Tensor:
+    """The paper's harmful direction: the non-negative part of the text gradient."""
+    return split_signs(batch.text_grad)[0]
+
+
+def signed_text(batch: Batch) -> Tensor:
+    """Control: the text gradient with its signs, one line for both classes instead of two half-vectors."""
+    return batch.text_grad
+
+
+def random_harm(batch: Batch) -> Tensor:
+    """Control: a random non-negative direction, as long as the harmful one."""
+    direction = batch.noise.abs()
+    norm = direction.norm(dim=1, keepdim=True)
+    return direction / norm * text_harm(batch).norm(dim=1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    reference: where it comes from, and how it differs from there.
+    adapters: LoRA on the image tower learns in stage 2; without it the method is stage 1 alone.
+    prior: a loss on the features beside the task's; its gradient reaches `gradient` separately.
+    gradient: (task gradient, prior gradient, batch, params), all (B, D), to the gradient sent into the tower.
+    whole_batch: `gradient` takes a batch as one vector, so that a batch cannot be split into parts.
+    text_expert: "add": in training the logit of a text expert (`dgs.model.methods.text_expert`) is added to the image
+        head's, so that neither head nor tower is asked for what captions explain; at test time the image head stands
+        alone. "reweight": the expert weights training images, so that captions tell nothing of labels.
+    shuffled: captions go to other images than their own.
+    levels: the head reads statistics of earlier tokens (`model.levels`) beside the tower's output.
+    feature_map: (features, captions, params) to the map that the image head reads features through, fitted on the
+        frozen tower's.
+    init_head_from_probe: the image head starts as stage 1's, which then has the text expert too, not at random.
+    penalty: a loss on the adapters, weighted by train.surgery.decay.
+    project: given the backbone, a function that projects the adapters onto where they may be, called after every step.
+    average: weights of tower and head are averaged at the end (`dgs.model.methods.averaging`). "wise_ft": tuned with
+        frozen ones, train.surgery.mix of the tuned. "swad": over the last two thirds of stage 2's steps.
+    settings: parameters of train.surgery that are the method's own.
+    tuned_param: the parameter of train.surgery that sets the method's strength, tuned beside the learning rate.
+    settings_of: the method whose tuned settings this one takes, since it is to differ from it in one thing.
+    """
+
+    name: str
+    reference: str
+    adapters: bool = True
+    prior: Prior = no_prior
+    gradient: GradientMap = add
+    whole_batch: bool = False
+    text_expert: Literal["add", "reweight"] | None = None
+    shuffled: bool = False
+    levels: bool = False
+    feature_map: Callable[[Tensor, Tensor, SurgeryParams], Affine] | None = None
+    init_head_from_probe: bool = False
+    penalty: Callable[[nn.Module], Tensor] | None = None
+    project: Callable[[nn.Module], Callable[[], None]] | None = None
+    average: Literal["wise_ft", "swad"] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tuned_param: str | None = None
+    settings_of: str | None = None
+
+    def of(self, params: Params) -> Params:
+        """`params` with the method's own settings in train.surgery.
+
+        Raises:
+            UserError: the method needs whole batches, and `params` split them.
+        """
+        parts = (params.train.accumulate, params.train.processes)
+        if self.whole_batch and parts != (1, 1):
+            raise UserError(
+                f"Expected train.accumulate and train.processes to be 1 for {self.name}, which takes the gradients of "
+                f"a batch as one vector, found {parts[0]} and {parts[1]}. Set both to 1."
+            )
+        if not self.settings:
+            return params
+        content = params.model_dump()
+        content["train"]["surgery"] |= self.settings
+        return validate(content, f"the settings of {self.name}")
+
+    def steps(self, images: int, params: Params) -> int:
+        """Optimiser steps of a run: of stage 2, or of stage 1 where the tower stays frozen."""
+        epochs = params.train.stage2.epochs if self.adapters else params.train.stage1.epochs
+        return epochs * -(-images // params.train.batch_size)
