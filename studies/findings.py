@@ -175,7 +175,7 @@ def neighbours() -> str:
     return drawn("unseen", rows, columns)
 
 
-EXPERT = {name for name, method in METHODS.items() if method.expert or method.weighed}
+EXPERT = {name for name, method in METHODS.items() if method.text_expert}
 SURGERY = {name for name, method in METHODS.items() if method.reference.startswith("Control of dgs")} | {
     "dgs", "suppression_only", "alignment_only", "per_sample", "paper_order",
 }  # fmt: skip
