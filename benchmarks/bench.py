@@ -29,7 +29,8 @@ import oracle  # noqa: E402  # the release's step lives with the tests that it i
 from timing import Timed, in_own_process, interleave, peak_megabytes, resident_megabytes  # noqa: E402
 
 from dgs.data.patches import patch_entropy, select_indices, stitch  # noqa: E402
-from dgs.model.backbone import IMAGENET, Backbone, embed_tokens, load_clip  # noqa: E402
+from dgs.model.backbone import Backbone  # noqa: E402
+from dgs.model.clip import IMAGENET, embed_tokens, load_clip  # noqa: E402
 from dgs.model.methods.base import Precomputed  # noqa: E402
 from dgs.model.methods.registry import get_method  # noqa: E402
 from dgs.model.release import Release, adapt, take_apart, write_clip  # noqa: E402

@@ -20,7 +20,8 @@ from PIL import Image
 from timing import interleave
 from torch import nn
 
-from dgs.model.backbone import Backbone, load_clip
+from dgs.model.backbone import Backbone
+from dgs.model.clip import load_clip
 from dgs.model.detector import Detector
 from dgs.params import validate
 

@@ -18,7 +18,8 @@ from dgs.data.prepared import load_prepared
 from dgs.data.views import Views
 from dgs.device import choose_device
 from dgs.errors import UserError
-from dgs.model.backbone import Backbone, load_clip
+from dgs.model.backbone import Backbone
+from dgs.model.clip import load_clip
 from dgs.model.methods.text_expert import caption_probability, ipw_weights
 from dgs.model.train import extract_features, training_views
 from dgs.params import Params

@@ -59,7 +59,7 @@ def _score(_: str, name: str, generator: str, seed: int, params: Params, root: P
     # Imported here: the parent only waits, and should not spend seconds on loading CLIP's libraries.
     from dgs.data.views import Views
     from dgs.device import choose_device
-    from dgs.model.backbone import load_clip
+    from dgs.model.clip import load_clip
     from dgs.model.train import Trained, train, validation_logits
 
     prepared = without(load_training(folder, root), generator)

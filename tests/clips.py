@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dgs.model.backbone import Backbone, load_clip
+from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import SUMS, save_checkpoint, seal
+from dgs.model.clip import load_clip
 from dgs.params import LoraParams, Params, validate
 
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0)
@@ -29,7 +30,7 @@ CONFIG = {
 
 
 def write_random_clip(folder: Path, seed: int = 0, config: dict[str, Any] | None = None) -> Path:
-    """A CLIP folder as `dgs.model.backbone.load_clip` reads it; of `CONFIG`, or of another open_clip config."""
+    """A CLIP folder as `dgs.model.clip.load_clip` reads it; of `CONFIG`, or of another open_clip config."""
     config = config or CONFIG
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dgs.data.manifest import build_manifest
 from dgs.data.prepared import save_prepared
-from dgs.model.backbone import encode_texts, load_clip
+from dgs.model.clip import encode_texts, load_clip
 from dgs.params import Params, load_params
 
 ImageTree = Callable[..., Path]

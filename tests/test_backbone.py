@@ -16,15 +16,8 @@ from torch.nn import functional as F
 
 from dgs.device import choose_device
 from dgs.errors import UserError
-from dgs.model.backbone import (
-    Backbone,
-    LeanQuickGELU,
-    SplitAttention,
-    embed_tokens,
-    encode_prompts,
-    encode_texts,
-    load_clip,
-)
+from dgs.model.backbone import Backbone
+from dgs.model.clip import LeanQuickGELU, SplitAttention, embed_tokens, encode_prompts, encode_texts, load_clip
 from dgs.params import LoraParams, ModelParams
 
 LORA = LoraParams(rank=3, alpha=6.0, dropout=0.5)

@@ -17,8 +17,8 @@ from clips import WIDTH, reseal, settings
 from safetensors.torch import load_file, save_file
 
 from dgs.errors import UserError
-from dgs.model.backbone import Clip, load_clip
 from dgs.model.checkpoint import SUMS, load_checkpoint, load_heads, read_info
+from dgs.model.clip import Clip, load_clip
 
 HUB = (
     "peft.config.hf_hub_download",

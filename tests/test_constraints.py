@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgs.model.backbone import Backbone, load_clip
+from dgs.model.backbone import Backbone
+from dgs.model.clip import load_clip
 from dgs.model.methods.constraints import adapters, effort_projection, scale_update, squared_update
 from dgs.params import LoraParams, ModelParams
 

@@ -22,8 +22,8 @@ from dgs.analysis.evaluate import evaluate_from_disk
 from dgs.data.prepared import load_prepared
 from dgs.errors import UserError
 from dgs.model import distributed as processes
-from dgs.model.backbone import load_clip
 from dgs.model.checkpoint import read_info
+from dgs.model.clip import load_clip
 from dgs.model.methods.registry import get_method
 from dgs.model.runs import train_seeds
 from dgs.model.snapshot import Snapshot

@@ -24,8 +24,9 @@ from dgs.data.perturbations import perturb
 from dgs.data.prepared import Prepared, load_prepared, save_prepared
 from dgs.data.views import Views
 from dgs.errors import UserError
-from dgs.model.backbone import Backbone, Clip, encode_texts, load_clip
+from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import save_checkpoint
+from dgs.model.clip import Clip, encode_texts, load_clip
 from dgs.model.detector import Detector
 from dgs.model.methods.registry import get_method
 from dgs.model.train import Trained, train

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from dgs.model.backbone import Backbone, load_clip
+from dgs.model.backbone import Backbone
+from dgs.model.clip import load_clip
 from dgs.model.methods.base import Precomputed
 from dgs.model.methods.registry import get_method
 from dgs.model.step import stage2_step

@@ -23,8 +23,8 @@ from dgs.analysis.outside import outside
 from dgs.data.manifest import ImageSource, build_manifest, data_hash
 from dgs.data.prepared import compute_patches, load_prepared, load_training, save_prepared
 from dgs.errors import UserError
-from dgs.model.backbone import Clip, encode_texts, load_clip
 from dgs.model.checkpoint import import_release, read_info, save_checkpoint
+from dgs.model.clip import Clip, encode_texts, load_clip
 from dgs.model.detector import Detector
 from dgs.model.methods.registry import get_method
 from dgs.model.train import Trained, train

@@ -16,7 +16,7 @@ from copies import ROOT, copy_repository, run
 from dgs.data.captions import read_captions
 from dgs.data.prepared import load_prepared
 from dgs.errors import UserError
-from dgs.model.backbone import IMAGENET, load_clip
+from dgs.model.clip import IMAGENET, load_clip
 from dgs.params import load_params
 
 SIDE = 240  # px: 49 whole patches of 32 px, and a margin that is cut off

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgs.model.backbone import IMAGENET, Backbone, embed_tokens, load_clip
+from dgs.model.backbone import Backbone
+from dgs.model.clip import IMAGENET, embed_tokens, load_clip
 from dgs.model.methods.base import Precomputed
 from dgs.model.methods.registry import get_method
 from dgs.model.release import adapt, take_apart, write_clip

@@ -19,9 +19,9 @@ from test_checkpoint import as_format_2, assert_helpful
 from torch import nn
 
 from dgs.errors import UserError
-from dgs.model.backbone import Backbone, load_clip
+from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import SUMS, card, read_info, save_checkpoint
-from dgs.model.clip import ConvStem
+from dgs.model.clip import ConvStem, load_clip
 from dgs.model.detector import Detector
 from dgs.model.scoring import score_files
 from dgs.params import Params

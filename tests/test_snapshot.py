@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dgs.data.prepared import Prepared
 from dgs.errors import UserError
-from dgs.model.backbone import Clip
+from dgs.model.clip import Clip
 from dgs.model.methods.registry import get_method
 from dgs.model.snapshot import Snapshot, run_key
 from dgs.model.train import Trained, train

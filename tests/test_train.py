@@ -22,8 +22,9 @@ from dgs.data.manifest import ImageSource
 from dgs.data.prepared import Prepared
 from dgs.data.views import Views, batch_order, batches
 from dgs.errors import UserError
-from dgs.model.backbone import Backbone, Clip, load_clip
+from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import load_checkpoint, load_heads, save_checkpoint
+from dgs.model.clip import Clip, load_clip
 from dgs.model.detector import Detector
 from dgs.model.methods.averaging import Averaging
 from dgs.model.methods.base import Precomputed

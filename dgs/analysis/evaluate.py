@@ -23,8 +23,9 @@ from dgs.data.views import Views, worth_keeping
 from dgs.device import choose_device, set_determinism
 from dgs.errors import UserError
 from dgs.model import distributed as processes
-from dgs.model.backbone import Backbone, Clip, load_clip
+from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import load_checkpoint, read_info
+from dgs.model.clip import Clip, load_clip
 from dgs.model.methods.registry import get_method
 from dgs.model.train import extract_features
 from dgs.params import Params

@@ -29,8 +29,9 @@ from dgs.data.patches import patch_entropy, select_indices
 from dgs.data.prepared import Prepared, load_prepared
 from dgs.data.views import EVALUATION, make_view
 from dgs.errors import UserError, did_you_mean
-from dgs.model.backbone import Backbone, encode_texts, load_clip
+from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import load_checkpoint, load_heads
+from dgs.model.clip import encode_texts, load_clip
 from dgs.model.detector import probability
 from dgs.model.surgery import head_gradients, split_signs, suppress
 from dgs.model.training_log import inner_products

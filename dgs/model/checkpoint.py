@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from dgs.atomic import replacing
 from dgs.errors import UserError
-from dgs.model.backbone import Backbone, Clip, load_clip
-from dgs.model.clip import ConvStem
+from dgs.model.backbone import Backbone
+from dgs.model.clip import Clip, ConvStem, load_clip
 from dgs.model.release import (
     adapt,
     linear_head,

@@ -21,8 +21,9 @@ from dgs.data.patches import patch_entropy, select_indices
 from dgs.data.views import EVALUATION, make_view
 from dgs.device import choose_device
 from dgs.errors import UserError
-from dgs.model.backbone import Backbone, load_clip
+from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import damaged, load_checkpoint, read_info, require_unchanged
+from dgs.model.clip import load_clip
 from dgs.params import Params, validate
 from dgs.workspace import find_root
 

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dgs.errors import UserError
-from dgs.model.backbone import Backbone, Clip
+from dgs.model.backbone import Backbone
+from dgs.model.clip import Clip
 from dgs.params import Params, validate
 
 State = Mapping[str, Tensor]

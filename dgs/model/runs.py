@@ -20,7 +20,7 @@ from dgs.model.training_log import TrainingLog
 from dgs.params import Params
 
 if TYPE_CHECKING:
-    from dgs.model.backbone import Clip
+    from dgs.model.clip import Clip
     from dgs.model.train import Trained
 
 _steps: Any = None  # in a worker: the counter it shares with the parent
@@ -66,8 +66,8 @@ def train_seed(
     """
     # Imported here: the parent starts workers and waits, and should not spend seconds on loading CLIP's libraries.
     from dgs.device import choose_device
-    from dgs.model.backbone import load_clip
     from dgs.model.checkpoint import save_checkpoint
+    from dgs.model.clip import load_clip
     from dgs.model.snapshot import Snapshot, run_key
     from dgs.model.train import train
 

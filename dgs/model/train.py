@@ -19,7 +19,8 @@ from dgs.data.views import Views, batch_order, batches, worth_keeping
 from dgs.device import set_determinism
 from dgs.errors import UserError
 from dgs.model import distributed
-from dgs.model.backbone import Backbone, Clip
+from dgs.model.backbone import Backbone
+from dgs.model.clip import Clip
 from dgs.model.methods.averaging import Averaging, wise_ft
 from dgs.model.methods.base import Method, Precomputed
 from dgs.model.methods.erasure import Affine
