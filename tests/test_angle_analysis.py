@@ -14,10 +14,18 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from scipy import stats
 
-from dgs.analysis.correlation import UNSEEN, WITHIN, correlation, predicts
+from dgs.analysis.angles import (
+    UNSEEN,
+    WITHIN,
+    compare_updates,
+    correlation,
+    correlations,
+    principal_angles,
+    random_mean_angle,
+    read_updates,
+    text_head_ranks,
+)
 from dgs.analysis.figures.plane import in_plane
-from dgs.analysis.heads import rank_by_head
-from dgs.analysis.subspaces import compare, principal_angles, random_mean_angle, read_updates
 
 
 class TestCorrelation:
@@ -85,7 +93,7 @@ class TestCorrelation:
                 for g in ("a", "b", "c")
             ]
         )  # fmt: skip
-        table = predicts(angles, batches, detection)
+        table = correlations(angles, batches, detection)
         assert set(table["measure"]) == {"angle task-harmful"}, "nothing was removed in any run"
         assert set(table["method"]) == {"lora", "dgs", WITHIN} and set(table["generator"]) == {"a", "b", "c", UNSEEN}
         c = table.query("generator == 'c'")
@@ -97,7 +105,7 @@ class TestCorrelation:
             detection.assign(condition="jpeg:75", applied_to="real", balanced_acc=rng.uniform(size=len(detection))),
             detection.assign(threshold_rule="oracle", balanced_acc=rng.uniform(size=len(detection))),
         ]
-        again = predicts(angles, batches, pd.concat([changed[0], detection, *changed[1:]], ignore_index=True))
+        again = correlations(angles, batches, pd.concat([changed[0], detection, *changed[1:]], ignore_index=True))
         pd.testing.assert_frame_equal(again, table)
 
 
@@ -137,7 +145,7 @@ class TestSubspaces:
                 folder / "adapter_model.safetensors",
             )
             runs[method, seed] = read_updates(folder)
-        table = compare(runs, 0.9)
+        table = compare_updates(runs, 0.9)
         pairs = {tuple(row) for row in table[["method", "seed", "other_method", "other_seed"]].to_numpy()}
         assert pairs == {("lora", 0, "dgs", 0), ("lora", 1, "dgs", 1), ("lora", 0, "lora", 1)}
         assert set(table["layer"]) == {"10.v"}
@@ -151,12 +159,12 @@ def test_an_mlp_gives_each_sample_its_own_harmful_direction_and_a_linear_head_tw
     labels = np.arange(2_000) % 2
     shift = 0.3 * np.where(np.arange(12) % 2, 1, -1)  # of one sign, the direction of one class would vanish
     captions = (rng.normal(size=(2_000, 12)) + shift * labels[:, None]).astype(np.float32)
-    ranks = rank_by_head(captions, labels, seed=0, steps=50)
+    ranks = text_head_ranks(captions, labels, seed=0, steps=50)
     linear, mlp = (ranks[ranks["head"] == kind] for kind in ("linear", "MLP"))
     assert linear["effective_rank"].max() <= 2 + 1e-9 and mlp["effective_rank"].min() > 2.2
     assert np.allclose(linear["same_class_angle"], 0, rtol=0, atol=0.05) and (mlp["same_class_angle"] > 5).all()
     assert linear["accuracy"].iloc[-3:].mean() > 0.6, "the heads learn what they are given"
-    pd.testing.assert_frame_equal(ranks, rank_by_head(captions, labels, seed=0, steps=50))
+    pd.testing.assert_frame_equal(ranks, text_head_ranks(captions, labels, seed=0, steps=50))
 
 
 class TestPlane:

@@ -8,11 +8,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from dgs.analysis.angles import angle_table, batch_table, one_sample
-from dgs.analysis.correlation import UNSEEN, WITHIN
+from dgs.analysis.angles import UNSEEN, WITHIN, angle_table, batch_table, one_sample, text_head_ranks
 from dgs.analysis.figures import angles as figures
 from dgs.analysis.figures.detection import METHOD_COLOURS, save
-from dgs.analysis.heads import rank_by_head
 from dgs.model.surgery import suppress
 from dgs.model.training_log import TrainingLog
 
@@ -111,7 +109,7 @@ def test_no_gradient_has_the_colour_of_a_method() -> None:
 
 def test_ranks_by_head() -> None:
     captions = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
-    ranks = rank_by_head(captions, np.arange(64) % 2, seed=0, steps=10)
+    ranks = text_head_ranks(captions, np.arange(64) % 2, seed=0, steps=10)
     fig = figures.rank_figure(ranks)
     mean = ranks.groupby("head")["effective_rank"].mean()
     assert title(fig) == (

@@ -1,34 +1,52 @@
-"""Gradient angles: what training logged as inner products, as angles, energies and ranks; nothing is computed anew."""
+"""Gradient angles: what training logged as inner products, as angles, energies and ranks; and what follows from them.
+
+Then three questions: where LoRA's updates went, what a text head's shape does to harmful directions, and whether a
+logged number predicts generalisation.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
+from scipy.linalg import subspace_angles
+from scipy.stats import norm
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from dgs.analysis.metrics import headline, in_order
 from dgs.errors import UserError
+from dgs.model.surgery import head_gradients, split_signs
+from dgs.model.training_log import angles, effective_rank
 from dgs.stats import Interval, seed_interval
 
-COLUMNS = ["rho", "method", "seed", "step", "layer", "pair", "mean", "p05", "p95"]
-_DIRECTIONS = ("harmful", "beneficial")
-BATCHES = [
-    "rho",
-    "method",
-    "seed",
-    "step",
-    "removed",
-    "added",
-    "conflict_harmful",
-    "conflict_beneficial",
-    "effective_rank",
-]
+Array = NDArray[np.float64]
+Update = tuple[Array, Array]  # A (rank, in), B (out, rank)
+RUN = ["method", "seed"]
+STEP = [*RUN, "step"]
+COLUMNS = ["rho", *STEP, "layer", "pair", "mean", "p05", "p95"]
+BATCH_MEANS = ["removed", "added", "conflict_harmful", "conflict_beneficial", "effective_rank"]
+UPDATE_COLUMNS = ["rho", *RUN, "other_method", "other_seed", "layer", "side", "mean", "smallest", "random"]
+RANK_COLUMNS = ["head", "step", "effective_rank", "same_class_angle", "accuracy"]
+CORRELATION_COLUMNS = ["rho", "measure", "method", "generator", "runs", "seeds", "r", "low", "high"]
 FEATURES = "features"  # the layer that the surgery acts on
 ROUNDING = 1e-12  # of a difference of energies, as a share of them
-_RUN = ["method", "seed", "step"]
+HEADS = ("linear", "MLP")
+UNSEEN = "all unseen"  # the mean over generators that training did not see
+WITHIN = "within methods"  # all runs, each method's mean taken off first
+VARIES = 1e-9  # of the largest value; less is rounding
+FEWEST = 4  # seeds that an interval needs
+_MATRIX = re.compile(r"resblocks\.(\d+)\.attn\.([qkv])_proj\.lora_([AB])")
 
 
 def read_logged(folders: Mapping[str, Path], seeds: Sequence[int], table: str) -> pd.DataFrame:
@@ -101,14 +119,14 @@ def angle_table(samples: pd.DataFrame, layers: pd.DataFrame, pairs: Sequence[str
     parts = []
     for pair in pairs:
         if not samples.empty:
-            known = samples[_RUN].assign(angle=degrees(samples, pair)).dropna()
-            grouped = known.groupby(_RUN, sort=False)["angle"]
+            known = samples[STEP].assign(angle=degrees(samples, pair)).dropna()
+            grouped = known.groupby(STEP, sort=False)["angle"]
             spread = grouped.quantile(np.array([0.05, 0.95])).unstack().set_axis(["p05", "p95"], axis=1)
             row = grouped.mean().rename("mean").to_frame().join(spread).reset_index()
             parts.append(row.assign(layer=FEATURES, pair=pair))
         if not layers.empty and "beneficial" not in pair:
             angle = degrees(layers, pair)
-            row = layers[[*_RUN, "layer"]].assign(pair=pair, mean=angle, p05=angle, p95=angle)
+            row = layers[[*STEP, "layer"]].assign(pair=pair, mean=angle, p05=angle, p95=angle)
             parts.append(row.dropna())
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
     table["rho"] = np.nan if rho is None else rho
@@ -116,28 +134,28 @@ def angle_table(samples: pd.DataFrame, layers: pd.DataFrame, pairs: Sequence[str
 
 
 def batch_table(samples: pd.DataFrame, batches: pd.DataFrame, rho: float | None) -> pd.DataFrame:
-    """What the surgery did in each logged step: columns `BATCHES`.
+    """What the surgery did in each logged step: columns rho, method, seed, step and `BATCH_MEANS`.
 
     removed, added: `energies` of the batch as shares of the energy of its task gradients (sums by sums: confident
     samples, whose gradients are next to nothing, weigh as little as they do in training). conflict_*: share of samples
     whose task gradient is more than 90 degrees from the direction. effective_rank: of the harmful directions.
     """
     if samples.empty:
-        return pd.DataFrame(columns=BATCHES)
-    keys = samples[_RUN].reset_index(drop=True)
-    sums = pd.concat([keys, energies(samples)], axis=1).groupby(_RUN, sort=False).sum()
-    conflicts = keys.assign(**{f"conflict_{other}": cosines(samples, "task", other) < 0 for other in _DIRECTIONS})
-    table = conflicts.groupby(_RUN, sort=False).mean()
+        return pd.DataFrame(columns=["rho", *STEP, *BATCH_MEANS])
+    keys = samples[STEP].reset_index(drop=True)
+    sums = pd.concat([keys, energies(samples)], axis=1).groupby(STEP, sort=False).sum()
+    conflicts = {f"conflict_{other}": cosines(samples, "task", other) < 0 for other in ("harmful", "beneficial")}
+    table = keys.assign(**conflicts).groupby(STEP, sort=False).mean()
     for name in ("removed", "added"):
         table[name] = (sums[name] / sums["task"].where(sums["task"] > 0)).fillna(0.0)
-    table = table.reset_index().merge(batches[[*_RUN, "effective_rank"]], on=_RUN, validate="one_to_one")
+    table = table.reset_index().merge(batches[[*STEP, "effective_rank"]], on=STEP, validate="one_to_one")
     table["rho"] = np.nan if rho is None else rho
-    return table[BATCHES].round(6)
+    return table[["rho", *STEP, *BATCH_MEANS]].round(6)
 
 
 def over_seeds(table: pd.DataFrame, value: str) -> dict[str, Interval]:
     """{method: mean over the logged steps of a seed, then over seeds with its interval}."""
-    per_seed = table.groupby(["method", "seed"], sort=False)[value].mean()
+    per_seed = table.groupby(RUN, sort=False)[value].mean()
     return {str(method): seed_interval(values.to_numpy()) for method, values in per_seed.groupby("method", sort=False)}
 
 
@@ -150,7 +168,7 @@ def energy_along_harm(samples: pd.DataFrame) -> dict[str, Interval]:
     if samples.empty:
         return {}
     shares = np.nan_to_num(cosines(samples, "task", "harmful") ** 2)
-    return over_seeds(samples[_RUN].assign(share=shares), "share")
+    return over_seeds(samples[STEP].assign(share=shares), "share")
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -174,3 +192,210 @@ def one_sample(samples: pd.DataFrame, method: str, seed: int) -> dict[str, Any]:
     angle = pd.Series(degrees(batch, "task-harmful"), index=batch.index).dropna()
     chosen = (angle - angle.median()).abs().idxmin() if len(angle) else batch.index[0]
     return {str(name): value for name, value in batch.loc[chosen].items()}
+
+
+def orthonormal(columns: Array) -> Array:
+    """Orthonormal basis of the columns' span, (D, k) to (D, at most k); directions of no length are left out."""
+    if not columns.any():
+        return columns[:, :0]
+    left, lengths, _ = np.linalg.svd(columns, full_matrices=False)
+    return left[:, lengths > 1e-6 * lengths[0]]
+
+
+def principal_angles(a: Array, b: Array) -> Array:
+    """Principal angles between the spans of two sets of columns, in degrees, ascending (Bjorck & Golub 1973).
+
+    Args:
+        a, b: (D, k) and (D, l).
+
+    Returns:
+        (min of the two ranks,); empty where one is all zero. 0: a direction in both, 90: none shared.
+    """
+    spans = orthonormal(a), orthonormal(b)
+    if not all(span.size for span in spans):
+        return np.zeros(0)
+    return np.degrees(subspace_angles(*spans))[::-1]
+
+
+def random_mean_angle(size: int, rank: int) -> float:
+    """Mean principal angle in degrees between two random subspaces of `rank` in `size` dimensions, by simulation."""
+    rng = np.random.default_rng([size, rank])
+    return float(np.mean([principal_angles(*rng.normal(size=(2, size, rank))).mean() for _ in range(200)]))
+
+
+def read_updates(checkpoint: Path) -> dict[str, Update]:
+    """LoRA matrices of a checkpoint folder by layer, "<block>.<q, k or v>"; empty for a method without adapters."""
+    if not json.loads((checkpoint / "dgs.json").read_text())["adapter"]:
+        return {}
+    matrices: dict[str, dict[str, Array]] = {}
+    for name, value in load_file(checkpoint / "adapter_model.safetensors").items():
+        if found := _MATRIX.search(name):
+            matrices.setdefault(f"{found[1]}.{found[2]}", {})[found[3]] = value.astype(np.float64)
+    ordered = sorted(matrices, key=lambda layer: (int(layer.split(".")[0]), "qkv".index(layer[-1])))
+    return {layer: (matrices[layer]["A"], matrices[layer]["B"]) for layer in ordered}
+
+
+def compare_updates(runs: Mapping[tuple[str, int], Mapping[str, Update]], rho: float | None) -> pd.DataFrame:
+    """Principal angles between update subspaces (B A) of runs, layer by layer: columns `UPDATE_COLUMNS`.
+
+    Of each seed, the first method with adapters against every other one; and as a yardstick the first method's first
+    seed against its other seeds. Sides: "output", what an update writes (columns of B), and "input", what it reads
+    (rows of A; runs of one seed start from the same A). mean, smallest: over the principal angles, in degrees; random:
+    the mean for random subspaces of that size.
+
+    Args:
+        runs: {(method, seed): updates by layer}.
+    """
+    adapted = {run: layers for run, layers in runs.items() if layers}
+    methods, seeds = (list(dict.fromkeys(names)) for names in zip(*adapted, strict=True)) if adapted else ([], [])
+    pairs = [((methods[0], seed), (other, seed)) for other in methods[1:] for seed in seeds]
+    pairs += [((method, seeds[0]), (method, seed)) for method in methods[:1] for seed in seeds[1:]]
+    random = cache(random_mean_angle)
+    rows = []
+    for first, second in pairs:
+        layers, others = adapted.get(first, {}), adapted.get(second, {})
+        for layer in (name for name in layers if name in others):
+            (a, b), (other_a, other_b) = layers[layer], others[layer]
+            for side, x, y in (("input", a.T, other_a.T), ("output", b, other_b)):
+                if len(found := principal_angles(x, y)):
+                    expected = random(len(x), len(found))
+                    rows.append((*first, *second, layer, side, found.mean(), found[0], expected))
+    table = pd.DataFrame(rows, columns=UPDATE_COLUMNS[1:])
+    table.insert(0, "rho", np.nan if rho is None else rho)
+    return table.round(6)
+
+
+def text_head_ranks(
+    captions: NDArray[np.float32], labels: NDArray[np.int64], seed: int, batch_size: int = 32, steps: int = 100
+) -> pd.DataFrame:
+    """Harmful directions under a linear and an MLP text head that learn the same captions: columns `RANK_COLUMNS`.
+
+    A linear head gives two directions, a non-linear one (64 GELUs) one a sample. The heads are this analysis' own,
+    trained here by Adam on the caption embeddings in the same batches; no run's text head is touched.
+    same_class_angle: between samples of one class, in degrees; 0 means one direction a class.
+
+    Args:
+        captions: (N, D) embeddings, brought to unit variance for this.
+        labels: (N,) 0 real, 1 fake.
+        batch_size: samples a step, and in the batch that is looked at; 32 is the paper's.
+    """
+    given = torch.from_numpy(captions - captions.mean(0)) / float(captions.std() or 1.0)
+    truth = torch.from_numpy(labels.astype(np.float32))
+    rng = np.random.default_rng(seed)
+    order = [torch.from_numpy(rng.permutation(len(given))[:batch_size]) for _ in range(steps + 1)]
+    rows = []
+    for kind in HEADS:
+        head = _new_text_head(kind, given.shape[1], seed)
+        optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
+        for step, index in enumerate(order):
+            x, y = given[index], truth[index]
+            if step % max(steps // 10, 1) == 0:
+                harmful, _ = split_signs(head_gradients(head, x, y))
+                with torch.no_grad():
+                    right = ((head(x).squeeze(1) > 0) == y.bool()).float().mean().item()
+                rows.append((kind, step, effective_rank(harmful), _same_class_angle(harmful, y), right))
+            optimizer.zero_grad()
+            F.binary_cross_entropy_with_logits(head(x).squeeze(1), y).backward()
+            optimizer.step()
+    return pd.DataFrame(rows, columns=RANK_COLUMNS)
+
+
+def _new_text_head(kind: str, width: int, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if kind == "linear":
+            return nn.Linear(width, 1)
+        return nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, 1))
+
+
+def _same_class_angle(harmful: Tensor, labels: Tensor) -> float:
+    """Mean angle in degrees between the harmful directions of neighbouring samples of one class."""
+    found = [angles(rows[:-1], rows[1:]) for y in (0, 1) if len(rows := harmful[labels == y]) > 1]
+    known = torch.cat(found) if found else torch.zeros(0)
+    return float(known[~known.isnan()].mean())
+
+
+def correlation(
+    x: np.ndarray, y: np.ndarray, groups: np.ndarray | None = None, seeds: np.ndarray | None = None, level: float = 0.95
+) -> Interval:
+    """Pearson's r with Fisher's z interval; with groups, r of the deviations from each group's mean.
+
+    Groups keep a difference between methods (dgs turns gradients and lora does not) from passing for a correlation; one
+    whose x does not vary says nothing and is left out. Runs of one seed share weights to begin with, captions and the
+    order of images, so that an interval counts seeds, not runs: z has standard error 1 / sqrt(seeds - 3).
+
+    Args:
+        x, y: (n,).
+        groups, seeds: (n,) labels; without seeds every run is one of its own.
+
+    Returns:
+        r as `mean` and its ends; all NaN where x or y does not vary, NaN ends for fewer than `FEWEST` seeds.
+    """
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if x.shape != y.shape or x.ndim != 1:
+        raise ValueError(f"expected two 1-D arrays of one length, found shapes {x.shape} and {y.shape}")
+    labels = np.zeros(len(x)) if groups is None else np.asarray(groups)
+    runs = np.arange(len(x)) if seeds is None else np.asarray(seeds)
+    table = pd.DataFrame({"x": x, "y": y, "group": labels, "seed": runs})
+    varied = table.groupby("group")["x"].transform(lambda own: np.ptp(own) > VARIES * np.abs(own).max())
+    table = table[varied.astype(bool)]
+    a, b = (table[name] - table.groupby("group")[name].transform("mean") for name in "xy")
+    first, second = a.to_numpy(dtype=np.float64), b.to_numpy(dtype=np.float64)
+    spread = math.sqrt(float(first @ first) * float(second @ second))
+    if spread == 0.0:
+        return Interval(math.nan, math.nan, math.nan)
+    r = float(np.clip(float(first @ second) / spread, -1.0, 1.0))
+    count = table["seed"].nunique()
+    if count < FEWEST or abs(r) == 1.0:
+        return Interval(r, math.nan, math.nan)
+    half = float(norm.ppf((1.0 + level) / 2.0)) / math.sqrt(count - 3)
+    z = math.atanh(r)
+    return Interval(r, math.tanh(z - half), math.tanh(z + half))
+
+
+def _logged_means(batches: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """One row a run (method, seed): means over its logged steps."""
+    rows = table[(table["layer"] == FEATURES) & table["pair"].isin(["task-harmful", "task-applied"])]
+    by_pair = rows.pivot_table(index=RUN, columns="pair", values="mean").add_prefix("angle ")
+    shares = batches.groupby(RUN)[BATCH_MEANS[:-1]].mean()
+    return by_pair.join(shares.rename(columns=lambda name: name.replace("_", " ")))
+
+
+def _accuracies(detection: pd.DataFrame) -> pd.DataFrame:
+    """Balanced accuracy of `headline` rows, a row a run and a column a generator, and the mean over unseen ones."""
+    rows = headline(detection)
+    table = rows.pivot_table(index=RUN, columns="generator", values="balanced_acc", sort=False)
+    unseen = in_order(rows.loc[~rows["seen"], "generator"])
+    table = table[in_order(rows["generator"])]
+    if unseen:
+        table.insert(0, UNSEEN, table[unseen].mean(axis=1))
+    return table
+
+
+def correlations(table: pd.DataFrame, batches: pd.DataFrame, detection: pd.DataFrame) -> pd.DataFrame:
+    """Correlation of each logged number with balanced accuracy over runs, by generator: columns `CORRELATION_COLUMNS`.
+
+    For each method alone (over its seeds) and within methods (over all runs, each method's mean taken off). Rows whose
+    measure does not vary (nothing is removed without surgery) are left out.
+
+    Args:
+        table, batches: as from `angle_table` and `batch_table`.
+        detection: the table of the evaluate stage; images as they are, threshold 0.5.
+    """
+    if batches.empty:
+        return pd.DataFrame(columns=CORRELATION_COLUMNS)
+    accuracies = _accuracies(detection)
+    joined = _logged_means(batches, table).join(accuracies, how="inner")
+    methods = joined.index.get_level_values("method")
+    rows = []
+    for measure in (name for name in joined if name not in accuracies):
+        for method in [*in_order(methods), WITHIN]:
+            runs = joined if method == WITHIN else joined[methods == method]
+            groups, seeds = (runs.index.get_level_values(level).to_numpy() for level in RUN)
+            for generator in accuracies:
+                r = correlation(runs[measure].to_numpy(), runs[generator].to_numpy(), groups, seeds)
+                if not math.isnan(r.mean):
+                    rows.append((measure, method, generator, len(runs), len(np.unique(seeds)), *r))
+    found = pd.DataFrame(rows, columns=CORRELATION_COLUMNS[1:])
+    found.insert(0, "rho", batches["rho"].iloc[0])
+    return found.round(6)

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgs.analysis.angles import ROUNDING, cosines, degrees
+from dgs.analysis.angles import ROUNDING, cosines, degrees, orthonormal
 from dgs.analysis.evaluate import check_fits
-from dgs.analysis.subspaces import orthonormal
 from dgs.data.images import decode, read
 from dgs.data.manifest import open_image
 from dgs.data.patches import patch_entropy, select_indices

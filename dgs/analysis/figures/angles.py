@@ -16,8 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from dgs.analysis.angles import cosines, degrees
-from dgs.analysis.correlation import UNSEEN, WITHIN
+from dgs.analysis.angles import HEADS, UNSEEN, WITHIN, cosines, degrees
 from dgs.analysis.figures.detection import (
     TURNED,
     WIDTH,
@@ -30,7 +29,6 @@ from dgs.analysis.figures.detection import (
     style,
 )
 from dgs.analysis.figures.plane import Point, in_plane
-from dgs.analysis.heads import HEADS
 from dgs.analysis.metrics import in_order
 from dgs.stats import rounded_text, seed_interval
 
