@@ -161,7 +161,7 @@ def left_out(
     from dgs.model.methods.registry import get_method
     from dgs.params import load_params
     from dgs.workspace import Workspace
-    from studies.leave_one_generator_out import COLUMNS, left_out
+    from studies.leave_one_generator_out import COLUMNS, leave_one_generator_out
 
     params = load_params()
     workspace = Workspace.of(params.profile)
@@ -169,7 +169,7 @@ def left_out(
     names = [get_method(name).name for name in methods]
     out = workspace.root / "results" / params.profile / "left_out.csv"
     rates = COLUMNS[4:]
-    for row in left_out(names, params, workspace.root, folder, out, seed or [100]):
+    for row in leave_one_generator_out(names, params, workspace.root, folder, out, seed or [100]):
         line = ", ".join(f"{rate} {row[rate]:.3f}" for rate in rates)
         _say(f"{row['method']} without {row['generator']}, seed {row['seed']}: {line}")
     table = pd.read_csv(out)

@@ -85,7 +85,7 @@ def _score(_: str, name: str, generator: str, seed: int, params: Params, root: P
     return found
 
 
-def left_out(
+def leave_one_generator_out(
     names: Iterable[str], params: Params, root: Path, folder: Path, out: Path, seeds: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """Train each method without each generator in turn, `compute.jobs` at a time, with its settings in `params`.

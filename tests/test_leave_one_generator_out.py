@@ -12,7 +12,7 @@ from copies import ROOT
 from dgs.data.prepared import Prepared, load_prepared
 from dgs.errors import UserError
 from dgs.params import Params
-from studies.leave_one_generator_out import COLUMNS, SPLIT, generators_to_leave_out, left_out, without
+from studies.leave_one_generator_out import COLUMNS, SPLIT, generators_to_leave_out, leave_one_generator_out, without
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,10 @@ def test_each_is_trained_and_tested_once_and_a_second_run_has_nothing_to_do(
     tiny: Params, tiny_prepared: Path, prepared: Prepared, tmp_path: Path
 ) -> None:
     out = tmp_path / "left_out.csv"
-    rows = list(left_out(["probe", "lora"], tiny, ROOT, tiny_prepared, out, [100]))
+    rows = list(leave_one_generator_out(["probe", "lora"], tiny, ROOT, tiny_prepared, out, [100]))
     table = pd.read_csv(out)
     assert list(table.columns) == COLUMNS and len(table) == len(rows) == 4
     assert set(table["generator"]) == set(generators_to_leave_out(prepared))
     assert table[COLUMNS[4:]].stack().between(0, 1).all()
-    assert list(left_out(["probe", "lora"], tiny, ROOT, tiny_prepared, out, [100])) == []
-    assert len(list(left_out(["probe"], tiny, ROOT, tiny_prepared, out, [101]))) == 2
+    assert list(leave_one_generator_out(["probe", "lora"], tiny, ROOT, tiny_prepared, out, [100])) == []
+    assert len(list(leave_one_generator_out(["probe"], tiny, ROOT, tiny_prepared, out, [101]))) == 2

@@ -6,7 +6,8 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -60,35 +61,24 @@ def loaded() -> tuple[torch.nn.Module, dict[str, Any]]:
     return clip.load(SAMPLE / "clip")
 
 
-# --- scenes and camera -------------------------------------------------------------------------------------------
-
-
 def test_a_scene_is_a_pure_function_of_seed_split_and_index() -> None:
     first, second = camera.shoot(5, "train", 17), camera.shoot(5, "train", 17)
     assert first[0] == second[0]
     assert np.array_equal(first[1], second[1])
-
-
-@pytest.mark.parametrize("other", [(6, "train", 17), (5, "val", 17), (5, "train", 18)])
-def test_another_seed_split_or_index_is_another_scene(other: tuple[int, str, int]) -> None:
-    mine, theirs = scenes.scene(5, "train", 17), scenes.scene(*other)
-    assert mine.id != theirs.id
-    assert (mine.x, mine.radius, mine.texture_seed) != (theirs.x, theirs.radius, theirs.texture_seed)
-
-
-def test_streams_of_one_scene_are_independent_of_each_other() -> None:
-    draws = {name: scenes.stream(0, "train", 3, name).random() for name in scenes.STREAMS}
-    assert len(set(draws.values())) == len(scenes.STREAMS)
+    for other in ((6, "train", 17), (5, "val", 17), (5, "train", 18)):
+        theirs = scenes.scene(*other)
+        assert first[0].id != theirs.id
+        assert (first[0].x, first[0].radius, first[0].texture_seed) != (theirs.x, theirs.radius, theirs.texture_seed)
+    draws = {name: scenes.stream(5, "train", 17, name).random() for name in scenes.STREAMS}
+    assert len(set(draws.values())) == len(scenes.STREAMS)  # the streams of a scene are independent
 
 
 def test_attributes_are_uniform_and_every_value_occurs() -> None:
-    count = 2000
-    found = [scenes.scene(1, "train", i).attributes.as_dict() for i in range(count)]
+    found = pd.DataFrame([scenes.scene(1, "train", i).attributes.as_dict() for i in range(2000)])
     for name, values in scenes.VOCABULARY.items():
-        share = 1 / len(values)
-        bound = 4.5 * math.sqrt(share * (1 - share) / count)
-        for value in values:
-            assert abs(np.mean([a[name] == value for a in found]) - share) < bound, (name, value)
+        shares = found[name].value_counts(normalize=True)
+        bound = 4.5 * math.sqrt((1 - 1 / len(values)) / len(values) / len(found))
+        assert set(shares.index) == set(values) and (abs(shares - 1 / len(values)) < bound).all()
 
 
 def test_photographs_do_not_depend_on_the_number_of_workers() -> None:
@@ -116,10 +106,7 @@ def test_camera_noise_is_that_of_its_electrons() -> None:
     assert best * 0.9 < noise.min() and noise.max() < worst * 1.1
 
 
-# --- captions ----------------------------------------------------------------------------------------------------
-
-
-def test_a_full_caption_names_every_attribute_and_fits_the_context() -> None:
+def test_a_caption_names_what_it_is_told_and_nothing_else_and_fits_the_context() -> None:
     tokenize = open_clip.SimpleTokenizer(context_length=77)
     for i in range(300):
         known = scenes.scene(0, "train", i).attributes
@@ -127,14 +114,10 @@ def test_a_full_caption_names_every_attribute_and_fits_the_context() -> None:
         for value in (*known.as_dict().values(), captions.MEDIA[i % 6]):
             assert any(word in text for word in captions.words(value)), (value, text)
         assert int((tokenize([text]) != 0).sum()) <= clip.MODEL["text_cfg"]["context_length"]
-
-
-def test_a_caption_told_one_attribute_names_no_other() -> None:
     known = scenes.Attributes("heart", "cyan", "brick", "top", "large")
     text = captions.caption(known, np.random.default_rng(0), told=["colour"])
     assert "cyan" in text
-    for value in ("heart", "brick", "top", "large"):
-        assert not any(word in text for word in captions.words(value))
+    assert not any(word in text for value in ("heart", "brick", "top", "large") for word in captions.words(value))
 
 
 def test_prompts_cover_the_vocabulary_without_overlap() -> None:
@@ -147,70 +130,50 @@ def test_prompts_cover_the_vocabulary_without_overlap() -> None:
         captions.prompts("weight")
 
 
-# --- the plan: shortcut dial and coupling ------------------------------------------------------------------------
+def planned(rows: list[splits.Row], seed: int = 3) -> pd.DataFrame:
+    """The rows of a split with what their scenes show; label 1 is fake."""
+    shown = [scenes.scene(seed, row.split, row.index).attributes.as_dict() for row in rows]
+    return pd.DataFrame(shown).assign(
+        index=[row.index for row in rows], maker=[row.generator for row in rows], sets=[row.sets for row in rows],
+        label=[int(row.generator != splits.REAL) for row in rows],
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", splits.SHORTCUTS)
 @pytest.mark.parametrize("rho", [0.5, 0.75, 0.9])
-def test_labels_follow_the_dial(rho: float, name: str) -> None:
-    shortcut = splits.SHORTCUTS[name]
-    rows = [row for row in splits.biased(3, "train", 3000, [rho]) if training_set(rho, name) in row.sets]
-    assert sorted(row.index for row in rows) == list(range(3000))  # one image a scene
-    for value in scenes.VOCABULARY[shortcut.attribute]:
-        chosen = [
-            row.generator != splits.REAL
-            for row in rows
-            if getattr(scenes.scene(3, "train", row.index).attributes, shortcut.attribute) == value
-        ]
-        expected = rho if value in shortcut.fake else 1 - rho
-        assert abs(np.mean(chosen) - expected) < 4.5 * math.sqrt(expected * (1 - expected) / len(chosen))
-
-
-@pytest.mark.parametrize("name", splits.SHORTCUTS)
-def test_a_shortcut_splits_its_attribute_in_halves(name: str) -> None:
-    shortcut = splits.SHORTCUTS[name]
-    assert len(shortcut.fake) == len(shortcut.real)
-    assert {*shortcut.fake, *shortcut.real} == set(scenes.VOCABULARY[shortcut.attribute])
-
-
-def test_one_shortcut_leaves_the_other_attribute_independent_of_the_label() -> None:
-    rows = [row for row in splits.biased(3, "train", 3000, [0.9]) if "rho_0.90" in row.sets]
-    fake = [row.generator != splits.REAL for row in rows]
-    shape = [scenes.scene(3, "train", row.index).attributes.shape in splits.SHORTCUTS["object"].fake for row in rows]
-    assert abs(np.corrcoef(fake, shape)[0, 1]) < 4 / math.sqrt(3000)
+def test_labels_follow_the_dial_of_each_shortcut(rho: float) -> None:
+    everything = planned(splits.biased(3, "train", 3000, [rho]))
+    for name, shortcut in splits.SHORTCUTS.items():
+        rows = everything[[training_set(rho, name) in sets for sets in everything["sets"]]]
+        assert sorted(rows["index"]) == list(range(3000))  # one image a scene
+        assert len(shortcut.fake) == len(shortcut.real)
+        assert {*shortcut.fake, *shortcut.real} == set(scenes.VOCABULARY[shortcut.attribute])
+        for value, some in rows.groupby(shortcut.attribute):
+            expected = rho if value in shortcut.fake else 1 - rho
+            assert abs(some["label"].mean() - expected) < 4.5 * math.sqrt(expected * (1 - expected) / len(some))
+        other = splits.SHORTCUTS["object" if name == "background" else "background"]
+        assert abs(rows["label"].corr(rows[other.attribute].isin(other.fake))) < 4 / math.sqrt(3000)
 
 
 def test_the_training_sets_share_scenes() -> None:
     rows = splits.biased(3, "train", 1000, splits.RHOS)
-    per_scene = len(rows) / 1000
-    assert abs(per_scene - 1.6) < 4 * math.sqrt(0.24 / 1000)
+    assert abs(len(rows) / 1000 - 1.6) < 4 * math.sqrt(0.24 / 1000)
     for name in SETS:
         assert sorted(row.index for row in rows if name in row.sets) == list(range(1000))
 
 
 def test_unbiased_validation_has_no_shortcut_and_scenes_of_its_own() -> None:
-    rows = splits.unbiased(3, "val_unbiased", 2000)
-    fake = np.array([row.generator != splits.REAL for row in rows])
+    rows = planned(splits.unbiased(3, "val_unbiased", 2000))
     for shortcut in splits.SHORTCUTS.values():
-        found = [getattr(scenes.scene(3, "val_unbiased", row.index).attributes, shortcut.attribute) for row in rows]
-        group = np.array([value in shortcut.fake for value in found])
-        assert abs(np.corrcoef(fake, group)[0, 1]) < 4 / math.sqrt(2000)
-    assert not {scenes.scene(3, "val_unbiased", i).id for i in range(9)} & {
-        scenes.scene(3, "val", i).id for i in range(9)
-    }
-
-
-def test_test_scenes_are_used_once() -> None:
-    rows = splits.test(7)
-    assert len({row.index for row in rows}) == len(rows) == 7 * (1 + len(generators.NAMES))
+        assert abs(rows["label"].corr(rows[shortcut.attribute].isin(shortcut.fake))) < 4 / math.sqrt(2000)
+    ids = [{scenes.scene(3, split, i).id for i in range(9)} for split in ("val_unbiased", "val")]
+    assert not ids[0] & ids[1]
 
 
 def test_every_maker_of_a_test_set_shows_the_same_things_in_scenes_of_its_own() -> None:
-    shown: dict[str, list[scenes.Attributes]] = {}
-    for row in splits.test(7):
-        shown.setdefault(row.generator, []).append(scenes.scene(3, "test", row.index).attributes)
-    assert all(attributes == shown[splits.REAL] for attributes in shown.values())
-    assert len(set(shown[splits.REAL])) > 1
+    rows = planned(splits.test(7))
+    assert rows["index"].is_unique and len(rows) == 7 * (1 + len(generators.NAMES))
+    shown = [some[list(scenes.VOCABULARY)].to_numpy().tolist() for _, some in rows.groupby("maker")]
+    assert all(things == shown[0] for things in shown) and len({tuple(thing) for thing in shown[0]}) > 1
     mine, other = scenes.scene(3, "test", 0), scenes.scene(3, "test", 1)
     assert mine.attributes == other.attributes
     assert (mine.x, mine.radius, mine.texture_seed) != (other.x, other.radius, other.texture_seed)
@@ -219,9 +182,6 @@ def test_every_maker_of_a_test_set_shows_the_same_things_in_scenes_of_its_own() 
 def test_captions_of_a_shipped_test_set_tell_exactly_nothing(tables: dict[str, pd.DataFrame]) -> None:
     captions = tables["test"].groupby("generator")["caption"].apply(list)
     assert all(some == captions[splits.REAL] for some in captions)
-
-
-# --- the shipped folder ------------------------------------------------------------------------------------------
 
 
 def test_sample_matches_its_content_hash_and_counts(tables: dict[str, pd.DataFrame], meta: dict[str, Any]) -> None:
@@ -235,17 +195,10 @@ def test_sample_matches_its_content_hash_and_counts(tables: dict[str, pd.DataFra
 
 
 def test_sample_splits_share_no_scene_and_no_image(tables: dict[str, pd.DataFrame]) -> None:
-    ids = [set(table.scene) for table in tables.values()]
-    hashes = [{hashlib.sha256(data).hexdigest() for data in table.image} for table in tables.values()]
-    for sets in (ids, hashes):
-        assert len(set.union(*sets)) == sum(len(some) for some in sets)
     everything = pd.concat(tables.values())
-    assert everything.id.is_unique
-    assert everything.image.map(hashlib.sha256).map(lambda h: h.hexdigest()).is_unique
-
-
-def test_no_scene_is_both_real_and_fake_within_a_set(tables: dict[str, pd.DataFrame]) -> None:
-    for split in ("train", "val"):
+    assert everything.id.is_unique and everything.image.is_unique
+    assert (everything.groupby("scene").split.nunique() == 1).all()
+    for split in ("train", "val"):  # no scene is both real and fake within a set
         for name in SETS:
             some = tables[split][tables[split][name]]
             assert some.scene.is_unique
@@ -314,9 +267,6 @@ def test_sample_is_small() -> None:
     size = sum(path.stat().st_size for path in SAMPLE.rglob("*") if path.is_file())
     assert size <= 40 * 2**20
     assert sum(path.stat().st_size for path in (SAMPLE / "clip").iterdir()) <= 10 * 2**20
-
-
-# --- the CLIP ----------------------------------------------------------------------------------------------------
 
 
 def test_a_folded_stem_equals_the_batch_norm_stem() -> None:
@@ -393,34 +343,42 @@ def test_sinusoids_leave_the_class_token_and_tell_every_place_apart() -> None:
     assert float(distance.min()) > 1
 
 
-@pytest.mark.parametrize("broken_at", [3, 4])  # within the first cosine, and at the start of the second
-def test_pretraining_resumes_to_the_same_weights(
-    broken_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def break_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """break_at(n) interrupts pre-training when it draws its n-th batch, once; gives the list of steps drawn."""
+
+    def arm(number: int) -> list[int]:
+        plain, steps = pretrain.draw, []
+
+        def broken(*args: Any) -> pretrain.Batch:
+            steps.append(args[-1])
+            if len(steps) == number:
+                raise KeyboardInterrupt
+            return plain(*args)
+
+        monkeypatch.setattr(pretrain, "draw", broken)
+        return steps
+
+    return arm
+
+
+def test_pretraining_resumes_to_the_same_weights(tmp_path: Path, break_at: Callable[[int], list[int]]) -> None:
     data = (camera.photographs(0, "clip", range(16))[1], camera.photographs(0, "clip-val", range(12))[1])
-    pretrain.pretrain(tmp_path / "whole", TINY_CLIP, tmp_path / "a", data, progress=False)
 
-    plain, calls = pretrain.draw, 0
+    def run(name: str) -> None:
+        pretrain.pretrain(tmp_path / name, TINY_CLIP, tmp_path / f"{name}-scratch", data, progress=False)
 
-    def broken(*args: Any) -> pretrain.Batch:
-        nonlocal calls
-        calls += 1
-        if calls == broken_at:
-            raise KeyboardInterrupt
-        return plain(*args)
-
-    monkeypatch.setattr(pretrain, "draw", broken)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain.pretrain(tmp_path / "parts", TINY_CLIP, tmp_path / "b", data, progress=False)
-    assert not (tmp_path / "parts").exists()
-    pretrain.pretrain(tmp_path / "parts", TINY_CLIP, tmp_path / "b", data, progress=False)
-    assert (tmp_path / "whole" / clip.WEIGHTS).read_bytes() == (tmp_path / "parts" / clip.WEIGHTS).read_bytes()
-    curve = pd.read_csv(tmp_path / "parts" / "curve.csv")
-    assert curve.samples.tolist() == [16, 24, 32, 40]
-    clip.load(tmp_path / "parts")
-
-
-# --- generators --------------------------------------------------------------------------------------------------
+    run("whole")
+    for broken_at in (3, 4):  # within the first cosine, and at the start of the second
+        parts = tmp_path / f"broken-{broken_at}"
+        break_at(broken_at)
+        with pytest.raises(KeyboardInterrupt):
+            run(parts.name)
+        assert not parts.exists()
+        run(parts.name)
+        assert (tmp_path / "whole" / clip.WEIGHTS).read_bytes() == (parts / clip.WEIGHTS).read_bytes()
+        assert pd.read_csv(parts / "curve.csv").samples.tolist() == [16, 24, 32, 40]
+        clip.load(parts)
 
 
 @pytest.fixture(scope="module")
@@ -432,19 +390,17 @@ def resynthesised() -> dict[str, Any]:
     return {"images": camera.crop(wide), "wide": wide, "found": found, "made": made}
 
 
-@pytest.mark.parametrize("name", generators.NAMES)
-def test_a_generator_changes_pixels_and_keeps_content(name: str, resynthesised: dict[str, Any]) -> None:
-    quality = train_generators.psnr(resynthesised["images"], resynthesised["made"][name])
-    # From noise, even a perfect generator draws other grain, and an exposure of its own.
-    assert (18 if name == "layout_diffusion" else 26) < quality < 45
-
-
-def test_generators_differ_from_each_other(resynthesised: dict[str, Any]) -> None:
-    made = list(resynthesised["made"].values())
-    assert len(made) == len(generators.NAMES)
-    for i, first in enumerate(made):
-        for second in made[:i]:
-            assert train_generators.psnr(first, second) < 45
+def test_a_generator_changes_pixels_and_keeps_content_and_differs_from_the_others(
+    resynthesised: dict[str, Any],
+) -> None:
+    made = resynthesised["made"]
+    assert tuple(made) == generators.NAMES
+    for name, images in made.items():
+        # From noise, even a perfect generator draws other grain, and an exposure of its own.
+        least = 18 if name == "layout_diffusion" else 26
+        assert least < train_generators.psnr(resynthesised["images"], images) < 45, name
+    for first, second in combinations(made.values(), 2):
+        assert train_generators.psnr(first, second) < 45
 
 
 def test_a_splice_leaves_the_far_background_untouched(resynthesised: dict[str, Any]) -> None:
@@ -465,9 +421,11 @@ def test_noise_is_drawn_per_image_whatever_the_batch(resynthesised: dict[str, An
     assert difference.max() <= 1  # sums are ordered differently: the last bit may round the other way
 
 
-# --- build -------------------------------------------------------------------------------------------------------
-
 TINY = splits.Sizes(train=8, val=4, val_unbiased=4, test=2)
+
+
+def built(out: Path, seed: int = 7, **options: Any) -> dict[str, Any]:
+    return build.build(out, seed, sizes=TINY, progress=False, **options)
 
 
 def _images(folder: Path) -> dict[str, bytes]:
@@ -475,9 +433,9 @@ def _images(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_build_is_a_function_of_its_seed(tmp_path: Path) -> None:
-    first = build.build(tmp_path / "a", 7, sizes=TINY, progress=False)
-    again = build.build(tmp_path / "b", 7, sizes=TINY, progress=False)
-    other = build.build(tmp_path / "c", 8, sizes=TINY, progress=False)
+    first = built(tmp_path / "a", 7)
+    again = built(tmp_path / "b", 7)
+    other = built(tmp_path / "c", 8)
     assert first == again and _images(tmp_path / "a") == _images(tmp_path / "b")
     assert other["content_hash"] != first["content_hash"]
     tables = [pd.concat([pd.read_parquet(p) for p in (tmp_path / n).glob("images-*")]) for n in "ac"]
@@ -488,7 +446,7 @@ def test_a_build_is_a_function_of_its_seed(tmp_path: Path) -> None:
 
 
 def test_one_rho_makes_one_set_a_shortcut(tmp_path: Path) -> None:
-    meta = build.build(tmp_path / "out", 7, rho=0.8, sizes=TINY, progress=False)
+    meta = built(tmp_path / "out", 7, rho=0.8)
     train = pd.read_parquet(tmp_path / "out" / "images-train.parquet")
     assert meta["rhos"] == [0.8]
     for name in splits.SHORTCUTS:
@@ -496,38 +454,21 @@ def test_one_rho_makes_one_set_a_shortcut(tmp_path: Path) -> None:
 
 
 def test_a_fresh_test_set_for_the_shipped_training_sets(tmp_path: Path) -> None:
-    whole = build.build(tmp_path / "whole", 7, sizes=TINY, progress=False)
-    fresh = build.build(
-        tmp_path / "fresh", 9, training="shipped", shipped=tmp_path / "whole", sizes=TINY, progress=False
-    )
+    whole = built(tmp_path / "whole", 7)
+    fresh = built(tmp_path / "fresh", 9, training="shipped", shipped=tmp_path / "whole")
     assert fresh["content_hash"] != whole["content_hash"] and fresh["training_seed"] == 7
     before, after = _images(tmp_path / "whole"), _images(tmp_path / "fresh")
     assert [name for name in before if before[name] != after[name]] == ["images-test.parquet"]
     scenes_of = [set(pd.read_parquet(tmp_path / n / "images-test.parquet").scene) for n in ("whole", "fresh")]
     assert not scenes_of[0] & scenes_of[1]
-    with pytest.raises(UserError, match="would not be fresh"):
-        build.build(tmp_path / "out", 7, training="shipped", shipped=tmp_path / "whole", sizes=TINY, progress=False)
-    with pytest.raises(UserError, match="have their own rho"):
-        build.build(tmp_path / "out", 9, rho=0.8, training="shipped", sizes=TINY, progress=False)
 
 
-def test_a_broken_pretraining_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def whole() -> dict[str, Any]:
-        return build.build(tmp_path / "out", 7, clip="train", clip_recipe=TINY_CLIP, sizes=TINY, progress=False)
-
-    plain, steps = pretrain.draw, []
-
-    def broken(*args: Any) -> pretrain.Batch:
-        steps.append(args[-1])
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        return plain(*args)
-
-    monkeypatch.setattr(pretrain, "draw", broken)
+def test_a_broken_pretraining_goes_on_where_it_stopped(tmp_path: Path, break_at: Callable[[int], list[int]]) -> None:
+    steps = break_at(4)
     with pytest.raises(KeyboardInterrupt):
-        whole()
+        built(tmp_path / "out", clip="train", clip_recipe=TINY_CLIP)
     assert [path.name for path in tmp_path.iterdir()] == [".out-pretraining"]
-    whole()
+    built(tmp_path / "out", clip="train", clip_recipe=TINY_CLIP)
     assert steps == [0, 1, 2, 3, 3, 4]  # measured after the third step: the fourth comes again, the first three do not
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "clip" / "curve.csv").exists()
@@ -539,18 +480,27 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(build, "write", full)
     with pytest.raises(OSError, match="No space"):
-        build.build(tmp_path / "out", 7, sizes=TINY, progress=False)
+        built(tmp_path / "out", 7)
     assert not list(tmp_path.iterdir())
 
 
-def test_build_refuses_to_overwrite_and_to_guess(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("out", "options", "sentence"),
+    [
+        (".", {}, "should not exist yet"),
+        ("out", {"rho": 1.5}, "probability"),
+        ("out", {"shipped": Path("absent")}, "to reuse"),
+        ("out", {"seed": 2, "training": "shipped"}, "would not be fresh"),
+        ("out", {"rho": 0.8, "training": "shipped"}, "have their own rho"),
+    ],
+)
+def test_build_refuses_to_overwrite_and_to_guess(
+    out: str, options: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
     (tmp_path / "mine").write_text("precious", encoding="utf-8")
-    with pytest.raises(UserError, match="should not exist yet"):
-        build.build(tmp_path, 7, sizes=TINY, progress=False)
-    with pytest.raises(UserError, match="probability"):
-        build.build(tmp_path / "out", 7, rho=1.5, sizes=TINY, progress=False)
-    with pytest.raises(UserError, match="to reuse"):
-        build.build(tmp_path / "out", 7, sizes=TINY, shipped=tmp_path, progress=False)
+    with pytest.raises(UserError, match=sentence):
+        built(tmp_path / out, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.slow

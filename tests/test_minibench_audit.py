@@ -29,6 +29,7 @@ from minibench.trivial_detectors import Samples
 Bytes = NDArray[np.uint8]
 Maker = Callable[[Bytes], Bytes]
 Draw = Callable[[int, int], int]
+Shot = dict[str, tuple[list[scenes.Scene], Bytes]]  # scenes and photographs by split
 
 SEED = 41
 COUNT = {"train": 120, "val": 24, "test": 100}
@@ -42,7 +43,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def shot() -> dict[str, tuple[list[scenes.Scene], Bytes]]:
+def shot() -> Shot:
     step = {"test": scenes.FAMILY}  # one scene a family: attributes of their own
     wide = {
         split: camera.photographs(SEED, split, range(0, count * step.get(split, 1), step.get(split, 1)), camera.MARGIN)
@@ -52,7 +53,7 @@ def shot() -> dict[str, tuple[list[scenes.Scene], Bytes]]:
 
 
 @pytest.fixture(scope="module")
-def photographs(shot: dict[str, tuple[list[scenes.Scene], Bytes]]) -> dict[str, Samples]:
+def photographs(shot: Shot) -> dict[str, Samples]:
     """The same photographs as "real" and "fake" by a coin: nothing to find."""
     return pair(shot)
 
@@ -107,7 +108,7 @@ def table(
     return pd.DataFrame(rows)
 
 
-def pair(shot: dict[str, tuple[list[scenes.Scene], Bytes]], **kind: Any) -> dict[str, Samples]:
+def pair(shot: Shot, **kind: Any) -> dict[str, Samples]:
     return {split: trivial_detectors.samples(table(split, shot[split], **kind)) for split in ("train", "test")}
 
 
@@ -121,28 +122,17 @@ def chance(packs: dict[str, Samples]) -> float:
     return 4 * 0.25 * math.sqrt(1 / (labels == 0).sum() + 1 / (labels == 1).sum())
 
 
-# --- controls ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("fake", "finders"),
-    [
-        (darkened, ["mean_colour"]),
-        (flattened, ["colour_spread"]),
-        (framed, ["border"]),
-        (blurred, ["high_frequency"]),
-    ],
+    ("fake", "finder"),
+    [(darkened, "mean_colour"), (flattened, "colour_spread"), (framed, "border"), (blurred, "high_frequency")],
 )
-def test_what_is_planted_in_the_pixels_is_found(
-    fake: Maker, finders: list[str], shot: dict[str, tuple[list[scenes.Scene], Bytes]]
-) -> None:
+def test_what_is_planted_in_the_pixels_is_found(fake: Maker, finder: str, shot: Shot) -> None:
     packs = pair(shot, fake=fake)
-    for detector in finders:
-        assert accuracy(detector, packs) > 0.93, detector
+    assert accuracy(finder, packs) > 0.93
     assert abs(accuracy("caption_only", packs) - 0.5) < chance(packs)
 
 
-def test_a_tiny_network_finds_a_blur_for_itself(shot: dict[str, tuple[list[scenes.Scene], Bytes]]) -> None:
+def test_a_tiny_network_finds_a_blur_for_itself(shot: Shot) -> None:
     packs = pair(shot, fake=blurred)
 
     def longer(train: Samples, seed: int) -> trivial_detectors.Scorer:
@@ -154,7 +144,7 @@ def test_a_tiny_network_finds_a_blur_for_itself(shot: dict[str, tuple[list[scene
 
 
 def test_a_lower_quality_of_fakes_is_found_in_the_file_and_not_in_its_colour(
-    shot: dict[str, tuple[list[scenes.Scene], Bytes]],
+    shot: Shot,
 ) -> None:
     packs = pair(shot, quality=lambda label, drawn: drawn - 20 * label)
     assert accuracy("jpeg_quality", packs) == 1
@@ -168,7 +158,7 @@ def test_nothing_is_found_where_labels_are_a_coin(detector: str, photographs: di
 
 
 def test_captions_reach_rho_where_they_say_the_background(
-    shot: dict[str, tuple[list[scenes.Scene], Bytes]],
+    shot: Shot,
 ) -> None:
     rho = 0.9
     packs = {split: some.table.copy() for split, some in pair(shot).items()}
@@ -212,22 +202,18 @@ def test_a_tiny_network_repeats_with_its_seed_and_leaves_the_global_generator_al
     assert 15_000 < sum(p.numel() for p in trivial_detectors.TinyCNN().parameters()) < 25_000
 
 
-@pytest.mark.parametrize("quality", [40, 75, 90, 97])
-def test_the_quality_of_a_file_is_the_one_it_was_saved_at(quality: int, photographs: dict[str, Samples]) -> None:
-    some = photographs["test"].where(np.arange(COUNT["test"]) < 3)
-    files = [encode(image, quality) for image in some.images]
-    assert (
-        trivial_detectors.jpeg_quality(trivial_detectors.samples(some.table.assign(image=files))).tolist()
-        == [[quality]] * 3
-    )
-
-
-def test_only_jpeg_files_have_a_quality(photographs: dict[str, Samples]) -> None:
+def test_the_quality_of_a_file_is_the_one_it_was_saved_at_and_only_jpeg_files_have_one(
+    photographs: dict[str, Samples],
+) -> None:
+    some = photographs["test"].where(np.arange(COUNT["test"]) < 4)
+    qualities = (40, 75, 90, 97)
+    files = [encode(image, quality) for image, quality in zip(some.images, qualities, strict=True)]
+    found = trivial_detectors.jpeg_quality(trivial_detectors.samples(some.table.assign(image=files)))
+    assert found[:, 0].tolist() == list(qualities)
     buffer = io.BytesIO()
-    Image.fromarray(photographs["test"].images[0]).save(buffer, "PNG")
-    one = photographs["test"].table.head(1).assign(image=[buffer.getvalue()])
+    Image.fromarray(some.images[0]).save(buffer, "PNG")
     with pytest.raises(UserError, match="found PNG"):
-        trivial_detectors.jpeg_quality(trivial_detectors.samples(one))
+        trivial_detectors.jpeg_quality(trivial_detectors.samples(some.table.head(1).assign(image=[buffer.getvalue()])))
 
 
 def test_balanced_accuracy_by_hand() -> None:
@@ -240,21 +226,14 @@ def test_balanced_accuracy_by_hand() -> None:
 def test_bootstrap_intervals_have_the_width_of_their_images() -> None:
     count, share = 400, 0.7
     right = np.arange(count) < share * count
-    names = [REAL, "one", "two"]
-    rows = pd.DataFrame({"generator": np.repeat(names, count), "label": np.repeat([0, 1, 1], count)})
+    rows = pd.DataFrame({"generator": np.repeat([REAL, "one", "two"], count), "label": np.repeat([0, 1, 1], count)})
     logits = np.concatenate([np.where(right, -1.0, 1.0), *[np.where(right, 1.0, -1.0)] * 2])
     generators, mean = trivial_detectors.by_generator(rows, logits)
-    variance = share * (1 - share) / count
-    for interval, expected in (
-        (generators["one"], math.sqrt(2 * variance) / 2),
-        (generators["two"], math.sqrt(2 * variance) / 2),
-        (mean, math.sqrt(1.5 * variance) / 2),  # the reals are shared: they do not average out
-    ):
+    # the reals are shared: they do not average out
+    for interval, images in ((generators["one"], 2), (generators["two"], 2), (mean, 1.5)):
         assert interval.mean == pytest.approx(share)
-        assert interval.high - interval.low == pytest.approx(2 * 1.96 * expected, rel=0.05)
-
-
-# --- near duplicates ---------------------------------------------------------------------------------------------
+        width = 2 * 1.96 * math.sqrt(images * share * (1 - share) / count) / 2
+        assert interval.high - interval.low == pytest.approx(width, rel=0.05)
 
 
 def with_features(some: Samples) -> Samples:
@@ -264,7 +243,7 @@ def with_features(some: Samples) -> Samples:
 
 
 @pytest.fixture
-def twins(shot: dict[str, tuple[list[scenes.Scene], Bytes]]) -> Samples:
+def twins(shot: Shot) -> Samples:
     """40 training scenes, each as a photograph and blurred."""
     some = (shot["train"][0][:40], shot["train"][1][:40])
     rows = table("train", some)
@@ -324,11 +303,8 @@ def test_a_file_in_two_packs_is_told_from_a_file_twice_in_one() -> None:
     assert audit.identical_files(packs) == {"identical_files": {"all": 2, "across_packs": 1}}
 
 
-# --- statistics --------------------------------------------------------------------------------------------------
-
-
 def test_statistics_point_at_what_was_planted_and_say_how_many_tests_there_were(
-    shot: dict[str, tuple[list[scenes.Scene], Bytes]],
+    shot: Shot,
 ) -> None:
     packs = pair(shot, fake=darkened, quality=lambda label, drawn: drawn - 3 * label)
     packs["train"].table["rho_0.50"] = True
@@ -350,11 +326,8 @@ def test_chi_square_by_hand() -> None:
     assert audit.chi_square(np.repeat("a", 100), fake) == 1
 
 
-# --- a folder ----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
-def folder(shot: dict[str, tuple[list[scenes.Scene], Bytes]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(shot: Shot, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small benchmark of blurred fakes: two training sets, a pack with sets, a pack without, a test of two makers."""
     root = tmp_path_factory.mktemp("benchmark")
     shutil.copytree(build.SHIPPED / "clip", root / "clip")
@@ -409,7 +382,11 @@ def test_content_says_which_generator_loses_most(result: dict[str, Any]) -> None
     assert drop["points"] == pytest.approx(100 * fall, abs=1e-3)
 
 
-def test_a_folder_that_was_changed_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_was_changed_or_lacks_something_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"images-train\.parquet and images-test\.parquet"):
+        audit.audit(tmp_path)
+    with pytest.raises(UserError, match=r"Expected a training set rho_0\.75, found rho_0\.50, object_rho_0\.90"):
+        audit.audit(folder, rhos=[0.75])
     changed = tmp_path / "changed"
     shutil.copytree(folder, changed)
     test = pd.read_parquet(changed / "images-test.parquet")
@@ -417,16 +394,6 @@ def test_a_folder_that_was_changed_is_refused(folder: Path, tmp_path: Path) -> N
     test.to_parquet(changed / "images-test.parquet")
     with pytest.raises(UserError, match="Expected the content hash"):
         audit.audit(changed)
-
-
-def test_what_is_missing_is_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"images-train\.parquet and images-test\.parquet"):
-        audit.audit(tmp_path)
-    with pytest.raises(UserError, match=r"Expected a training set rho_0\.75, found rho_0\.50, object_rho_0\.90"):
-        audit.audit(folder, rhos=[0.75])
-
-
-# --- sheets ------------------------------------------------------------------------------------------------------
 
 
 def test_a_sheet_is_small_repeats_and_shows_the_difference(folder: Path, tmp_path: Path) -> None:
@@ -446,13 +413,8 @@ def test_a_photograph_is_shot_anew_from_its_scene(folder: Path) -> None:
     reals = test[test["generator"] == REAL].head(4)
     again = contact_sheets.photographs(reals)
     assert np.array_equal(again, np.stack([decode(file) for file in reals["image"]]))
-
-
-@pytest.mark.parametrize(
-    ("scene", "expected"), [("1-test-000123", (1, "test", 123)), ("12-clip-val-000004", (12, "clip-val", 4))]
-)
-def test_a_scene_id_says_where_it_comes_from(scene: str, expected: tuple[int, str, int]) -> None:
-    assert contact_sheets.source(scene) == expected
+    assert contact_sheets.source("1-test-000123") == (1, "test", 123)
+    assert contact_sheets.source("12-clip-val-000004") == (12, "clip-val", 4)
 
 
 def test_a_generator_that_is_not_there_is_named(folder: Path) -> None:
