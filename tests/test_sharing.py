@@ -64,13 +64,16 @@ def run_card(folder: Path, view: Path, but: str = "") -> str:
 
 
 class TestWithoutDgs:
+    def require_same_score(self, folder: Path, side: int, tmp_path: Path, but: str = "") -> None:
+        structured_image(3, side + 18, side + 8).save(tmp_path / "a.png")
+        (row,) = score_files([tmp_path / "a.png"], folder, lambda _: None, explain=tmp_path / "seen")
+        printed = run_card(folder, tmp_path / "seen/000001.png", but).split()
+        assert printed == [f"{row['probability']:.4f}", row["verdict"]]
+
     def test_open_clip_and_peft_alone_give_the_same_score_to_what_the_model_saw(
         self, checkpoint: Path, tmp_path: Path
     ) -> None:
-        structured_image(3, 50, 40).save(tmp_path / "a.png")
-        (row,) = score_files([tmp_path / "a.png"], checkpoint, lambda _: None, explain=tmp_path / "seen")
-        printed = run_card(checkpoint, tmp_path / "seen/000001.png").split()
-        assert printed == [f"{row['probability']:.4f}", row["verdict"]]
+        self.require_same_score(checkpoint, 32, tmp_path)
         assert re.search(r"import (dgs|pickle)|from dgs", code_of(checkpoint)) is None
 
     @pytest.mark.slow
@@ -78,17 +81,12 @@ class TestWithoutDgs:
         params = settings(ROOT / "sample/clip", data={"layout": "minibench"})
         params = params.model_copy(update={"model": params.model.model_copy(update={"image_size": 64})})
         folder = mini_checkpoint(tmp_path / "seed-0", params)
-        structured_image(3, 64, 64).save(tmp_path / "a.png")
-        (row,) = score_files([tmp_path / "a.png"], folder, lambda _: None)
         (line,) = [line for line in code_of(folder).splitlines() if "from dgs" in line]
-        printed = run_card(folder, tmp_path / "a.png", but=line).split()
-        assert printed == [f"{row['probability']:.4f}", row["verdict"]]
+        self.require_same_score(folder, 64, tmp_path, but=line)
 
     @pytest.mark.slow
     def test_a_checkpoint_that_carries_its_clip_needs_nothing_else(self, with_clip: Path, tmp_path: Path) -> None:
-        structured_image(3, 32, 32).save(tmp_path / "a.png")
-        (row,) = score_files([tmp_path / "a.png"], with_clip, lambda _: None)
-        assert run_card(with_clip, tmp_path / "a.png").split() == [f"{row['probability']:.4f}", row["verdict"]]
+        self.require_same_score(with_clip, 32, tmp_path)
 
 
 def mini_checkpoint(folder: Path, params: Params) -> Path:
@@ -147,14 +145,6 @@ class TestEveryByteCounts:
         assert subprocess.run(command, cwd=with_clip, capture_output=True, check=False).returncode == 0
         flip(with_clip / "dgs.json", 0.5)
         assert subprocess.run(command, cwd=with_clip, capture_output=True, check=False).returncode == 1
-
-    def test_every_digit_of_a_threshold_counts(self, checkpoint: Path) -> None:
-        file = checkpoint / "dgs.json"
-        content = file.read_bytes()
-        for digit in re.finditer(rb'"(?:val|0\.5)": 0\.0', content):
-            file.write_bytes(content[: digit.end() - 1] + b"9" + content[digit.end() :])
-            with pytest.raises(UserError, match="not what was saved"):
-                read_info(checkpoint)
 
     def test_the_card_is_for_people_and_may_be_edited(self, checkpoint: Path) -> None:
         (checkpoint / "README.md").write_text("Ask us first.")

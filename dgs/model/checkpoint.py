@@ -158,14 +158,7 @@ def save_checkpoint(
 def deciding_rule(info: dict[str, Any], folder: Path) -> tuple[str, float]:
     """The rule that verdicts follow ("val", chosen on validation images, where there is one) and its threshold.
 
-    Args:
-        info: dgs.json of the checkpoint in `folder`.
-
-    Returns:
-        the rule's name, and a threshold on the logit.
-
-    Raises:
-        UserError: the checkpoint has no threshold.
+    `info` is dgs.json of the checkpoint in `folder`; the threshold is on the logit. Raises UserError if it has none.
     """
     thresholds = info["thresholds"]
     if not thresholds:

@@ -1,12 +1,17 @@
-"""Inference: a checkpoint folder and images in, probabilities out."""
+"""Inference: a checkpoint folder and images in, probabilities out; images are decoded while the tower works."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from contextlib import ExitStack
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,14 +20,13 @@ from PIL import Image
 from scipy.special import expit
 from torch import nn
 
-from dgs.data.ahead import Room, ahead
 from dgs.data.images import MAX_BYTES, MAX_PIXELS, decode, read, size_of, to_rgb
 from dgs.data.patches import patch_entropy, select_indices
 from dgs.data.views import EVALUATION, make_view
 from dgs.device import choose_device
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
-from dgs.model.checkpoint import damaged, load_checkpoint, read_info, require_unchanged
+from dgs.model.checkpoint import INFO, damaged, load_checkpoint, read_info, require_unchanged
 from dgs.model.clip import load_clip
 from dgs.params import Params, validate
 from dgs.workspace import find_root
@@ -30,6 +34,61 @@ from dgs.workspace import find_root
 USED = ("profile", "data", "patches", "model")  # parameters that a score depends on; others may change their names
 BATCH = 64
 AHEAD = 2  # batches whose views may be waiting while the tower works on another
+
+View = NDArray[np.uint8]  # (S, S, 3): what the model sees of an image
+T = TypeVar("T")
+R = TypeVar("R")
+AnImage = TypeVar("AnImage", bound=str | Path | Image.Image)
+
+
+class MemoryBudget:
+    """So much memory, in any unit, may be in use at a time; a request waits until there is enough.
+
+    Oversized requests run alone. Take from a second budget only while holding none that others want first.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self._used, self._changed = size, 0, threading.Condition()
+
+    @contextmanager
+    def take(self, amount: int) -> Iterator[None]:
+        """Within this block `amount` is in use."""
+        amount = min(amount, self.size)
+        with self._changed:
+            self._changed.wait_for(lambda: self._used + amount <= self.size)
+            self._used += amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= amount
+                self._changed.notify_all()
+
+
+def prefetch(function: Callable[[T], R], items: Iterable[T], window: int, threads: int | None = None) -> Iterator[R]:
+    """`map(function, items)`, in order, computed by threads while the consumer does something else.
+
+    Unlike joblib's generator it waits for the consumer: at most `window` results are in memory.
+
+    Args:
+        function: pays in threads if it leaves Python's lock alone, as decoding does.
+        items: taken one by one, never more than `window` ahead of the consumer.
+        threads: None: one a core.
+
+    Raises:
+        whatever `function` raised, when its result's turn comes; what was not begun by then is not begun.
+    """
+    rest = iter(items)
+    # OpenMP's number of threads is a thread's own: the consumer of the results keeps all of its own.
+    pool = ThreadPoolExecutor(threads or os.cpu_count() or 1, "prefetch", lambda: torch.set_num_threads(1))
+    try:
+        waiting: deque[Future[R]] = deque(pool.submit(function, item) for item in islice(rest, window))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in islice(rest, 1))
+            yield result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def probability(logits: NDArray[Any]) -> NDArray[np.float64]:
@@ -42,7 +101,7 @@ class Detector:
 
     def __init__(self, backbone: Backbone, head: nn.Linear, params: Params, info: dict[str, Any]) -> None:
         self.backbone, self.head, self.params, self.info = backbone, head, params, info
-        self._bytes, self._pixels = Room(MAX_BYTES), Room(MAX_PIXELS)  # of all views being made at a time
+        self._bytes, self._pixels = MemoryBudget(MAX_BYTES), MemoryBudget(MAX_PIXELS)  # of all views being made
 
     @classmethod
     def load(cls, path: str | Path, root: Path | None = None, device: str = "auto") -> Detector:
@@ -60,7 +119,7 @@ class Detector:
         try:
             params = validate({name: info["params"][name] for name in USED if name in info["params"]}, "params")
         except UserError as error:
-            raise damaged(folder / "dgs.json", str(error).rstrip(".")) from None
+            raise damaged(folder / INFO, str(error).rstrip(".")) from None
         try:
             carried = info["clip"].get("carried")
             if carried and not (folder / "clip").is_dir():
@@ -80,7 +139,7 @@ class Detector:
         chosen = choose_device(device)
         return cls(backbone.to(chosen), heads["image"].to(chosen), params, info)
 
-    def view(self, image: str | Path | Image.Image) -> NDArray[np.uint8]:
+    def view(self, image: str | Path | Image.Image) -> View:
         """What the model sees of one image: (S, S, 3) uint8.
 
         A file is identified by its bytes, a PIL image by its pixels; patch order follows from that.
@@ -105,10 +164,37 @@ class Detector:
             return make_view(pixels, sha, self.params, 0, EVALUATION, patches)
 
     @torch.no_grad()
-    def logits(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def logits(self, views: View) -> NDArray[np.float32]:
         """(B, S, S, 3) uint8 views to (B,) logits; above 0 means generated."""
         images = torch.from_numpy(views).permute(0, 3, 1, 2).to(self.backbone.mean.device)
         return self.head(self.backbone(images).float()).squeeze(1).cpu().numpy()
+
+    def batches(
+        self, images: Iterable[AnImage], size: int, threads: int | None = None
+    ) -> Iterator[tuple[list[tuple[AnImage, View | UserError]], NDArray[np.float32]]]:
+        """Images in order, `size` at a time (the last batch may be shorter): their views and logits.
+
+        Views are made in threads while the tower works on those before.
+
+        Args:
+            images: paths or PIL images, taken one by one, at most `AHEAD` batches and one image early.
+            threads: that make views; None: one a core.
+
+        Yields:
+            (image, its view or why it has none) of each in the batch; (V,) float32 logits of those with a view.
+        """
+
+        def try_view(image: AnImage) -> tuple[AnImage, View | UserError]:
+            try:
+                return image, self.view(image)
+            except UserError as error:
+                error.__traceback__ = error.__context__ = None  # which keep the image in memory
+                return image, error
+
+        views = prefetch(try_view, images, AHEAD * size, threads)
+        while batch := list(islice(views, size)):
+            seen = [view for _, view in batch if not isinstance(view, UserError)]
+            yield batch, self.logits(np.stack(seen)) if seen else np.zeros(0, np.float32)
 
     def score(self, images: Iterable[str | Path | Image.Image], batch_size: int = BATCH) -> NDArray[np.float64]:
         """Probability that each image is generated, (N,) float64 in 0..1.
@@ -119,16 +205,13 @@ class Detector:
         Raises:
             UserError: as `view`.
         """
-        parts: list[NDArray[np.float32]] = []
-        pending: list[NDArray[np.uint8]] = []
-        for view in ahead(self.view, images, AHEAD * batch_size):
-            pending.append(view)
-            if len(pending) == batch_size:
-                parts.append(self.logits(np.stack(pending)))
-                pending = []
-        if pending:
-            parts.append(self.logits(np.stack(pending)))
-        return probability(np.concatenate(parts) if parts else np.zeros(0))
+        parts = [np.zeros(0, np.float32)]
+        for batch, logits in self.batches(images, batch_size):
+            for _, view in batch:
+                if isinstance(view, UserError):
+                    raise view
+            parts.append(logits)
+        return probability(np.concatenate(parts))
 
 
 def newest_checkpoint(root: Path) -> Path:

@@ -1,26 +1,149 @@
-"""Scoring of files: every file under some paths becomes one row, a probability with a verdict or the reason why not."""
+"""Scoring of files: every file under some paths becomes one row, a probability with a verdict or the reason why not.
+
+Several processes give the rows of one: batches of files go to them in turn and come back in the same turn, so that
+order needs no sorting and a batch holds the files that it would hold in one process. A process has a few batches at a
+time: memory does not grow with the number of files. Unlike training's processes they are no group: none waits for
+another.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain, cycle, islice
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
 from dgs.data.images import files_under
 from dgs.errors import UserError
-from dgs.model.detector import BATCH, newest_checkpoint, probability
-from dgs.model.scorers import scorers
-from dgs.model.verdicts import Row, View, threshold_of
+from dgs.model import distributed
+from dgs.model.checkpoint import deciding_rule, read_info
+from dgs.model.detector import AHEAD, BATCH, Detector, View, newest_checkpoint, probability
+from dgs.model.distributed import Member
 from dgs.stats import percent_text
 from dgs.workspace import find_root
 
 INDEX = "views.jsonl"
+# Batches that a process has at a time: those it decodes ahead, the one its tower works on, and one on the way.
+AT_A_TIME = AHEAD + 2
+
+Row = dict[str, Any]
+
+
+class ScoredFile(NamedTuple):
+    """{"path", "probability", "verdict"} and what the model saw; or {"path", "error"} and None."""
+
+    row: Row
+    view: View | None
+
+
+def score_files(
+    paths: Iterable[Path],
+    checkpoint: Path | None,
+    warn: Callable[[str], None],
+    batch_size: int = BATCH,
+    explain: Path | None = None,
+    processes: int = 1,
+) -> Iterator[Row]:
+    """Every file under `paths`, scored or refused; a few batches of views are in memory at a time.
+
+    Args:
+        paths: files, or folders: every file in them is tried, whatever its name (but for a dot at its beginning).
+        checkpoint: a checkpoint folder; None: the newest of the pipelines here.
+        warn: told of what a verdict is worth.
+        explain: a new folder for what the model saw of each image, the selected patches or else the whole view.
+        processes: that share the files on this machine; the rows and their order are the same. One is this one. Of
+            several, each takes a GPU of its own while there are enough, and its share of the cores.
+
+    Yields:
+        {"path", "probability", "verdict"} ("generated" or "real", at the threshold chosen on validation images), or
+        {"path", "error"}.
+
+    Raises:
+        UserError: none of the paths exists, nothing to score in them, no checkpoint or a damaged one, `explain` in
+            one of the paths or not to be written to; one of several processes died.
+    """
+    files = _files(list(paths), explain)
+    folder = checkpoint or newest_checkpoint(find_root())
+    info = read_info(folder)
+    rule, threshold = deciding_rule(info, folder)
+    with ExitStack() as stack:
+        if processes == 1:
+            batches = score_batches(Detector.load(folder), threshold, files, batch_size)
+        else:
+            settings = (processes, folder, threshold, batch_size, explain is not None)
+            workers = stack.enter_context(distributed.started(processes, _work, *settings))
+            for worker in workers:
+                _hear(worker, processes)  # that it is ready
+            batches = _shared(workers, files, batch_size)
+        if explain is not None:
+            _make_empty(explain)
+        warn(f"checkpoint {folder}: {what_a_verdict_is(info, rule, threshold)}.")
+        if info["params"].get("data", {}).get("layout") == "minibench":
+            warn(
+                f"warning: {folder} was trained on the embedded 64 px benchmark; its verdicts on photographs mean "
+                f"little."
+            )
+        explained = 0
+        for row, view in tqdm(chain.from_iterable(batches), desc="scoring", unit="image"):
+            if explain is not None and view is not None:
+                explained += 1
+                _explain(explain, f"{explained:06d}.png", row, view)
+            yield row
+
+
+def score_batches(
+    detector: Detector, threshold: float, files: Iterable[Path], size: int, threads: int | None = None
+) -> Iterator[list[ScoredFile]]:
+    """Every file, scored or refused, in order and `size` at a time; the last batch may be shorter.
+
+    Args:
+        threshold: on the logit; above it is "generated".
+        files, threads: as `Detector.batches`.
+    """
+    for batch, logits in detector.batches(files, size, threads):
+        exact = logits.astype(np.float64)
+        scores = iter(zip(exact > threshold, probability(exact), strict=True))
+        scored = []
+        for path, view in batch:
+            if isinstance(view, UserError):
+                scored.append(ScoredFile({"path": str(path), "error": str(view)}, None))
+                continue
+            generated, p = next(scores)
+            verdict = "generated" if generated else "real"
+            scored.append(ScoredFile({"path": str(path), "probability": float(p), "verdict": verdict}, view))
+        yield scored
+
+
+def _files(paths: list[Path], explain: Path | None) -> Iterator[Path]:
+    named = (
+        str(paths[0]) if len(paths) == 1 else f"{paths[0]} or the {len(paths) - 1} other paths" if paths else "no path"
+    )
+    there = [path for path in paths if _is_there(path)]
+    if paths and not there:
+        raise UserError(f"Expected a file or folder at {named}, found none.")
+    if explain is not None and (inside := [path for path in there if explain.resolve().is_relative_to(path.resolve())]):
+        # A view saved in a folder that is being scored would be scored in its turn.
+        raise UserError(
+            f"Expected --explain to lie outside of what is scored, found {explain} in {inside[0]}. Move it."
+        )
+    files = files_under(paths)
+    first = next(files, None)
+    if first is None:
+        raise UserError(f"Expected a file to score in {named}, found none.")
+    return chain([first], files)
 
 
 def _is_there(path: Path) -> bool:
@@ -28,10 +151,6 @@ def _is_there(path: Path) -> bool:
         return path.exists()
     except OSError:  # a name too long, or a folder that may not be looked into
         return False
-
-
-def _named(paths: list[Path]) -> str:
-    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} or the {len(paths) - 1} other paths"
 
 
 def what_a_verdict_is(info: dict[str, Any], rule: str, threshold: float) -> str:
@@ -53,94 +172,105 @@ def what_a_verdict_is(info: dict[str, Any], rule: str, threshold: float) -> str:
     )
 
 
-class Explanations:
-    """A folder with what the model saw of each image, and an index of which is which.
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"Cannot write to {folder} ({error.strerror or error}). Choose another folder.") from None
 
-    Args:
-        folder: new, or empty.
 
-    Raises:
-        UserError: there is something in it, or it cannot be made or written to.
+def _make_empty(folder: Path) -> None:
+    with _writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        empty = not any(folder.iterdir())
+    if not empty:
+        raise UserError(f"Expected --explain to name a new or an empty folder, found {folder}. Choose another.")
+
+
+def _explain(folder: Path, name: str, row: Row, view: View) -> None:
+    """Save a view as the PNG `name`, and its row with that name in the index."""
+    with _writing_to(folder):
+        Image.fromarray(view).save(folder / name)
+        with (folder / INDEX).open("a", encoding="ascii") as index:
+            index.write(json.dumps({"view": name, **row}) + "\n")
+
+
+def _shared(workers: Sequence[Member], files: Iterator[Path], size: int) -> Iterator[list[ScoredFile]]:
+    """The batches of `score_batches`, each by the next of the workers."""
+    waiting = deque[Member]()
+    for worker in cycle(workers):
+        batch = list(islice(files, size))
+        if not batch:
+            break
+        if len(waiting) == AT_A_TIME * len(workers):
+            yield _hear(waiting.popleft(), len(workers))
+        _tell(worker, batch)
+        waiting.append(worker)
+    for worker in workers:
+        _tell(worker, None)
+    while waiting:
+        yield _hear(waiting.popleft(), len(workers))
+
+
+def _tell(worker: Member, batch: list[Path] | None) -> None:
+    with suppress(OSError):  # that it has died is noticed when its answer's turn comes
+        worker.line.send(batch)
+
+
+def _hear(worker: Member, count: int) -> Any:
+    good, said = worker.recv()
+    if good:
+        return said
+    if isinstance(said, UserError):
+        raise said
+    if isinstance(said, int):
+        raise UserError(
+            f"Expected {count} processes to score together, found that process {worker.number} died "
+            f"({distributed.exit_reason(said)}). What was printed until then is right. Run the same command again; if memory "
+            f"was short, with fewer --processes."
+        )
+    raise RuntimeError(f"Process {worker.number} of {count} stopped. {said}")
+
+
+def _work(
+    number: int, count: int, folder: Path, threshold: float, size: int, with_views: bool, line: Connection
+) -> None:
+    """What each worker does: open the checkpoint, say so, then answer batches of files with batches of rows."""
+    distributed.end_with_parent()
+    try:
+        torch.set_num_threads(max(1, torch.get_num_threads() // count))
+        detector = Detector.load(folder, device=own_device(number))
+        line.send((True, None))
+        threads = max(1, (os.cpu_count() or 1) // count)
+        for batch in score_batches(detector, threshold, _received(line), size, threads):
+            line.send((True, batch if with_views else [ScoredFile(row, None) for row, _ in batch]))
+    except BaseException as error:
+        with suppress(Exception):
+            line.send((False, error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"))
+    sys.stderr.flush()
+    os._exit(0)  # threads may still be decoding, and nobody waits for them
+
+
+def own_device(number: int) -> str:
+    """The device of worker `number`: a GPU of its own, or a shared one if there are fewer; the CPU if there is none."""
+    cards = torch.cuda.device_count()
+    return f"cuda:{number % cards}" if cards else "cpu"
+
+
+def _received(line: Connection) -> Iterator[Path]:
+    """Files of the batches that come along `line`.
+
+    A thread takes them off the line: without it, while this process sends a large answer, both ends might wait for the
+    other to read. What it holds is bounded by what the sender sends ahead.
     """
+    batches: SimpleQueue[list[Path] | None] = SimpleQueue()
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._count = folder, 0
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            empty = not any(folder.iterdir())
-        except OSError as error:
-            raise self._cannot_write(error) from None
-        if not empty:
-            raise UserError(f"Expected --explain to name a new or an empty folder, found {folder}. Choose another.")
+    def listen() -> None:
+        with suppress(EOFError, OSError):
+            while (batch := line.recv()) is not None:
+                batches.put(batch)
+        batches.put(None)
 
-    def add(self, row: Row, view: View) -> None:
-        """Save one view as a PNG, and its row with the PNG's name in the index."""
-        self._count += 1
-        name = f"{self._count:06d}.png"
-        try:
-            Image.fromarray(view).save(self.folder / name)
-            with (self.folder / INDEX).open("a", encoding="ascii") as index:
-                index.write(json.dumps({"view": name, **row}) + "\n")
-        except OSError as error:
-            raise self._cannot_write(error) from None
-
-    def _cannot_write(self, error: OSError) -> UserError:
-        return UserError(f"Cannot write to {self.folder} ({error.strerror or error}). Choose another folder.")
-
-
-def _require_apart(folder: Path, paths: list[Path]) -> None:
-    # A view saved in a folder that is being scored would be scored in its turn.
-    for path in filter(_is_there, paths):
-        if folder.resolve().is_relative_to(path.resolve()):
-            raise UserError(f"Expected --explain to lie outside of what is scored, found {folder} in {path}. Move it.")
-
-
-def score_files(
-    paths: Iterable[Path],
-    checkpoint: Path | None,
-    warn: Callable[[str], None],
-    batch_size: int = BATCH,
-    explain: Path | None = None,
-    processes: int = 1,
-) -> Iterator[Row]:
-    """Every file under `paths`, scored or refused; a few batches of views are in memory at a time.
-
-    Args:
-        paths: files, or folders: every file in them is tried, whatever its name (but for a dot at its beginning).
-        checkpoint: a checkpoint folder; None: the newest of the pipelines here.
-        warn: told of what a verdict is worth.
-        explain: a new folder for what the model saw of each image, the selected patches or else the whole view.
-        processes: that share the files on this machine; the rows and their order are the same.
-
-    Yields:
-        {"path", "probability", "verdict"} ("generated" or "real", at the threshold chosen on validation images), or
-        {"path", "error"}.
-
-    Raises:
-        UserError: none of the paths exists, nothing to score in them, no checkpoint or a damaged one, `explain` in
-            one of the paths or not to be written to; one of several processes died.
-    """
-    paths = list(paths)
-    if paths and not any(map(_is_there, paths)):
-        raise UserError(f"Expected a file or folder at {_named(paths)}, found none.")
-    if explain is not None:
-        _require_apart(explain, paths)
-    files = files_under(paths)
-    first = next(files, None)
-    if first is None:
-        raise UserError(f"Expected a file to score in {_named(paths) if paths else 'no path'}, found none.")
-    folder = checkpoint or newest_checkpoint(find_root())
-    with scorers(folder, processes, batch_size, with_views=explain is not None) as ready:
-        rule, threshold = threshold_of(ready.info, folder)
-        explanations = Explanations(explain) if explain is not None else None
-        warn(f"checkpoint {folder}: {what_a_verdict_is(ready.info, rule, threshold)}.")
-        if ready.params.data.layout == "minibench":
-            warn(
-                f"warning: {folder} was trained on the embedded 64 px benchmark; its verdicts on photographs mean "
-                f"little."
-            )
-        judged = chain.from_iterable(ready.verdicts(chain([first], files)))
-        for row, view in tqdm(judged, desc="scoring", unit="image"):
-            if explanations is not None and view is not None:
-                explanations.add(row, view)
-            yield row
+    threading.Thread(target=listen, daemon=True).start()
+    return chain.from_iterable(iter(batches.get, None))
