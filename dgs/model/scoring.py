@@ -227,8 +227,8 @@ def _hear(worker: Member, count: int) -> Any:
     if isinstance(said, int):
         raise UserError(
             f"Expected {count} processes to score together, found that process {worker.number} died "
-            f"({distributed.exit_reason(said)}). What was printed until then is right. Run the same command again; if memory "
-            f"was short, with fewer --processes."
+            f"({distributed.exit_reason(said)}). What was printed until then is right. Run the same command again; if "
+            f"memory was short, with fewer --processes."
         )
     raise RuntimeError(f"Process {worker.number} of {count} stopped. {said}")
 
