@@ -12,11 +12,9 @@ from typing import Any
 
 from sklearn.metrics import roc_auc_score
 
-from dgs.analysis.trials import trials
-from dgs.analysis.tuning import weighted_balanced_accuracy
+from dgs.analysis.tuning import train_and_score, trials, weighted_balanced_accuracy
 from dgs.data.prepared import Prepared, load_training
 from dgs.errors import UserError
-from dgs.model.methods.registry import get_method
 from dgs.model.methods.text_expert import caption_probability, ipw_weights
 from dgs.params import Params
 
@@ -56,33 +54,14 @@ def without(prepared: Prepared, generator: str) -> Prepared:
 
 
 def _score(_: str, name: str, generator: str, seed: int, params: Params, root: Path, folder: Path) -> dict[str, float]:
-    # Imported here: the parent only waits, and should not spend seconds on loading CLIP's libraries.
-    from dgs.data.views import Views
-    from dgs.device import choose_device
-    from dgs.model.clip import load_clip
-    from dgs.model.train import Trained, train, validation_logits
-
     prepared = without(load_training(folder, root), generator)
-    clip = load_clip(params.model, root, params.image_size, text=False)
-    device, own = choose_device(params.compute.device), params.tuned(name)
-    found: dict[str, float] = {}
-
-    def done(trained: Trained) -> None:
-        for split in (SPLIT, "val"):
-            rows = prepared.split(split)
-            views = Views(rows, prepared.source, own, patches=prepared.patches)
-            logits = validation_logits(trained.backbone, trained.heads["image"], views, own, device)
-            labels = rows["label"].to_numpy()
-            weights = ipw_weights(caption_probability(prepared, split), labels)
-            told = weighted_balanced_accuracy(labels, logits, weights)
-            if split == SPLIT:
-                found["balanced_acc"] = told
-                found["auroc"] = float(roc_auc_score(labels, logits, sample_weight=weights))
-            else:
-                found["balanced_acc_trained_on"] = told
-
-    train(get_method(name), clip, prepared, own, seed, device, done)
-    return found
+    found = train_and_score(name, prepared, params.tuned(name), seed, root, (SPLIT, "val"))
+    weights = {split: ipw_weights(caption_probability(prepared, split), of[0]) for split, of in found.items()}
+    return {
+        "balanced_acc": weighted_balanced_accuracy(*found[SPLIT], weights[SPLIT]),
+        "auroc": float(roc_auc_score(*found[SPLIT], sample_weight=weights[SPLIT])),
+        "balanced_acc_trained_on": weighted_balanced_accuracy(*found["val"], weights["val"]),
+    }
 
 
 def leave_one_generator_out(

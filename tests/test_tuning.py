@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from dgs.analysis import trials, tuning
+from dgs.analysis import tuning
 from dgs.analysis.tuning import RULES, candidates, chosen, weighted_balanced_accuracy, with_candidate
 from dgs.errors import UserError
 from dgs.model.methods.registry import METHODS
@@ -97,23 +97,17 @@ def test_a_broken_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found.iloc[:4].to_csv(out, index=False)
     tried: list[tuple[str, str]] = []
 
-    class Serial:
-        def __init__(self, *_: object) -> None: ...
-        def __enter__(self) -> Serial:
-            return self
+    def score(images: str, name: str, candidate: str, *_: object) -> dict[str, float]:
+        tried.append((name, candidate))
+        return {"val": 0.7}
 
-        def __exit__(self, *_: object) -> None: ...
-        def submit(self, _: object, images: str, name: str, candidate: str, seed: int, *__: object) -> object:
-            tried.append((name, candidate))
-            return type("Done", (), {"result": lambda self: {"val": 0.7}})()
-
-    monkeypatch.setattr(trials, "ProcessPoolExecutor", Serial)
-    monkeypatch.setattr(trials, "as_completed", list)
+    params = validate({"compute": {"jobs": 1}})
+    monkeypatch.setattr(tuning, "_score", score)
     monkeypatch.setattr(tuning, "load_training", lambda *_: SimpleNamespace(info={"training_hash": "d"}))
-    rows = list(tuning.tune(["lora", "paper_order"], validate({}), tmp_path, tmp_path, out, [0]))
+    rows = list(tuning.tune(["lora", "paper_order"], params, tmp_path, tmp_path, out, [0]))
     assert tried == list(zip(found["method"][4:], found["candidate"][4:], strict=True)) and len(rows) == 2
     assert len(pd.read_csv(out)) == 6
-    assert not list(tuning.tune(["lora"], validate({}), tmp_path, tmp_path, out, [0]))
+    assert not list(tuning.tune(["lora"], params, tmp_path, tmp_path, out, [0]))
 
 
 @pytest.mark.parametrize("name", ["probe", "lora", "dgs", "null_space"])

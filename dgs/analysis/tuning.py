@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from joblib import Parallel, delayed  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from dgs.analysis.trials import trials
-from dgs.data.prepared import load_training
+from dgs.data.prepared import Prepared, load_training
 from dgs.errors import UserError
 from dgs.model.methods.registry import METHODS, Method, get_method
 from dgs.model.methods.text_expert import caption_probability, ipw_weights
@@ -52,9 +52,10 @@ def candidates(method: Method) -> list[Candidate]:
 
 
 def weighted_balanced_accuracy(
-    labels: NDArray[np.int64], logits: NDArray[np.float32], weights: NDArray[np.float64]
+    labels: NDArray[np.int64], logits: NDArray[np.float32], weights: NDArray[np.float64] | None = None
 ) -> float:
-    """Mean over both labels of the weighted share decided rightly at logit 0; all (N,)."""
+    """Mean over both labels of the weighted share decided rightly at logit 0; all (N,). None: all weigh the same."""
+    weights = np.ones(len(labels)) if weights is None else weights
     right = (logits > 0) == (labels == 1)
     return float(np.mean([np.average(right[labels == label], weights=weights[labels == label]) for label in (0, 1)]))
 
@@ -65,34 +66,74 @@ def with_candidate(params: Params, name: str, candidate: Candidate) -> Params:
     return validate({**params.model_dump(), **tried}, "candidate").tuned(name)
 
 
-def _score(_: str, name: str, candidate: str, seed: int, params: Params, root: Path, folder: Path) -> dict[str, float]:
+def train_and_score(
+    name: str, prepared: Prepared, params: Params, seed: int, root: Path, splits: Sequence[str]
+) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Train a method once: {split: (labels, logits), each (N,)} for those of `splits` that have images."""
     # Imported here: the parent only waits, and should not spend seconds on loading CLIP's libraries.
     from dgs.data.views import Views
     from dgs.device import choose_device
     from dgs.model.clip import load_clip
     from dgs.model.train import Trained, train, validation_logits
 
-    prepared = load_training(folder, root)
     clip = load_clip(params.model, root, params.image_size, text=False)
     device = choose_device(params.compute.device)
-    own = with_candidate(params, name, json.loads(candidate))
-    row: dict[str, float] = {}
+    found = {}
 
     def done(trained: Trained) -> None:
-        for split in ("val", "val_unbiased"):
+        for split in splits:
             rows = prepared.split(split)
-            if rows.empty:
-                continue
-            views = Views(rows, prepared.source, own, patches=prepared.patches)
-            logits = validation_logits(trained.backbone, trained.heads["image"], views, own, device)
-            labels = rows["label"].to_numpy()
-            row[split] = weighted_balanced_accuracy(labels, logits, np.ones(len(rows)))
-            if split == "val":
-                weights = ipw_weights(caption_probability(prepared, split), labels)
-                row["val_balanced"] = weighted_balanced_accuracy(labels, logits, weights)
+            if not rows.empty:
+                views = Views(rows, prepared.source, params, patches=prepared.patches)
+                logits = validation_logits(trained.backbone, trained.heads["image"], views, params, device)
+                found[split] = (rows["label"].to_numpy(), logits)
 
-    train(get_method(name), clip, prepared, own, seed, device, done)
+    train(get_method(name), clip, prepared, params, seed, device, done)
+    return found
+
+
+def _score(_: str, name: str, candidate: str, seed: int, params: Params, root: Path, folder: Path) -> dict[str, float]:
+    prepared, own = load_training(folder, root), with_candidate(params, name, json.loads(candidate))
+    found = train_and_score(name, prepared, own, seed, root, ("val", "val_unbiased"))
+    row = {split: weighted_balanced_accuracy(*of) for split, of in found.items()}
+    if "val" in found:
+        weights = ipw_weights(caption_probability(prepared, "val"), found["val"][0])
+        row["val_balanced"] = weighted_balanced_accuracy(*found["val"], weights)
     return row
+
+
+def _trial(run: Callable[..., dict[str, Any]], what: dict[str, Any], rest: tuple[Any, ...]) -> dict[str, Any]:
+    return {**what, **run(*what.values(), *rest)}
+
+
+def trials(
+    run: Callable[..., dict[str, Any]],
+    todo: Sequence[dict[str, Any]],
+    rest: tuple[Any, ...],
+    jobs: int,
+    out: Path,
+    columns: list[str],
+) -> Iterator[dict[str, Any]]:
+    """Call `run` for each of `todo` in `jobs` processes; rows are written to `out` as they are found.
+
+    What the table holds already is not tried again.
+
+    Args:
+        run: (**one of todo, then `rest` in order) to what was found; the row is both together.
+        todo: what identifies a row, each with the same keys, which are columns of `out`.
+        out: a table (CSV) with `columns`; made where it is not there.
+
+    Yields:
+        the new rows.
+    """
+    done: list[list[str]] = []
+    if out.exists() and todo:
+        done = pd.read_csv(out, dtype=str)[list(todo[0])].to_numpy().tolist()
+    left = [what for what in todo if [str(value) for value in what.values()] not in done]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for row in Parallel(jobs, return_as="generator_unordered")(delayed(_trial)(run, what, rest) for what in left):
+        pd.DataFrame([row]).reindex(columns=columns).to_csv(out, mode="a", header=not out.exists(), index=False)
+        yield row
 
 
 def tune(
@@ -151,11 +192,13 @@ def settings_text(candidate: Candidate) -> str:
 
 def choices(table: pd.DataFrame) -> dict[str, list[str]]:
     """What each rule of `RULES` chooses for each method that was searched, with the value it had: "lr 0.003 (83.3)"."""
-    found: dict[str, list[str]] = {}
-    for rule in RULES:
-        best = chosen(table, rule)
-        for name, rows in table.groupby("method", sort=False):
-            candidate = best[str(name)]
-            value = rows.loc[rows["candidate"] == json.dumps(candidate), rule].mean()
-            found.setdefault(str(name), []).append(f"{settings_text(candidate)} ({100 * value:.1f})")
-    return {name: found[name] for name in METHODS if name in found}
+    means = table.groupby(["method", "candidate"])[list(RULES)].mean().to_dict()
+    best = {rule: chosen(table, rule) for rule in RULES}
+    return {
+        name: [
+            f"{settings_text(of[name])} ({100 * means[rule][name, json.dumps(of[name])]:.1f})"
+            for rule, of in best.items()
+        ]
+        for name in METHODS
+        if name in set(table["method"])
+    }
