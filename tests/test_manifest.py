@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -267,16 +268,6 @@ class TestPhotographsForAllGenerators:
             shutil.rmtree(root / split / generator)
         says(refusal(root), f"/{split}, found none of 1_fake", "Add some")
 
-    def test_a_generator_of_that_name_is_refused_before_anything_is_trained(self, image_tree: ImageTree) -> None:
-        root = image_tree()
-        (root / "train" / "alpha").rename(root / "train" / "real")
-        says(refusal(root), "only photographs", "3 in 1_fake", "Rename the folder")
-
-    def test_without_it_a_missing_class_is_still_an_error(self, image_tree: ImageTree) -> None:
-        root = image_tree()
-        shutil.rmtree(root / "test" / "alpha" / "0_real")
-        says(refusal(root), "0_real", "found none (3 in 1_fake)")
-
 
 class TestWhatIsFoundInAFolder:
     def test_links_are_followed_and_a_loop_of_them_ends(self, image_tree: ImageTree, tmp_path: Path) -> None:
@@ -334,16 +325,6 @@ class TestCaptionsOfAManifest:
         manifest = manifest_of(image_tree())
         assert (manifest.groupby("generator")["caption"].nunique() == 1).all()
 
-    def test_an_unknown_key_is_an_error(self, image_tree: ImageTree) -> None:
-        root = image_tree()
-        captions = caption_file(root, {"path": "train/alpha/0_real/000.jpg", "captoin": "a"})
-        says(refusal(root, captions), "captions.jsonl", "line 1", "'captoin'", "Did you mean 'caption'?")
-
-    def test_a_missing_key_is_an_error(self, image_tree: ImageTree) -> None:
-        root = image_tree()
-        captions = caption_file(root, {"path": "train/alpha/0_real/000.jpg"})
-        says(refusal(root, captions), "captions.jsonl", "line 1", "'caption'", "found ['path']")
-
     def test_keys_that_name_no_image_are_an_error(self, image_tree: ImageTree) -> None:
         root = image_tree()
         captions = caption_file(root, {"path": "images/train/alpha/0_real/000.jpg", "caption": "a"})
@@ -355,137 +336,126 @@ class TestCaptionsOfAManifest:
             "relative to data.root",
         )
 
-    def test_a_missing_file_is_an_error(self, image_tree: ImageTree) -> None:
-        root = image_tree()
-        says(refusal(root, root / "gone.jsonl"), root / "gone.jsonl", "found none", "data.captions")
+
+def misspelled(folder: str, name: str) -> Callable[[Path], object]:
+    return lambda root: (root / folder).rename((root / folder).with_name(name))
 
 
-class TestRefusals:
-    def test_a_missing_folder(self, tmp_path: Path) -> None:
-        gone = tmp_path / "gone"
-        says(refusal(gone), "Expected a folder", f"data.root = {gone}", "found none", "Create it or mend the path")
+def without_images(folder: str) -> Callable[[Path], object]:
+    def do(root: Path) -> None:
+        shutil.rmtree(root / folder)
+        (root / folder).mkdir()
+        (root / folder / "notes.txt").write_text("to do")
 
-    def test_a_file_in_place_of_the_folder(self, tmp_path: Path) -> None:
-        (tmp_path / "archive.zip").write_bytes(b"PK")
-        says(refusal(tmp_path / "archive.zip"), "Expected a folder", "data.root")
-
-    def test_an_empty_folder(self, tmp_path: Path) -> None:
-        says(refusal(tmp_path), f"{tmp_path / 'train'}/<generator>/{{0_real,1_fake}}", "found none")
-
-    @pytest.mark.parametrize("needed", ["train", "test"])
-    def test_a_missing_split(self, image_tree: ImageTree, needed: str) -> None:
-        root = image_tree()
-        shutil.rmtree(root / needed)
-        says(refusal(root), "Expected images", root / needed, "found none")
-
-    @pytest.mark.parametrize(("empty", "other"), [("0_real", "1_fake"), ("1_fake", "0_real")])
-    @pytest.mark.parametrize("gone", [True, False])
-    def test_an_empty_class(self, image_tree: ImageTree, empty: str, other: str, gone: bool) -> None:
-        root = image_tree()
-        folder = root / "test" / "gamma" / empty
-        shutil.rmtree(folder)
-        if not gone:
-            folder.mkdir()
-            (folder / "notes.txt").write_text("to do")
-        says(refusal(root), f"Expected images in {folder}", "found none", f"3 in {other}", f"remove {folder.parent}")
-
-    @pytest.mark.parametrize(("wrong", "right"), [("0_reel", "0_real"), ("1_fakes", "1_fake"), ("1-fake", "1_fake")])
-    def test_a_misspelled_label_folder(self, image_tree: ImageTree, wrong: str, right: str) -> None:
-        root = image_tree()
-        folder = root / "train" / "beta" / right
-        folder.rename(folder.with_name(wrong))
-        says(refusal(root), folder.with_name(wrong), f"Did you mean '{right}'?", "0_real", "1_fake")
-
-    @pytest.mark.parametrize(("wrong", "right"), [("0_reel", "0_real"), ("1_fakes", "1_fake")])
-    def test_a_misspelled_label_folder_a_class_level_down(self, image_tree: ImageTree, wrong: str, right: str) -> None:
-        root = image_tree({"train": ("alpha",), "val": ("alpha",), "test": ("alpha",)}, level="cat")
-        image_tree({"train": ("alpha/dog",)}, seed=1)  # the other class has both labels
-        folder = root / "train" / "alpha" / "cat" / right
-        folder.rename(folder.with_name(wrong))
-        says(refusal(root), folder.with_name(wrong), f"Did you mean '{right}'?")
-
-    def test_both_label_folders_misspelled(self, image_tree: ImageTree) -> None:
-        root = image_tree()
-        generator = root / "test" / "alpha"
-        (generator / "0_real").rename(generator / "real")
-        (generator / "1_fake").rename(generator / "fake")
-        says(refusal(root), "Expected label folders 0_real and 1_fake", generator, "Did you mean '1_fake'?", "Rename")
-
-    def test_a_generator_without_label_folders(self, image_tree: ImageTree) -> None:
-        root = image_tree()
-        (root / "train" / "delta").mkdir()
-        says(refusal(root), "Expected label folders 0_real and 1_fake", root / "train" / "delta", "found none")
-
-    @pytest.mark.parametrize(("wrong", "right"), [("Train", "train"), ("tset", "test"), ("validation", "")])
-    def test_a_misspelled_split(self, image_tree: ImageTree, wrong: str, right: str) -> None:
-        root = image_tree()
-        (root / (right or "val")).rename(root / wrong)
-        message = refusal(root)
-        says(message, root / wrong, "train, test", "val", "<generator>/0_real")
-        if right:
-            says(message, f"Did you mean '{right}'?")
-
-    @pytest.mark.parametrize(("damage", "reason"), [("empty", "empty"), ("text", "not an image"), ("cut", "truncated")])
-    def test_an_unreadable_image(self, image_tree: ImageTree, damage: str, reason: str) -> None:
-        root = image_tree()
-        path = sorted((root / "val" / "beta" / "1_fake").glob("*.jpg"))[0]
-        data = path.read_bytes()
-        path.write_bytes({"empty": b"", "text": b"404 not found", "cut": data[: len(data) * 9 // 10]}[damage])
-        name = path.relative_to(root).as_posix()
-        says(refusal(root), "1 of 42 images", name, reason, "Remove or replace")
-
-    def test_several_unreadable_images_are_counted(self, image_tree: ImageTree) -> None:
-        root = image_tree()
-        for path in sorted((root / "test" / "gamma" / "0_real").iterdir()):
-            path.write_bytes(b"")
-        says(refusal(root), "3 of 42 images", "test/gamma/0_real/")
-
-    def test_a_rho_for_folders(self, image_tree: ImageTree) -> None:
-        root = image_tree()
-        with pytest.raises(UserError) as error:
-            build_manifest(root, DataParams(layout="folders", root=str(root), rho=0.9))
-        says(str(error.value), "data.rho = 0.9", "minibench", "data.rho: null")
+    return do
 
 
-class TestDataHash:
-    @pytest.fixture
-    def root(self, image_tree: ImageTree) -> Path:
-        return image_tree()
+def spoiled(pattern: str, content: Callable[[bytes], bytes], most: int = 1) -> Callable[[Path], object]:
+    return lambda root: [path.write_bytes(content(path.read_bytes())) for path in sorted(root.glob(pattern))[:most]]
 
-    def test_names_and_order_do_not_matter(self, root: Path) -> None:
-        before = data_hash(manifest_of(root))
-        for number, path in enumerate(sorted(root.rglob("*.*"), reverse=True)):
-            path.rename(path.with_name(f"renamed-{number:04d}{path.suffix}"))
-        renamed = manifest_of(root)
-        assert data_hash(renamed) == before
-        assert data_hash(renamed.sample(frac=1, random_state=0)) == before
 
-    def test_the_place_of_the_folder_does_not_matter(self, root: Path) -> None:
-        before = data_hash(manifest_of(root))
-        assert data_hash(manifest_of(root.rename(root.with_name("elsewhere")))) == before
+NO_LABELS = "Expected label folders 0_real and 1_fake in"
+REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "no folder": (shutil.rmtree, ("Expected a folder", "data.root = ", "found none", "Create it or mend the path")),
+    "a file": (lambda root: (shutil.rmtree(root), root.write_bytes(b"PK")), ("Expected a folder", "data.root")),
+    "nothing": (lambda root: (shutil.rmtree(root), root.mkdir()), ("/train/<generator>/{0_real,1_fake}, found none",)),
+    "no train": (lambda root: shutil.rmtree(root / "train"), ("Expected images under", "/train/<", "found none")),
+    "no test": (lambda root: shutil.rmtree(root / "test"), ("Expected images under", "/test/<", "found none")),
+    "no reals": (
+        lambda root: shutil.rmtree(root / "test/gamma/0_real"),
+        ("Expected images in", "/test/gamma/0_real, found none (3 in 1_fake)", "or remove", "/test/gamma."),
+    ),
+    "no fakes": (
+        without_images("test/gamma/1_fake"),
+        ("Expected images in", "/test/gamma/1_fake, found none (3 in 0_real)", "or remove", "/test/gamma."),
+    ),
+    "0_reel": (misspelled("train/beta/0_real", "0_reel"), ("/beta/0_reel", "Did you mean '0_real'?", "1_fake")),
+    "1-fake": (misspelled("train/beta/1_fake", "1-fake"), ("/beta/1-fake", "Did you mean '1_fake'?", "0_real")),
+    "a class's 1_fakes": (
+        lambda root: (
+            shutil.copytree(root / "train/beta", root / "train/new/dog"),
+            shutil.copytree(root / "train/beta", root / "train/new/cat"),
+            misspelled("train/new/cat/1_fake", "1_fakes")(root),
+        ),
+        ("/new/cat/1_fakes", "Did you mean '1_fake'?"),
+    ),
+    "both labels": (
+        lambda root: (misspelled("test/alpha/0_real", "real")(root), misspelled("test/alpha/1_fake", "fake")(root)),
+        (NO_LABELS, "/test/alpha", "Did you mean '1_fake'?", "Rename"),
+    ),
+    "no label folders": (lambda root: (root / "train/delta").mkdir(), (NO_LABELS, "/train/delta", "found none")),
+    "Train": (misspelled("train", "Train"), ("/Train", "Did you mean 'train'?", "<generator>/0_real")),
+    "tset": (misspelled("test", "tset"), ("/tset", "Did you mean 'test'?", "train, test and perhaps val")),
+    "validation": (misspelled("val", "validation"), ("/validation", "train, test and perhaps val")),
+    "an empty file": (spoiled("val/beta/1_fake/*", lambda _: b""), ("1 of 42 images", "val/beta/1_fake", "empty")),
+    "text": (spoiled("val/beta/1_fake/*", lambda _: b"404 not found"), ("1 of 42 images", "not an image")),
+    "half an image": (
+        spoiled("val/beta/1_fake/*.jpg", lambda data: data[: len(data) * 9 // 10]),
+        ("1 of 42 images", "val/beta/1_fake/", "truncated", "Remove or replace"),
+    ),
+    "several": (spoiled("test/gamma/0_real/*", lambda _: b"", 3), ("3 of 42 images", "test/gamma/0_real/")),
+    "fakes among photographs for all": (
+        misspelled("train/alpha", "real"),
+        ("only photographs", "3 in 1_fake", "Rename the folder"),
+    ),
+}
 
-    def test_content_matters(self, root: Path) -> None:
-        before = data_hash(manifest_of(root))
-        structured_image(12345).save(next(root.glob("train/alpha/0_real/*.png")))
-        assert data_hash(manifest_of(root)) != before
 
-    @pytest.mark.parametrize("target", ["train/alpha/1_fake", "train/beta/0_real", "test/alpha/0_real"])
-    def test_label_generator_and_split_matter(self, root: Path, target: str) -> None:
-        before = data_hash(manifest_of(root))
+@pytest.mark.parametrize("damage", REFUSALS)
+def test_what_is_wrong_is_one_sentence(image_tree: ImageTree, damage: str) -> None:
+    root = image_tree()
+    do, facts = REFUSALS[damage]
+    do(root)
+    says(refusal(root), *facts)
+
+
+def test_a_rho_is_not_for_folders(image_tree: ImageTree) -> None:
+    root = image_tree()
+    with pytest.raises(UserError) as error:
+        build_manifest(root, DataParams(layout="folders", root=str(root), rho=0.9))
+    says(str(error.value), "data.rho = 0.9", "minibench", "data.rho: null")
+
+
+def moved_to(folder: str) -> Callable[[Path], object]:
+    def do(root: Path) -> None:
         path = next(root.glob("train/alpha/0_real/*"))
-        path.rename(root / target / f"moved{path.suffix}")
-        assert data_hash(manifest_of(root)) != before
+        path.rename(root / folder / f"moved{path.suffix}")
 
-    def test_a_caption_matters(self, root: Path) -> None:
-        manifest = manifest_of(root)
-        captions = caption_file(root, {"path": manifest["file"].iloc[0], "caption": "another"})
-        assert data_hash(manifest_of(root, captions)) != data_hash(manifest)
+    return do
 
-    def test_a_copy_matters(self, root: Path) -> None:
-        before = data_hash(manifest_of(root))
-        path = next(root.glob("train/alpha/0_real/*"))
-        shutil.copy(path, path.with_name(f"copy{path.suffix}"))
-        assert data_hash(manifest_of(root)) != before
+
+def renamed(root: Path) -> None:
+    for number, path in enumerate(sorted(root.rglob("*.*"), reverse=True)):
+        path.rename(path.with_name(f"renamed-{number:04d}{path.suffix}"))
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], bool]] = {
+    "names": (renamed, False),
+    "content": (lambda root: structured_image(12345).save(next(root.glob("train/alpha/0_real/*.png"))), True),
+    "label": (moved_to("train/alpha/1_fake"), True),
+    "generator": (moved_to("train/beta/0_real"), True),
+    "split": (moved_to("test/alpha/0_real"), True),
+    "a copy": (lambda root: shutil.copy(root / "train/alpha/0_real/000.jpg", root / "train/alpha/0_real/x.jpg"), True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_data_hash_depends_on_what_a_result_depends_on(image_tree: ImageTree, change: str) -> None:
+    root = image_tree()
+    before = data_hash(manifest_of(root))
+    do, matters = CHANGES[change]
+    do(root)
+    assert (data_hash(manifest_of(root)) != before) is matters
+
+
+def test_the_data_hash_depends_on_captions_and_on_no_order_or_place(image_tree: ImageTree) -> None:
+    root = image_tree()
+    manifest = manifest_of(root)
+    before = data_hash(manifest)
+    assert data_hash(manifest.sample(frac=1, random_state=0)) == before
+    captions = caption_file(root, {"path": manifest["file"].iloc[0], "caption": "another"})
+    assert data_hash(manifest_of(root, captions)) != before
+    assert data_hash(manifest_of(root.rename(root.with_name("elsewhere")))) == before
 
 
 class TestPackedBenchmark:
@@ -532,15 +502,6 @@ class TestPackedBenchmark:
         assert ids[0.5, "background"] == ids[0.5, "object"]
         assert not ids[0.9, "background"] & ids[0.9, "object"]
 
-    def test_changed_images_are_refused(self, root: Path) -> None:
-        pack = root / "images-test.parquet"
-        table = pd.read_parquet(pack)
-        table.loc[0, "label"] = 1 - table.loc[0, "label"]
-        table.to_parquet(pack)
-        with pytest.raises(UserError) as error:
-            build_manifest(root, DataParams(rho=0.9))
-        says(str(error.value), root, "content hash", MINIBENCH, "they were changed")
-
     def test_a_row_still_finds_its_own_bytes(self, root: Path) -> None:
         manifest = build_manifest(root, DataParams(rho=0.9))
         source = ImageSource(root)
@@ -549,24 +510,30 @@ class TestPackedBenchmark:
         for row in manifest.itertuples():
             assert hashlib.sha256(copy.read(row.file, row.row)).hexdigest() == row.sha256
 
-    def test_another_rho_is_an_error_that_lists_the_choices(self, root: Path) -> None:
+    @pytest.mark.parametrize(
+        ("damage", "facts"),
+        [
+            ("rho", ("data.rho", "0.50, 0.90", "found 0.8")),
+            ("shortcut", ("one of 0.50 with data.shortcut: object, found 0.9",)),
+            ("images", ("content hash", MINIBENCH, "they were changed")),
+            ("pack", ("images-val.parquet", "dvc repro data.dvc")),
+            ("captions", ("data.captions is for data.layout: folders",)),
+        ],
+    )
+    def test_what_is_wrong_is_one_sentence(self, root: Path, damage: str, facts: tuple[str, ...]) -> None:
+        params = DataParams(
+            rho=0.8 if damage == "rho" else 0.9, shortcut="object" if damage == "shortcut" else "background"
+        )
+        if damage == "shortcut":
+            for split in ("train", "val"):
+                pack = root / f"images-{split}.parquet"
+                pd.read_parquet(pack).drop(columns="object_rho_0.90").to_parquet(pack)
+        if damage == "images":
+            table = pd.read_parquet(root / "images-test.parquet")
+            table.loc[0, "label"] = 1 - table.loc[0, "label"]
+            table.to_parquet(root / "images-test.parquet")
+        if damage == "pack":
+            (root / "images-val.parquet").unlink()
         with pytest.raises(UserError) as error:
-            build_manifest(root, DataParams(rho=0.8))
-        says(str(error.value), "data.rho", "0.50, 0.90", "found 0.8")
-
-    def test_the_choices_are_those_of_the_shortcut(self, root: Path) -> None:
-        for split in ("train", "val"):
-            pack = root / f"images-{split}.parquet"
-            pd.read_parquet(pack).drop(columns="object_rho_0.90").to_parquet(pack)
-        with pytest.raises(UserError, match=r"one of 0\.50 with data\.shortcut: object, found 0\.9"):
-            build_manifest(root, DataParams(rho=0.9, shortcut="object"))
-
-    def test_a_missing_pack_says_what_to_run(self, root: Path) -> None:
-        (root / "images-val.parquet").unlink()
-        with pytest.raises(UserError) as error:
-            build_manifest(root, DataParams())
-        says(str(error.value), "images-val.parquet", root, "dvc repro data.dvc")
-
-    def test_captions_of_ones_own_are_for_folders(self, root: Path) -> None:
-        with pytest.raises(UserError, match=r"data\.captions is for data\.layout: folders"):
-            build_manifest(root, DataParams(), root / "captions.jsonl")
+            build_manifest(root, params, root / "captions.jsonl" if damage == "captions" else None)
+        says(str(error.value), *facts)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from dgs.data.images import UnreadableImage, decode, read
+from dgs.data.images import FORMATS, UnreadableImage, decode, read
 from dgs.data.suites import full_name
 from dgs.data.tree import FAKE, FEW, LABELS, REAL, Finding, Tree, count_suffixes, find_missing, rows_of
 
@@ -29,16 +29,6 @@ LIMIT = 0.6  # balanced accuracy above which a rule is worth a warning
 # Kolmogorov and Smirnov: two samples of one distribution differ by CHANCE * sqrt(1/n + 1/m) once in a thousand.
 # With fewer than 8 images of each label nothing is beyond chance.
 CHANCE = 1.95
-SUFFIXES = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".gif": "GIF",
-}
 SAME = {"MPO": "JPEG", "DIB": "BMP"}  # what a decoder calls variants of a format
 
 
@@ -83,12 +73,12 @@ def file_properties(path: Path) -> FileProperties:
         decode(data, str(path))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 named = image.format or "unknown"
                 found = SAME.get(named, named)
                 tables = getattr(image, "quantization", None)
                 quality = jpeg_quality(tables[0]) if found == "JPEG" and tables and 0 in tables else 0
-                wrong_suffix = SUFFIXES.get(path.suffix.lower(), found) != found
+                wrong_suffix = Image.registered_extensions().get(path.suffix.lower(), found) != found
                 return FileProperties(sha256, found, *image.size, quality, wrong_suffix)
     except UnreadableImage as error:
         return FileProperties(sha256, error=str(error))

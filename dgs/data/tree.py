@@ -56,21 +56,29 @@ class Part(NamedTuple):
     split: str
     folder: Path
 
-    @property
-    def place(self) -> str:
-        """Suite and split: "AIGIBench/test", or "train"."""
-        return full_name(self.suite.name, self.split)
+
+class Group(NamedTuple):
+    """One generator in one split, or photographs that several generators are compared with: a row of `Tree.groups`."""
+
+    part: int  # an index into `Tree.parts`
+    suite: str  # its name, or ""
+    split: str
+    generator: str  # the folder's name
+    column: str  # of the paper's tables, or ""
+    pool: str  # the folder beside it whose photographs it is compared with too, or ""
+    place: str  # "AIGIBench/test", or "train"
+    name: str  # "AIGIBench/test/SDXL"
+    full_name: str  # in manifests and tables: "AIGIBench/SDXL"
+    folder: Path
+    is_pool: bool  # photographs for several generators
+    is_read: bool  # by the pipeline: of a suite, test images alone
 
 
 @dataclass
 class Tree:
     """The files in the label folders of a tree.
 
-    groups: one row a generator (or folder of photographs for several generators) in a split; columns part (an index
-        into `parts`), suite (its name or ""), split, generator (the folder's name), column (of the paper's tables, or
-        ""), pool (the folder beside it whose photographs it is compared with too, or ""), real and fake (images, by
-        their names), place ("AIGIBench/test"), name ("AIGIBench/test/SDXL"), full_name (the generator in manifests:
-        "AIGIBench/SDXL"), folder, is_pool, and is_read (by the pipeline: of a suite, test images alone).
+    groups: the fields of `Group`, real and fake (images, by their names).
     files: one row a file, by group, label and path; columns group (an index into `groups`), label ("0_real" or
         "1_fake"), path and is_image (by its name: no file is opened).
     suites, strangers: the root's folders that are suites, and those that are neither a suite nor a split.
@@ -109,39 +117,31 @@ def _with_counts(groups: pd.DataFrame, files: pd.DataFrame) -> pd.DataFrame:
 
 
 def _scan(root: Path, parts: list[Part], suites: dict[Path, Suite], strangers: list[Path]) -> Tree:
-    groups: list[dict[str, Any]] = []
+    groups: list[Group] = []
     files: list[tuple[int, str, Path, bool]] = []
     notes: list[str] = []
-    for number, part in enumerate(parts):
-        suite, split, _ = part
-        for folder in _folders(part.folder):
-            known, holders = suite.generator(folder.name), _holders(folder)
-            if suite.name and not (known or holders or folder.name in suite.pools() | {SHARED_REALS}):
+    for number, (suite, split, parent) in enumerate(parts):
+        place, is_read = full_name(suite.name, split), not suite.name or split == "test"
+        for folder in _folders(parent):
+            known, holders, own = suite.generator(folder.name), _holders(folder), folder.name
+            if suite.name and not (known or holders or own in suite.pools() | {SHARED_REALS}):
                 notes.append(f"{folder} is no generator of {suite.name} and has no label folders: not looked at.")
                 continue
             for label in LABELS:
-                tops = [place / label for place in holders if (place / label).is_dir()]
+                tops = [holder / label for holder in holders if (holder / label).is_dir()]
                 files += [(len(groups), label, path, is_image_name(path)) for path in sorted(files_under(tops))]
             column = known.column if known else ""
-            name = full_name(suite.name, column or folder.name)
-            pool = next((pool for pool in pools_for(suite, folder.name) if (part.folder / pool).is_dir()), "")
-            own = {
-                "part": number,
-                "suite": suite.name,
-                "split": split,
-                "generator": folder.name,
-                "column": column,
-                "pool": pool,
-            }
-            names = {"place": part.place, "name": f"{part.place}/{folder.name}", "full_name": name, "folder": folder}
-            groups.append(own | names | {"is_pool": is_pool(name), "is_read": not suite.name or split == "test"})
+            pool = next((pool for pool in pools_for(suite, own) if (parent / pool).is_dir()), "")
+            name, full = f"{place}/{own}", full_name(suite.name, column or own)
+            group = Group(
+                number, suite.name, split, own, column, pool, place, name, full, folder, is_pool(full), is_read
+            )
+            groups.append(group)
     for folder in strangers:
         notes.append(f"{folder} is neither a split nor a suite: not looked at.{_split_or_suite(folder.name)}")
     table = pd.DataFrame(files, columns=["group", "label", "path", "is_image"]).astype({"is_image": bool})
-    columns = ["part", "suite", "split", "generator", "column", "pool", "place", "name", "full_name", "folder"]
-    known_groups = pd.DataFrame(groups, columns=[*columns, "is_pool", "is_read"])
-    counted = _with_counts(known_groups.astype({"is_read": bool}), table[table["is_image"]])
-    return Tree(root, parts, counted, table, suites, strangers, notes)
+    found = pd.DataFrame(groups, columns=list(Group._fields)).astype({"is_read": bool})
+    return Tree(root, parts, _with_counts(found, table[table["is_image"]]), table, suites, strangers, notes)
 
 
 def _suite_by_content(folder: Path) -> Suite | None:
@@ -220,28 +220,28 @@ def _first_hint(names: Iterable[str], known: Iterable[str]) -> str:
 
 def find_missing(tree: Tree) -> Iterator[Finding]:
     """What is missing in a tree, and what the names alone make suspicious."""
-    for number, part in enumerate(tree.parts):
+    for number, (suite, split, parent) in enumerate(tree.parts):
         spellings: dict[str, Path] = {}
         for group in rows_of(tree.groups[tree.groups["part"] == number]):
             if (first := spellings.setdefault(group.full_name, group.folder)) != group.folder:
                 yield Finding(
                     "suspicious",
-                    part.place,
-                    f"{first.name} and {group.generator} in {part.folder} are two spellings of one generator. "
+                    group.place,
+                    f"{first.name} and {group.generator} in {parent} are two spellings of one generator. "
                     f"Keep one of them.",
                     1,
                     (str(first), str(group.folder)),
                 )
             yield from _label_findings(group)
-        generators = part.suite.generators if part.split == "test" else ()  # training sets choose their own
-        names = [path.name for path in _folders(part.folder)]
-        present = {known.folder for name in names if (known := part.suite.generator(name))}
+        generators = suite.generators if split == "test" else ()  # training sets choose their own
+        names = [path.name for path in _folders(parent)]
+        present = {known.folder for name in names if (known := suite.generator(name))}
         if absent := [generator.folder for generator in generators if generator.folder not in present]:
-            hint = _first_hint(absent, [name for name in names if not part.suite.generator(name)])
+            hint = _first_hint(absent, [name for name in names if not suite.generator(name)])
             yield Finding(
                 "missing",
-                part.place,
-                f"{len(absent)} of {len(generators)} generators of {part.suite.name} are missing in {part.folder}: "
+                full_name(suite.name, split),
+                f"{len(absent)} of {len(generators)} generators of {suite.name} are missing in {parent}: "
                 f"{', '.join(absent)}.{hint}",
                 len(absent),
                 tuple(absent),
