@@ -98,7 +98,7 @@ class TestCaptions:
         assert read_captions(tmp_path / "c.jsonl") == expected
         assert len(set(expected.values())) == 7, "images that all get one caption would show nothing"
 
-    @pytest.mark.parametrize("batch_size", [1, 2, 7, 50])
+    @pytest.mark.parametrize("batch_size", [1, 50])
     def test_the_batch_size_changes_no_line(self, photos: Path, blip: Blip, tmp_path: Path, batch_size: int) -> None:
         caption_folder(photos, tmp_path / "three.jsonl", lambda: blip, batch_size=3)
         caption_folder(photos, tmp_path / "other.jsonl", lambda: blip, batch_size=batch_size)
@@ -127,13 +127,12 @@ class TestCaptions:
         for name in ("0.jpg", "copy.jpg", "empty.png", "half.png", "gone.png"):
             assert sum(f"{name}:" in line for line in told) == 1, told
 
-    @pytest.mark.parametrize("shape", [(1, 1), (3, 3), (1, 3), (3, 50), (200, 1)])
-    def test_an_image_of_a_few_pixels_has_a_caption_too(
-        self, tmp_path: Path, blip: Blip, shape: tuple[int, int]
-    ) -> None:
+    def test_images_of_a_few_pixels_have_captions_too(self, tmp_path: Path, blip: Blip) -> None:
         (tmp_path / "photos").mkdir()
-        Image.new("RGB", shape, "red").save(tmp_path / "photos" / "small.png")
-        assert caption_folder(tmp_path / "photos", tmp_path / "c.jsonl", lambda: blip).captioned == 1
+        shapes = [(1, 1), (3, 3), (1, 3), (3, 50), (200, 1)]
+        for shape in shapes:
+            Image.new("RGB", shape, "red").save(tmp_path / "photos" / f"{shape}.png")
+        assert caption_folder(tmp_path / "photos", tmp_path / "c.jsonl", lambda: blip).captioned == len(shapes)
 
     def test_an_image_without_words_is_missing_and_gets_no_line(
         self, photos: Path, blip_folder: Path, tmp_path: Path, told: list[str]
@@ -163,9 +162,6 @@ class TestFolder:
         assert list(after["id"]) == list(before["id"])
         assert set(after["caption_source"]) == {"file"}
         assert ignored_files(root) == {}
-
-    def test_a_folder_without_labels_is_captioned_whole(self, photos: Path, blip: Blip, tmp_path: Path) -> None:
-        assert caption_folder(photos, tmp_path / "c.jsonl", lambda: blip).images == 7
 
 
 class TestGoingOn:
@@ -200,7 +196,7 @@ class TestGoingOn:
         assert len(lines(tmp_path / "c.jsonl")) == 7
         assert sha(photos / "more/6.png") not in read_captions(tmp_path / "c.jsonl")
 
-    @pytest.mark.parametrize("lost", [1, 2, 40, 79, 80, 81, 200])
+    @pytest.mark.parametrize("lost", [1, 2, 80, 200])
     def test_wherever_a_run_broke_off_the_next_one_ends_with_the_same_lines(
         self, photos: Path, blip: Blip, tmp_path: Path, lost: int
     ) -> None:
@@ -255,10 +251,8 @@ class TestLog:
     def file(self, tmp_path: Path, told: list[str]) -> Path:
         with open_log(tmp_path / "c.jsonl", told.append) as log:
             log.append({SHAS[0]: "a dog", SHAS[1]: 'ein "Schloß"\nam See', SHAS[2]: "{"})
+        assert read_captions(tmp_path / "c.jsonl") == log.captions
         return tmp_path / "c.jsonl"
-
-    def test_it_is_a_caption_file(self, file: Path) -> None:
-        assert read_captions(file) == {SHAS[0]: "a dog", SHAS[1]: 'ein "Schloß"\nam See', SHAS[2]: "{"}
 
     def test_a_batch_can_be_read_as_soon_as_it_was_added(self, tmp_path: Path, told: list[str]) -> None:
         with open_log(tmp_path / "c.jsonl", told.append) as log:
@@ -452,11 +446,8 @@ class TestCommand:
         file = photos / "captions.jsonl"
         assert result.stdout == f"{file}: 7 images, 7 distinct; 7 captioned, 0 unreadable, 0 missing\n"
         assert len(read_captions(file)) == 7
-
-    def test_as_json(self, caption: Callable[..., object], tmp_path: Path) -> None:
-        result = caption("--json", "--out", tmp_path / "new" / "c.jsonl")
         counts = {"images": 7, "distinct": 7, "captioned": 7, "unreadable": 0, "missing": 0, "strangers": []}
-        assert json.loads(result.stdout) == {"file": str(tmp_path / "new" / "c.jsonl"), **counts}
+        assert json.loads(caption("--json").stdout) == {"file": str(file), **counts}
 
     def test_an_image_that_cannot_be_read_exits_with_1(self, caption: Callable[..., object], photos: Path) -> None:
         (photos / "bad.png").write_bytes(b"no image")

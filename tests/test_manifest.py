@@ -78,6 +78,9 @@ class TestFolders:
             assert row.sha256 == hashlib.sha256((root / str(row.file)).read_bytes()).hexdigest()
         assert manifest["id"].is_unique
         assert (manifest["row"] == -1).all()
+        assert manifest[["split", "id"]].equals(
+            manifest[["split", "id"]].sort_values(["split", "id"], ignore_index=True)
+        )
 
     def test_a_generator_is_seen_if_its_fakes_are_trained_on(self, image_tree: ImageTree) -> None:
         manifest = manifest_of(image_tree())
@@ -119,11 +122,6 @@ class TestFolders:
         structured_image(9001).save(inner / "UPPER.PNG")
         assert "train/alpha/1_fake/batch 2/UPPER.PNG" in set(manifest_of(root)["file"])
 
-    def test_rows_are_sorted_whatever_the_order_on_disk(self, image_tree: ImageTree) -> None:
-        manifest = manifest_of(image_tree())
-        assert manifest[["split", "id"]].equals(manifest[["split", "id"]].sort_values(["split", "id"]))
-        assert list(manifest.index) == list(range(len(manifest)))
-
     def test_limit_keeps_the_first_by_content_of_every_cell(self, image_tree: ImageTree) -> None:
         root = image_tree(real=5, fake=4)
         whole, limited = manifest_of(root), manifest_of(root, limit=2)
@@ -132,13 +130,8 @@ class TestFolders:
         for cell, rows in whole.groupby(cells):
             kept = limited[(limited[cells] == list(cell)).all(axis=1)]
             assert set(kept["sha256"]) == set(sorted(rows["sha256"])[:2])
-
-    def test_limit_does_not_change_when_files_are_renamed(self, image_tree: ImageTree) -> None:
-        root = image_tree(real=5, fake=4)
-        before = set(manifest_of(root, limit=2)["sha256"])
-        for number, path in enumerate(sorted(root.rglob("*.png"), reverse=True)):
-            path.rename(path.with_name(f"0{number:04d}.png"))
-        assert set(manifest_of(root, limit=2)["sha256"]) == before
+        renamed(root)
+        assert set(manifest_of(root, limit=2)["sha256"]) == set(limited["sha256"])
 
     def test_the_images_of_a_row_can_be_opened(self, image_tree: ImageTree) -> None:
         root = image_tree()
@@ -183,11 +176,8 @@ class TestValidationSplit:
         for sha, split in zip(trained["sha256"], trained["split"], strict=True):
             assert split == ("val" if int(sha, 16) / 16**64 < 0.4 else "train")
         assert 5 < (trained["split"] == "val").sum() < 35
-
-    def test_the_test_split_is_never_cut(self, image_tree: ImageTree) -> None:
-        manifest = manifest_of(image_tree(NO_VAL, real=8, fake=8), val_fraction=0.5)
         in_test = manifest[manifest["file"].str.startswith("test/")]
-        assert len(in_test) == 32 and (in_test["split"] == "test").all()
+        assert len(in_test) == 48 and (in_test["split"] == "test").all(), "the test split is never cut"
 
     def test_a_val_folder_of_the_users_own_is_taken_as_it_is(self, image_tree: ImageTree) -> None:
         manifest = manifest_of(image_tree(), val_fraction=0.9)
@@ -212,14 +202,14 @@ class TestValidationSplit:
         assert len(after) == len(before) + 19
         assert after.loc[before.index].equals(before)
 
-    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize("seed", range(3))
     def test_few_images_still_give_every_generator_and_label_one(self, image_tree: ImageTree, seed: int) -> None:
         manifest = manifest_of(image_tree(NO_VAL, real=4, fake=4, seed=seed), val_fraction=0.02)
         cells = manifest.groupby(["split", "generator", "label"]).size()
         assert all(cells["val", generator, label] >= 1 for generator in ("alpha", "beta") for label in (0, 1))
         assert all(cells["train", generator, label] >= 2 for generator in ("alpha", "beta") for label in (0, 1))
 
-    @pytest.mark.parametrize("seed", range(4))
+    @pytest.mark.parametrize("seed", range(2))
     def test_a_generator_with_one_fake_keeps_it_in_train_and_stays_seen(self, image_tree: ImageTree, seed: int) -> None:
         root = image_tree({"train": ("many",), "test": ("many",)}, real=12, fake=12, seed=seed)
         image_tree({"train": ("few",)}, real=1, fake=1, seed=seed + 50)

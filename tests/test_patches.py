@@ -64,14 +64,10 @@ class TestEntropy:
         [(64, 64, 8), (61, 83, 8), (8, 8, 8), (15, 9, 8), (200, 16, 8), (131, 40, 4), (224, 224, 32), (290, 101, 32)],
     )
     def test_it_is_what_the_definition_says(self, height: int, width: int, size: int) -> None:
-        image = noise(height, width)
-        found = patch_entropy(image, size)
-        assert (found.shape, found.dtype) == (((height // size) * (width // size),), np.float64)
-        assert np.abs(found - entropy_by_definition(image, size)).max() < 1e-12
-
-    def test_strong_and_weak_texture_side_by_side(self) -> None:
-        image = mixed(11, 7, 8)
-        assert np.abs(patch_entropy(image, 8) - entropy_by_definition(image, 8)).max() < 1e-12
+        for image in (noise(height, width), mixed(height // size, width // size, size)):
+            found = patch_entropy(image, size)
+            assert (found.shape, found.dtype) == (((height // size) * (width // size),), np.float64)
+            assert np.abs(found - entropy_by_definition(image, size)).max() < 1e-12
 
     def test_values_of_zero_and_one_are_not_divided_by_255(self) -> None:
         image = np.random.default_rng(0).integers(0, 2, (24, 24, 3)).astype(np.uint8)
@@ -121,12 +117,6 @@ class TestSelection:
         low, high = count // 2, count - count // 2
         assert select_indices(entropies, count).tolist() == ranked[:low] + ranked[-high:]
 
-    @pytest.mark.parametrize("count_of_patches", [49, 50, 64, 200])
-    def test_24_of_lowest_and_25_of_highest_entropy(self, count_of_patches: int) -> None:
-        entropies = np.random.default_rng(1).permutation(np.arange(count_of_patches, dtype=np.float64))
-        kept = sorted(entropies[select_indices(entropies)])
-        assert kept == [*range(24), *range(count_of_patches - 25, count_of_patches)]
-
     @pytest.mark.parametrize("colours", ["one", "many"])
     def test_flat_patches_are_ties_and_go_by_position(self, colours: str) -> None:
         image = np.full((64, 64, 3), 90, dtype=np.uint8)
@@ -154,11 +144,6 @@ class TestCanvas:
         assert canvas.shape == (224, 224, 3)
         assert Counter(cells(canvas, 32)) == Counter(cells(image, 32))
         assert not np.array_equal(canvas, image)
-
-    def test_a_256_px_image_drops_15_of_its_64(self) -> None:
-        image = mixed(8, 8, 32)
-        dropped = Counter(cells(image, 32)) - Counter(cells(select_patches(image, seed=0), 32))
-        assert dropped.total() == 15
 
     @given(st.integers(1, 6), st.integers(1, 10), st.integers(0, 100))
     @settings(max_examples=40, deadline=None)
