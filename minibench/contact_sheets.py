@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import textwrap
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,7 +12,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from dgs.analysis.figures.detection import DPI, style
+from dgs.analysis.figures.images import picture_grid
+from dgs.analysis.figures.style import style
 from dgs.errors import UserError, did_you_mean
 from dgs.stats import rounded_text
 from minibench import audit, camera, generators, trivial_detectors
@@ -25,9 +24,7 @@ from minibench.train_generators import psnr
 Bytes = NDArray[np.uint8]
 
 ZOOM = 2
-GAP = 8  # pixels between cells
-LABELS = 132  # pixels left of the cells
-HEAD = 26  # pixels of one line of the title
+LABELS = 160  # pixels left of the cells
 AMPLIFY = 8  # factor of the difference
 LARGEST = 150_000  # bytes of one sheet
 COLOURS = (256, 128, 64, 32)  # palettes to try, from the finest
@@ -58,8 +55,9 @@ def contact_sheet(folder: Path, generator: str, count: int = 8) -> Figure:
         f"{generator}: {_decoder(generator)} These fakes are {rounded_text(quality)}\u00a0dB from photographs of their "
         "scenes."
     )
-    labels = ("photograph", "fake", f"difference × {AMPLIFY}")
-    return _figure([shot, fakes, difference], labels, title)
+    labels = ("photograph", "fake", f"difference\n× {AMPLIFY}")
+    pictures = {name: list(some) for name, some in zip(labels, (shot, fakes, difference), strict=True)}
+    return picture_grid(pictures, title, ZOOM * shot.shape[1], LABELS)
 
 
 def write_sheets(folder: Path, out: Path) -> list[Path]:
@@ -112,21 +110,3 @@ def photographs(rows: pd.DataFrame) -> Bytes:
 def _decoder(generator: str) -> str:
     """The first line of the docstring of a generator's class."""
     return (type(generators.create(generator)).__doc__ or "").strip().splitlines()[0].replace("`", "")
-
-
-def _figure(images: list[Bytes], labels: tuple[str, ...], title: str) -> Figure:
-    count, side = len(images[0]), images[0].shape[1] * ZOOM
-    width = LABELS + count * (side + GAP)
-    lines = textwrap.wrap(title, max(20, width // 10))
-    height = HEAD * len(lines) + 2 * GAP + len(images) * (side + GAP)
-    with style(), mpl.rc_context({"font.size": 8.0}):
-        fig = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-        fig.text(GAP / width, 1 - GAP / height, "\n".join(lines), va="top", weight="bold", linespacing=1.3)
-        for row, (name, some) in enumerate(zip(labels, images, strict=True)):
-            bottom = (len(images) - 1 - row) * (side + GAP) + GAP
-            fig.text(GAP / width, (bottom + side / 2) / height, name.replace(" × ", "\n× "), va="center")
-            for column, image in enumerate(some):
-                # figimage puts pixels on the canvas as they are: axes would resample them.
-                zoomed = image.repeat(ZOOM, 0).repeat(ZOOM, 1)
-                fig.figimage(zoomed, xo=LABELS + column * (side + GAP), yo=bottom)
-    return fig

@@ -25,7 +25,7 @@ from dgs.analysis.angles import (
     read_updates,
     text_head_ranks,
 )
-from dgs.analysis.figures.plane import in_plane
+from dgs.analysis.figures.plane import project_to_plane
 
 
 class TestCorrelation:
@@ -175,7 +175,7 @@ class TestPlane:
         row = self.row(
             task=[3.0, 4.0, 0.0], harmful=[2.0, 0.0, 0.0], applied=[0.0, 4.0, 0.0], beneficial=[-1.0, 0.0, -1.0]
         )
-        points = in_plane(row, ("task", "harmful", "applied", "beneficial"))
+        points = project_to_plane(row, ("task", "harmful", "applied", "beneficial"))
         assert points["task"] == pytest.approx((0.6, 0.8, 0.0))
         assert points["applied"] == pytest.approx((0.0, 0.8, 0.0))
         assert points["beneficial"] == pytest.approx((-0.2, 0.0, 0.2)) and points["beneficial"].inside == pytest.approx(
@@ -184,6 +184,8 @@ class TestPlane:
         assert points["harmful"].unit == pytest.approx((1.0, 0.0, 0.0))
 
     def test_no_harm_and_no_task_are_drawn_too(self) -> None:
-        without = in_plane(self.row(task=[0.0, 2.0], harmful=[0.0, 0.0]), ("task", "harmful"))
+        without = project_to_plane(self.row(task=[0.0, 2.0], harmful=[0.0, 0.0]), ("task", "harmful"))
         assert without == {"task": (0.0, 1.0, 0.0), "harmful": (0.0, 0.0, 0.0)}
-        assert in_plane(self.row(task=[0.0, 0.0], harmful=[1.0, 0.0]), ("harmful",)) == {"harmful": (0.0, 0.0, 0.0)}
+        assert project_to_plane(self.row(task=[0.0, 0.0], harmful=[1.0, 0.0]), ("harmful",)) == {
+            "harmful": (0.0, 0.0, 0.0)
+        }

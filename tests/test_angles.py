@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dgs.analysis import angles as analysis
-from dgs.analysis.figures.detection import angles_over_training
+from dgs.analysis.figures.angles import angles_over_training
 from dgs.errors import UserError
 from dgs.model.surgery import residual_directions, split_signs, suppress
 from dgs.model.training_log import TrainingLog, angles, effective_rank, inner_products, write_logs

@@ -15,7 +15,7 @@ from conftest import ImageTree
 from PIL import Image
 
 from dgs.analysis.evaluate import block_means, checkpoints, evaluate, settings, tsne_rows
-from dgs.analysis.figures.robustness import robustness_curves
+from dgs.analysis.figures.detection import robustness_curves
 from dgs.analysis.metrics import RATES, SCORES, detection_table, summary
 from dgs.analysis.report import write_report
 from dgs.data.conditions import parse_condition

@@ -17,8 +17,10 @@ from conftest import structured_image
 
 from dgs.analysis import metrics, report
 from dgs.analysis.evaluate import evaluate, evaluate_from_disk, settings
-from dgs.analysis.figures import comparison as comparison_figures
 from dgs.analysis.figures import detection as figures
+from dgs.analysis.figures import forgetting as memory
+from dgs.analysis.figures.images import tsne, tsne_panels
+from dgs.analysis.figures.style import save
 from dgs.analysis.outside import outside
 from dgs.data.manifest import ImageSource, build_manifest, data_hash
 from dgs.data.prepared import compute_patches, load_prepared, load_training, save_prepared
@@ -134,17 +136,17 @@ def test_the_release_stands_beside_what_was_trained_in_every_table_and_figure(
     assert list(summary["methods"]) == ["probe", "lora", "release"]
     assert len(summary["methods"]["release"]["balanced_acc_unseen"]["per_seed"]) == 1
     drawn = {
-        "detection": figures.detection_bars(detection),
+        "detection": figures.detection_by_generator(detection),
         "heatmap": figures.detection_heatmap(detection),
-        "differences": comparison_figures.difference_forest(detection, forgetting),
-        "calibration": comparison_figures.reliability_diagram(scores, {"a", "b"}),
-        "forgetting": figures.forgetting_bars(forgetting),
-        "plane": figures.forgetting_plane(detection, forgetting),
-        "blocks": comparison_figures.forgetting_blocks(forgetting),
-        "tsne": figures.tsne_panels(figures.tsne(panels, seed=0), seed=0),
+        "differences": figures.difference_forest(detection, forgetting),
+        "calibration": figures.reliability_diagram(scores, {"a", "b"}),
+        "forgetting": memory.forgetting_measures(forgetting),
+        "plane": memory.forgetting_plane(detection, forgetting),
+        "blocks": memory.forgetting_blocks(forgetting),
+        "tsne": tsne_panels(tsne(panels, seed=0), seed=0),
     }
     for name, figure in drawn.items():
-        assert figures.save(figure, tmp_path / f"{name}.png").stat().st_size > 0
+        assert save(figure, tmp_path / f"{name}.png").stat().st_size > 0
     chosen = settings(found, run.params)
     assert chosen["release"]["data"]["root"] == read_info(run.imported)["params"]["data"]["root"]
     text = report.write_report(tmp_path / "REPORT.md", summary, detection, forgetting, chosen, []).read_text()

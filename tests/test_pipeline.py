@@ -162,8 +162,8 @@ def test_editing_the_command_line_reruns_nothing(repo: Path) -> None:
 
 
 def test_editing_a_figure_trains_nothing(repo: Path) -> None:
-    with put_back(repo, "dgs/analysis/figures/comparison.py"):
-        edit(repo / "dgs" / "analysis" / "figures" / "comparison.py")
+    with put_back(repo, "dgs/analysis/figures/forgetting.py"):
+        edit(repo / "dgs" / "analysis" / "figures" / "forgetting.py")
         assert run(repo, "dvc", "repro", "sources").returncode == 0
         assert stale(repo) == {"evaluate"}
 

@@ -10,7 +10,7 @@ import pytest
 from test_figures import make_changed, make_detection, title
 from test_report import report
 
-from dgs.analysis.figures.robustness import robustness_curves
+from dgs.analysis.figures.detection import robustness_curves
 from dgs.analysis.metrics import detection_table
 from dgs.analysis.robustness import change, changes, conditions_of, format_conditions, means_over_generators, readings
 from dgs.data.conditions import parse_condition

@@ -138,7 +138,7 @@ class TestWritten:
         assert set(before) == {f"{stage}/{name}" for stage in STAGES for name in ("notebook.ipynb", "code.txt")}
         assert changed("dgs/cli.py") == set()
         assert changed("params.yaml") == set(), "or every number would rerun every stage"
-        assert changed("dgs/analysis/figures/comparison.py") == {"evaluate/code.txt"}
+        assert changed("dgs/analysis/figures/forgetting.py") == {"evaluate/code.txt"}
         assert changed("dgs/model/surgery.py") >= {"train/code.txt"}
         assert changed("dgs/errors.py") == {f"{stage}/code.txt" for stage in STAGES}
 

@@ -15,7 +15,8 @@ from clips import write_random_clip
 from copies import ROOT, copy_repository, run
 from trees import grow, grow_with_pools, put
 
-from dgs.analysis.figures.detection import detection_figures, short_names
+from dgs.analysis.figures.detection import detection_figures
+from dgs.analysis.figures.style import short_names
 from dgs.analysis.metrics import by_suite, detection_table, reliability, summary
 from dgs.analysis.paper import paper_cells, suite_sections
 from dgs.data.manifest import ImageSource, build_manifest, cautions, data_hash, examples

@@ -17,6 +17,7 @@ from torch import nn
 from dgs.analysis.forgetting import Tower, measure_all, spread_out
 from dgs.analysis.metrics import SCORES
 from dgs.analysis.outside import outside
+from dgs.analysis.tuning import weighted_balanced_accuracy
 from dgs.data.conditions import NATIVE, parse_condition
 from dgs.data.prepared import Prepared, load_prepared
 from dgs.data.views import Views, worth_keeping
@@ -27,6 +28,7 @@ from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import load_checkpoint, read_info
 from dgs.model.clip import Clip, load_clip
 from dgs.model.methods.registry import get_method
+from dgs.model.methods.text_expert import caption_probability, ipw_weights
 from dgs.model.train import extract_features
 from dgs.params import Params
 from dgs.workspace import Workspace
@@ -304,3 +306,33 @@ def _evaluate_share(
     clip = load_clip(params.model, root, params.image_size, text=False)
     device = processes.own_device(choose_device(params.compute.device))
     return evaluate(found, clip, load_prepared(prepared_folder, root), params, device)
+
+
+def final_validation(scores: pd.DataFrame, prepared: Prepared) -> pd.DataFrame:
+    """Balanced accuracy (a fraction, threshold 0.5) of each checkpoint on validation images, by kind of image.
+
+    Kinds, each where the data has it: "as in training"; the same "reweighted" by 1 / P(label | caption), so that
+    captions tell nothing of labels; and those "without shortcut". A kind without images of both labels is left out.
+
+    Returns:
+        columns method, seed, images (the kind), balanced_acc.
+    """
+    weights = {
+        "as in training": ("val", None),
+        "reweighted": ("val", "captions"),
+        "without shortcut": ("val_unbiased", None),
+    }
+    rows = []
+    for kind, (split, weighed) in weights.items():
+        own, known = scores[scores["split"] == split], prepared.split(split)
+        if known["label"].nunique() < 2 or own.empty:
+            continue
+        labels = known["label"].to_numpy()
+        weight = ipw_weights(caption_probability(prepared, split), labels) if weighed else np.ones(len(known))
+        by_id = dict(zip(known["id"], weight, strict=True))
+        for (method, seed), run in own.groupby(["method", "seed"], sort=False):
+            rate = weighted_balanced_accuracy(
+                run["label"].to_numpy(), run["logit"].to_numpy(), run["id"].map(by_id).to_numpy()
+            )
+            rows.append((method, seed, kind, rate))
+    return pd.DataFrame(rows, columns=["method", "seed", "images", "balanced_acc"])

@@ -1,27 +1,31 @@
-"""One image at one checkpoint: its score, its three gradients, and what surgery with other settings would make of them.
+"""One image at one checkpoint: its score, its gradients, and what the surgery with other settings makes of them.
 
-A `Workbench` opens images and checkpoints; a `Subject` is what it found, tensors that everything else is computed from
-at once, so that a slider can be moved.
+A `Workbench` opens images and checkpoints; a `Subject` is what it found, tensors from which everything else is computed
+without the tower, so that a slider can be moved.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgs.analysis.angles import ROUNDING, cosines, degrees, orthonormal
 from dgs.analysis.evaluate import check_fits
+from dgs.analysis.figures.images import portrait
+from dgs.analysis.figures.plane import plane_figure
+from dgs.analysis.figures.style import subject_of
 from dgs.data.images import decode, read
 from dgs.data.manifest import open_image
 from dgs.data.patches import patch_entropy, select_indices
@@ -32,44 +36,34 @@ from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import load_checkpoint, load_heads
 from dgs.model.clip import encode_texts, load_clip
 from dgs.model.detector import probability
+from dgs.model.methods.base import Batch, GradientMap, Precomputed, text_harm
+from dgs.model.methods.registry import get_method
+from dgs.model.step import surgery_step
 from dgs.model.surgery import head_gradients, split_signs, suppress
 from dgs.model.training_log import inner_products
 from dgs.params import Params, SurgeryParams
+from dgs.stats import rounded_text
 from dgs.workspace import Workspace
 
 Array = NDArray[np.uint8]
+Row = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Of the surgery. rank: how many harmful directions are projected off, 1 in the paper; the rest: train.surgery."""
+class Sample:
+    """What `surgery_step` takes of one image, and further text gradients.
 
-    lam: float
-    eps: float
-    rank: int
-    order: Literal["release", "paper"]
-    scale: Literal["release", "per_sample"]
-
-    @classmethod
-    def of(cls, params: SurgeryParams) -> Settings:
-        """Those of a run."""
-        return cls(params.lam, params.eps, 1, params.order, params.scale)
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Of one sample, sum-reduced (without the batch's 1/B), (1, D) float32 each.
-
-    task: dL_img/df at the student's features. teacher: dL_T/dfT at the frozen tower's.
-    texts: (K, D), dL_text/dt: the sample's own first; then that of the other class, with which a linear head's batch is
-        complete; then the sample's own under the text heads of other seeds.
-    batch_size: B of the run, which scales them.
+    features: (1, D), of the student. heads: "image", "text" and "teacher". known: of this image, one row.
+    further: (K - 1, D), dL_text/dt beside the sample's own: first that of the other class, with which a linear head's
+        batch is complete; then the sample's own under the text heads of other seeds.
+    params: of the run; its batch size scales losses and directions.
     """
 
-    task: Tensor
-    teacher: Tensor
-    texts: Tensor
-    batch_size: int
+    features: Tensor
+    heads: Mapping[str, nn.Module]
+    known: Precomputed
+    further: Tensor
+    params: Params
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ class Subject:
 
     image: (H, W, 3) uint8. view: (S, S, 3) uint8, what the model sees. patches: indices of the patches that selection
     keeps, whether or not the model uses it; None for an image too small to have any.
-    gradients: None for a method whose tower stays frozen: no gradient reaches it.
+    surgery: train.surgery of the run. sample: None for a method whose tower stays frozen: no gradient reaches it.
     """
 
     name: str
@@ -87,10 +81,11 @@ class Subject:
     image: Array
     view: Array
     patches: NDArray[np.int32] | None
+    patch_size: int
     logit: float
     threshold: float
-    gradients: Gradients | None
-    settings: Settings
+    surgery: SurgeryParams
+    sample: Sample | None
 
     @property
     def probability(self) -> float:
@@ -103,66 +98,72 @@ class Subject:
         found = int(self.logit > self.threshold)
         return f"called {('real', 'generated')[found]}, {'rightly' if found == self.label else 'wrongly'}"
 
+    @property
+    def portrait(self) -> Figure:
+        """The image with its patches, what the model sees, the score and the caption."""
+        kind, score = "fake" if self.label == 1 else "real", rounded_text(100 * self.probability)
+        title = f"A {kind} image, {self.verdict}: probability of being generated {score} %"
+        return portrait(self.image, self.view, title, self.caption, self.patches, self.patch_size)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Ranks there are directions for; none without gradients."""
+        return [] if self.sample is None else list(range(1, 2 + len(self.sample.further)))
+
 
 def suppress_all(grad: Tensor, harmful: Tensor, eps: float) -> Tensor:
-    """Suppression of rank K: off the first direction as in training, then exactly off what the others add to it.
+    """Suppression of rank K: off the first of (K, D) directions as in training, then exactly off what the others add.
+
+    `eps` as in `surgery.suppress`, for the first; with 0 the (1, D) result is orthogonal to all K.
+    """
+    first, others = harmful[:1], F.normalize(harmful[1:], dim=1)
+    others = F.normalize(suppress(others, first.expand_as(others), 0.0), dim=1)
+    _, lengths, basis = torch.linalg.svd(others, full_matrices=False)
+    basis = basis[lengths > 1e-6 * lengths.sum()]
+    grad = suppress(grad, first, eps)
+    return grad - (grad @ basis.mT) @ basis
+
+
+def suppression_of(further: Tensor) -> GradientMap:
+    """DGS-Net's map of the gradient with (K - 1, D) further harmful directions projected off."""
+
+    def project(task: Tensor, prior: Tensor, batch: Batch, params: SurgeryParams) -> Tensor:
+        harmful = torch.cat([text_harm(batch), further])
+        if params.order == "release":
+            return suppress_all(task + prior, harmful, params.eps)
+        return suppress_all(task, harmful, params.eps) + prior
+
+    return project
+
+
+def operate(sample: Sample, rank: int = 1, **settings: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """DGS-Net's step on one sample, by the function that training calls, as in a batch of the run's size.
 
     Args:
-        grad: (1, D).
-        harmful: (K, D) directions of any length, in the order they count.
-        eps: as in `surgery.suppress`, for the first.
+        rank: how many harmful directions are projected off; 1 in the paper.
+        settings: of train.surgery, in place of the run's.
 
     Returns:
-        (1, D); with eps = 0 orthogonal to all K.
+        (task, harmful, beneficial, applied: (1, D) vectors by name; (rank, D) harmful directions that are projected
+        off, of which `harmful` is the first).
     """
-    basis: list[Tensor] = []
-    for number, direction in enumerate(harmful):
-        rest = direction
-        for known in basis:
-            rest = rest - (rest @ known) * known
-        length = rest.norm()
-        if length <= 1e-6 * direction.norm():
-            continue  # lies in the span of those before it
-        grad = suppress(grad, rest[None], eps if number == 0 else 0.0)
-        basis.append(rest / length)
-    return grad
+    method, train = get_method("dgs"), sample.params.train
+    further = split_signs(sample.further[: rank - 1])[0]
+    if len(further):
+        method = replace(method, gradient=suppression_of(further))
+    train = train.model_copy(update={"surgery": train.surgery.model_copy(update=settings)})
+    params = sample.params.model_copy(update={"train": train})
+    unused = torch.zeros_like(sample.features)  # noise, of the controls
+    _, _, vectors = surgery_step(method, sample.features, sample.heads, sample.known, unused, params, train.batch_size)
+    return vectors, torch.cat([vectors["harmful"], further])
 
 
-def _scale(gradients: Gradients, settings: Settings) -> float:
-    return 1.0 / gradients.batch_size if settings.scale == "release" else 1.0
-
-
-def harmful_directions(gradients: Gradients, settings: Settings) -> Tensor:
-    """The directions that surgery of this rank takes the gradient off: (K, D), in their order, as long as they are."""
-    harmful, _ = split_signs(_scale(gradients, settings) * gradients.texts[: settings.rank])
-    return harmful
-
-
-def operate(gradients: Gradients, settings: Settings) -> dict[str, Tensor]:
-    """DGS-Net's surgery on one sample, as a training step with B samples does it: (1, D) vectors by name.
-
-    task, harmful, beneficial, applied: what `dgs.model.step.surgery_step` gives for that row, at rank 1. At a higher
-    rank harmful is still the sample's own direction, the first of `harmful_directions`.
-    """
-    size = gradients.batch_size
-    per = _scale(gradients, settings)
-    task = gradients.task / size
-    harmful = harmful_directions(gradients, settings)
-    _, beneficial = split_signs(per * gradients.teacher)
-    prior = settings.lam * beneficial / size
-    if settings.order == "release":
-        applied = suppress_all(task + prior, harmful, settings.eps)
-    else:
-        applied = suppress_all(task, harmful, settings.eps) + prior
-    return {"task": task, "harmful": harmful[:1], "beneficial": beneficial, "applied": applied}
-
-
-def measure(vectors: dict[str, Tensor], directions: Tensor | None = None) -> tuple[dict[str, float], dict[str, float]]:
+def measure(vectors: Mapping[str, Tensor], directions: Tensor) -> tuple[dict[str, float], dict[str, float]]:
     """Inner products of `operate`'s vectors, and what they say.
 
     Args:
-        directions: (K, D), all that the surgery takes the gradient off, whose span "removed" and "added" are told by;
-            None: the harmful direction alone. With K = 1 they are those of `angles.energies`.
+        directions: (K, D), all that the surgery takes the gradient off, inside and outside whose span "removed" and
+            "added" are energies. With K = 1 they are those of `angles.energies`.
 
     Returns:
         ({"a.b": <a, b>}, {"harm": angle of task and harmful direction, "turned": of task and applied, both in degrees,
@@ -170,8 +171,7 @@ def measure(vectors: dict[str, Tensor], directions: Tensor | None = None) -> tup
     """
     frame = pd.DataFrame(inner_products(vectors))
     task, applied = (vectors[name][0].double().numpy() for name in ("task", "applied"))
-    given = vectors["harmful"] if directions is None else directions
-    basis = orthonormal(F.normalize(given.double(), dim=1, eps=1e-300).numpy().T)
+    basis = orthonormal(F.normalize(directions.double(), dim=1, eps=1e-300).numpy().T)
     whole = float(task @ task) or np.nan
     shift = applied - task
     removed = ((task @ basis) ** 2).sum() - ((applied @ basis) ** 2).sum()
@@ -255,25 +255,25 @@ class Workbench:
             raise UserError(f"No checkpoint of {method} with seed {seed}. There are seeds {there}.")
         return self.workspace.find("train", method, made_by=f"train@{method}") / f"seed-{seed}"
 
-    def _open_checkpoint(self, method: str, seed: int) -> tuple[Backbone, dict[str, nn.Linear], Settings, float, int]:
+    def _open_checkpoint(
+        self, method: str, seed: int
+    ) -> tuple[Backbone, dict[str, nn.Linear], Params, float, list[nn.Linear]]:
+        """(tower, heads, parameters of the run, threshold of validation, text heads of other seeds)."""
         folder = self._folder(method, seed)
         clip = load_clip(self.params.model, self.workspace.root, self.params.image_size, text=False)
         backbone, heads, info = load_checkpoint(folder, clip)
         check_fits(method, folder, info, self.prepared, self.params, clip)
-        own = self.params.model_copy(deep=True)
-        given = info["params"]["train"]
-        surgery = SurgeryParams.model_validate({**own.train.surgery.model_dump(), **given["surgery"]})
-        return backbone, heads, Settings.of(surgery), info["thresholds"].get("val", 0.0), int(given["batch_size"])
-
-    def _texts(self, method: str, seed: int, embedding: Tensor, label: Tensor) -> Tensor:
-        own = load_heads(self._folder(method, seed))["text"]
-        others = [load_heads(self._folder(method, other))["text"] for other in self.runs[method] if other != seed]
-        rows = [head_gradients(own, embedding, label), head_gradients(own, embedding, 1 - label)]
-        return torch.cat([*rows, *(head_gradients(head, embedding, label) for head in others)])
+        given, train = info["params"]["train"], self.params.train
+        surgery = SurgeryParams.model_validate({**train.surgery.model_dump(), **given["surgery"]})
+        own = train.model_copy(update={"surgery": surgery, "batch_size": int(given["batch_size"])})
+        others = [load_heads(self._folder(method, other)) for other in self.runs[method] if other != seed]
+        params = self.params.model_copy(update={"train": own})
+        threshold = info["thresholds"].get("val", 0.0)
+        return backbone, heads, params, threshold, [found["text"] for found in others if "text" in found]
 
     def choose(self, method: str | None, seed: int | None, image: str | None) -> tuple[str, int, str]:
         """What to open first: what is given, else dgs or the last method, its first seed, and its surest mistake."""
-        method = method or ("dgs" if "dgs" in self.runs else list(self.runs)[-1])
+        method = method or subject_of(self.runs)
         if seed is None:
             seed = self.runs.get(method, [0])[0]
         if image is None:
@@ -312,10 +312,8 @@ class Workbench:
             raise UserError(f"No test image or file '{image_id}'.{hint} There are {len(self.images)} test images.")
         row = rows.iloc[0]
         pixels = open_image(self.prepared.source, row["file"], row["row"])
-        embedding = self.prepared.caption_embeddings[rows.index[0]]
-        return self._subject(
-            method, seed, pixels, row["sha256"], int(row["label"]), row["caption"], embedding, str(image_id)
-        )
+        caption = row["caption"], self.prepared.caption_embeddings[rows.index[0]]
+        return self._subject(method, seed, str(image_id), pixels, row["sha256"], int(row["label"]), *caption)
 
     def look_at_file(self, method: str, seed: int, path: str, label: int, caption: str = "a photo") -> Subject:
         """A file of one's own: its label is the user's word, its caption too.
@@ -324,59 +322,45 @@ class Workbench:
             UserError: no such checkpoint, or an image that cannot be read.
         """
         data = read(Path(path))
-        pixels = decode(data, path)
+        pixels, sha = decode(data, path), hashlib.sha256(data).hexdigest()
         clip = load_clip(self.params.model, self.workspace.root, self.params.image_size)
         embedding = encode_texts(clip, [caption])[0]
-        sha = hashlib.sha256(data).hexdigest()
-        return self._subject(method, seed, pixels, sha, label, caption, embedding, Path(path).name)
+        return self._subject(method, seed, Path(path).name, pixels, sha, label, caption, embedding)
 
     def _subject(
-        self,
-        method: str,
-        seed: int,
-        pixels: Array,
-        sha256: str,
-        label: int,
-        caption: str,
-        embedding: NDArray[np.float32],
-        name: str,
+        self, method: str, seed: int, name: str, pixels: Array, sha256: str, label: int, caption: str, embedding: Row
     ) -> Subject:
-        backbone, heads, settings, threshold, batch_size = self._open(method, seed)
-        size, count = self.params.patches.size, self.params.patches.count
-        chosen = self.params.patches.enabled or min(pixels.shape[:2]) >= size
+        backbone, heads, params, threshold, others = self._open(method, seed)
+        size, count = params.patches.size, params.patches.count
+        chosen = params.patches.enabled or min(pixels.shape[:2]) >= size
         kept = select_indices(patch_entropy(pixels, size), count) if chosen else None
-        view = make_view(pixels, sha256, self.params, 0, EVALUATION, kept)
+        view = make_view(pixels, sha256, params, 0, EVALUATION, kept)
         batch = torch.from_numpy(np.ascontiguousarray(view)).permute(2, 0, 1)[None]
         with torch.no_grad():
             features = backbone(batch)
-        with backbone.frozen():
-            frozen = backbone(batch)
-        logit = float(heads["image"](features).item())
-        gradients = None
+            logit = float(heads["image"](features).item())
+        sample = None
         if "text" in heads:
-            truth = torch.tensor([float(label)])
-            texts = self._texts(method, seed, torch.from_numpy(embedding)[None], truth)
-            gradients = Gradients(
-                task=head_gradients(heads["image"], features, truth),
-                teacher=head_gradients(heads["teacher"], frozen, truth),
-                texts=F.pad(texts, (0, features.shape[1] - texts.shape[1])),  # features of levels have no text side
-                batch_size=batch_size,
-            )
-        return Subject(name, label, caption, pixels, view, kept, logit, threshold, gradients, settings)
+            with torch.no_grad(), backbone.frozen():
+                frozen = backbone(batch)
+                residual = heads["teacher"](frozen).squeeze(1).sigmoid() - label
+            truth, text = torch.tensor([float(label)]), torch.from_numpy(embedding)[None]
+            known = Precomputed(truth, text, frozen, torch.ones(1), residual, torch.zeros(1), torch.ones(1))
+            further = [head_gradients(heads["text"], text, 1 - truth)]
+            further += [head_gradients(head, text, truth) for head in others]
+            # The text side knows nothing of levels: its gradients lie in the space it shares with CLIP's features.
+            wide = F.pad(torch.cat(further), (0, features.shape[1] - text.shape[1]))
+            sample = Sample(features, heads, known, wide, params)
+        return Subject(name, label, caption, pixels, view, kept, size, logit, threshold, params.train.surgery, sample)
 
 
 def remark(method: str, subject: Subject) -> str:
     """What to know of the surgery shown, where it is not what trained this checkpoint; "" for dgs."""
-    if subject.gradients is None:
+    if subject.sample is None:
         return f"{method} trains no tower: no gradient reaches it, so there is nothing to operate on."
     if method == "dgs":
         return ""
     return f"{method} was trained in its own way. Shown is what DGS-Net's surgery would make of its task gradient."
-
-
-def ranks(subject: Subject) -> list[int]:
-    """Ranks there are directions for; none without gradients."""
-    return [] if subject.gradients is None else list(range(1, len(subject.gradients.texts) + 1))
 
 
 def sweeps(subject: Subject, values: dict[str, Sequence[float]]) -> pd.DataFrame:
@@ -384,12 +368,32 @@ def sweeps(subject: Subject, values: dict[str, Sequence[float]]) -> pd.DataFrame
 
     Columns setting, value, turned (degrees), removed, added (shares); empty for a subject without gradients.
     """
-    if subject.gradients is None:
+    if subject.sample is None:
         return pd.DataFrame(columns=["setting", "value", "turned", "removed", "added"])
     rows = []
     for name, options in values.items():
         for value in options:
-            chosen = replace(subject.settings, **{name: value})  # type: ignore[arg-type]
-            _, said = measure(operate(subject.gradients, chosen), harmful_directions(subject.gradients, chosen))
-            rows.append({"setting": name, "value": value, **{k: said[k] for k in ("turned", "removed", "added")}})
+            _, found = measure(*operate(subject.sample, **{name: value}))  # type: ignore[arg-type]
+            rows.append({"setting": name, "value": value, **{k: found[k] for k in ("turned", "removed", "added")}})
     return pd.DataFrame(rows)
+
+
+def surgery_plane(subject: Subject, **settings: Any) -> Figure:
+    """The sample's gradients before and after surgery, in the plane of task and harm; `settings` as in `operate`.
+
+    Raises ValueError for a subject without gradients.
+    """
+    if subject.sample is None:
+        raise ValueError("expected a subject with gradients; a frozen tower has none")
+    products, found = measure(*operate(subject.sample, **settings))
+    return plane_figure(products, sentence(found))
+
+
+def sentence(found: Mapping[str, float]) -> str:
+    """What `measure` found, in words."""
+    if np.isnan(found["turned"]):
+        return "There is no gradient to operate on" if np.isnan(found["harm"]) else "Nothing is left of this gradient"
+    harm, turned = (rounded_text(found[name]) for name in ("harm", "turned"))
+    removed, added = (rounded_text(100 * found[name], 2) for name in ("removed", "added"))
+    against = ", against it" if found["conflict"] else ""
+    return f"{harm}° from harm{against}: {removed} % of the energy removed, {added} % added, turned by {turned}°"

@@ -1,75 +1,69 @@
-"""The explorer's controls: every move of a slider computes from cached tensors and draws anew."""
+"""The explorer's controls: every move of a slider computes from a subject's tensors and draws anew."""
 
 from __future__ import annotations
 
 import base64
+import html
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
+from matplotlib.figure import Figure
 
-from dgs.analysis.explore import Settings, Subject, Workbench, remark
-from dgs.analysis.figures.explore import png, portrait, surgery_plane
+from dgs.analysis.explore import Subject, Workbench, remark, surgery_plane
+from dgs.analysis.figures.style import png
 from dgs.errors import UserError
 
 LAMBDAS = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 EPSILONS = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1)
 WIDGET = "application/vnd.jupyter.widget-view+json"
+SLIDER_DPI = 90  # of a picture that is drawn anew with every move
 _OWN = "a file of mine"
 
 
-def bundle(panel: widgets.Widget, picture: bytes) -> dict[str, Any]:
+def bundle(panel: widgets.Widget, picture: Figure) -> dict[str, Any]:
     """A widget with a picture in its place where widgets cannot run, for `display(..., raw=True)`."""
     view = {"version_major": 2, "version_minor": 0, "model_id": panel.model_id}
-    return {WIDGET: view, "image/png": base64.b64encode(picture).decode(), "text/plain": "the explorer"}
-
-
-def _with(options: tuple[float, ...], value: float) -> list[float]:
-    return sorted({*options, value})
+    still = base64.b64encode(png(picture)).decode()
+    return {WIDGET: view, "image/png": still, "text/plain": "the explorer"}
 
 
 class SurgeryControls:
-    """Sliders of the surgery and the picture they move."""
+    """Sliders of the surgery and the picture they move: computed from the subject's tensors, without the tower."""
 
     def __init__(self, subject: Subject) -> None:
-        start = subject.settings
+        start = subject.surgery
         wide = {"style": {"description_width": "70px"}, "layout": widgets.Layout(width="420px")}
-        self.lam = widgets.SelectionSlider(
-            options=[(f"{v:g}", v) for v in _with(LAMBDAS, start.lam)], value=start.lam, description="lambda", **wide
-        )
-        self.eps = widgets.SelectionSlider(
-            options=[(f"{v:g}", v) for v in _with(EPSILONS, start.eps)], value=start.eps, description="epsilon", **wide
-        )
-        self.rank = widgets.IntSlider(value=1, min=1, max=1, description="rank", **wide)
-        self.order = widgets.ToggleButtons(options=["release", "paper"], value=start.order, description="order")
-        self.scale = widgets.ToggleButtons(options=["release", "per_sample"], value=start.scale, description="scale")
+
+        def slider(name: str, values: Sequence[float], value: float) -> widgets.SelectionSlider:
+            options = [(f"{v:g}", v) for v in sorted({*values, value})]
+            return widgets.SelectionSlider(options=options, value=value, description=name, **wide)
+
+        self.controls = {
+            "lam": slider("lambda", LAMBDAS, start.lam),
+            "eps": slider("epsilon", EPSILONS, start.eps),
+            "rank": widgets.IntSlider(value=1, min=1, max=1, description="rank", **wide),
+            "order": widgets.ToggleButtons(options=["release", "paper"], value=start.order, description="order"),
+            "scale": widgets.ToggleButtons(options=["release", "per_sample"], value=start.scale, description="scale"),
+        }
         self.picture = widgets.Image(format="png")
         self.subject = subject
-        for control in (self.lam, self.eps, self.rank, self.order, self.scale):
-            control.observe(lambda _: self.draw(), names="value")
+        found = widgets.interactive_output(self.draw, self.controls)
         self.show(subject)
-        self.box = widgets.HBox(
-            [widgets.VBox([self.lam, self.eps, self.rank, self.order, self.scale]), self.picture],
-            layout=widgets.Layout(flex_flow="row wrap"),
-        )
-
-    @property
-    def settings(self) -> Settings:
-        """As the controls stand."""
-        return Settings(self.lam.value, self.eps.value, self.rank.value, self.order.value, self.scale.value)
+        left = widgets.VBox([*self.controls.values(), found])
+        self.box = widgets.HBox([left, self.picture], layout=widgets.Layout(flex_flow="row wrap"))
 
     def show(self, subject: Subject) -> None:
         """Another image or checkpoint; settings stay as they are, as far as there are directions."""
         self.subject = subject
-        if subject.gradients is not None:
-            self.rank.max = len(subject.gradients.texts)
-        self.draw()
+        self.controls["rank"].max = max([1, *subject.ranks])
+        self.picture.layout.display = "none" if subject.sample is None else None
+        self.draw(**{name: control.value for name, control in self.controls.items()})
 
-    def draw(self) -> None:
-        """The picture for the settings as they stand; hidden where no gradient reaches the tower."""
-        shown = self.subject.gradients is not None
-        self.picture.layout.display = None if shown else "none"
-        if shown:
-            self.picture.value = png(surgery_plane(self.subject, self.settings))
+    def draw(self, **settings: Any) -> None:
+        """The picture for these settings, where a gradient reaches the tower."""
+        if self.subject.sample is not None:
+            self.picture.value = png(surgery_plane(self.subject, **settings), SLIDER_DPI)
 
 
 class Explorer:
@@ -93,48 +87,33 @@ class Explorer:
         self.portrait = widgets.Image(format="png")
         self.own = widgets.VBox([self.path, self.caption, self.label])
         self.surgery = SurgeryControls(subject)
-        self.method.observe(self._new_method, names="value")
+        controls = {
+            name: getattr(self, name) for name in ("method", "seed", "group", "image", "path", "caption", "label")
+        }
+        self.method.observe(lambda change: setattr(self.seed, "options", bench.runs[change["new"]]), names="value")
         self.group.observe(self._new_group, names="value")
-        for control in (self.seed, self.image, self.path, self.caption, self.label):
-            control.observe(lambda _: self.look(), names="value")
-        self._show(subject)
-        chosen = widgets.VBox([self.method, self.seed, self.group, self.image, self.own, self.message])
+        said = widgets.interactive_output(self.look, controls)
+        chosen = widgets.VBox([self.method, self.seed, self.group, self.image, self.own, self.message, said])
         top = widgets.HBox([chosen, self.portrait], layout=widgets.Layout(flex_flow="row wrap"))
         self.box = widgets.VBox([top, self.surgery.box])
 
-    def _new_method(self, change: dict[str, Any]) -> None:
-        self.seed.options = self.bench.runs[change["new"]]  # sets a seed, which looks
-        self.look()
-
-    def _new_group(self, change: dict[str, Any]) -> None:
+    def _new_group(self, change: Mapping[str, Any]) -> None:
         if change["new"] != _OWN:
-            self.image.options = self._ids[change["new"]]  # sets an image, which looks
-        self.look()
+            self.image.options = self._ids[change["new"]]
 
-    def _find(self) -> Subject:
-        if self.group.value != _OWN:
-            return self.bench.look(self.method.value, self.seed.value, self.image.value)
-        if not self.path.value:
-            raise UserError("Type the path of an image file.")
-        rest = (self.label.value, self.caption.value)
-        return self.bench.look_at_file(self.method.value, self.seed.value, self.path.value, *rest)
-
-    def look(self) -> None:
+    def look(self, method: str, seed: int, group: str, image: str, path: str, caption: str, label: int) -> None:
         """Open what is chosen; a mistake is said in the panel, and the last picture stays."""
+        own = group == _OWN
         try:
-            subject = self._find()
+            if own and not path:
+                raise UserError("Type the path of an image file.")
+            bench = self.bench
+            subject = bench.look_at_file(method, seed, path, label, caption) if own else bench.look(method, seed, image)
         except UserError as error:
-            self._say(str(error))
+            self.message.value = html.escape(str(error), quote=False)
             return
-        self._show(subject)
-
-    def _say(self, text: str) -> None:
-        self.message.value = text.replace("<", "&lt;")
-
-    def _show(self, subject: Subject) -> None:
-        own = self.group.value == _OWN
         self.own.layout.display = None if own else "none"
         self.image.layout.display = "none" if own else None
-        self.portrait.value = png(portrait(subject, self.bench.params.patches.size))
-        self._say(remark(self.method.value, subject))
+        self.portrait.value = png(subject.portrait)
+        self.message.value = remark(method, subject)
         self.surgery.show(subject)

@@ -1,10 +1,30 @@
-"""Gradients of one sample in the plane of its harmful direction and its task gradient."""
+"""A sample's gradients in the plane of its task gradient and its harmful direction, and what settings make of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, MultipleLocator
+
+from dgs.analysis.angles import cosines, degrees
+from dgs.analysis.figures import style as look
+from dgs.analysis.figures.style import plain, style
+from dgs.stats import rounded_text
+
+# Of the gradients in a plane: no method's colours.
+VECTOR_COLOURS = {"task": "#000000", "harmful": "#b2182b", "beneficial": "#1b7837", "applied": "#d400d4"}
+_VECTOR_NAMES = {
+    "task": "task gradient",
+    "harmful": "harmful direction (text)",
+    "beneficial": "beneficial direction (image)",
+    "applied": "applied gradient",
+}
+_SETTINGS = {"lam": "Alignment weight λ", "eps": "Epsilon", "rank": "Rank (directions)"}
 
 
 class Point(NamedTuple):
@@ -30,12 +50,12 @@ class Point(NamedTuple):
         return Point(self.x / whole, self.y / whole, self.off / whole) if whole > 0 else self
 
 
-def product(row: Mapping[str, float], a: str, b: str) -> float:
+def product(row: Mapping[str, Any], a: str, b: str) -> float:
     """<a, b> of a row that keeps each pair once."""
     return float(row[f"{a}.{b}"] if f"{a}.{b}" in row else row[f"{b}.{a}"])
 
 
-def in_plane(row: Mapping[str, float], names: tuple[str, ...]) -> dict[str, Point]:
+def project_to_plane(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Point]:
     """Where a sample's gradients lie in the plane of "task" and "harmful", from their inner products alone.
 
     Without a harmful direction x is 0 for all; without a part of the task across it, y is. A task gradient of length 0
@@ -58,3 +78,79 @@ def in_plane(row: Mapping[str, float], names: tuple[str, ...]) -> dict[str, Poin
         off = math.sqrt(max(product(row, name, name) - x**2 - y**2, 0.0))
         points[name] = Point(x / unit, y / unit, off / unit)
     return points
+
+
+def plane_figure(row: Mapping[str, Any], title: str) -> Figure:
+    """A sample's gradients as arrows: x along harm, y across it, unit: the task gradient's length.
+
+    Directions are drawn dashed with length 1; what lies out of the plane is left out of an arrow and named in its
+    label. The axes are placed by hand: it is drawn anew with every move of a slider.
+
+    Args:
+        row: inner products {"a.b": <a, b>} of "task", "harmful", "applied" and, where there is one, "beneficial".
+    """
+    names = [name for name in VECTOR_COLOURS if f"{name}.{name}" in row]
+    points = project_to_plane(row, names)
+    shown = {name: point.unit if name in ("harmful", "beneficial") else point for name, point in points.items()}
+    with style():
+        fig = look.new_figure(5.4, layout=None)
+        ax = fig.add_axes((0.13, 0.34, 0.82, 0.54))
+        handles = []
+        for name, point in shown.items():
+            dashed = "--" if name in ("harmful", "beneficial") else "-"
+            its = {"arrowstyle": "-|>", "color": VECTOR_COLOURS[name], "lw": 2.2, "linestyle": dashed}
+            ax.annotate("", (point.x, point.y), (0, 0), arrowprops={**its, "shrinkA": 0, "shrinkB": 0})
+            inside = points[name].inside
+            note = "" if inside > 0.995 else f", {rounded_text(100 * inside, 0)} % in this plane"
+            handles.append(look.handle(_VECTOR_NAMES[name] + note, color=VECTOR_COLOURS[name], linestyle=dashed))
+        ends = [(shown[name].x, shown[name].y) for name in ("task", "applied")]
+        ax.plot(*zip(*ends, strict=True), color="#666666", linewidth=1.0, linestyle=":")
+        ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1)
+        xs, ys = ([getattr(point, axis) for point in shown.values()] for axis in "xy")
+        ax.set_xlim(min(-0.3, *xs) - 0.1, max(1.0, *xs) + 0.15)
+        ax.set_ylim(min(-0.3, *ys) - 0.1, max(1.0, *ys) + 0.15)
+        ax.set_aspect("equal")
+        widest = max(np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim()))
+        step = float(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(0.0, widest)[1])
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MultipleLocator(step))  # one unit both ways
+        ax.axhline(0, color="#999999", linewidth=0.8)
+        ax.axvline(0, color="#999999", linewidth=0.8)
+        ax.set(xlabel="along the harmful direction (task length = 1)", ylabel="across it")
+        look.put_title(fig, title)
+    return fig
+
+
+def surgery_sketch(row: Mapping[str, Any]) -> Figure:
+    """The surgery on one real sample of a run. `row`: of the logged samples, as `angles.one_sample` chooses it."""
+    frame = pd.DataFrame([row])
+    apart, turned = (rounded_text(degrees(frame, pair)[0], 0) for pair in ("task-harmful", "task-applied"))
+    removed = rounded_text(100.0 * cosines(frame, "task", "harmful")[0] ** 2)
+    kind = "fake" if row["label"] == 1 else "real"
+    return plane_figure(
+        row,
+        f"A {kind} image ({plain(row['method'])}, step {row['step']}): {apart}° from harm, {removed} % of its energy "
+        f"along it; turned by {turned}°",
+    )
+
+
+def sweep_figure(table: pd.DataFrame) -> Figure:
+    """By how much each setting alone turns the gradient (degrees): the sliders, for where they cannot be moved.
+
+    `table`: that of `explore.sweeps`, numbers only.
+    """
+    names = [name for name in _SETTINGS if (table["setting"] == name).any()]
+    with style():
+        fig = look.new_figure(2.9)
+        for ax, name in zip(np.atleast_1d(fig.subplots(1, len(names), sharey=True)), names, strict=True):
+            part = table[table["setting"] == name]
+            ax.plot(range(len(part)), part["turned"], "o-", color=VECTOR_COLOURS["applied"], markersize=4)
+            ticks = list(range(0, len(part), max(1, len(part) // 3)))
+            ax.set_xticks(ticks, [f"{part['value'].iloc[i]:g}" for i in ticks], fontsize=9)
+            ax.set_xlabel(_SETTINGS[name])
+        fig.axes[0].set_ylabel("Turned by (°)")
+        fig.axes[0].set_ylim(bottom=0.0)
+        strongest = str(table.groupby("setting", sort=False)["turned"].agg(np.ptp).idxmax())
+        name = _SETTINGS[strongest]
+        look.put_title(fig, f"On this image, {name[0].lower()}{name[1:]} matters most")
+    return fig

@@ -6,16 +6,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from dgs.analysis.figures.detection import colour, plain, style
+from dgs.analysis.figures.style import colour, ends, marker, plain, style
 from dgs.analysis.metrics import in_order
-from dgs.stats import seed_interval
 
 ROW, PANEL = 0.21, 1.75  # inches
-
-
-def _ends(gaps: pd.Series) -> tuple[float, float]:
-    interval = seed_interval(gaps.to_numpy())
-    return interval.low, interval.high
 
 
 def study_forest(gaps: pd.DataFrame, baseline: str = "lora") -> Figure:
@@ -32,8 +26,9 @@ def study_forest(gaps: pd.DataFrame, baseline: str = "lora") -> Figure:
     with style():
         grid = sns.catplot(
             gaps, kind="point", x="gap", y="method", hue="method", col="condition", order=order,
-            palette={method: colour(method) for method in order}, errorbar=_ends, linestyle="none", legend=False,
-            height=1.2 + ROW * len(order), aspect=PANEL / (1.2 + ROW * len(order)), markersize=4,
+            palette={method: colour(method) for method in order}, errorbar=ends(), linestyle="none", legend=False,
+            height=1.2 + ROW * len(order), aspect=PANEL / (1.2 + ROW * len(order)), markersize=5,
+            markers=[marker(method) for method in order],
             err_kws={"linewidth": 1.3},
         )  # fmt: skip
         grid.refline(x=0.0, color="#333333", linestyle="-", linewidth=1.0)

@@ -1,0 +1,143 @@
+"""Figures of forgetting: what a tuned tower still knows, detection against memory, and where the tower changed."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dgs.analysis.figures import style as look
+from dgs.analysis.figures.style import colour, marker, plain, short_names, style, takeaway
+from dgs.analysis.metrics import one_rho, per_seed_values
+from dgs.errors import UserError
+
+ROOM = 5.0  # points that the plane's detection axis spans at least: closer up, noise would look like a gap
+# What the plane's memory axis shows, the first that was measured: its name in a title, its axis label.
+_MEMORY = {
+    "zero_shot_kept": ("Zero-shot kept", "Zero-shot accuracy kept (% of the frozen model's)"),
+    "cka_to_frozen": ("CKA to frozen", "Similarity to the frozen features (CKA, %)"),
+}
+_BLOCKS = {"cka_block": "CKA to frozen (%)", "cosine_drift_block": "Cosine drift (%)"}
+
+
+def forgetting_measures(forgetting: pd.DataFrame) -> Figure:
+    """What each method still knows: every measure before (black tick) and after fine-tuning (dot), in per cent.
+
+    Dots are means over seeds with 95 % intervals cut at 0 and 100 %, faint ones single seeds. Left out is what is no
+    memory of the tower's output: measures whose `before` is 0 everywhere (drifts, angles), those of single blocks, and
+    the silhouette of real against fake. Raises UserError where no measure is left, or for mixed rho.
+    """
+    one_rho(forgetting, "forgetting table")
+    known = forgetting.groupby("measure", sort=False)["before"].transform(lambda before: (before != 0).any())
+    name = forgetting["measure"].astype(str)
+    rows = forgetting[known.astype(bool) & ~name.str.contains("_block:") & (name != "silhouette")]
+    if rows.empty:
+        raise UserError("The forgetting table has no measure to draw: `before` is 0 or there are no rows.")
+    shown = {str(measure): _measure_name(measure) for measure in rows["measure"].unique()}
+    methods = list(rows["method"].unique())
+    own = rows.assign(value=100.0 * rows["after"], shown=rows["measure"].map(shown))
+    with style():
+        row_height = max(0.45, 0.12 * len(methods))
+        fig = look.new_figure(1.1 + look.legend_height(len(methods)) + row_height * len(shown))
+        ax = fig.subplots()
+        look.dots(ax, own, "value", "shown", methods)
+        before = 100.0 * rows.groupby("measure", sort=False)["before"].mean()
+        ax.vlines(before, [i - 0.45 for i in range(len(shown))], [i + 0.45 for i in range(len(shown))], "black", lw=2.2)
+        ax.set_xlim(-2.0, max(102.0, float(100.0 * rows["before"].max()) + 1.0))
+        ax.set_xlabel("After fine-tuning (%); black: before")
+        look.legend(fig, methods, "mean over seeds, 95 % interval; faint dots: seeds")
+        zero_shot = rows["measure"].astype(str).str.startswith("zero_shot:")
+        part = rows[zero_shot] if zero_shot.any() else rows
+        ratio = 100.0 * (part["after"] / part["before"]).where(part["before"] != 0)
+        kept = ratio.groupby([part["method"], part["seed"]], sort=False).mean()
+        look.put_title(fig, takeaway("Zero-shot kept" if zero_shot.any() else "Share kept", kept))
+    return fig
+
+
+def forgetting_plane(detection: pd.DataFrame, forgetting: pd.DataFrame) -> Figure:
+    """Detection against memory: balanced accuracy (%) on unseen generators over the share of zero-shot accuracy kept.
+
+    One marker a method (mean over seeds) with 95 % intervals both ways, cut at 0 and 100 %, and a faint dot a seed.
+    Without unseen generators the seen ones are used, and without zero_shot:* measures (data without named classes) the
+    similarity to the frozen features; the axes say so. Methods that were not measured are named in the axis label.
+    Raises UserError where no method has either.
+    """
+    values = per_seed_values(detection, forgetting)
+    where = "unseen" if (values["metric"] == "balanced_acc_unseen").any() else "seen"
+    table = 100.0 * values.pivot(index=["method", "seed"], columns="metric", values="value")
+    memory = next((name for name in _MEMORY if name in table), None)
+    if memory is None:
+        raise UserError("The forgetting table has no zero_shot:* measures and no CKA: there is no share kept to draw.")
+    kept_name, axis = _MEMORY[memory]
+    table = table[[memory, f"balanced_acc_{where}"]].set_axis(["kept", "found"], axis=1).dropna()
+    names = [str(name) for name in values["method"].unique()]
+    measured = [name for name in names if name in table.index.get_level_values("method")]
+    absent = [plain(name) for name in names if name not in measured]
+    with style():
+        fig = look.new_figure(4.4 + look.legend_height(len(measured)))
+        ax = fig.subplots()
+        for method in measured:
+            part = table.loc[method]
+            ax.scatter(part["kept"], part["found"], s=14, color=colour(method), alpha=0.45, linewidths=0, zorder=2)
+            x, y, cut = part["kept"].mean(), part["found"].mean(), look.ends(0.0, 100.0)
+            (left, right), (low, high) = (cut(part[axis].tolist()) for axis in ("kept", "found"))
+            ax.errorbar(
+                x, y, xerr=[[x - left], [right - x]], yerr=[[y - low], [high - y]], fmt=marker(method), markersize=9,
+                color=colour(method), markeredgecolor="white", capsize=3, zorder=4,
+            )  # fmt: skip
+        ax.axvline(100.0, **look.LINE | {"linestyle": ":"})
+        ax.margins(0.08)
+        low, high = ax.get_ylim()
+        room = max(0.0, ROOM - (high - low)) / 2.0
+        ax.set_ylim(max(low - room, -3.0), min(high + room, 103.0))
+        low, high = ax.get_xlim()
+        ax.set_xlim(max(low, -3.0), min(high, max(103.0, table["kept"].max() + 3.0)))
+        ax.set_xlabel(axis + (f"\nnot measured: {', '.join(absent)}" if absent else ""))
+        ax.set_ylabel(f"Balanced accuracy,\n{where} generators (%)")
+        look.legend(fig, measured, "mean over seeds, 95 % intervals; faint dots: seeds")
+        sentences = (takeaway(kept_name, table["kept"], False), takeaway(where, table["found"], False))
+        look.put_title(fig, "; ".join(sentences))
+    return fig
+
+
+def forgetting_blocks(forgetting: pd.DataFrame) -> Figure:
+    """Where in the tower it changes: CKA (%) and cosine drift (%) of the mean token after each block, a line a method.
+
+    From the measures cka_block:<k> and cosine_drift_block:<k>, means over seeds with 95 % bands cut at 0 and 100 %.
+    Raises UserError where there are none, or for mixed rho.
+    """
+    one_rho(forgetting, "forgetting table")
+    rows = forgetting[forgetting["measure"].astype(str).str.contains("_block:")]
+    if rows.empty:
+        raise UserError("The forgetting table has no measures of single blocks (cka_block:1, ...) to draw.")
+    parts = rows["measure"].str.split(":", expand=True)
+    rows = rows.assign(kind=parts[0], block=parts[1].astype(int), value=100.0 * rows["after"])
+    methods, last = list(rows["method"].unique()), rows["block"].max()
+    with style():
+        fig = look.new_figure(3.2 + look.legend_height(len(methods)))
+        axes = fig.subplots(1, 2, sharex=True)
+        for ax, (kind, label) in zip(axes, _BLOCKS.items(), strict=True):
+            look.curves(ax, rows[rows["kind"] == kind], "block", "value", methods, top=100.0)
+            ax.set(ylim=(-3.0, 103.0), ylabel=label, xlabel="Vision block")
+            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        look.legend(fig, methods, "mean over seeds; band or bar: 95 % interval")
+        after = rows[(rows["kind"] == "cka_block") & (rows["block"] == last)].set_index(["method", "seed"])["value"]
+        # A frozen tower would always be the best; in float32 its CKA is 100 % but for the last digits.
+        moved = after.groupby("method").transform("min").round(2) < 100.0
+        look.put_title(fig, takeaway(f"CKA after block {last}", after[moved] if moved.any() else after))
+    return fig
+
+
+def _measure_name(measure: str) -> str:
+    kind, _, attribute = measure.rpartition(":")
+    shown = f"{kind}:{short_names([attribute])[attribute]}"
+    for old, new in (
+        ("zero_shot:", "zero-shot\n"),
+        ("linear_probe:", "linear probe\n"),
+        ("knn_", "kNN "),
+        ("retrieval_", "caption\nretrieval "),
+        ("cka_", "CKA "),
+        ("_", " "),
+    ):
+        shown = shown.removeprefix(":").replace(old, new)
+    return shown

@@ -1,0 +1,340 @@
+"""The look of all figures: a family of methods has one colour, a member one marker; dots, curves, legends and titles.
+
+Every figure is a function of tables: no inference, no files, no pyplot state. A title states what the data show and is
+computed from them; intervals stand in the picture. At half the width of a README column (some 400 px) the smallest text
+is still about 9 px high.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import textwrap
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from dgs.data.suites import abbreviated
+from dgs.stats import Interval, paired_difference, rounded_text, seed_interval
+
+WIDTH = 6.0  # inches; at 150 dpi 900 px, shown at half of it or less
+DPI = 150
+SUBJECT, BASELINE = "dgs", "lora"  # what titles compare where both are there
+CHANCE = 50.0  # per cent balanced accuracy
+LONGEST = 20  # characters of a name in a figure
+NOT_SHOWN = "not shown to differ from"  # a difference whose interval spans zero
+CURVE = 3  # points that make a curve with a band; fewer have bars
+
+# Okabe & Ito's colours and one of similar spacing, told apart under red-green blindness: a colour a family.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "#7f7f7f": ("probe", "leace", "null_space", "levels_probe", "weighed_probe"),
+    "#e69f00": ("lora", "lp_ft", "wise_ft", "swad", "l2_sp", "effort", "weighed_lora"),
+    "#0072b2": (
+        "dgs", "suppression_only", "alignment_only", "per_sample", "paper_order", "signed", "random_direction",
+        "random_alignment", "shuffled_captions",
+    ),
+    "#009e73": ("distillation", "pcgrad", "upgrad", "prograd", "levels_distillation"),
+    "#d55e00": (
+        "product_of_experts", "poe_probe", "poe_distillation", "poe_swad", "levels_poe", "levels_poe_probe",
+        "levels_poe_distillation",
+    ),
+    "#332288": ("dgs_plus",),
+}  # fmt: skip
+_OTHERS = "#cc79a7"  # of a method that no family lists: an external checkpoint, one of the reader's own
+_MARKERS = "oDsv^X><Pphd*"
+_FIRST = dict(zip(FAMILIES, "sDovX>", strict=True))  # heads of families differ in marker too
+# Kinds of image (real, generators) are no methods: black and eight colours that no family has.
+REAL_COLOUR, REAL_MARKER = "#000000", "o"
+GENERATOR_COLOURS = ("#d400d4", "#a8b400", "#7a0000", "#00cfe8", "#ff7f86", "#144729", "#6b0f5b", "#5c7000")
+_GENERATOR_MARKERS = "^vD<>PX"
+LINE: dict[str, Any] = {
+    "color": "#333333",
+    "linewidth": 1.0,
+    "linestyle": "--",
+    "zorder": 1,
+}  # chance, zero, 90 degrees
+
+_RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # shipped with matplotlib: the same glyphs on every machine
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.7,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "legend.fontsize": 11,
+    "legend.title_fontsize": 10,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "legend.columnspacing": 1.2,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.titlesize": 12.5,
+    "figure.titleweight": "bold",
+    "figure.facecolor": "white",
+    "figure.dpi": DPI,
+    "svg.hashsalt": "dgs",
+}
+
+
+def style(**more: Any) -> AbstractContextManager[None]:
+    """The look as a context: `with style(): ...` for a plot of one's own; `more`: matplotlib settings, "_" for "."."""
+    return mpl.rc_context(_RC | {name.replace("__", "."): value for name, value in more.items()})
+
+
+def new_figure(height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """An empty figure of the common width, `height` inches high."""
+    return Figure(figsize=(WIDTH, height), layout=layout)
+
+
+def nothing(why: str) -> Figure:
+    """A figure that says in a sentence why there is nothing to draw."""
+    with style():
+        fig = new_figure(1.2)
+        fig.text(0.5, 0.5, "\n".join(title_lines(why)), ha="center", va="center")
+    return fig
+
+
+def png(fig: Figure, dpi: int = DPI) -> bytes:
+    """A figure as PNG bytes that repeat: no software or date entry."""
+    buffer = io.BytesIO()
+    with style():
+        FigureCanvasAgg(fig)
+        fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    plt.close(fig)  # no-op for the figures of this package, which pyplot does not know
+    return buffer.getvalue()
+
+
+def save(fig: Figure, path: str | Path) -> Path:
+    """Writes `fig` as PNG at 150 dpi; parent folders are made. Returns the path."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(png(fig))
+    return target
+
+
+def show(fig: Figure, path: str | Path | None = None) -> None:
+    """A figure in a notebook, and as a file where a path is given."""
+    from IPython.display import Image, display
+
+    display(Image(png(fig) if path is None else save(fig, path)))
+
+
+def colour(method: str) -> str:
+    """The colour of the method's family as "#rrggbb"; names that no family lists share one."""
+    return next((hue for hue, members in FAMILIES.items() if method in members), _OTHERS)
+
+
+def marker(method: str) -> str:
+    """The method's marker (matplotlib code), its own in its family; an unlisted name always gets the same one."""
+    hue = colour(method)
+    if hue == _OTHERS:
+        return _MARKERS[zlib.crc32(method.encode()) % len(_MARKERS)]
+    first = _MARKERS.index(_FIRST[hue])
+    return _MARKERS[(first + FAMILIES[hue].index(method)) % len(_MARKERS)]
+
+
+def generator_look(i: int) -> dict[str, str]:
+    """Colour and marker of the i-th generator, as matplotlib's keywords."""
+    return {
+        "color": GENERATOR_COLOURS[i % len(GENERATOR_COLOURS)],
+        "marker": _GENERATOR_MARKERS[i % len(_GENERATOR_MARKERS)],
+    }
+
+
+def subject_of(methods: Iterable[str]) -> str:
+    """The method to talk about: dgs where it is there, else the last."""
+    names = list(methods)
+    return SUBJECT if SUBJECT in names else names[-1]
+
+
+def plain(method: str) -> str:
+    """A method's name as figures print it; its words are not parted at the end of a line."""
+    return method.replace("_", "\u00a0")
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Names as figures print them: {name: at most 20 characters}, long ones cut in the middle ("…"), all distinct.
+
+    Suites are abbreviated ("AIGI/SDXL"). Names alike at both ends are numbered in order: "diffusion-model-…2".
+    """
+    given = {str(name): abbreviated(str(name)) for name in names}
+    short = {name: label for name, label in given.items() if len(label) <= LONGEST}
+    for name, whole in given.items():
+        if name in short:
+            continue
+        label, number = f"{whole[:12]}…{whole[-7:]}", 1
+        while label in short.values():
+            number += 1
+            label = f"{whole[: LONGEST - 1 - len(str(number))]}…{number}"
+        short[name] = label
+    return {name: short[name] for name in given}
+
+
+def ends(low: float = -np.inf, high: float = np.inf) -> Callable[[Sequence[float]], tuple[float, float]]:
+    """`errorbar=` for seaborn: ends of the 95 % t interval over seeds, within [low, high], never short of the mean."""
+
+    def cut(values: Sequence[float]) -> tuple[float, float]:
+        interval = seed_interval(np.asarray(values))
+        return min(max(interval.low, low), interval.mean), max(min(interval.high, high), interval.mean)
+
+    return cut
+
+
+def dots(
+    ax: Axes,
+    table: pd.DataFrame,
+    value: str,
+    row: str,
+    methods: Sequence[str],
+    rows: Sequence[str] | None = None,
+    cut: tuple[float, float] = (0.0, 100.0),
+    **look: Any,
+) -> None:
+    """Rows of dots, one a method: mean over seeds with its 95 % interval, faint dots the single seeds.
+
+    Args:
+        value: column of what is drawn along x, one row of the table a seed.
+        row: column of what is told apart along y; "method": each method has a row of its own.
+        rows: from top to bottom; as in the table where not given.
+        cut: where whiskers end at the latest.
+        look: further keywords for the means.
+    """
+    names = list(table[row].unique()) if rows is None else list(rows)
+    beside = row != "method" and len(methods) > 1
+    common: dict[str, Any] = {
+        "data": table, "x": value, "y": row, "order": names, "orient": "h", "hue": "method", "hue_order": methods,
+        "palette": {method: colour(method) for method in methods}, "ax": ax, "legend": False,
+    }  # fmt: skip
+    sns.stripplot(**common, dodge=beside, jitter=False, size=3, alpha=0.55, zorder=2)
+    sns.pointplot(
+        **common, dodge=0.8 - 0.8 / len(methods) if beside else False, errorbar=ends(*cut), linestyle="none",
+        markers=[marker(method) for method in methods], err_kws={"linewidth": 1.4},
+        **{"markersize": 6, "markeredgewidth": 1.2, "zorder": 3, **look},
+    )  # fmt: skip
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set(xlabel="", ylabel="")
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="y", visible=False)
+    for i in range(1, len(names) if beside else 0):
+        ax.axhline(i - 0.5, color="#e3e3e3", linewidth=0.7, zorder=0)
+
+
+def curves(ax: Axes, table: pd.DataFrame, x: str, value: str, methods: Sequence[str], top: float = np.inf) -> None:
+    """A curve a method: mean over seeds of `value` at each x with its 95 % band within [0, top].
+
+    Fewer than 3 points have the interval as a bar. One row a method, seed and x.
+    """
+    known = table.dropna(subset=[value])
+    few = known.groupby("method")[x].transform("nunique") < CURVE
+    for part, draw in ((known[few], _bars), (known[~few], _bands)):
+        drawn = [method for method in methods if (part["method"] == method).any()]
+        if drawn:
+            palette = {method: colour(method) for method in drawn}
+            common = {"data": part, "x": x, "y": value, "hue": "method", "hue_order": drawn, "palette": palette}
+            draw(drawn, **common, errorbar=ends(0.0, top), legend=False, ax=ax)
+    ax.set(xlabel="", ylabel="")
+
+
+def _bars(methods: Sequence[str], **common: Any) -> None:
+    markers = [marker(method) for method in methods]
+    sns.pointplot(**common, markers=markers, native_scale=True, markersize=7, linewidth=1.8, err_kws={"linewidth": 1.4})
+
+
+def _bands(methods: Sequence[str], **common: Any) -> None:
+    markers = {method: marker(method) for method in methods}
+    look: dict[str, Any] = {"markers": markers, "markersize": 7, "markeredgewidth": 0.5, "linewidth": 1.8}
+    sns.lineplot(**common, style="method", style_order=methods, dashes=False, **look)
+    for line in common["ax"].lines:
+        line.set_markevery(max(1, len(np.asarray(line.get_xdata())) // 5))
+
+
+def handle(label: str, **look: Any) -> Line2D:
+    """An entry of a legend."""
+    return Line2D([], [], label=label, **{"linewidth": 2.0, "markersize": 7, **look})
+
+
+def legend(fig: Figure, methods: Iterable[str], note: str, *more: Artist, columns: int = 3) -> None:
+    """The methods' colours and markers below the panels, then `more` entries; `note` says what is drawn."""
+    handles: list[Artist] = [handle(plain(method), color=colour(method), marker=marker(method)) for method in methods]
+    handles += more
+    fig.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), title=note)
+
+
+def legend_height(entries: int, columns: int = 3) -> float:
+    """Inches that `legend` takes."""
+    return 0.45 + 0.25 * -(-entries // columns)
+
+
+def put_title(fig: Figure, text: str) -> None:
+    """The figure's takeaway, at its left edge, in lines that fit its width."""
+    fig.suptitle("\n".join(title_lines(text)), x=0.01, ha="left")
+
+
+def title_lines(text: str, inches: float = WIDTH) -> list[str]:
+    """A title's lines in a figure of that width; units stay with their numbers, methods' names in one piece."""
+    unbroken = re.sub(r" (%|points|px|×)", "\u00a0\\1", text).replace("× ", "×\u00a0")  # no unit on a line of its own
+    return textwrap.wrap(unbroken, int(inches * 9.0))  # characters of the bold title font that fit into an inch
+
+
+def takeaway(what: str, values: pd.Series, others: bool = True) -> str:
+    """The sentence of a title on per-seed values in per cent: dgs against lora, and the best of the others.
+
+    Without dgs or lora it is about the best two. Differences are means over the seeds that both have; one whose 95 %
+    interval spans zero is said not to be shown.
+
+    Args:
+        what: was measured, as the sentence's first words.
+        values: index (method, seed).
+        others: whether the best other method has a clause.
+    """
+    means = values.groupby("method", sort=False).mean().sort_values(ascending=False, kind="stable")
+    names = [str(name) for name in means.index]
+    seeds = "" if values.groupby("method").size().max() > 1 else " (one seed)"
+    if len(names) == 1:
+        return f"{what}: {plain(names[0])} reaches {rounded_text(means.iloc[0])} %{seeds}"
+    compared = {SUBJECT, BASELINE} <= set(names)
+    first, second = (SUBJECT, BASELINE) if compared else names[:2]
+    found = relation(values, first, second)
+    text = f"{what}: {plain(first)} is {found} {plain(second)}"
+    rest = next((name for name in names if name not in (first, second)), None) if compared and others else None
+    if rest is not None:
+        other = relation(values, rest, second)
+        nor = found == other == NOT_SHOWN
+        text += f", nor is {plain(rest)}" if nor else f"; {plain(rest)} is {other} it"
+    return text + seeds
+
+
+def relation(values: pd.Series, first: str, second: str) -> str:
+    """How one method compares to another by per-seed per cent, in words that stand before the other's name."""
+    gap = paired_gap(values, first, second)
+    if gap is None:
+        return "not comparable (no shared seed) to"
+    if gap.known and gap.spans_zero:
+        return NOT_SHOWN
+    return f"{rounded_text(abs(gap.mean))} points {'above' if gap.mean > 0 else 'below'}"
+
+
+def paired_gap(values: pd.Series, first: str, second: str) -> Interval | None:
+    """The paired difference over the seeds that both methods have; None without any."""
+    both = pd.concat([values[first], values[second]], axis=1, keys=["a", "b"]).dropna()
+    return None if both.empty else paired_difference(both["a"].to_numpy(), both["b"].to_numpy())

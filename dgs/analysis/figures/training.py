@@ -1,0 +1,85 @@
+"""The figure of training: losses of the task and of the text head, validation on the way, and validation at the end."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy.special import entr
+
+from dgs.analysis.figures import style as look
+from dgs.analysis.figures.style import plain, style, takeaway
+from dgs.stats import rounded_text
+
+POINTS = 40  # of a curve of losses; longer logs are averaged in bins
+
+
+def training_curves(training: pd.DataFrame, validation: pd.DataFrame | None = None) -> Figure:
+    """Losses (nats) and validation balanced accuracy (%) over the share of training done, mean over seeds.
+
+    The task's loss alone: totals hold other terms for other methods. The text head's loss has its floor, the entropy of
+    a label whose caption carries the shortcut: -rho ln rho - (1 - rho) ln (1 - rho). Validation images carry the
+    shortcut of the training set, so their accuracy rewards reading it; the title is therefore about the last kind of
+    `validation`. Panels without data are left out.
+
+    Args:
+        training: columns method, seed, step, loss_task, val_balanced_acc (NaN but at epoch ends), and where known
+            loss_text and rho.
+        validation: of the final checkpoints, as `evaluate.final_validation` gives it: columns method, seed, images,
+            balanced_acc; the kinds of images in the order to draw them.
+    """
+    methods = list(training["method"].unique())
+    steps = training.groupby("method", sort=False)["step"].max() + 1
+    done = 100.0 * (training["step"] + 1) / training["method"].map(steps)
+    table = training.assign(done=done, val=100.0 * training["val_balanced_acc"])
+    width = 100.0 / POINTS
+    binned = table.assign(done=(np.ceil(done / width) - 0.5) * width) if table["step"].nunique() > POINTS else table
+    known = {name: name in table and table[name].notna().any() for name in ("loss_text", "val")}
+    panels = ["loss_task", *(name for name in ("loss_text", "val") if known[name])]
+    panels += ["end"] if validation is not None else []
+    lines = -(-len(panels) // 2)
+    with style():
+        fig = look.new_figure(1.0 + 2.3 * lines + look.legend_height(len(methods)))
+        axes = dict(zip(panels, fig.subplots(lines, min(2, len(panels)), squeeze=False).ravel(), strict=False))
+        for ax in fig.axes[len(panels) :]:
+            ax.set_axis_off()
+        for name in panels[: panels.index("end") if "end" in panels else None]:
+            own = (table if name == "val" else binned).dropna(subset=[name])
+            own = own.groupby(["method", "seed", "done"], sort=False)[name].mean().reset_index()
+            look.curves(axes[name], own, "done", name, methods, top=100.0 if name == "val" else np.inf)
+            axes[name].set_xlabel("Training done (%)")
+            axes[name].set_xlim(0.0, 102.0)
+        axes["loss_task"].set_ylabel("Task loss (nats)")
+        if known["loss_text"]:
+            axes["loss_text"].set_ylabel("Text head's loss (nats)")
+            if "rho" in table and table["rho"].notna().any():
+                rho = float(table["rho"].iloc[0])
+                axes["loss_text"].axhline(entr(rho) + entr(1.0 - rho), **look.LINE)
+                axes["loss_text"].set_title(f"dashed: floor at ρ = {rho:g}", fontsize=10, fontweight="normal")
+        if known["val"]:
+            shortcut = "rho" in table and bool((table["rho"] > 0.5).any())
+            axes["val"].set_ylabel("Validation balanced\naccuracy (%)")
+            axes["val"].set_title("with the shortcut" if shortcut else "", fontsize=10, fontweight="normal")
+        if validation is not None:
+            kinds = {kind: "\n".join(kind.rsplit(" ", 1)) for kind in validation["images"].unique()}
+            percent = validation.assign(value=100.0 * validation["balanced_acc"], kind=validation["images"].map(kinds))
+            look.dots(axes["end"], percent, "value", "kind", methods)
+            axes["end"].set_xlabel("Final bal. accuracy (%)")
+        look.legend(fig, methods, "mean over seeds; band or bar: 95 % interval")
+        look.put_title(fig, _takeaway(table, validation))
+    return fig
+
+
+def _takeaway(table: pd.DataFrame, validation: pd.DataFrame | None) -> str:
+    """About the least biased validation there is, else the losses."""
+    if validation is not None:
+        kind = validation["images"].iloc[-1]
+        rows = validation[validation["images"] == kind].set_index(["method", "seed"])["balanced_acc"]
+        return takeaway(f"Validation images {kind}".replace("\n", " "), 100.0 * rows)
+    last = table.dropna(subset=["val"]).sort_values("step", kind="stable")
+    if not last.empty:
+        return takeaway("Validation on seen generators", last.groupby(["method", "seed"], sort=False)["val"].last())
+    losses = table.dropna(subset=["loss_task"]).sort_values("step", kind="stable")
+    means = losses.groupby(["method", "seed"])["loss_task"].last().groupby("method").mean().sort_values()
+    low, high = (f"{rounded_text(means.iloc[i], 3)} ({plain(str(means.index[i]))})" for i in (0, -1))
+    return f"Training loss ends at {low}" + (f" to {high}" if low != high else "")
