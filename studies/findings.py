@@ -1,4 +1,4 @@
-"""The tables of docs/findings.md and README.md, drawn from the committed results; `dgs study` brings them up to date.
+"""The tables of docs/findings.md and docs/study.md, drawn from the results; `dgs study` renews them.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function here. Differences are paired by
 seed; "[0.3, 1.2]" has signs where zero lies between.
@@ -21,7 +21,7 @@ from dgs.model.methods.registry import METHODS
 from dgs.stats import Interval, paired_difference, rounded_text, seed_interval
 from dgs.workspace import find_root
 
-DOCUMENTS = ("docs/findings.md", "README.md")
+DOCUMENTS = ("docs/findings.md", "docs/study.md")
 BLOCK = re.compile(r"(?<=<!-- table: )([\w-]+) -->\n.*?(?=\n *<!-- end -->)", re.DOTALL)
 PRECISION, WORST, SEEN = "ap_unseen", "worst_generator_balanced_acc", "balanced_acc_seen"
 ZERO_SHOT, PROBED = "zero_shot_kept", "linear_probe_kept"
