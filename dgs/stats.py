@@ -154,18 +154,6 @@ def interval_text(interval: Interval, sign: bool = True) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def effective_rank(spectrum: NDArray[np.float64]) -> float:
-    """How many directions share a spectrum: exp of its entropy (Roy & Vetterli 2007, eq. 3-4).
-
-    `spectrum`: (D,), not negative: singular values or, as the caller defines, their squares. 1 to D; 0 if all are zero.
-    """
-    if spectrum.sum() == 0.0:
-        return 0.0
-    share = spectrum / spectrum.sum()
-    share = share[share > 0.0]
-    return float(np.exp(-np.sum(share * np.log(share))))
-
-
 def rounded(value: float) -> float | None:
     """`value` as JSON files keep it: 6 decimals, None for NaN."""
     return None if math.isnan(value) else round(float(value), DECIMALS)

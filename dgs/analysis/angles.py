@@ -58,17 +58,14 @@ def read_logged(folders: Mapping[str, Path], seeds: Sequence[int], table: str) -
     Raises:
         UserError: a folder without that table, from a version that logged otherwise.
     """
-    parts = []
+    parts = [pd.DataFrame()]
     for method, folder in folders.items():
         file = folder / f"{table}.parquet"
         if not file.exists():
             raise UserError(f"Expected {file.name} in {folder}, found none: train {method} again, then run this again.")
         logged = pd.read_parquet(file)
         parts.append(logged[logged["seed"].isin(seeds)])
-    filled = [part for part in parts if not part.empty]
-    if filled:
-        return pd.concat(filled, ignore_index=True)
-    return parts[0] if parts else pd.DataFrame()
+    return pd.concat([part for part in parts if not part.empty] or parts[-1:], ignore_index=True)
 
 
 def product(table: pd.DataFrame, a: str, b: str) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ import torch
 from scipy.linalg import subspace_angles
 from sklearn.metrics import silhouette_samples
 
-from dgs import stats
+from dgs.model.training_log import spectrum_rank
 
 Features: TypeAlias = np.ndarray | torch.Tensor
 DIRECTIONS = 10  # principal directions that stand for a feature space
@@ -133,12 +133,13 @@ def principal_angles(x: Features, y: Features, k: int = DIRECTIONS) -> np.ndarra
 
 
 def effective_rank(features: Features) -> float:
-    """How many directions the features use: `stats.effective_rank` of their singular values, after centring.
+    """How many directions the features use: `spectrum_rank` of their singular values, after centring.
 
     `features`: (N, D). 1 to D; 0 for features collapsed to one point.
     """
     power = np.linalg.eigvalsh(_covariance(_matrix(features, "features")))
-    return stats.effective_rank(np.sqrt(np.clip(power, 0.0, None)))
+    rank = spectrum_rank(torch.from_numpy(np.sqrt(np.clip(power, 0.0, None))))
+    return 0.0 if np.isnan(rank) else rank
 
 
 def knn_overlap(before: Features, after: Features, k: int = NEIGHBOURS) -> float:

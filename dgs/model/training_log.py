@@ -57,8 +57,13 @@ def angles(a: Tensor, b: Tensor) -> Tensor:
     return torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))
 
 
+def spectrum_rank(spectrum: Tensor) -> float:
+    """How many directions share a spectrum: exp of its entropy (Roy & Vetterli 2007, eq. 3-4); NaN if all are zero."""
+    return float(torch.special.entr(spectrum / spectrum.sum()).sum().exp())
+
+
 def effective_rank(directions: Tensor) -> float:
-    """How many directions a batch's rows really take: exp of the entropy of the spectrum (Roy & Vetterli 2007).
+    """How many directions a batch's rows really take: `spectrum_rank` of their squared singular values.
 
     Rows are brought to unit length first, since suppression does so; zero rows are left out. 1: all on one line, k: k
     orthogonal directions equally often. Rows of a linear head (two orthogonal half-vectors) have at most 2.
@@ -75,9 +80,7 @@ def effective_rank(directions: Tensor) -> float:
     if not len(rows):
         return float("nan")
     gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
-    shares = torch.linalg.eigvalsh(gram).clamp(min=0)
-    shares = shares / shares.sum()
-    return float(torch.special.entr(shares).sum().exp())
+    return spectrum_rank(torch.linalg.eigvalsh(gram).clamp(min=0))
 
 
 class TrainingLog:
