@@ -15,7 +15,6 @@ from dgs.analysis import metrics
 from dgs.analysis.metrics import (
     DETECTION_COLUMNS,
     Metric,
-    cells_table,
     detection_row,
     detection_table,
     headline,
@@ -353,12 +352,3 @@ class TestSummary:
         both = pd.concat([scores_of([("lora", 0)], rho=rho) for rho in (0.5, 0.9)])
         with pytest.raises(UserError, match=r"rho = 0\.5, 0\.9"):
             summary(detection_table(both, {"a"}), None, "mini", "abc")
-
-    def test_cells_are_means_over_seeds(self) -> None:
-        cells = cells_table(self.detection())
-        assert list(cells.columns) == ["method", "generator", "seen", "metric", "n_seeds", "mean", "low", "high"]
-        assert len(cells) == 5 * 2
-        cell = cells[(cells["metric"] == "f_acc") & (cells["generator"] == "b")].iloc[0]
-        rows = headline(self.detection()).query("generator == 'b'")
-        assert cell["n_seeds"] == 3 and cell["mean"] == pytest.approx(rows["f_acc"].mean())
-        assert list(dict.fromkeys(cells["generator"])) == ["a", "b"], "seen first"

@@ -317,27 +317,6 @@ def by_suite(detection: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return parts
 
 
-def cells_table(detection: pd.DataFrame, metrics: Iterable[str] = CELL_METRICS) -> pd.DataFrame:
-    """Each method on each generator: mean and 95 % interval over seeds of the `headline` rows.
-
-    Columns method, generator, seen, metric, n_seeds, mean, low, high (fractions; low and high NaN for one seed); rows
-    by metric, method as in `detection`, seen generators first. Raises UserError as `headline` does.
-    """
-    rows = headline(detection)
-    cells: list[dict[str, Any]] = []
-    for metric in metrics:
-        for method in in_order(rows["method"]):
-            of_method = rows[rows["method"] == method]
-            for generator in generators_in_order(rows):
-                cell = of_method[of_method["generator"] == generator]
-                if cell.empty:
-                    continue
-                interval = seed_interval(cell[metric].to_numpy())
-                key = {"method": method, "generator": generator, "seen": bool(cell["seen"].iloc[0]), "metric": metric}
-                cells.append({**key, "n_seeds": len(cell), **interval._asdict()})
-    return pd.DataFrame(cells)
-
-
 def in_order(names: Iterable[Any]) -> list[str]:
     """Distinct names in order of appearance."""
     return list(dict.fromkeys(str(name) for name in names))
@@ -411,17 +390,9 @@ def _generators(part: pd.DataFrame, run: str) -> Iterator[tuple[str, Scored]]:
 
 
 def _ordered(table: pd.DataFrame) -> pd.DataFrame:
-    conditions = in_order([NATIVE, *table["condition"]])
-    ranks = pd.DataFrame(
-        {
-            "rho": table["rho"],
-            "method": table["method"].map({name: i for i, name in enumerate(in_order(table["method"]))}),
-            "seed": table["seed"],
-            "condition": table["condition"].map({name: i for i, name in enumerate(conditions)}),
-            "applied_to": table["applied_to"],
-            "unseen": ~table["seen"],
-            "generator": table["generator"],
-            "threshold_rule": table["threshold_rule"],
-        }
+    orders = {"method": in_order(table["method"]), "condition": in_order([NATIVE, *table["condition"]])}
+    ranks = table.assign(
+        unseen=~table["seen"], **{name: table[name].map(order.index) for name, order in orders.items()}
     )
-    return table.loc[ranks.sort_values(list(ranks.columns), kind="stable").index].reset_index(drop=True)
+    keys = [*RUN, "condition", "applied_to", "unseen", "generator", "threshold_rule"]
+    return table.loc[ranks.sort_values(keys, kind="stable").index].reset_index(drop=True)

@@ -84,10 +84,10 @@ def readings(table: pd.DataFrame, method: str, conditions: Sequence[Condition]) 
     """
     found: dict[str, list[str]] = {"fragile": [], "looks real": [], "looks fake": [], "none shown": []}
     for condition in conditions:
-        if change(table, method, condition.name, "ranking") is None:
+        ranking, moved = (change(table, method, condition.name, measure) for measure in ("ranking", "shift"))
+        if ranking is None:
             continue
-        lost = _shown(change(table, method, condition.name, "ranking"))
-        shift = _shown(change(table, method, condition.name, "shift"))
+        lost, shift = _shown(ranking), _shown(moved)
         if lost < 0:
             found["fragile"].append(condition.name)
         if shift:
