@@ -62,6 +62,7 @@ MATRIX = "base_model.model.transformer.resblocks.1.attn.v_proj.lora_B.weight"
 TENSORS: list[tuple[str, str, Callable[[dict[str, torch.Tensor]], object]]] = [
     ("an adapter without one matrix", ADAPTER, lambda t: t.pop(MATRIX)),
     ("an adapter that is not a number", ADAPTER, lambda t: t[MATRIX].fill_(torch.nan)),
+    ("an adapter with one infinite number", ADAPTER, lambda t: t[MATRIX][0].fill_(torch.inf)),
     ("heads without one tensor", HEADS, lambda t: t.pop("text_head.bias")),
     ("no image head", HEADS, lambda t: [t.pop(f"image_head.{part}") for part in ("weight", "bias")]),
     ("a head for other features", HEADS, lambda t: t.update({"image_head.weight": torch.zeros(1, 7)})),
