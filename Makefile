@@ -23,8 +23,7 @@ HINT := . To use dvc, papermill and dgs: source .venv/bin/activate
 endif
 export PATH := $(BIN):$(PATH)
 
-STUDY ?= study-90 study-90-part2 study-90-part3 study-75 study-75-part2 study-75-part3 study-50 study-object \
-  study-networks study-patches study-90-val study-90-unbiased
+STUDY ?= study-90 study-75 study-50 study-object study-networks study-patches study-90-val study-90-unbiased
 FRESH := 20261127
 
 NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gradient_angles explore))
@@ -66,7 +65,7 @@ test-slow: $(READY)
 verify: $(READY)
 	python tests/verify.py $(SEEDS)
 
-# The settings in params.yaml were chosen and committed before these test images were made for the first time.
+# The numbers of `tuned` in params.yaml were chosen and committed before these test images were made for the first time.
 study: $(READY)
 	test -e build/fresh || dgs minibench build --out build/fresh --seed $(FRESH) --training shipped
 	$(if $(filter study-networks,$(STUDY)),test -e build/networks || \

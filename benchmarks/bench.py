@@ -36,7 +36,8 @@ from dgs.model.methods.registry import get_method  # noqa: E402
 from dgs.model.release import Release, adapt, take_apart, write_clip  # noqa: E402
 from dgs.model.step import stage2_step  # noqa: E402
 from dgs.model.train import stage1, teacher_residuals  # noqa: E402
-from dgs.params import Params, validate  # noqa: E402
+from dgs.params import Params, dotted, load_params  # noqa: E402
+from dgs.workspace import MAIN  # noqa: E402
 
 GEOMETRIES = {"ViT-B/32": oracle.VIT_B_32, "ViT-L/14": oracle.VIT_L_14, "reduced": oracle.REDUCED}
 LR, EPOCHS_1 = 1e-4, 3
@@ -63,20 +64,20 @@ class Row:
 
 def settings(side: int, precision: str = "fp32", batch: int = 16) -> Params:
     """The release's training settings."""
-    return validate(
-        {
-            "data": {"layout": "folders", "rho": None},
-            "model": {
-                "clip": "clip",
-                "image_size": side,
-                "normalize": "imagenet",
-                "precision": precision,
-                "lora": {"rank": 6, "alpha": 6.0, "dropout": 0.8},
-            },
-            "train": {"batch_size": batch, "stage1": {"epochs": EPOCHS_1, "lr": LR}, "stage2": {"lr": LR}},
-            "compute": {"device": "cpu"},
-        }
-    )
+    own = {
+        "data": {"layout": "folders", "rho": None},
+        "model": {
+            "clip": "clip",
+            "image_size": side,
+            "normalize": "imagenet",
+            "precision": precision,
+            "lora": {"rank": 6, "alpha": 6.0, "dropout": 0.8},
+            "levels": [0],
+        },
+        "train": {"batch_size": batch, "stage1": {"epochs": EPOCHS_1, "lr": LR}, "stage2": {"epochs": 1, "lr": LR}},
+        "compute": {"device": "cpu"},
+    }
+    return load_params(MAIN, HERE.parent).for_method("default").replaced(dotted(own))
 
 
 class Student:

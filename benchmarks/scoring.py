@@ -23,7 +23,8 @@ from torch import nn
 from dgs.model.backbone import Backbone
 from dgs.model.clip import load_clip
 from dgs.model.detector import Detector
-from dgs.params import validate
+from dgs.params import dotted, load_params
+from dgs.workspace import MAIN
 
 HERE = Path(__file__).resolve().parent
 TOWER = "ViT-B-32-quickgelu"
@@ -32,14 +33,13 @@ REQUIRED = 0.9
 
 def detector(patches: bool) -> Detector:
     """An adapted ViT-B/32 with random weights and the release's view of an image, or a resized one."""
-    params = validate(
-        {
-            "data": {"layout": "folders", "rho": None, "fit": "resize"},
-            "patches": {"enabled": patches, "size": 32, "count": 49},
-            "model": {"clip": TOWER, "pretrained": "random", "image_size": 224, "lora": {"rank": 6, "alpha": 6.0}},
-            "compute": {"device": "cpu"},
-        }
-    )
+    own = {
+        "data": {"layout": "folders", "rho": None, "fit": "resize"},
+        "patches": {"enabled": patches, "size": 32, "count": 49},
+        "model": {"clip": TOWER, "pretrained": "random", "image_size": 224, "lora": {"rank": 6, "alpha": 6.0}},
+        "compute": {"device": "cpu"},
+    }
+    params = load_params(MAIN, HERE.parent).replaced(dotted(own))
     backbone = Backbone(load_clip(params.model, HERE, params.image_size, text=False), params.model.lora).eval()
     return Detector(backbone, nn.Linear(backbone.visual.output_dim, 1), params, {})
 

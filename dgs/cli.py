@@ -255,7 +255,7 @@ def train(
     prepared_folder = workspace.find("prepare", made_by="prepare")
     folder = out or workspace.build("train", method)
     processes.join_torchrun()
-    params = load_training(prepared_folder, workspace.root).with_prepared(params.tuned(method))
+    params = load_training(prepared_folder, workspace.root).with_prepared(params.for_method(method))
     params = params.model_copy(update={"train": params.train.model_copy(update={"processes": processes.count()})})
     with workspace.unfinished(f"train-{method}-{seed}") as unfinished:
         train_seed(method, seed, params, workspace.root, prepared_folder, folder.resolve(), unfinished)
@@ -276,6 +276,20 @@ def check(
 
     check_file(params, _say)
     _print(as_json, {"checked": str(params or "params.yaml")})
+
+
+@app.command("params")
+@_for_users
+def show_params(
+    method: Annotated[str | None, typer.Argument(help="as this method trains; default: as they are given")] = None,
+    profile: Annotated[str | None, typer.Option(help="whose; default DGS_PROFILE's, or params.yaml's")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the parameters in force and where each comes from: params.yaml, the profile, `tuned`, or the method."""
+    from dgs.profiles import numbers_in_force
+
+    for row in numbers_in_force(method, profile or os.environ.get("DGS_PROFILE") or None):
+        _print(as_json, row, f"{row['name']}\t{json.dumps(row['value'])}\t{row['source']}")
 
 
 @app.command()

@@ -1,16 +1,32 @@
-"""Typed, validated view of params.yaml (+ a profile's overlay); unknown keys are errors."""
+"""Typed, validated view of params.yaml (+ a profile's overlay); unknown keys are errors.
+
+No number has a second home here: what params.yaml does not say is an error. `null` under `train` is the method's own
+value, from `tuned`; a number given there, in an overlay, by `dvc exp run -S` or in a notebook holds for every method.
+"""
 
 from __future__ import annotations
 
 import ast
+import io
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from ruamel.yaml import YAML, YAMLError
 
 from dgs.data.conditions import parse_condition
 from dgs.errors import UserError, did_you_mean
@@ -36,12 +52,29 @@ def _distinct(values: list[Any]) -> list[Any]:
     return values
 
 
+def _text_in_yaml(name: str) -> str:
+    if not isinstance(read_yaml_text(name), str):
+        raise ValueError("input should be a name that YAML does not read as something else, such as a number")
+    return name
+
+
+def _or_null(value: Any, checked: ValidatorFunctionWrapHandler) -> Any:
+    return None if value is None else checked(value)
+
+
 Number = BeforeValidator(_no_bool)  # lax types would take true for 1
 Rate = Annotated[float, Field(ge=0, le=1), Number]
 Count = Annotated[int, Field(ge=1), Number]
+Natural = Annotated[int, Field(ge=0), Number]
 Positive = Annotated[float, Field(gt=0), Number]
-Seed = Annotated[int, Field(ge=0), Number]
-
+Weight = Annotated[float, Field(ge=0), Number]
+# A number, or null until `Params.for_method` puts the method's own in its place; who trains sees numbers alone.
+OWN = WrapValidator(_or_null)
+_AS_IT_IS = PlainSerializer(lambda value: value)
+OwnCount = Annotated[Count, OWN, _AS_IT_IS]
+OwnPositive = Annotated[Positive, OWN, _AS_IT_IS]
+OwnWeight = Annotated[Weight, OWN, _AS_IT_IS]
+OwnRate = Annotated[Rate, OWN, _AS_IT_IS]
 
 # Keeps a name or relative path as it is; a path is relative to the repository.
 PathName = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -50,153 +83,157 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]  # as it may stan
 
 class _Group(BaseModel):
     # Frozen: a run's parameters never change under it. Lax types on purpose: papermill hands over "true" and "3"
-    # as strings, and YAML reads 1e-3 as one; anything that does not parse as the declared type is still an error.
+    # as strings; anything that does not parse as the declared type is still an error.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Group = TypeVar("Group", bound=_Group)
 
 
 class DataParams(_Group):
     """Where images come from."""
 
-    layout: Literal["minibench", "folders"] = "minibench"
-    root: PathName = "data"  # folder of the layout, relative to the repository or absolute
-    rho: float | None = 0.9  # minibench only: P(fake | caption group) in training
-    shortcut: Literal["background", "object"] = "background"  # minibench only: what the caption groups are made by
-    captions: PathName | None = None  # folders only: JSON-lines file {"path" or "sha256", "caption"}
-    val_fraction: Rate = 0.1  # folders without a val split: this share of train, cut by content hash
-    limit: Count | None = None  # at most this many images a split, generator and label (for tests and trials)
-    fit: Literal["crop", "resize"] = "crop"  # how an image of another size becomes model.image_size, patches off
+    layout: Literal["minibench", "folders"]
+    root: PathName  # folder of the layout, relative to the repository or absolute
+    rho: float | None  # minibench only: P(fake | caption group) in training
+    shortcut: Literal["background", "object"]  # minibench only: what the caption groups are made by
+    captions: PathName | None  # folders only: JSON-lines file {"path" or "sha256", "caption"}
+    val_fraction: Rate  # folders without a val split: this share of train, cut by content hash
+    limit: Count | None  # at most this many images a split, generator and label (for tests and trials)
+    fit: Literal["crop", "resize"]  # how an image of another size becomes model.image_size, patches off
 
 
 class PatchParams(_Group):
     """Patch selection: the release's preprocessing."""
 
-    enabled: bool = False
-    size: Annotated[int, Field(ge=2), Number] = 8  # px
-    count: Annotated[Count, AfterValidator(_square)] = 49  # the canvas is sqrt(count) * size px wide
+    enabled: bool
+    size: Annotated[int, Field(ge=2), Number]  # px
+    count: Annotated[Count, AfterValidator(_square)]  # the canvas is sqrt(count) * size px wide
 
 
 class LoraParams(_Group):
     """Adapters on q, k, v of every vision block."""
 
-    rank: Count = 6
-    alpha: Positive = 6.0
-    dropout: Annotated[float, Field(ge=0, lt=1), Number] = 0.8
-    rslora: bool = True  # scaling alpha / sqrt(rank), as the release
-    blocks: Annotated[list[Annotated[int, Field(ge=0), Number]], Field(min_length=1)] | None = None  # null: every one
+    rank: Count
+    alpha: Positive
+    dropout: Annotated[float, Field(ge=0, lt=1), Number]
+    rslora: bool  # scaling alpha / sqrt(rank), as the release
+    blocks: Annotated[list[Natural], Field(min_length=1)] | None  # null: every one
 
 
 class ModelParams(_Group):
     """The CLIP that is adapted."""
 
-    clip: PathName = "data/clip"  # an open_clip name, or a folder with open_clip_config.json and weights
-    pretrained: PathName | None = None  # open_clip tag or weights file; none for a folder
-    image_size: Count = 64  # px; patches.enabled sets it to the canvas
-    normalize: Literal["clip", "imagenet"] = "clip"  # imagenet: the release's constants
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the image tower; heads and surgery are fp32 always
-    lora: LoraParams = LoraParams()
-    levels: Annotated[list[Annotated[int, Field(ge=0), Number]], Field(min_length=1)] = [0]  # k: tokens after k blocks
+    clip: PathName  # an open_clip name, or a folder with open_clip_config.json and weights
+    pretrained: PathName | None  # open_clip tag or weights file; none for a folder
+    image_size: Count  # px; patches.enabled sets it to the canvas
+    normalize: Literal["clip", "imagenet"]  # imagenet: the release's constants
+    precision: Literal["fp32", "bf16"]  # of the image tower; heads and surgery are fp32 always
+    lora: LoraParams
+    levels: Annotated[list[Natural], Field(min_length=1)]  # k: tokens after k blocks
 
 
 class ComputeParams(_Group):
     """What it runs on; of these only `threads` can change a result, by rounding."""
 
-    device: str = "auto"
-    jobs: Count = 2  # seeds trained side by side
-    threads: Count = 1  # CPU threads a job: fixed, since sums in another order round differently
-    workers: Annotated[int, Field(ge=0), Number] = 0  # loader processes
-    batch_size: Count = 256  # images at a time where nothing is trained
-    keep_mb: Annotated[int, Field(ge=0), Number] = 512  # views of a set stay in memory up to here
-    snapshot_seconds: Annotated[float, Field(ge=0), Number] | None = 60.0  # between snapshots of a seed; null: none
+    device: str
+    jobs: Count  # seeds trained side by side
+    threads: Count  # CPU threads a job: fixed, since sums in another order round differently
+    workers: Natural  # loader processes
+    batch_size: Count  # images at a time where nothing is trained
+    keep_mb: Natural  # views of a set stay in memory up to here
+    snapshot_seconds: Weight | None  # between snapshots of a seed; null: none
 
 
 class Stage1Params(_Group):
     """The probe, whose head becomes the teacher's."""
 
-    epochs: Count = 3
-    lr: Positive = 1e-4
+    epochs: OwnCount
+    lr: OwnPositive
 
 
 class Stage2Params(_Group):
     """Adapters and heads."""
 
-    epochs: Count = 1
-    lr: Positive = 1e-4
+    epochs: OwnCount
+    lr: OwnPositive
 
 
 class SurgeryParams(_Group):
     """Distillation-guided gradient surgery."""
 
-    lam: Annotated[float, Field(ge=0), Number] = 0.2  # weight of prior alignment
-    distill: Annotated[float, Field(ge=0), Number] = 1.0  # weight of feature distillation, where a method has it
-    eps: Annotated[float, Field(ge=0), Number] = 1e-6  # added to the norm of the harmful direction
-    decay: Annotated[float, Field(ge=0), Number] = 0.01  # weight of the penalty on the adapters, where a method has it
-    mix: Annotated[float, Field(ge=0, le=1), Number] = 0.5  # share of the tuned weights, where a method averages
-    directions: Count = 16  # of the captions, that are erased where a method does so
-    order: Literal["release", "paper"] = "release"  # release: suppression acts on task + alignment
-    scale: Literal["release", "per_sample"] = "release"  # release: directions carry 1/B
+    lam: OwnWeight  # weight of prior alignment
+    distill: OwnWeight  # weight of feature distillation, where a method has it
+    eps: OwnWeight  # added to the norm of the harmful direction
+    decay: OwnWeight  # weight of the penalty on the adapters, where a method has it
+    mix: OwnRate  # share of the tuned weights, where a method averages
+    directions: OwnCount  # of the captions, that are erased where a method does so
+    order: Literal["release", "paper"]  # release: suppression acts on task + alignment
+    scale: Literal["release", "per_sample"]  # release: directions carry 1/B
 
 
 class TrainParams(_Group):
     """Both stages of training."""
 
-    batch_size: Count = 32
-    accumulate: Count = 1  # a batch goes through the tower in so many parts, one after the other
-    processes: Count = 1  # that share every batch of a seed
-    views: Count = 1  # distinct seeded views an image is seen in; epoch e uses view e mod views
-    stage1: Stage1Params = Stage1Params()
-    stage2: Stage2Params = Stage2Params()
-    surgery: SurgeryParams = SurgeryParams()
-    log_every: Count = 10  # steps between two records of loss and gradients
-    log_gradients: bool = True  # inner products of gradients, for gradient_angles; false: losses alone
+    batch_size: Count
+    accumulate: Count  # a batch goes through the tower in so many parts, one after the other
+    processes: Count  # that share every batch of a seed
+    views: Count  # distinct seeded views an image is seen in; epoch e uses view e mod views
+    stage1: Stage1Params
+    stage2: Stage2Params
+    surgery: SurgeryParams
+    log_every: Count  # steps between two records of loss and gradients
+    log_gradients: bool  # inner products of gradients, for gradient_angles; false: losses alone
 
 
-_OF_METHODS = ("train.stage1.", "train.stage2.", "train.surgery.", "model.lora.", "model.levels")
-
-
-def _parameters(names: dict[str, Any]) -> dict[str, Any]:
-    for name in names:
-        known = leaves(Params)
-        if name not in known:
-            raise ValueError(f"'{name}' is no parameter.{did_you_mean(name, known)} Write group.name in full")
-    return names
-
-
-def _of_methods(names: dict[str, Any]) -> dict[str, Any]:
-    for name in names:
-        if not name.startswith(_OF_METHODS):
-            raise ValueError(f"'{name}' cannot differ between methods, only {', '.join(_OF_METHODS)}")
-    return _parameters(names)
-
-
-def leaves(group: type[BaseModel], prefix: str = "") -> list[str]:
-    """Full names of the parameters in a group and the groups in it: "train.stage2.lr"."""
-    names: list[str] = []
+def leaves(group: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Types of the parameters in a group and the groups in it, by full names: "train.stage2.lr"."""
+    found: dict[str, Any] = {}
     for key, field in group.model_fields.items():
         inner = field.annotation
         is_group = isinstance(inner, type) and issubclass(inner, BaseModel)
-        names += leaves(inner, f"{prefix}{key}.") if is_group else [f"{prefix}{key}"]  # type: ignore[arg-type]
-    return names
+        found |= leaves(inner, f"{prefix}{key}.") if is_group else {f"{prefix}{key}": field.rebuild_annotation()}  # type: ignore[arg-type]
+    return found
 
 
-def _condition_name(text: str) -> str:
-    return parse_condition(text).name
+# What `tuned` may name: everything that may be null under `train`.
+_TRAIN = leaves(TrainParams, "train.")
+TUNABLE = {name: kind for name, kind in _TRAIN.items() if OWN in getattr(kind, "__metadata__", ())}
+
+
+def _tuned_numbers(values: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, value in values.items():
+        if name not in TUNABLE:
+            raise ValueError(f"'{name}' cannot differ between methods.{did_you_mean(name, TUNABLE)} Expected one of "
+                             f"{', '.join(TUNABLE)}")  # fmt: skip
+        if value is None:
+            raise ValueError(f"'{name}' should be a number")
+        try:
+            found[name] = TypeAdapter(TUNABLE[name]).validate_python(value)
+        except ValidationError as error:
+            message = error.errors(include_url=False)[0]["msg"]
+            raise ValueError(f"'{name}': {message[0].lower()}{message[1:]}") from None
+    return found
 
 
 class RobustnessParams(_Group):
     """Test images changed, to tell what a detector survives from what it reads."""
 
-    conditions: Annotated[list[Annotated[str, AfterValidator(_condition_name)]], AfterValidator(_distinct)] = []
-    methods: Annotated[list[str], AfterValidator(_distinct)] | None = None  # null: all
-    seeds: Annotated[list[Seed], AfterValidator(_distinct)] | None = None  # null: all
+    conditions: Annotated[
+        list[Annotated[str, AfterValidator(lambda text: parse_condition(text).name)]], AfterValidator(_distinct)
+    ]
+    methods: Annotated[list[str], AfterValidator(_distinct)] | None  # null: all
+    seeds: Annotated[list[Natural], AfterValidator(_distinct)] | None  # null: all
 
 
 class EvaluateParams(_Group):
     """Metrics and figures."""
 
-    retrieval_pool: Annotated[int, Field(ge=2), Number] = 200  # captions a retrieval query chooses among
-    tsne_images: Count = 100  # images a generator and label in the t-SNE figure
-    robustness: RobustnessParams = RobustnessParams()
-    checkpoints: dict[Name, PathName] = {}  # more of them, by the name that tables give them; trained elsewhere
+    retrieval_pool: Annotated[int, Field(ge=2), Number]  # captions a retrieval query chooses among
+    tsne_images: Count  # images a generator and label in the t-SNE figure
+    robustness: RobustnessParams
+    checkpoints: dict[Name, PathName]  # more of them, by the name that tables give them; trained elsewhere
 
 
 class GradientAnglesParams(_Group):
@@ -211,24 +248,16 @@ class GradientAnglesParams(_Group):
             "applied-harmful",
             "applied-beneficial",
         ]
-    ] = ["task-harmful", "task-beneficial", "task-applied"]
+    ]
 
 
-class Params(_Group):
-    """Every number a run depends on."""
+class ImageParams(_Group):
+    """What decides how an image is seen and scored."""
 
-    profile: Name = "mini"
-    methods: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)] = ["probe", "lora", "dgs"]
-    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)] = [0, 1, 2, 3, 4]
-    data: DataParams = DataParams()
-    patches: PatchParams = PatchParams()
-    model: ModelParams = ModelParams()
-    train: TrainParams = TrainParams()
-    settings: dict[str, Annotated[dict[str, Any], AfterValidator(_of_methods)]] = {}  # of single methods, by full name
-    settings_instead_of: Annotated[dict[str, Any], AfterValidator(_parameters)] = {}  # what they replace: see `tuned`
-    compute: ComputeParams = ComputeParams()
-    evaluate: EvaluateParams = EvaluateParams()
-    gradient_angles: GradientAnglesParams = GradientAnglesParams()
+    profile: Annotated[Name, AfterValidator(_text_in_yaml)]
+    data: DataParams
+    patches: PatchParams
+    model: ModelParams
 
     @property
     def image_size(self) -> int:
@@ -237,32 +266,57 @@ class Params(_Group):
             return self.model.image_size
         return round(self.patches.count**0.5) * self.patches.size
 
-    def tuned(self, method: str) -> Params:
-        """These parameters with the settings of one method in their place.
 
-        A setting replaces the value named in `settings_instead_of` and no other: a parameter that was changed since
-        then, in params.yaml or by `dvc exp run -S`, stands above it. Where none is named, it replaces any.
+class Params(ImageParams):
+    """Every number a run depends on."""
+
+    methods: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
+    seeds: Annotated[list[Natural], Field(min_length=1), AfterValidator(_distinct)]
+    train: TrainParams
+    tuned: dict[str, Annotated[dict[str, Any], AfterValidator(_tuned_numbers)]]  # {method or "default": {name: number}}
+    compute: ComputeParams
+    evaluate: EvaluateParams
+    gradient_angles: GradientAnglesParams
+
+    def replaced(self, values: Mapping[str, Any], source: str = "params.yaml") -> Params:
+        """These parameters with others in their place, by full names: {"train.stage2.lr": 0.003}.
 
         Raises:
-            UserError: a setting that is no parameter, or of the wrong type.
+            UserError: a value of the wrong type or range; names `source`.
         """
         content = self.model_dump()
-        replaced, own = self.settings_instead_of, self.settings.get(method, {})
-        unknown = {name: value for name, value in own.items() if name not in replaced}
-        known = {name: value for name, value in own.items() if name in replaced}
-        held = {name: value for name, value in known.items() if _value(content, name) == replaced[name]}
-        return validate(_replaced(content, unknown | held), f"settings.{method}")
+        for dotted, value in values.items():
+            *groups, key = dotted.split(".")
+            target: Any = content
+            for group in groups:
+                target = target[group]
+            target[key] = value
+        return validate(content, source)
+
+    def for_method(self, method: str) -> Params:
+        """The numbers that a method trains with: its own of `tuned`, else the default's, wherever `train` says null.
+
+        Raises:
+            UserError: null, and no value in `tuned`.
+        """
+        own = {**self.tuned.get("default", {}), **self.tuned.get(method, {})}
+        given = dotted({"train": self.train.model_dump()})
+        found = {name: own.get(name) for name in TUNABLE if given[name] is None}
+        for name, value in found.items():
+            if value is None:
+                raise UserError(
+                    f"Expected a number for {name}: it is null, and neither tuned.{method} nor tuned.default has it. "
+                    f"Give one of them."
+                )
+        return self.replaced({**found, "tuned": {}}, f"tuned.{method}")
 
 
-def _replaced(content: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`content`, changed in place: values by their dotted names."""
-    for dotted, value in values.items():
-        *groups, key = dotted.split(".")
-        target: Any = content
-        for group in groups:
-            target = target[group]
-        target[key] = value
-    return content
+def dotted(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values in nested groups by their full names."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 # The flat names a notebook's `parameters` cell may set, and what they stand for in params.yaml.
@@ -314,67 +368,89 @@ NOTEBOOK_PARAMETERS: dict[str, dict[str, str]] = {
 }
 
 
-def _merge(base: dict[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in overlay.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
-    return merged
+def read_yaml_text(text: str) -> Any:
+    """YAML 1.2, as DVC reads and writes it: 1e-4 is a number however it is spelled, yes and no are words."""
+    return YAML(typ="safe", pure=True).load(text)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def yaml_text(content: Mapping[str, Any]) -> str:
+    """As `read_yaml_text` and DVC read it back."""
+    writer, stream = YAML(typ="safe", pure=True), io.StringIO()
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    writer.dump(dict(content), stream)
+    return stream.getvalue()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file of parameters, not yet validated.
+
+    Raises:
+        UserError: no file, or one that does not hold groups of parameters.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml_text(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"Expected a parameter file at {path}, found none.") from None
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror or error}). Name a parameter file.") from None
     except UnicodeDecodeError:
         raise UserError(f"Expected {path} to be text in UTF-8, found other bytes. Save it as UTF-8.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Mend that line.") from None
+    except YAMLError as error:
+        reason = " ".join(str(error).partition("To suppress")[0].split())
+        raise UserError(f"{path} is not valid YAML: {reason}. Mend that line.") from None
     if not isinstance(content, dict):
         raise UserError(f"Expected {path} to hold groups of parameters (key: value), found {type(content).__name__}.")
     return content
 
 
-def _dotted(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values in nested groups by their full names."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        found |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+def read_overlay(profile: str | None, root: Path) -> dict[str, Any]:
+    """What profiles/<profile>.yaml lays over params.yaml; nothing for None and for the profile of params.yaml.
 
-
-def merged_params(profile: str | None = None, root: Path | None = None) -> dict[str, Any]:
-    """params.yaml with the overlay profiles/<profile>.yaml laid over it, as plain data, not yet validated.
-
-    What the overlay names for all methods stands above params.yaml's settings of single ones: those were chosen for
-    params.yaml's data. The overlay's own settings stand above both: what it names is what they replace.
+    Raises:
+        UserError: no such profile, or one that calls itself otherwise.
     """
-    root = root or find_root()
-    base = _read_yaml(root / "params.yaml")
-    if profile is None or profile == base.get("profile"):
-        return base
+    main = read_yaml(root / "params.yaml").get("profile")
+    if profile is None or profile == main:
+        return {}
     overlay = root / "profiles" / f"{profile}.yaml"
     if not overlay.exists():
         known = sorted(p.stem for p in overlay.parent.glob("*.yaml"))
         raise UserError(
             f"Expected the profile '{profile}' at profiles/{profile}.yaml, found none.{did_you_mean(profile, known)} "
-            f"Profiles here: {', '.join([str(base.get('profile')), *known])}."
+            f"Profiles here: {', '.join([str(main), *known])}."
         )
-    content = _read_yaml(overlay)
+    content = read_yaml(overlay)
     if content.get("profile", profile) != profile:
         raise UserError(
             f"Expected profiles/{profile}.yaml to be the profile '{profile}', found profile: {content['profile']} in "
             f"it. Remove that line: the file's name is the profile's."
         )
-    named = _dotted({group: values for group, values in content.items() if group != "settings"})
-    for method, own in (base.get("settings") or {}).items():
-        base["settings"][method] = {name: value for name, value in (own or {}).items() if name not in named}
-    replaced = base.get("settings_instead_of") or {}
-    replaced |= {name: value for name, value in named.items() if name in replaced}
-    return _merge(base, {"profile": profile, **content})
+    return {"profile": profile, **content}
+
+
+def merged_params(profile: str | None = None, root: Path | None = None) -> dict[str, Any]:
+    """params.yaml with the overlay profiles/<profile>.yaml laid over it, as plain data, not yet validated.
+
+    An overlay's `tuned.default` stands above params.yaml's numbers of single methods: those were chosen for
+    params.yaml's data. The overlay's own numbers of single methods stand above both.
+    """
+    root = root or find_root()
+    base, overlay = read_yaml(root / "params.yaml"), read_overlay(profile, root)
+    default = (overlay.get("tuned") or {}).get("default") or {}
+    for own in (base.get("tuned") or {}).values():
+        for name in default:
+            own.pop(name, None)
+    return merged(base, overlay)
+
+
+def merged(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `overlay` in their place, at any depth."""
+    found = dict(base)
+    for key, value in overlay.items():
+        old = found.get(key)
+        found[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return found
 
 
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:
@@ -389,20 +465,27 @@ def validate(content: Mapping[str, Any], source: str = "params.yaml") -> Params:
     """Plain data to `Params`; the first mistake becomes one sentence.
 
     Raises:
-        UserError: an unknown key, or a value of the wrong type or range.
+        UserError: an unknown key, a missing one, or a value of the wrong type or range.
     """
+    return validate_as(Params, content, source)
+
+
+def validate_as(kind: type[Group], content: Mapping[str, Any], source: str) -> Group:
+    """As `validate`, for one group of parameters."""
     try:
-        return Params.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            known = _known_keys(first["loc"])
-            hint = did_you_mean(str(first["loc"][-1]), known)
-            raise UserError(f"Unknown parameter '{name}' in {source}.{hint} Known here: {', '.join(known)}.") from None
-        raise UserError(
-            f"Parameter '{name}' in {source}: {first['msg'][0].lower()}{first['msg'][1:]}; found {first['input']!r}."
-        ) from None
+        first = min(error.errors(include_url=False), key=lambda each: each["type"] == "missing")  # others are typos
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        raise UserError(f"Expected the parameter '{name}' in {source}, found none. Add it.")
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"])
+        hint = did_you_mean(str(first["loc"][-1]), known)
+        raise UserError(f"Unknown parameter '{name}' in {source}.{hint} Known here: {', '.join(known)}.")
+    raise UserError(
+        f"Parameter '{name}' in {source}: {first['msg'][0].lower()}{first['msg'][1:]}; found {first['input']!r}."
+    )
 
 
 def load_params(profile: str | None = None, root: Path | None = None) -> Params:
@@ -413,7 +496,7 @@ def load_params(profile: str | None = None, root: Path | None = None) -> Params:
     """
     file = os.environ.get("DGS_PARAMS")
     if file and profile is None:
-        return validate(_read_yaml(Path(file)), Path(file).name)
+        return validate(read_yaml(Path(file)), Path(file).name)
     profile = profile or os.environ.get("DGS_PROFILE") or None
     source = "params.yaml" if profile is None else f"params.yaml + profiles/{profile}.yaml"
     return validate(merged_params(profile, root), source)
@@ -426,30 +509,26 @@ def only_params(file: Path | None) -> Params:
     return load_params()
 
 
-def _assigned_names(cells: list[str]) -> dict[str, bool]:
+def _assigned_names(cells: list[str]) -> list[str]:
     """Names set by the parameters cell as it was last run, and by the one that papermill injects after it.
 
-    True where the value is written out (lr = 3.0e-3), False where it is computed, as from the parameter file
-    (lr = params.train.stage2.lr). Earlier runs of the cell do not count: in JupyterLab a mistake is mended by editing
-    the cell and running it again.
+    Earlier runs of the cell do not count: in JupyterLab a mistake is mended by editing the cell and running it again.
     """
     marked = [source for source in cells if source.lstrip().lower().startswith("# parameters")]
     own = [index for index, source in enumerate(marked) if source.lstrip().lower().startswith("# parameters:")]
-    names: dict[str, bool] = {}
+    names: list[str] = []
     for source in marked[own[-1] if own else 0 :]:
         for node in ast.parse(source).body:
             targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
             flat = [part for target in targets for part in getattr(target, "elts", [target])]
-            written = not any(isinstance(part, ast.Name) for part in ast.walk(getattr(node, "value", None) or node))
-            names |= {target.id: written for target in flat if isinstance(target, ast.Name)}
+            names += [target.id for target in flat if isinstance(target, ast.Name)]
     return names
 
 
 def with_overrides(notebook: str, params: Params, namespace: Mapping[str, Any]) -> Params:
     """`params` with a notebook's flat names (as edited or injected by papermill) put in their place.
 
-    A training notebook's method brings its own settings; a name whose value was written out or changed stands above
-    them.
+    Where the notebook has a method, what is still null becomes the method's own.
 
     Args:
         notebook: "prepare", "train", "evaluate", "gradient_angles" or "explore".
@@ -459,25 +538,13 @@ def with_overrides(notebook: str, params: Params, namespace: Mapping[str, Any]) 
         UserError: a name that the notebook does not have, or a value that is not of its type.
     """
     flat = NOTEBOOK_PARAMETERS[notebook]
-    assigned = _assigned_names(list(namespace.get("In", [])))
-    for name in assigned:
+    for name in _assigned_names(list(namespace.get("In", []))):
         if name not in flat:
             raise UserError(
                 f"Unknown parameter '{name}' for notebooks/{notebook}.ipynb.{did_you_mean(name, flat)} "
                 f"Known here: {', '.join(flat)}."
             )
-    given = params.model_dump()
-    changed = {
-        dotted: namespace[name]
-        for name, dotted in flat.items()
-        if dotted and name in namespace and (assigned.get(name) or namespace[name] != _value(given, dotted))
-    }
-    own = params.tuned(method) if isinstance(method := namespace.get("method"), str) else params
-    return validate(_replaced(own.model_dump(), changed), f"notebooks/{notebook}.ipynb")
-
-
-def _value(content: Mapping[str, Any], dotted: str) -> Any:
-    value: Any = content
-    for part in dotted.split("."):
-        value = value[part]
-    return value
+    given = {full: namespace[name] for name, full in flat.items() if full and name in namespace}
+    changed = params.replaced(given, f"notebooks/{notebook}.ipynb")
+    method = namespace.get("method")
+    return changed.for_method(method) if isinstance(method, str) and "method" in flat else changed

@@ -6,12 +6,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dgs.analysis.outside import outside
 from dgs.errors import UserError, did_you_mean
 from dgs.model.methods.registry import get_method
-from dgs.params import Params, merged_params, only_params, validate
+from dgs.params import (
+    Params,
+    dotted,
+    merged_params,
+    only_params,
+    read_overlay,
+    read_yaml,
+    validate,
+    yaml_text,
+)
 from dgs.workspace import find_root, is_path, no_such_clip, require_data_root, weights_twice
 
 UNWATCHED = "scratch"  # in .dvcignore: what notebooks by hand leave there should not look like a change
@@ -63,11 +70,12 @@ def check_params(params: Params, root: Path) -> None:
     Raises:
         UserError: the first mistake.
     """
-    for method in (*params.methods, *params.settings):
-        get_method(method)
-        params.tuned(method)
-    if missing := [method for method in params.methods if method not in params.settings]:
-        raise UserError(f"Expected settings of {missing[0]}, found none. Add to settings: {missing[0]}: {{}}.")
+    for method in (*params.methods, *params.tuned):
+        if method != "default":
+            get_method(method)
+            params.for_method(method)
+    if missing := [method for method in params.methods if method not in params.tuned]:
+        raise UserError(f"Expected numbers of {missing[0]}, found none. Add to tuned: {missing[0]}: {{}}.")
     _check_robustness(params)
 
     own = (root / "build" / params.profile).resolve()
@@ -98,6 +106,35 @@ def check_params(params: Params, root: Path) -> None:
             f"Expected a caption file at data.captions = {params.data.captions}, found none. "
             f"Set it to a JSON-lines file, or to null."
         )
+
+
+def numbers_in_force(method: str | None, profile: str | None, root: Path | None = None) -> list[dict[str, Any]]:
+    """Every parameter with where it comes from: {"name", "value", "source"}; with `method`, as that method trains.
+
+    Source: params.yaml or profiles/<profile>.yaml, ": tuned.<method>" or ": tuned.default" there, or the method itself.
+
+    Raises:
+        UserError: no such method or profile, or a parameter that is wrong.
+    """
+    root = root or find_root()
+    overlay = dotted(read_overlay(profile, root))
+    params = validate(merged_params(profile, root), f"profiles/{profile}.yaml" if profile else "params.yaml")
+
+    def file(name: str) -> str:
+        return f"profiles/{profile}.yaml" if name in overlay else "params.yaml"
+
+    given = dotted(params.model_dump(exclude={"tuned"}))
+    if method is None:
+        return [{"name": name, "value": value, "source": file(name)} for name, value in given.items()]
+    chosen = get_method(method)
+    fixed = {f"train.surgery.{name}" for name in chosen.settings}
+    rows = []
+    for name, value in dotted(chosen.of(params.for_method(method)).model_dump(exclude={"tuned"})).items():
+        own = method if name in params.tuned.get(method, {}) else "default"
+        tuned = f"{file(f'tuned.{own}.{name}')}: tuned.{own}"
+        source = f"the method {method}" if name in fixed else file(name) if given[name] == value else tuned
+        rows.append({"name": name, "value": value, "source": source})
+    return rows
 
 
 def check_file(params_file: Path | None, warn: Callable[[str], None]) -> Params:
@@ -135,9 +172,9 @@ def write_profile_pipeline(profile: str, root: Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     relative = f"profiles/{profile}/params.yaml"
     (root / relative).write_text(
-        f"# Made from params.yaml and profiles/{profile}.yaml.\n" + yaml.safe_dump(params.model_dump(), sort_keys=False)
+        f"# Made from params.yaml and profiles/{profile}.yaml.\n" + yaml_text(params.model_dump())
     )
-    pipeline = yaml.safe_load((root / "dvc.yaml").read_text())
+    pipeline = read_yaml(root / "dvc.yaml")
     inputs = _inputs(params, root)
     for name, body in pipeline["stages"].items():
         body["wdir"] = "../.."
@@ -148,6 +185,6 @@ def write_profile_pipeline(profile: str, root: Path | None = None) -> Path:
     pipeline.pop("metrics", None)
     pipeline.pop("plots", None)
     (folder / "dvc.yaml").write_text(
-        f"# Made from dvc.yaml for the profile {profile}; edit that one.\n" + yaml.safe_dump(pipeline, sort_keys=False)
+        f"# Made from dvc.yaml for the profile {profile}; edit that one.\n" + yaml_text(pipeline)
     )
     return folder / "dvc.yaml"

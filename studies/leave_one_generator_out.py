@@ -55,7 +55,7 @@ def without(prepared: Prepared, generator: str) -> Prepared:
 
 def _score(_: str, name: str, generator: str, seed: int, params: Params, root: Path, folder: Path) -> dict[str, float]:
     prepared = without(load_training(folder, root), generator)
-    found = train_and_score(name, prepared, params.tuned(name), seed, root, (SPLIT, "val"))
+    found = train_and_score(name, prepared, params.for_method(name), seed, root, (SPLIT, "val"))
     weights = {split: ipw_weights(caption_probability(prepared, split), of[0]) for split, of in found.items()}
     return {
         "balanced_acc": weighted_balanced_accuracy(*found[SPLIT], weights[SPLIT]),

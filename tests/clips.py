@@ -9,12 +9,13 @@ from typing import Any
 import open_clip
 import torch
 from safetensors.torch import save_file
+from settings import LoraParams, validate
 from torch import nn
 
 from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import SUMS, save_checkpoint, seal
 from dgs.model.clip import load_clip
-from dgs.params import LoraParams, Params, validate
+from dgs.params import Params
 
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0)
 CALIBRATION = {

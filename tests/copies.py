@@ -30,7 +30,7 @@ def copy_repository(target: Path, tiny: bool = True, git: bool = True) -> Path:
         for group, values in overlay.items():
             params[group] = {**params[group], **values} if isinstance(values, dict) else values
         params["train"]["stage1"] = {"epochs": 2, "lr": 3.0e-3}
-        params["train"]["stage2"] = {"epochs": 1, "lr": 3.0e-3}
+        params["train"]["stage2"] = {"epochs": 1, "lr": None}
         (target / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     if not git:
         return target

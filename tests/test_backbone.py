@@ -11,6 +11,7 @@ import pytest
 import torch
 from clips import write_random_clip
 from open_clip.transformer import QuickGELU
+from settings import LoraParams, ModelParams
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +19,6 @@ from dgs.device import choose_device
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
 from dgs.model.clip import LeanQuickGELU, SplitAttention, embed_tokens, encode_prompts, encode_texts, load_clip
-from dgs.params import LoraParams, ModelParams
 
 LORA = LoraParams(rank=3, alpha=6.0, dropout=0.5)
 
@@ -251,7 +251,7 @@ def test_imagenet_constants_on_request(folder: Path) -> None:
 )
 def test_mistakes_name_what_to_do(model: dict[str, str], sentence: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_clip(ModelParams.model_validate(model), Path(), 224)
+        load_clip(ModelParams(**model), Path(), 224)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 

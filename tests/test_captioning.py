@@ -21,6 +21,7 @@ import torch
 from blips import write_random_blip
 from conftest import ImageTree, structured_image
 from PIL import Image
+from settings import DataParams
 from test_cli import one_sentence, run
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipProcessor, CLIPConfig
 
@@ -29,7 +30,6 @@ from dgs.data.captions import read_captions
 from dgs.data.manifest import build_manifest
 from dgs.data.tree import ignored_files
 from dgs.errors import UserError
-from dgs.params import DataParams
 
 SHAS = [character * 64 for character in "abcdef"]
 

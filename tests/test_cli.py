@@ -109,6 +109,30 @@ class TestProfile:
         assert (result.exit_code, json.loads(result.stdout)) == (0, {"profile": "mini", "pipeline": "dvc.yaml"})
 
 
+class TestParams:
+    @pytest.mark.parametrize(
+        ("arguments", "name", "value", "source"),
+        [
+            ([], "train.stage2.lr", None, "params.yaml"),
+            (["lora"], "train.stage2.lr", 0.002, "params.yaml: tuned.lora"),
+            (["lora"], "train.surgery.lam", 0.2, "params.yaml: tuned.default"),
+            (["lora"], "train.batch_size", 32, "params.yaml"),
+            (["paper_order"], "train.surgery.order", "paper", "the method paper_order"),
+            (["lora", "--profile", "paper"], "train.stage2.lr", 1e-4, "profiles/paper.yaml"),
+            (["lora", "--profile", "study-90-val"], "train.stage2.lr", 0.002, "profiles/study-90-val.yaml: tuned.lora"),
+        ],
+    )
+    def test_every_number_with_where_it_comes_from(
+        self, arguments: list[str], name: str, value: object, source: str
+    ) -> None:
+        rows = [json.loads(line) for line in run("params", *arguments, "--json").stdout.splitlines()]
+        assert {"name": name, "value": value, "source": source} in rows
+        assert f"{name}\t{json.dumps(value)}\t{source}\n" in run("params", *arguments).stdout
+
+    def test_an_unknown_method_is_one_sentence(self) -> None:
+        assert "Did you mean 'lora'?" in one_sentence(run("params", "loar"))
+
+
 class TestStage:
     def test_as_json_it_says_where_the_results_are(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         repo = copy_repository(tmp_path / "repo")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from settings import LoraParams, ModelParams
 from torch import Tensor
 
 from dgs.model.backbone import Backbone
 from dgs.model.clip import load_clip
 from dgs.model.methods.constraints import adapters, effort_projection, scale_update, squared_update
-from dgs.params import LoraParams, ModelParams
 
 ROOT = Path(__file__).parents[1]
 IMAGES = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

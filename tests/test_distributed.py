@@ -16,6 +16,7 @@ import pytest
 import torch
 from copies import ROOT
 from safetensors.torch import load_file
+from settings import validate
 from torch import nn
 
 from dgs.analysis.evaluate import evaluate_from_disk
@@ -29,7 +30,7 @@ from dgs.model.runs import train_seeds
 from dgs.model.snapshot import Snapshot
 from dgs.model.train import Trained, train
 from dgs.model.training_log import TABLES, TrainingLog
-from dgs.params import Params, validate
+from dgs.params import Params
 
 
 def square(number: int) -> tuple[int, int]:

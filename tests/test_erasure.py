@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from settings import SurgeryParams
 from sklearn.linear_model import LinearRegression
 from torch import Tensor, nn
 
 from dgs.model.methods.erasure import Affine, leace, null_space, standardise
-from dgs.params import SurgeryParams
 
 COUNT, WIDTH = 400, 10
 

@@ -13,6 +13,7 @@ import torch
 from clips import write_random_clip
 from conftest import ImageTree
 from PIL import Image
+from settings import validate
 
 from dgs.analysis.evaluate import block_means, checkpoints, evaluate, settings, tsne_rows
 from dgs.analysis.figures.detection import robustness_curves
@@ -30,7 +31,7 @@ from dgs.model.clip import Clip, encode_texts, load_clip
 from dgs.model.detector import Detector
 from dgs.model.methods.registry import get_method
 from dgs.model.train import Trained, train
-from dgs.params import Params, validate
+from dgs.params import Params
 from dgs.workspace import Workspace
 
 CPU = torch.device("cpu")

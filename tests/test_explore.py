@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import structured_image
+from settings import validate
 from torch import Tensor, nn
 
 from dgs.analysis.angles import energies
@@ -36,7 +37,7 @@ from dgs.model.methods.base import Precomputed
 from dgs.model.methods.registry import get_method
 from dgs.model.step import surgery_step
 from dgs.model.surgery import head_gradients, suppress
-from dgs.params import Params, load_params, validate
+from dgs.params import Params, load_params
 from dgs.workspace import Workspace
 
 LABELS = torch.tensor([0.0, 1.0])
@@ -54,7 +55,9 @@ def some_sample(width: int = 96, directions: int = 4, params: Params | None = No
     heads = {name: nn.Linear(width, 1) for name in ("image", "text", "teacher")}
     features, captions, frozen = torch.randn(3, 1, width)
     known = known_of(LABELS[1:], captions, frozen, heads["teacher"])
-    return Sample(features, heads, known, torch.randn(directions - 1, width), params or load_params())
+    return Sample(
+        features, heads, known, torch.randn(directions - 1, width), params or load_params().for_method("default")
+    )
 
 
 def some_subject(**more: Any) -> Subject:
@@ -72,7 +75,7 @@ def test_the_explorers_surgery_is_the_training_steps(
 ) -> None:
     size, width = 8, 12
     surgery = {"lam": 0.7, "eps": 1e-3, "order": order, "scale": scale}
-    content = load_params().model_dump()
+    content = load_params().for_method("default").model_dump()
     content["train"] |= {"surgery": content["train"]["surgery"] | surgery, "batch_size": size}
     params = validate(content)
     heads = {name: nn.Linear(width, 1) for name in ("image", "text", "teacher")}

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import SPLITS, ImageTree, structured_image
+from settings import DataParams
 
 from dgs.analysis.metrics import detection_table
 from dgs.data.images import UnreadableImage, decode
@@ -32,7 +33,6 @@ from dgs.data.manifest import (
 )
 from dgs.data.tree import MINIBENCH, ignored_files
 from dgs.errors import UserError
-from dgs.params import DataParams
 
 NO_VAL = {"train": ("alpha", "beta"), "test": ("alpha", "gamma")}
 

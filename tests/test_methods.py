@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from settings import validate
 from torch import Tensor, nn
 
 from dgs.data.manifest import ImageSource
@@ -19,7 +20,7 @@ from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.methods.text_expert import expert_terms, text_expert
 from dgs.model.step import surgery_step
 from dgs.model.train import method_captions, stage1
-from dgs.params import Params, validate
+from dgs.params import Params
 
 COUNT, WIDTH = 12, 8
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from clips import write_checkpoint, write_random_clip
 from conftest import structured_image
+from settings import validate
 
 from dgs.analysis import metrics, report
 from dgs.analysis.evaluate import evaluate, evaluate_from_disk, settings
@@ -30,7 +31,7 @@ from dgs.model.clip import Clip, encode_texts, load_clip
 from dgs.model.detector import Detector
 from dgs.model.methods.registry import get_method
 from dgs.model.train import Trained, train
-from dgs.params import Params, validate
+from dgs.params import Params
 
 CPU = torch.device("cpu")
 

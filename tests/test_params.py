@@ -5,41 +5,44 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
+from settings import BASE, validate
 
 from dgs.errors import UserError
-from dgs.params import NOTEBOOK_PARAMETERS, Params, leaves, load_params, merged_params, validate, with_overrides
+from dgs.params import (
+    NOTEBOOK_PARAMETERS,
+    TUNABLE,
+    Params,
+    dotted,
+    leaves,
+    load_params,
+    merged,
+    merged_params,
+    read_yaml_text,
+    with_overrides,
+    yaml_text,
+)
+from dgs.params import validate as real_validate
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
 NOTEBOOKS = sorted(NOTEBOOK_PARAMETERS)
 
 
-def nested(dotted: str, value: Any) -> dict[str, Any]:
+def nested(name: str, value: Any) -> dict[str, Any]:
     """{"a": {"b": value}} for "a.b"."""
-    for key in reversed(dotted.split(".")):
+    for key in reversed(name.split(".")):
         value = {key: value}
     return value
 
 
-def at(params: Params, dotted: str) -> Any:
-    value: Any = params
-    for key in dotted.split("."):
-        value = getattr(value, key)
-    return value
-
-
-def keys(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in content.items():
-        if isinstance(value, dict) and value:  # an empty one has no groups: the user's names go there
-            yield from keys(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
+def at(params: Params, name: str) -> Any:
+    return reduce(getattr, name.split("."), params)
 
 
 def sentence(error: pytest.ExceptionInfo[UserError]) -> str:
@@ -48,25 +51,30 @@ def sentence(error: pytest.ExceptionInfo[UserError]) -> str:
     return message
 
 
-def refused(dotted: str, value: Any) -> str:
+def refused(name: str, value: Any) -> str:
     with pytest.raises(UserError) as error:
-        validate(nested(dotted, value), "some.yaml")
+        validate(nested(name, value), "some.yaml")
     return sentence(error)
 
 
-def repository(folder: Path, params: str, **profiles: str) -> Path:
+def repository(folder: Path, own: dict[str, Any] | None = None, /, **profiles: str) -> Path:
+    """A folder with the small parameters and `own` ones as params.yaml, and profiles."""
     (folder / "profiles").mkdir(parents=True)
     (folder / "dvc.yaml").write_text("stages: {}\n")
-    (folder / "params.yaml").write_text(params)
+    (folder / "params.yaml").write_text(yaml_text(merged(BASE, own or {})))
     for name, text in profiles.items():
         (folder / "profiles" / f"{name}.yaml").write_text(text)
     return folder
 
 
 class TestFiles:
-    def test_params_yaml_names_every_parameter(self) -> None:
-        named = {name for name in keys(merged_params(root=ROOT)) if not name.startswith("settings")}
-        assert named | {"settings", "settings_instead_of"} == set(leaves(Params))
+    def test_params_yaml_names_every_parameter_and_nothing_else_has_numbers(self) -> None:
+        content = merged_params(root=ROOT)
+        named = set(dotted({name: group for name, group in content.items() if name != "tuned"}))
+        assert named | {"tuned", "evaluate.checkpoints"} == set(leaves(Params))
+        content["train"].pop("batch_size")
+        with pytest.raises(UserError, match=r"Expected the parameter 'train\.batch_size' in params\.yaml, found none"):
+            real_validate(content)
 
     @pytest.mark.parametrize("profile", PROFILES)
     def test_every_profile_loads_under_its_own_name(self, profile: str) -> None:
@@ -86,81 +94,40 @@ class TestFiles:
         assert load_params("mini", ROOT) == load_params(root=ROOT)
 
     def test_an_overlay_changes_only_what_it_names_at_any_depth(self, tmp_path: Path) -> None:
-        base = "profile: mini\nseeds: [0, 1]\ntrain:\n  batch_size: 16\n  stage2: {epochs: 3, lr: 0.01}\n"
-        root = repository(tmp_path / "r", base, own="seeds: [5]\ntrain:\n  stage2: {lr: 0.5}\n")
+        root = repository(tmp_path / "r", own="seeds: [5]\ntrain:\n  stage2: {lr: 0.5}\n")
         params = load_params("own", root)
         assert (params.profile, params.seeds) == ("own", [5])
-        assert (params.train.batch_size, params.train.stage2.epochs, params.train.stage2.lr) == (16, 3, 0.5)
-
-    def test_what_an_overlay_names_stands_above_settings_chosen_for_other_data(self, tmp_path: Path) -> None:
-        base = (
-            "train:\n  stage2: {lr: 0.01}\nsettings_instead_of: {train.stage2.lr: 0.01}\n"
-            "settings:\n  lora: {train.stage2.lr: 0.02}\n  dgs: {train.stage2.lr: 0.03, train.surgery.lam: 1.0}\n"
-        )
-        own = "train:\n  stage2: {lr: 0.5}\nsettings:\n  lora: {train.stage2.lr: 0.7}\n"
-        params = load_params("own", repository(tmp_path / "r", "profile: mini\n" + base, own=own))
-        assert params.tuned("lora").train.stage2.lr == 0.7
-        assert params.tuned("dgs").train.stage2.lr == 0.5 and params.tuned("dgs").train.surgery.lam == 1.0
-        assert load_params(root=tmp_path / "r").tuned("dgs").train.stage2.lr == 0.03
-        content = merged_params("own", tmp_path / "r")
-        content["train"]["stage2"]["lr"] = 0.9  # as `dvc exp run -S` does
-        assert validate(content).tuned("lora").train.stage2.lr == 0.9
-
-    def test_a_value_changed_in_the_parameter_file_stands_above_settings_chosen_beside_another(self) -> None:
-        content = merged_params(root=ROOT)
-        assert validate(content).tuned("dgs").train.surgery.lam == content["settings"]["dgs"]["train.surgery.lam"]
-        content["train"]["surgery"]["lam"] = 0.7
-        tuned = validate(content).tuned("dgs").train
-        assert tuned.surgery.lam == 0.7
-        assert tuned.stage2.lr == content["settings"]["dgs"]["train.stage2.lr"], "others stay"
+        assert params == validate({}).replaced({"profile": "own", "seeds": [5], "train.stage2.lr": 0.5})
+        assert load_params(root=root) == validate({}), "the main profile is left alone"
 
     @pytest.mark.parametrize(
         ("content", "sentence"),
         [
-            ({"settings": {"lora": {"train.stage2.lr.x": 1.0}}}, "'train.stage2.lr.x' is no parameter. Did you mean"),
+            ({"tuned": {"lora": {"train.stage2.lr.x": 1.0}}}, "'train.stage2.lr.x' cannot differ between methods. Did"),
             (
-                {"settings": {"lora": {"model.levels.x": 1}}},
-                "'model.levels.x' is no parameter. Did you mean 'model.lev",
+                {"tuned": {"lora": {"train.surgery.lamm": 1}}},
+                "Did you mean 'train.surgery.lam'? Expected one of",
             ),
-            ({"settings": {"lora": {"train.surgery.lamm": 1}}}, "no parameter. Did you mean 'train.surgery.lam'?"),
-            (
-                {"settings_instead_of": {"train.stage9.lr": 1}},
-                "'train.stage9.lr' is no parameter. Did you mean 'train.",
-            ),
+            ({"tuned": {"lora": {"train.batch_size": 8}}}, "'train.batch_size' cannot differ between methods."),
+            ({"tuned": {"lora": {"train.stage2.lr": "fast"}}}, "'train.stage2.lr': input should be a valid number"),
+            ({"tuned": {"lora": {"train.stage2.lr": -1}}}, "'train.stage2.lr': input should be greater than 0"),
+            ({"tuned": {"lora": {"train.stage2.lr": None}}}, "'train.stage2.lr' should be a number"),
             ({"patches": {"count": 48}}, "input should be a square number: patches fill a square canvas; found 48."),
         ],
     )
-    def test_a_setting_that_is_no_parameter_is_one_sentence(self, content: dict[str, Any], sentence: str) -> None:
+    def test_a_number_of_a_method_that_is_none_is_one_sentence(self, content: dict[str, Any], sentence: str) -> None:
         with pytest.raises(UserError, match=re.escape(sentence)):
             validate(content)
-
-    def test_settings_replace_what_the_parameter_file_says(self) -> None:
-        """Else they would be dead letters."""
-        params = load_params(root=ROOT)
-        assert {name: at(params, name) for name in params.settings_instead_of} == params.settings_instead_of
-        assert {name for own in params.settings.values() for name in own} <= set(params.settings_instead_of)
-
-    @pytest.mark.parametrize("profile", ["rho90", "rho75", "rho50", "object90", "generators1", "clip1"])
-    def test_results_from_before_the_search_name_the_one_setting_they_had(self, profile: str) -> None:
-        params = load_params(profile, ROOT)
-        for name in ("probe", "lora", "dgs", "distillation", "dgs_plus"):
-            assert params.tuned(name).train == params.train
-        assert params.train.stage2.lr == 3e-3 and params.train.surgery.lam == 0.2
 
     def test_the_paper_profile_trains_the_papers_methods_as_the_paper_does(self) -> None:
         params = load_params("paper", ROOT)
         for name in ("probe", "lora", "dgs"):
-            train = params.tuned(name).train
+            train = params.for_method(name).train
             assert (train.stage1.lr, train.stage2.lr, train.stage1.epochs, train.stage2.epochs) == (1e-4, 1e-4, 3, 1)
             assert train.surgery.lam == 0.2
 
-    def test_an_overlay_leaves_the_main_profile_alone(self, tmp_path: Path) -> None:
-        root = repository(tmp_path / "r", "profile: mini\ntrain: {batch_size: 16}\n", own="train: {batch_size: 2}\n")
-        load_params("own", root)
-        assert load_params(root=root).train.batch_size == 16
-
     def test_a_mistake_in_an_overlay_names_that_overlay(self, tmp_path: Path) -> None:
-        root = repository(tmp_path / "r", "profile: mini\n", own="train: {batchsize: 2}\n")
+        root = repository(tmp_path / "r", own="train: {batchsize: 2}\n")
         with pytest.raises(UserError) as error:
             load_params("own", root)
         message = sentence(error)
@@ -201,11 +168,79 @@ class TestFiles:
             with pytest.raises(UserError, match=sentence):
                 load_params()
 
-    def test_numbers_that_yaml_reads_as_text_are_numbers(self, tmp_path: Path) -> None:
-        text = "profile: mini\ntrain:\n  surgery: {eps: 1e-6}\n  stage2: {lr: 1e-3}\n"
-        assert yaml.safe_load(text)["train"]["stage2"]["lr"] == "1e-3"
-        params = load_params(root=repository(tmp_path / "r", text))
-        assert (params.train.stage2.lr, params.train.surgery.eps) == (1e-3, 1e-6)
+    @pytest.mark.parametrize("spelling", ["0.0001", "1e-4", "1.0e-4", "1E-04", "'1e-4'", "1e-04", ".0001"])
+    def test_a_number_is_a_number_however_it_is_spelled(self, tmp_path: Path, spelling: str) -> None:
+        own = f"train:\n  stage2: {{lr: {spelling}}}\ntuned:\n  lora: {{train.stage1.lr: {spelling}}}\n"
+        params = load_params("own", repository(tmp_path / "r", {"train": {"stage1": {"lr": None}}}, own=own))
+        assert (params.train.stage2.lr, params.tuned["lora"]["train.stage1.lr"]) == (1e-4, 1e-4)
+        assert params.for_method("lora").train.stage1.lr == 1e-4
+
+    def test_words_stay_words_when_dvc_takes_their_quotes(self, tmp_path: Path) -> None:
+        own = "data: {layout: folders, rho: null, root: yes, captions: on}\n"
+        params = load_params("own", repository(tmp_path / "r", own=own))
+        assert (params.data.root, params.data.captions) == ("yes", "on")
+        assert read_yaml_text(yaml_text(params.model_dump())) == params.model_dump()
+
+    @pytest.mark.parametrize("name", ["1e3", "17", "0x10", "null", "true"])
+    def test_a_profile_whose_name_yaml_reads_as_something_else_is_refused(self, tmp_path: Path, name: str) -> None:
+        """DVC would put its outputs into build/1000.0, the stages theirs into build/1e3."""
+        root = repository(tmp_path / "r", **{name: "seeds: [1]\n"})
+        with pytest.raises(UserError, match="a name that YAML does not read as something else, such as a number"):
+            load_params(name, root)
+
+
+class TestNull:
+    """null is the method's own; a number, wherever it stands, holds for every method."""
+
+    TUNED: ClassVar[dict[str, Any]] = {
+        "default": {"train.stage2.lr": 0.01, "train.surgery.lam": 0.2},
+        "lora": {"train.stage2.lr": 0.02},
+        "dgs": {"train.stage2.lr": 0.03, "train.surgery.lam": 1.0},
+    }
+    MAIN: ClassVar[dict[str, Any]] = {"train": {"stage2": {"lr": None}, "surgery": {"lam": None}}, "tuned": TUNED}
+
+    def numbers(self, params: Params) -> dict[str, tuple[float, float]]:
+        own = {name: params.for_method(name).train for name in ("probe", "lora", "dgs")}
+        return {name: (train.stage2.lr, train.surgery.lam) for name, train in own.items()}
+
+    def test_the_methods_own_value_else_the_defaults(self) -> None:
+        assert self.numbers(validate(self.MAIN)) == {"probe": (0.01, 0.2), "lora": (0.02, 0.2), "dgs": (0.03, 1.0)}
+
+    @pytest.mark.parametrize("lr", [0.01, 0.02, 0.5])
+    def test_a_number_holds_for_every_method_also_where_it_equals_another(self, tmp_path: Path, lr: float) -> None:
+        expected = {"probe": (lr, 0.2), "lora": (lr, 0.2), "dgs": (lr, 1.0)}
+        assert self.numbers(validate(merged(self.MAIN, {"train": {"stage2": {"lr": lr}}}))) == expected
+        root = repository(tmp_path / "r", self.MAIN, own=f"train: {{stage2: {{lr: {lr}}}}}\n")
+        assert self.numbers(load_params("own", root)) == expected
+        for method, (_, lam) in expected.items():
+            train = with_overrides("train", validate(self.MAIN), {"method": method, "lr": lr}).train
+            assert (train.stage2.lr, train.surgery.lam) == (lr, lam)
+
+    def test_an_overlay_has_numbers_of_methods_too_and_its_default_stands_above_those_of_other_data(
+        self, tmp_path: Path
+    ) -> None:
+        one = "tuned:\n  lora: {train.stage2.lr: 0.7}\n"
+        two = "tuned:\n  default: {train.stage2.lr: 0.5}\n  lora: {train.stage2.lr: 0.7}\n"
+        root = repository(tmp_path / "r", self.MAIN, one=one, two=two)
+        assert self.numbers(load_params("one", root)) == {"probe": (0.01, 0.2), "lora": (0.7, 0.2), "dgs": (0.03, 1.0)}
+        assert self.numbers(load_params("two", root)) == {"probe": (0.5, 0.2), "lora": (0.7, 0.2), "dgs": (0.5, 1.0)}
+
+    def test_what_has_no_value_anywhere_is_one_sentence(self) -> None:
+        content = merged(self.MAIN, {"tuned": {"default": {}}})
+        content["tuned"]["default"] = {"train.surgery.lam": 0.2}
+        with pytest.raises(
+            UserError, match=r"Expected a number for train\.stage2\.lr: it is null, and neither tuned\.probe"
+        ):
+            validate(content).for_method("probe")
+
+    def test_what_a_method_trains_with_is_numbers_and_changes_no_more(self) -> None:
+        own = validate(self.MAIN).for_method("dgs")
+        assert own.for_method("dgs") == own == own.for_method("lora") and own.tuned == {}
+
+    def test_params_yaml_has_a_default_for_every_null(self) -> None:
+        params = load_params(root=ROOT)
+        null = {name for name in TUNABLE if at(params, name) is None}
+        assert null == set(params.tuned["default"])
 
 
 class TestEnvironment:
@@ -221,7 +256,7 @@ class TestEnvironment:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         file = tmp_path / "stage.yaml"
-        file.write_text("profile: given\nseeds: [7]\n")
+        file.write_text(yaml_text(merged(BASE, {"profile": "given", "seeds": [7]})))
         monkeypatch.setenv("DGS_PARAMS", str(file))
         monkeypatch.setenv("DGS_PROFILE", "tiny")
         params = load_params(root=ROOT)
@@ -337,7 +372,7 @@ class TestValidation:
         assert params.model.clip == "/home/me/clip"
 
     def test_parameters_cannot_change_under_a_run(self) -> None:
-        params = Params()
+        params = validate({})
         with pytest.raises(Exception, match="frozen"):
             params.train.batch_size = 3  # type: ignore[misc]
 
@@ -373,48 +408,33 @@ class TestNotebooks:
 
 class TestOverrides:
     @pytest.mark.parametrize("notebook", NOTEBOOKS)
-    def test_a_namespace_without_names_changes_nothing(self, notebook: str) -> None:
-        params = load_params("tiny", ROOT)
-        assert with_overrides(notebook, params, {"unrelated": 3, "In": ["", "import os"]}) == params
-
-    @pytest.mark.parametrize("notebook", NOTEBOOKS)
-    def test_the_untouched_cell_changes_nothing(self, notebook: str) -> None:
+    def test_no_names_and_the_untouched_cell_change_nothing(self, notebook: str) -> None:
         params = load_params("paper", ROOT)
+        assert with_overrides(notebook, params, {"unrelated": 3, "In": ["", "import os"]}) == params
         names = {name: at(params, path) for name, path in NOTEBOOK_PARAMETERS[notebook].items() if path}
         assert with_overrides(notebook, params, names) == params
 
     def test_a_name_changes_its_parameter_and_no_other(self) -> None:
-        before = Params()
+        before = validate({})
         after = with_overrides("train", before, {"epochs": 9})
         assert after.train.stage2.epochs == 9
         changed = [path for path in leaves(Params) if at(before, path) != at(after, path)]
         assert changed == ["train.stage2.epochs"]
         assert before.train.stage2.epochs == 1
 
-    def test_a_value_that_is_written_out_stands_above_the_methods_settings_even_if_it_is_the_default(self) -> None:
-        params = validate({"settings": {"lora": {"train.stage2.lr": 0.5}}})
-        default, named = params.train.stage2.lr, {"method": "lora", "lr": params.train.stage2.lr}
-        own = '# Parameters: change them here\nmethod = "dgs"\nlr = params.train.stage2.lr'
-        after = with_overrides("train", params, {**named, "In": [own, '# Parameters\nmethod = "lora"']})
-        assert after.train.stage2.lr == 0.5
-        after = with_overrides(
-            "train", params, {**named, "In": [own, f'# Parameters\nmethod = "lora"\nlr = {default}']}
-        )
-        assert after.train.stage2.lr == default
-
     def test_papermills_text_becomes_the_declared_type(self) -> None:
-        params = with_overrides("prepare", Params(), {"patches": "true", "patch_size": "16", "limit": "4"})
+        params = with_overrides("prepare", validate({}), {"patches": "true", "patch_size": "16", "limit": "4"})
         assert (params.patches.enabled, params.patches.size, params.data.limit) == (True, 16, 4)
-        params = with_overrides("train", Params(), {"lr": "1e-3", "epochs": "2", "order": "paper"})
+        params = with_overrides("train", validate({}), {"lr": "1e-3", "epochs": "2", "order": "paper"})
         assert (params.train.stage2.lr, params.train.stage2.epochs, params.train.surgery.order) == (1e-3, 2, "paper")
 
     def test_none_unsets_what_may_be_unset(self) -> None:
-        assert with_overrides("prepare", Params(), {"rho": None}).data.rho is None
+        assert with_overrides("prepare", validate({}), {"rho": None}).data.rho is None
 
     @pytest.mark.parametrize(("name", "value"), [("lr", "fast"), ("epochs", 0), ("order", "none"), ("seeds", "0,1")])
     def test_a_wrong_value_names_the_parameter_and_the_notebook(self, name: str, value: Any) -> None:
         with pytest.raises(UserError) as error:
-            with_overrides("train", Params(), {name: value})
+            with_overrides("train", validate({}), {name: value})
         message = sentence(error)
         assert f"'{NOTEBOOK_PARAMETERS['train'][name]}" in message and "notebooks/train.ipynb" in message
 
@@ -430,7 +450,7 @@ class TestOverrides:
     )
     def test_an_unknown_name_in_a_parameters_cell_is_an_error(self, cell: str) -> None:
         with pytest.raises(UserError) as error:
-            with_overrides("train", Params(), {"In": ["", "# Parameters\nlr = 1", cell], "lamm": 0.1})
+            with_overrides("train", validate({}), {"In": ["", "# Parameters\nlr = 1", cell], "lamm": 0.1})
         message = sentence(error)
         assert "'lamm'" in message and "notebooks/train.ipynb" in message and "Did you mean 'lam'?" in message
 
@@ -438,19 +458,19 @@ class TestOverrides:
         """In JupyterLab a mistake is mended by editing the cell and running it again, without a new kernel."""
         history = ["", "# Parameters: change them here\nlamm = 0.1", "with_overrides(...)"]
         mended = [*history, "# Parameters: change them here\nlam = 0.3"]
-        assert with_overrides("train", Params(), {"In": mended, "lam": 0.3}).train.surgery.lam == 0.3
+        assert with_overrides("train", validate({}), {"In": mended, "lam": 0.3}).train.surgery.lam == 0.3
         with pytest.raises(UserError, match="'lamm'"):
-            with_overrides("train", Params(), {"In": [*mended, history[1]], "lamm": 0.1})
+            with_overrides("train", validate({}), {"In": [*mended, history[1]], "lamm": 0.1})
 
     def test_papermills_cell_counts_after_the_notebooks_own(self) -> None:
         cells = ["", "# Parameters: change them here\nlam = 0.3", "# Parameters\nlamm = 1"]
         with pytest.raises(UserError, match="'lamm'"):
-            with_overrides("train", Params(), {"In": cells, "lam": 0.3, "lamm": 1})
+            with_overrides("train", validate({}), {"In": cells, "lam": 0.3, "lamm": 1})
 
     def test_other_cells_may_name_what_they_like(self) -> None:
         namespace = {"In": ["", "# Parameters\nlr = 0.5", "lamm = 0.1", "# Notes\nlrr = 1"], "lr": 0.5, "lamm": 0.1}
-        assert with_overrides("train", Params(), namespace).train.stage2.lr == 0.5
+        assert with_overrides("train", validate({}), namespace).train.stage2.lr == 0.5
 
     def test_a_name_of_another_notebook_is_unknown_here(self) -> None:
         with pytest.raises(UserError, match="'tsne_images' for notebooks/train"):
-            with_overrides("train", Params(), {"In": ["# Parameters\ntsne_images = 3"], "tsne_images": 3})
+            with_overrides("train", validate({}), {"In": ["# Parameters\ntsne_images = 3"], "tsne_images": 3})

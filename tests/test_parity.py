@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from settings import validate
 from torch import Tensor
 
 from dgs.model.backbone import Backbone
@@ -17,7 +18,7 @@ from dgs.model.methods.registry import get_method
 from dgs.model.release import adapt, take_apart, write_clip
 from dgs.model.step import stage2_step
 from dgs.model.train import teacher_residuals
-from dgs.params import Params, validate
+from dgs.params import Params
 
 STEPS, LR, SURE = 5, 1e-4, 60.0
 

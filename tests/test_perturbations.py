@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ImageTree, structured_image
 from PIL import Image
+from settings import DataParams, validate
 
 from dgs.data.checks import jpeg_quality
 from dgs.data.conditions import KINDS, Condition, parse_condition
@@ -17,7 +18,6 @@ from dgs.data.manifest import ImageSource, build_manifest, open_image
 from dgs.data.patches import patch_entropy, select_indices
 from dgs.data.perturbations import blur, noise, perturb, resize, scale
 from dgs.data.views import EVALUATION, Views, make_view
-from dgs.params import DataParams, validate
 
 ALL = (
     "jpeg:95 jpeg:90 jpeg:75 jpeg:50 jpeg:30 blur:1 blur:2 blur:4 resize:0.5 resize:0.75 resize:1.5 noise:2 noise:8 png"

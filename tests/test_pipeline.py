@@ -16,6 +16,8 @@ import yaml
 from conftest import structured_image
 from copies import copy_repository, run, snapshot
 
+from dgs.params import read_yaml
+
 STAGES_OF_A_RUN = ["prepare", "train@probe", "train@lora", "train@dgs", "evaluate", "gradient_angles"]
 
 
@@ -171,7 +173,7 @@ def test_editing_a_figure_trains_nothing(repo: Path) -> None:
 def test_editing_the_numbers_of_one_method_reruns_that_method(repo: Path) -> None:
     path = repo / "params.yaml"
     params = yaml.safe_load(path.read_text())
-    params["settings"]["lora"] = {"train.surgery.lam": 0.7}
+    params["tuned"]["lora"] = {"train.surgery.lam": 0.7}
     with put_back(repo, "params.yaml"):
         path.write_text(yaml.safe_dump(params, sort_keys=False))
         assert stale(repo) == {"sources", "train@lora"}
@@ -185,6 +187,32 @@ def test_dvc_exp_run_with_a_changed_number_reruns_the_stages_that_read_it(repo: 
         angles = pd.read_csv(repo / "results" / "mini" / "gradient_angles.csv")
         assert set(angles["pair"]) == {"task-harmful"}
     assert "one-pair" in run(repo, "dvc", "exp", "show", "--csv").stdout
+
+
+def test_dvc_exp_run_with_a_number_trains_every_method_with_it(repo: Path) -> None:
+    """0.003 is what dgs is tuned to, and not lora."""
+    with put_back(repo, "params.yaml"):
+        tried = run(repo, "dvc", "exp", "run", "-S", "train.stage2.lr=0.003", "train")
+        assert tried.returncode == 0, tried.stderr
+        for method in ("lora", "dgs"):
+            info = json.loads((repo / f"build/mini/train/{method}/seed-0/dgs.json").read_text())
+            assert info["params"]["train"]["stage2"]["lr"] == 0.003
+
+
+def test_dvc_exp_run_changes_no_value_that_was_not_set(tmp_path: Path) -> None:
+    """It writes the file anew: quotes go, and numbers are spelled otherwise."""
+    (tmp_path / "dvc.yaml").write_text("stages: {one: {cmd: echo, params: [n]}}\n")
+    (tmp_path / "params.yaml").write_text(
+        "n: 1\nword: \"yes\"\noff: 'off'\ntext: '1e-4'\nsmall: 1e-5\nlong: 1.0e-06\nnone: null\ndate: 2026-01-01\n"
+    )
+    commit = "git -c user.name=t -c user.email=t@example.org commit -qm start"
+    for command in ("git init -q", "dvc init -q", "git add .", commit):
+        assert run(tmp_path, *command.split()).returncode == 0
+    before = read_yaml(tmp_path / "params.yaml")
+    tried = run(tmp_path, "dvc", "exp", "run", "-S", "n=2")
+    assert tried.returncode == 0, tried.stderr
+    assert read_yaml(tmp_path / "params.yaml") == {**before, "n": 2}
+    assert (before["word"], before["text"], before["small"]) == ("yes", "1e-4", 1e-5)
 
 
 def test_conditions_add_rows_and_a_figure_and_take_nothing_away(repo: Path) -> None:
@@ -342,18 +370,25 @@ def test_settings_are_searched_and_generators_left_out_on_what_was_prepared(repo
         (repo / "results" / "mini" / f"{name}.csv").unlink()
 
 
-def test_papermill_from_another_folder_with_overridden_parameters(repo: Path, tmp_path: Path) -> None:
-    before = snapshot(repo / "build")
-    notebook = str(repo / "notebooks" / "train.ipynb")
+@pytest.mark.parametrize("way", ["papermill", "cell"])
+def test_a_number_given_to_a_notebook_holds_for_every_method(repo: Path, tmp_path: Path, way: str) -> None:
+    """0.003 is what dgs is tuned to, and not lora; from another folder, so that nothing of the pipeline is touched."""
+    before, notebook = snapshot(repo / "build"), repo / "notebooks" / "train.ipynb"
+    given = ["-p", "method", "lora", "-y", "seeds: [3]"]
+    if way == "papermill":
+        given += ["-p", "lr", "3e-3"]
+    else:
+        source = notebook.read_text()
+        notebook = tmp_path / "edited.ipynb"
+        notebook.write_text(source.replace("lr = params.train.stage2.lr", "lr = 0.003"))
+        assert notebook.read_text() != source
     done = run(
-        tmp_path,
-        *("papermill", notebook, "out.ipynb", "-p", "method", "lora", "-p", "lr", "1.0e-3", "-y", "seeds: [3]"),
+        tmp_path, "papermill", str(notebook), "out.ipynb", *given, "--cwd", str(repo), DGS_OUT=str(tmp_path / "mine"),
         PYTHONPATH=str(repo),
-        DGS_OUT=str(tmp_path / "mine"),
-    )
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     info = json.loads((tmp_path / "mine/build/mini/train/lora/seed-3/dgs.json").read_text())
-    assert info["params"]["train"]["stage2"]["lr"] == 1.0e-3
+    assert info["params"]["train"]["stage2"]["lr"] == 0.003
     assert snapshot(repo / "build") == before, "a run by hand must not touch the pipeline's outputs"
 
 

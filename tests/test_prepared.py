@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 from conftest import ImageTree, structured_image
 from copies import snapshot
+from settings import DataParams, validate
 
 from dgs.atomic import replacing
 from dgs.data.manifest import build_manifest, data_hash
 from dgs.data.patches import patch_entropy, select_indices
 from dgs.data.prepared import TRAINING, compute_patches, load_prepared, load_training, save_prepared
 from dgs.errors import UserError
-from dgs.params import DataParams, validate
 
 PARAMS = validate({"patches": {"enabled": True, "size": 8, "count": 49}})
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from settings import validate
 from test_disk import full_disk  # noqa: F401
 from test_train import SETTINGS, clip, prepared  # noqa: F401  # fixtures
 from torch import Tensor
@@ -21,7 +22,7 @@ from dgs.model.methods.registry import get_method
 from dgs.model.snapshot import Snapshot, run_key
 from dgs.model.train import Trained, train
 from dgs.model.training_log import AT_FEATURES, AT_LAYERS, TABLES, TrainingLog
-from dgs.params import Params, validate
+from dgs.params import Params
 
 STEPS = 6  # two epochs of three
 

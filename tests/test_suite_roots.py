@@ -13,6 +13,7 @@ import pytest
 import yaml
 from clips import write_random_clip
 from copies import ROOT, copy_repository, run
+from settings import DataParams
 from trees import grow, grow_with_pools, put
 
 from dgs.analysis.figures.detection import detection_figures
@@ -23,7 +24,6 @@ from dgs.data.manifest import ImageSource, build_manifest, cautions, data_hash, 
 from dgs.data.suites import AIGC_DETECT_BENCHMARK, AIGI_BENCH, UNIVERSAL_FAKE_DETECT, full_name, is_seen, pool_of
 from dgs.data.tree import scan_tree
 from dgs.errors import UserError
-from dgs.params import DataParams
 
 SEEN = {"AIGCDetectBenchmark/ProGAN", "AIGCDetectBenchmark/SDv1.4", "AIGIBench/ProGAN"}
 

@@ -14,6 +14,7 @@ from clips import write_random_clip
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from settings import validate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,7 +41,7 @@ from dgs.model.train import (
     train,
     training_views,
 )
-from dgs.params import Params, validate
+from dgs.params import Params
 
 SETTINGS = {
     "data": {"layout": "folders", "rho": None},

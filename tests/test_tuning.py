@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from settings import validate
 
 from dgs.analysis import tuning
 from dgs.analysis.tuning import RULES, candidates, chosen, weighted_balanced_accuracy, with_candidate
 from dgs.errors import UserError
 from dgs.model.methods.registry import METHODS
 from dgs.model.methods.text_expert import ipw_weights
-from dgs.params import load_params, validate
+from dgs.params import TUNABLE, dotted, load_params
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,16 +27,16 @@ ROOT = Path(__file__).parents[1]
 def test_every_method_gets_six_different_settings_that_are_parameters(name: str) -> None:
     tried = candidates(METHODS[name])
     assert len(tried) == 6 == len({json.dumps(candidate) for candidate in tried})
-    given = validate({})
-    for candidate in tried:
-        assert validate({"settings": {name: candidate}}).tuned(name).train != given.train or candidate in tried
+    assert all(name in TUNABLE for candidate in tried for name in candidate)
     knob = METHODS[name].tuned_param
     assert all((f"train.surgery.{knob}" in candidate) == (knob is not None) for candidate in tried)
 
 
 def test_the_parameter_file_has_settings_for_every_method_and_a_control_has_those_of_dgs() -> None:
-    given = yaml.safe_load((ROOT / "params.yaml").read_text())["settings"]
-    assert list(given) == list(METHODS)
+    given = yaml.safe_load((ROOT / "params.yaml").read_text())["tuned"]
+    assert list(given) == ["default", *METHODS]
+    for own in given.values():
+        assert set(own) <= set(given["default"])
     for name, method in METHODS.items():
         if method.settings_of:
             assert given[name] == given[method.settings_of]
@@ -46,10 +46,11 @@ def test_committed_settings_are_those_that_the_committed_search_chose() -> None:
     """By `val_balanced` in params.yaml; by the other two rules in the study's profiles of their names."""
     search = pd.read_csv(ROOT / "results/mini/tuning.csv")
     assert search.groupby("method").size().eq(6).all()
-    assert yaml.safe_load((ROOT / "params.yaml").read_text())["settings"] == chosen(search, "val_balanced")
+    committed = yaml.safe_load((ROOT / "params.yaml").read_text())["tuned"]
+    assert {name: committed[name] for name in METHODS} == chosen(search, "val_balanced")
     for profile, rule in (("study-90-val", "val"), ("study-90-unbiased", "val_unbiased")):
         given = yaml.safe_load((ROOT / f"profiles/{profile}.yaml").read_text())
-        assert given["settings"] == {name: chosen(search, rule)[name] for name in given["methods"]}
+        assert given["tuned"] == {name: chosen(search, rule)[name] for name in given["methods"]}
 
 
 def test_balanced_weights_make_captions_tell_nothing() -> None:
@@ -117,12 +118,11 @@ def test_a_trial_has_its_candidates_values_whatever_a_profile_says(name: str, tm
     (tmp_path / "profiles").mkdir()
     own = {"train": {"stage1": {"epochs": 3, "lr": 1.0e-4}, "stage2": {"lr": 1.0e-4}, "surgery": {"lam": 0.2}}}
     for candidate in candidates(METHODS[name]):
-        for settings in ({}, {"settings": {name: candidate}}):
-            (tmp_path / "profiles" / "own.yaml").write_text(yaml.safe_dump(own | settings))
+        for settings in (own, {"tuned": {name: candidate}}):
+            (tmp_path / "profiles" / "own.yaml").write_text(yaml.safe_dump(settings))
             params = load_params("own", tmp_path)
-            tried = with_candidate(params, name, candidate) if not settings else params.tuned(name)
-            content = tried.model_dump()
-            assert {key: reduce(dict.__getitem__, key.split("."), content) for key in candidate} == candidate
+            tried = with_candidate(params, name, candidate) if settings is own else params.for_method(name)
+            assert {key: dotted(tried.model_dump())[key] for key in candidate} == candidate
 
 
 def test_a_rule_that_nothing_was_measured_by_chooses_nothing() -> None:

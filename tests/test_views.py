@@ -12,12 +12,13 @@ import torch
 from conftest import ImageTree
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from settings import DataParams, validate
 
 from dgs.data.images import fit
 from dgs.data.manifest import ImageSource, build_manifest, open_image
 from dgs.data.patches import patch_entropy, select_indices
 from dgs.data.views import EVALUATION, Views, batch_order, batches, make_view
-from dgs.params import DataParams, Params, validate
+from dgs.params import Params
 
 FITTED = validate({"model": {"image_size": 16}})
 PATCHED = validate({"patches": {"enabled": True, "size": 8, "count": 49}})

@@ -17,7 +17,7 @@ from dgs.data.prepared import Prepared, load_training
 from dgs.errors import UserError
 from dgs.model.methods.registry import METHODS, Method, get_method
 from dgs.model.methods.text_expert import caption_probability, ipw_weights
-from dgs.params import Params, validate
+from dgs.params import Params
 
 Candidate = dict[str, float]
 LR, EPOCHS, LR_FROZEN = "train.stage2.lr", "train.stage1.epochs", "train.stage1.lr"
@@ -62,8 +62,7 @@ def weighted_balanced_accuracy(
 
 def with_candidate(params: Params, name: str, candidate: Candidate) -> Params:
     """The parameters of one trial: the candidate stands above whatever a profile or the parameter file say."""
-    tried = {"settings": {name: candidate}, "settings_instead_of": {}}
-    return validate({**params.model_dump(), **tried}, "candidate").tuned(name)
+    return params.replaced(candidate, "candidate").for_method(name)
 
 
 def train_and_score(

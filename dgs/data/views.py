@@ -18,7 +18,7 @@ from dgs.data.images import decode, fit
 from dgs.data.manifest import ImageSource
 from dgs.data.patches import patch_entropy, select_indices, stitch
 from dgs.data.perturbations import perturb
-from dgs.params import Params
+from dgs.params import ImageParams, Params
 
 EVALUATION = -1  # the epoch of the view used at test time: no flip, one fixed patch order
 
@@ -31,7 +31,7 @@ def view_rng(sha256: str, seed: int, epoch: int) -> np.random.Generator:
 def make_view(
     image: NDArray[np.uint8],
     sha256: str,
-    params: Params,
+    params: ImageParams,
     seed: int,
     epoch: int,
     patches: NDArray[np.int32] | None = None,

@@ -28,10 +28,15 @@ from dgs.errors import UserError
 from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import INFO, damaged, load_checkpoint, read_info, require_unchanged
 from dgs.model.clip import load_clip
-from dgs.params import Params, validate
+from dgs.params import ImageParams, merged, validate_as
 from dgs.workspace import find_root
 
-USED = ("profile", "data", "patches", "model")  # parameters that a score depends on; others may change their names
+USED = tuple(ImageParams.model_fields)  # parameters that a score depends on; others may change their names
+# What checkpoints were made with before these had names.
+OLDER = {
+    "data": {"shortcut": "background", "captions": None, "val_fraction": 0.1, "limit": None, "fit": "crop"},
+    "model": {"precision": "fp32", "levels": [0], "pretrained": None, "normalize": "clip", "lora": {"blocks": None}},
+}
 BATCH = 64
 AHEAD = 2  # batches whose views may be waiting while the tower works on another
 
@@ -99,7 +104,7 @@ def probability(logits: NDArray[Any]) -> NDArray[np.float64]:
 class Detector:
     """Scores images with a trained checkpoint; the same views as the evaluate stage, so the same numbers."""
 
-    def __init__(self, backbone: Backbone, head: nn.Linear, params: Params, info: dict[str, Any]) -> None:
+    def __init__(self, backbone: Backbone, head: nn.Linear, params: ImageParams, info: dict[str, Any]) -> None:
         self.backbone, self.head, self.params, self.info = backbone, head, params, info
         self._bytes, self._pixels = MemoryBudget(MAX_BYTES), MemoryBudget(MAX_PIXELS)  # of all views being made
 
@@ -117,7 +122,8 @@ class Detector:
         folder = Path(path)
         info = read_info(folder)
         try:
-            params = validate({name: info["params"][name] for name in USED if name in info["params"]}, "params")
+            recorded = {name: info["params"][name] for name in USED if name in info["params"]}
+            params = validate_as(ImageParams, merged(OLDER, recorded), "params")
         except UserError as error:
             raise damaged(folder / INFO, str(error).rstrip(".")) from None
         try:

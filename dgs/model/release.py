@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
 from dgs.model.clip import Clip
-from dgs.params import Params, validate
+from dgs.params import Params, dotted, merged_params, validate
 
 State = Mapping[str, Tensor]
 
@@ -281,14 +281,15 @@ def release_params(release: Release) -> Params:
     side = open_clip_config(release.clip)["preprocess_cfg"]["size"]
     patches = {"enabled": side % 7 == 0, "size": max(side // 7, 2), "count": 49}
     lora = {"rank": release.rank, "alpha": ALPHA, "dropout": 0.8} if release.adapters else {}
-    content = {
+    own = {
         "profile": "release",
         "data": {"layout": "folders", "rho": None},
         "patches": patches,
-        "model": {"clip": "clip", "image_size": side, "normalize": "imagenet", "lora": lora},
+        "model": {"clip": "clip", "image_size": side, "normalize": "imagenet", "levels": [0], "lora": lora},
         "train": {"batch_size": 32, "stage1": {"epochs": 3, "lr": 1e-4}, "stage2": {"epochs": 1, "lr": 1e-4}},
     }
-    return validate(content, "the release's settings")
+    rest = validate(merged_params()).for_method("default")  # params.yaml's, of which the release says nothing
+    return rest.replaced(dotted(own), "the release's settings")
 
 
 def adapt(clip: Clip, release: Release, params: Params) -> Backbone:
