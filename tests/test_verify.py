@@ -91,9 +91,14 @@ def write(folder: Path, rho: float | None = 0.9) -> Path:
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
+def pair(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
     """Two equal folders."""
-    return write(tmp_path / "committed"), write(tmp_path / "reproduced")
+    rho = getattr(request, "param", 0.9)
+    return write(tmp_path / "committed", rho), write(tmp_path / "reproduced", rho)
+
+
+# Of data of one's own, where the column rho is empty, too.
+with_and_without_rho = pytest.mark.parametrize("pair", [0.9, None], indirect=True, ids=["rho", "no rho"])
 
 
 def number_paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -131,6 +136,7 @@ def only(lines: list[str]) -> str:
     return lines[0]
 
 
+@with_and_without_rho
 class TestAgreement:
     def test_a_folder_agrees_with_itself_and_its_copy(self, pair: tuple[Path, Path]) -> None:
         assert compare_results(pair[0], pair[0]) == []
@@ -199,6 +205,7 @@ class TestMetrics:
         assert "dgs.zero_shot_kept.mean" in line and f"only in the {where}" in line
 
 
+@with_and_without_rho
 class TestTables:
     @pytest.mark.parametrize("column", RATES)
     def test_two_points_in_any_rate_of_detection(self, pair: tuple[Path, Path], column: str) -> None:
@@ -251,50 +258,14 @@ class TestTables:
         lines = compare_results(*pair)
         assert lines and all("detection.csv" in line and "alpha" in line for line in lines)
 
-    def test_many_differences_are_listed_in_part_and_counted(self, tmp_path: Path) -> None:
-        folders = [tmp_path / "a", tmp_path / "b"]
-        for folder, shift in zip(folders, (0.0, 0.1), strict=True):
-            write(folder)
+    def test_many_differences_are_listed_in_part_and_counted(self, pair: tuple[Path, Path]) -> None:
+        for folder, shift in zip(pair, (0.0, 0.1), strict=True):
             table = detection(0.9)
             wide = pd.concat([table.assign(seed=table["seed"] + 2 * index) for index in range(3)])
             write_detection(wide.assign(acc=wide["acc"] - shift), folder / "detection.csv")
-        lines = compare_results(*folders)
+        lines = compare_results(*pair)
         assert len(lines) < 48
         assert f"and {48 - (len(lines) - 1)} rows more" in lines[-1]
-
-
-class TestDataWithoutRho:
-    """Data of one's own: the column rho is empty."""
-
-    @pytest.fixture
-    def pair(self, tmp_path: Path) -> tuple[Path, Path]:
-        return write(tmp_path / "committed", None), write(tmp_path / "reproduced", None)
-
-    @pytest.mark.parametrize("name", NAMES)
-    def test_equal_tables_agree_in_any_order(self, pair: tuple[Path, Path], name: str) -> None:
-        assert compare_results(*pair) == []
-        read_text(pair[1] / name).iloc[::-1].to_csv(pair[1] / name, index=False)
-        assert compare_results(*pair) == []
-
-    @pytest.mark.parametrize(
-        ("name", "column", "step"),
-        [
-            ("detection.csv", "acc", 0.02),
-            ("detection.csv", "n_fake", 1),
-            ("forgetting.csv", "after", 0.02),
-            ("gradient_angles.csv", "mean", 3.6),
-        ],
-    )
-    def test_a_change_is_reported(self, pair: tuple[Path, Path], name: str, column: str, step: float) -> None:
-        edit(pair[1], name, 1, column, lambda value: value + step)
-        line = only(compare_results(*pair))
-        assert line.startswith(name) and f" {column}:" in line
-
-    @pytest.mark.parametrize(("side", "where"), [(0, "reproduced"), (1, "committed")])
-    def test_a_missing_row_is_reported(self, pair: tuple[Path, Path], side: int, where: str) -> None:
-        read_text(pair[side] / "detection.csv").iloc[1:].to_csv(pair[side] / "detection.csv", index=False)
-        line = only(compare_results(*pair))
-        assert "1 rows" in line and f"only in the {where}" in line and "probe" in line
 
 
 class TestFiles:
@@ -360,17 +331,16 @@ class TestFiles:
         assert line.startswith(f"{name}: the {where} file is no ")
 
 
+@with_and_without_rho
 class TestRepeatedRows:
     @pytest.mark.parametrize("name", NAMES)
-    @pytest.mark.parametrize("rho", [0.9, None])
     @pytest.mark.parametrize(("side", "where"), [(0, "committed"), (1, "reproduced")])
     def test_a_row_twice_is_one_sentence_with_table_and_key(
-        self, tmp_path: Path, name: str, rho: float | None, side: int, where: str
+        self, pair: tuple[Path, Path], name: str, side: int, where: str
     ) -> None:
-        folders = write(tmp_path / "a", rho), write(tmp_path / "b", rho)
-        table = read_text(folders[side] / name)
-        pd.concat([table, table.iloc[[1]]]).to_csv(folders[side] / name, index=False)
-        line = only(compare_results(*folders))
+        table = read_text(pair[side] / name)
+        pd.concat([table, table.iloc[[1]]]).to_csv(pair[side] / name, index=False)
+        line = only(compare_results(*pair))
         assert line.startswith(f"{name} [") and f"2 times in the {where} file" in line
         row = table.iloc[1]
         assert all(str(row[key]) in line for key in TABLES[name] if key in table.columns and row[key]), line

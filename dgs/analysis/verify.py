@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pandas as pd
 
 from dgs.errors import UserError
 
+SIDES = ("committed", "reproduced")
 METRICS = "metrics.json"
 TABLES = {
     "detection.csv": ["rho", "method", "seed", "generator", "seen", "condition", "applied_to", "threshold_rule"],
@@ -44,27 +45,30 @@ def _kept(path: str, seeds: Collection[int] | None) -> bool:
     return "per_seed" in parts and parts[-1] in map(str, seeds)
 
 
-def _metrics(committed: Path, reproduced: Path, tolerance: float, seeds: Collection[int] | None) -> Iterator[str]:
+def _read(name: str, kind: str, folders: Sequence[Path], read: Callable[[Path], Any]) -> tuple[list[Any], list[str]]:
+    """Both sides of a file and nothing, or what is wrong with the first that cannot be read."""
     contents = []
-    for folder, side in ((committed, "committed"), (reproduced, "reproduced")):
+    for folder, side in zip(folders, SIDES, strict=True):
         try:
-            leaves = _leaves(json.loads((folder / METRICS).read_text(encoding="utf-8")))
-            contents.append({path: value for path, value in leaves if _kept(path, seeds)})
-        except ValueError as error:
-            yield f"{METRICS}: the {side} file is no JSON ({_one_line(error)})"
-            return
-    old, new = contents
+            contents.append(read(folder / name))
+        except ValueError as error:  # empty, no text, or lines of unequal length
+            return [], [f"{name}: the {side} file is no {kind} ({' '.join(str(error).split()).rstrip('.')})"]
+    return contents, []
+
+
+def _metrics(folders: Sequence[Path], tolerance: float, seeds: Collection[int] | None) -> Iterator[str]:
+    contents, wrong = _read(METRICS, "JSON", folders, lambda path: json.loads(path.read_text(encoding="utf-8")))
+    if wrong:
+        yield from wrong
+        return
+    old, new = ({path: value for path, value in _leaves(content) if _kept(path, seeds)} for content in contents)
     for name in sorted(set(old) ^ set(new)):
-        yield f"metrics.json {name}: only in the {'committed' if name in old else 'reproduced'} file"
+        yield f"{METRICS} {name}: only in the {SIDES[name in new]} file"
     for name in sorted(set(old) & set(new)):
         a, b = old[name], new[name]
         numbers = isinstance(a, float | int) and isinstance(b, float | int) and not isinstance(a, bool)
         if not abs(a - b) <= tolerance if numbers else a != b:  # so that NaN counts as moved
-            yield f"metrics.json {name}: committed {a}, reproduced {b}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+            yield f"{METRICS} {name}: committed {a}, reproduced {b}"
 
 
 def _row(key: object) -> str:
@@ -72,26 +76,26 @@ def _row(key: object) -> str:
 
 
 def _table(
-    name: str, wanted: list[str], committed: Path, reproduced: Path, tolerance: float, seeds: Collection[int] | None
+    name: str, wanted: list[str], folders: Sequence[Path], tolerance: float, seeds: Collection[int] | None
 ) -> Iterator[str]:
-    tables = []
-    for folder, side in ((committed, "committed"), (reproduced, "reproduced")):
-        try:
-            table = pd.read_csv(folder / name, dtype={"threshold_rule": str, "seen": str})
-            tables.append(table if seeds is None or "seed" not in table else table[table["seed"].isin(seeds)])
-        except ValueError as error:  # empty, no text, or lines of unequal length
-            yield f"{name}: the {side} file is no table ({_one_line(error)})"
-            return
+    def read(path: Path) -> pd.DataFrame:
+        table = pd.read_csv(path, dtype={"threshold_rule": str, "seen": str})
+        return table if seeds is None or "seed" not in table else table[table["seed"].isin(seeds)]
+
+    tables, wrong = _read(name, "table", folders, read)
+    if wrong:
+        yield from wrong
+        return
     old, new = tables
     for column in sorted(set(old.columns) ^ set(new.columns)):
-        yield f"{name}: column {column} only in the {'committed' if column in old.columns else 'reproduced'} file"
+        yield f"{name}: column {column} only in the {SIDES[column in new.columns]} file"
     keys = [key for key in wanted if key in old.columns and key in new.columns]
     if not keys:
         yield f"{name}: expected the columns {', '.join(wanted)} in both files, found none of them"
         return
     old, new = old.set_index(keys), new.set_index(keys)
     repeated = [table.index[table.index.duplicated()].unique() for table in (old, new)]
-    for table, several, side in zip((old, new), repeated, ("committed", "reproduced"), strict=True):
+    for table, several, side in zip((old, new), repeated, SIDES, strict=True):
         if len(several):
             more = f", and {len(several) - 1} other rows more than once" if len(several) > 1 else ""
             yield f"{name} [{_row(several[0])}]: {len(table.loc[[several[0]]])} times in the {side} file{more}"
@@ -102,12 +106,9 @@ def _table(
 
 def _moved(name: str, old: pd.DataFrame, new: pd.DataFrame, tolerance: float) -> Iterator[str]:
     """Rows of one table alone, and values that differ; both tables are indexed by the same keys, each key once."""
-    for missing, where in (
-        (old.index.difference(new.index), "committed"),
-        (new.index.difference(old.index), "reproduced"),
-    ):
+    for missing, side in zip((old.index.difference(new.index), new.index.difference(old.index)), SIDES, strict=True):
         if len(missing):
-            yield f"{name}: {len(missing)} rows only in the {where} file, first {missing[0]}"
+            yield f"{name}: {len(missing)} rows only in the {side} file, first {missing[0]}"
     shared = old.index.intersection(new.index)
     old, new = old.loc[shared].sort_index(), new.loc[shared].sort_index()
     for column in old.columns.intersection(new.columns):
@@ -170,9 +171,9 @@ def compare_results(
         for name in (METRICS, *TABLES):
             if name not in mine and (name == METRICS or (name in other and name not in LOGS)):
                 raise UserError(f"Expected {name} in {folder}, found none. Run make repro first.")
-    lines = [f"{name}: only in the {'committed' if name in old else 'reproduced'} folder" for name in sorted(old ^ new)]
-    lines += _metrics(committed, reproduced, tolerance, seeds)
+    lines = [f"{name}: only in the {SIDES[name in new]} folder" for name in sorted(old ^ new)]
+    lines += _metrics((committed, reproduced), tolerance, seeds)
     for name, keys in TABLES.items():
         if name in old & new:
-            lines += _table(name, keys, committed, reproduced, tolerance, seeds)
+            lines += _table(name, keys, (committed, reproduced), tolerance, seeds)
     return lines
