@@ -10,11 +10,12 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 from settings import LoraParams, validate
-from torch import nn
+from torch import Tensor, nn
 
 from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import SUMS, save_checkpoint, seal
 from dgs.model.clip import load_clip
+from dgs.model.methods.base import Precomputed
 from dgs.params import Params
 
 LORA = LoraParams(rank=2, alpha=4.0, dropout=0.0)
@@ -48,6 +49,13 @@ def settings(clip: Path, **groups: object) -> Params:
     """Parameters of a run on the random CLIP at `clip`, for images of 32 px."""
     model = {"clip": str(clip), "image_size": 32, "lora": LORA.model_dump()}
     return validate({"data": {"layout": "folders", "rho": None}, "model": model, **groups})
+
+
+def precomputed(labels: Tensor, captions: Tensor, residual: Tensor, teacher: Tensor | None = None) -> Precomputed:
+    """(N,) labels, (N, T) captions, (N,) residuals of a teacher; features of norm 1, no text expert."""
+    ones = torch.ones_like(labels)
+    frozen = torch.ones_like(captions) if teacher is None else teacher
+    return Precomputed(labels, captions, frozen, ones, residual, torch.zeros_like(labels), ones)
 
 
 def write_checkpoint(folder: Path, clip_folder: Path, params: Params | None = None, scale: float = 1.0) -> Path:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from clips import precomputed
 from torch import nn
 
 from dgs.model.backbone import Backbone
 from dgs.model.clip import load_clip
-from dgs.model.methods.base import Precomputed
 from dgs.model.methods.registry import get_method
 from dgs.model.step import stage2_step
 from dgs.model.training_log import LAYERS_EVERY, LayerGradients, TrainingLog
@@ -37,17 +37,15 @@ def test_logging_costs_at_most_five_per_cent_of_a_run() -> None:
     images = torch.randint(0, 256, (size, 3, params.image_size, params.image_size), dtype=torch.uint8)
     captions, frozen, noise = torch.randn(3, size, width)
     labels = torch.arange(size).remainder(2).float()
-    known = Precomputed(
-        labels, captions, frozen, torch.ones(size), torch.rand(size) - 0.5, torch.zeros(size), torch.ones(size)
-    )
-    journal = TrainingLog("dgs", 0)
+    known = precomputed(labels, captions, torch.rand(size) - 0.5, frozen)
+    log = TrainingLog("dgs", 0)
 
     def step(logged: bool, layers: LayerGradients | None = None) -> None:
         _, gradients = stage2_step(method, backbone, heads, optimizer, images, known, noise, params, layers=layers)
         if logged:
-            journal.gradients(0, list(range(size)), labels, gradients)
+            log.gradients(0, list(range(size)), labels, gradients)
         if layers is not None:
-            layers.record(journal, 0)
+            layers.record(log, 0)
 
     try:
         timed = interleave(

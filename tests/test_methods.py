@@ -68,6 +68,13 @@ def test_every_method_has_a_name_and_says_where_it_comes_from() -> None:
     assert list(METHODS)[:3] == ["probe", "lora", "dgs"]
 
 
+def test_unknown_method_lists_the_known() -> None:
+    with pytest.raises(UserError, match=r"Unknown method 'loar'\. Did you mean 'lora'\? Known: probe, lora, dgs"):
+        get_method("loar")
+    with pytest.raises(UserError, match="Unknown method '3'"):
+        get_method(3)  # type: ignore[arg-type]
+
+
 def test_suppression_is_orthogonal_to_the_harmful_direction_and_knows_no_teacher() -> None:
     known = some_known()
     out = step("suppression_only", known)

@@ -8,12 +8,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from clips import precomputed
 from settings import validate
 from torch import Tensor
 
 from dgs.model.backbone import Backbone
 from dgs.model.clip import IMAGENET, embed_tokens, load_clip
-from dgs.model.methods.base import Precomputed
 from dgs.model.methods.registry import get_method
 from dgs.model.release import adapt, take_apart, write_clip
 from dgs.model.step import stage2_step
@@ -68,15 +68,7 @@ def require_parity(
     with backbone.frozen():
         frozen = backbone(images)
         residual = teacher_residuals(heads["teacher"], frozen, labels)
-        known = Precomputed(
-            labels,
-            embed_tokens(clip.model, tokens),
-            frozen,
-            torch.ones_like(labels),
-            residual,
-            torch.zeros_like(labels),
-            torch.ones_like(labels),
-        )
+        known = precomputed(labels, embed_tokens(clip.model, tokens), residual, frozen)
         untrained = start.heads["image"](backbone(images)).squeeze(1)
     learned = [*backbone.adapter_parameters(), *heads["image"].parameters(), *heads["text"].parameters()]
     optimizer = torch.optim.Adam(learned, lr=LR, betas=(0.9, 0.999))

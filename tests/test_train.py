@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from clips import write_random_clip
+from clips import precomputed, write_random_clip
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,11 +24,10 @@ from dgs.data.prepared import Prepared
 from dgs.data.views import Views, batch_order, batches
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
-from dgs.model.checkpoint import load_checkpoint, load_heads, save_checkpoint
+from dgs.model.checkpoint import load_heads, save_checkpoint
 from dgs.model.clip import Clip, load_clip
 from dgs.model.detector import Detector
 from dgs.model.methods.averaging import Averaging
-from dgs.model.methods.base import Precomputed
 from dgs.model.methods.constraints import adapters
 from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.step import surgery_step
@@ -104,12 +103,6 @@ def run(
     return kept[0]
 
 
-def some_known(labels: Tensor, captions: Tensor, residual: Tensor) -> Precomputed:
-    """With a teacher that matters to no method tested with it, and no text expert."""
-    ones = torch.ones_like(captions)
-    return Precomputed(labels, captions, ones, ones[:, 0], residual, torch.zeros_like(labels), torch.ones_like(labels))
-
-
 @pytest.mark.parametrize("order", ["release", "paper"])
 @pytest.mark.parametrize("scale", ["release", "per_sample"])
 def test_a_dgs_step_equals_autograd_through_every_head(order: str, scale: str) -> None:
@@ -125,7 +118,7 @@ def test_a_dgs_step_equals_autograd_through_every_head(order: str, scale: str) -
     captions = torch.randn(count, width, dtype=torch.float64)
     labels = torch.tensor([0.0, 1, 1, 0, 1, 0], dtype=torch.float64)
     residual = (torch.sigmoid(heads["teacher"](frozen).squeeze(1)) - labels).detach()
-    known, noise = some_known(labels, captions, residual), torch.zeros_like(features)
+    known, noise = precomputed(labels, captions, residual), torch.zeros_like(features)
     applied, losses, _ = surgery_step(METHODS["dgs"], features, heads, known, noise, params)
     accumulated = {n: heads[n].weight.grad.clone() for n in ("image", "text")}
 
@@ -168,7 +161,7 @@ def directions_seen(count: int, scale: str) -> dict[str, Tensor]:
     features, captions = torch.randn(2, 64, 7, generator=generator, dtype=torch.float64)
     residual = torch.rand(64, generator=generator, dtype=torch.float64) - 0.5
     labels = torch.arange(64).remainder(2).double()
-    known = some_known(labels[:count], captions[:count], residual[:count])
+    known = precomputed(labels[:count], captions[:count], residual[:count])
     applied, _, gradients = surgery_step(METHODS["dgs"], features[:count], heads, known, features[:count], params)
     return {"applied": count * applied[0], **{name: count * gradients[name][0] for name in ("harmful", "beneficial")}}
 
@@ -190,7 +183,7 @@ def test_a_text_head_that_is_not_linear_is_differentiated_by_autograd() -> None:
     text = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
     heads = {"image": nn.Linear(6, 1), "text": text, "teacher": nn.Linear(6, 1)}
     captions, labels = torch.randn(4, 6), torch.tensor([0.0, 1, 1, 0])
-    known, noise = some_known(labels, captions, torch.rand(4)), torch.zeros(4, 6)
+    known, noise = precomputed(labels, captions, torch.rand(4)), torch.zeros(4, 6)
     _, _, gradients = surgery_step(METHODS["dgs"], torch.randn(4, 6), heads, known, noise, settings())
     at = captions.clone().requires_grad_()
     F.binary_cross_entropy_with_logits(text(at).squeeze(1), labels).backward()
@@ -286,7 +279,7 @@ def test_the_threshold_that_decides_verdicts_is_the_best_on_validation(
 def test_lora_sends_the_task_gradient_untouched() -> None:
     torch.manual_seed(0)
     heads = {name: nn.Linear(4, 1) for name in ("image", "text", "teacher")}
-    known = some_known(torch.tensor([0.0, 1, 0, 1, 1]), torch.randn(5, 4), torch.randn(5))
+    known = precomputed(torch.tensor([0.0, 1, 0, 1, 1]), torch.randn(5, 4), torch.randn(5))
     applied, losses, gradients = surgery_step(
         METHODS["lora"], torch.randn(5, 4), heads, known, torch.randn(5, 4), settings()
     )
@@ -349,15 +342,6 @@ def test_cached_stage_1_equals_training_through_the_tower(clip: Clip, prepared: 
             optimizer.step()
     assert torch.allclose(cached.weight, head.weight, rtol=0, atol=1e-6)
     assert torch.allclose(cached.bias, head.bias, rtol=0, atol=1e-6)
-
-
-def test_stage_1_learns_to_separate_what_is_separable() -> None:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.tensor([0.0, 1.0] * 40)
-    features = torch.randn(1, 80, 4, generator=generator) + 3 * labels[None, :, None]
-    head = stage1(features, labels, settings(stage1={"epochs": 40, "lr": 0.05}), 0)
-    accuracy = ((head(features[0]).squeeze(1) > 0) == labels.bool()).float().mean()
-    assert accuracy > 0.95
 
 
 def test_training_separates_fakes_with_a_checkerboard(clip: Clip, prepared: Prepared) -> None:
@@ -426,20 +410,15 @@ def test_validation_is_noted_once_an_epoch(method: str, clip: Clip, prepared: Pr
     assert not noted["step"].duplicated().any()
 
 
-def test_a_warm_head_starts_as_the_probes(clip: Clip, prepared: Prepared) -> None:
+@pytest.mark.parametrize(("method", "probe"), [("lp_ft", "probe"), ("dgs_plus", "poe_probe")])
+def test_a_head_from_the_probe_starts_as_the_probe_with_the_methods_text_expert(
+    method: str, probe: str, clip: Clip, prepared: Prepared
+) -> None:
     params = settings(stage2={"lr": 1e-9, "epochs": 1}, stage1={"lr": 0.05, "epochs": 5})
-    weights, _ = run("lp_ft", clip, prepared, params)
-    assert torch.allclose(weights["image.weight"], weights["teacher.weight"], atol=1e-6)
-    cold, _ = run("lora", clip, prepared, params)
-    assert (cold["image.weight"] - cold["teacher.weight"]).abs().max() > 1e-2
-
-
-def test_dgs_plus_starts_as_the_probe_with_a_text_expert(clip: Clip, prepared: Prepared) -> None:
-    params = settings(stage2={"lr": 1e-9, "epochs": 1}, stage1={"lr": 0.05, "epochs": 5})
-    start, _ = run("dgs_plus", clip, prepared, params)
-    probe, _ = run("poe_probe", clip, prepared, params)
-    assert torch.allclose(start["image.weight"], probe["image.weight"], atol=1e-6)
+    start, cold, head = (run(name, clip, prepared, params)[0] for name in (method, "lora", probe))
+    assert torch.allclose(start["image.weight"], head["image.weight"], atol=1e-6)
     assert all(value.abs().max() < 1e-7 for name, value in start.items() if "lora_B" in name)
+    assert (cold["image.weight"] - cold["teacher.weight"]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("method", ["dgs_plus", "swad"])
@@ -539,13 +518,6 @@ def test_an_image_with_features_that_are_no_numbers_is_named(
         run("dgs", clip, prepared, settings())
 
 
-def test_unknown_method_lists_the_known() -> None:
-    with pytest.raises(UserError, match=r"Unknown method 'loar'\. Did you mean 'lora'\? Known: probe, lora, dgs"):
-        get_method("loar")
-    with pytest.raises(UserError, match="Unknown method '3'"):
-        get_method(3)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("method", ["probe", "dgs", "leace", "levels_probe", "dgs_plus", "wise_ft"])
 def test_a_checkpoint_scores_as_the_run_that_made_it(
     method: str, clip: Clip, prepared: Prepared, tmp_path: Path
@@ -573,23 +545,3 @@ def test_a_checkpoint_scores_as_the_run_that_made_it(
     assert set(load_heads(tmp_path / "checkpoint")) == (
         {"image", "text", "teacher"} if METHODS[method].adapters else {"image"}
     )
-
-
-def test_a_checkpoint_refuses_another_clip(clip: Clip, prepared: Prepared, tmp_path: Path) -> None:
-    params = settings()
-
-    def keep(trained: Trained) -> None:
-        save_checkpoint(tmp_path / "c", trained.backbone, trained.heads, clip, params, "probe", 0, {}, "d")
-
-    train(get_method("probe"), clip, prepared, params, 0, torch.device("cpu"), keep)
-    other = load_clip(params.model.model_copy(update={"clip": str(write_random_clip(tmp_path / "o", 5))}), Path(), 32)
-    with pytest.raises(UserError, match="was trained on"):
-        load_checkpoint(tmp_path / "c", other)
-
-
-def test_no_checkpoint_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"Expected a checkpoint folder \(with dgs\.json\)"):
-        Detector.load(tmp_path)
-    (tmp_path / "dgs.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        Detector.load(tmp_path)

@@ -186,8 +186,6 @@ def _member(
     timeout: float,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
-    begin: Callable[..., None] | None,
-    begin_with: tuple[Any, ...],
 ) -> None:
     """What each process of `run` does; results and errors are files in `folder`."""
     import torch.distributed as dist
@@ -195,8 +193,6 @@ def _member(
     end_with_parent()
     code = 0
     try:
-        if begin is not None:
-            begin(*begin_with)
         store = dist.FileStore(str(folder / "rendezvous"), processes)
         _init_group(timeout, True, store=store, rank=number, world_size=processes)
         result = function(*arguments)
@@ -214,22 +210,14 @@ def _member(
     os._exit(code)  # threads of the group may wait for others for ever
 
 
-def run(
-    processes: int,
-    function: Callable[..., T],
-    *arguments: Any,
-    begin: Callable[..., None] | None = None,
-    begin_with: tuple[Any, ...] = (),
-    timeout: float = TIMEOUT,
-) -> T:
+def run(processes: int, function: Callable[..., T], *arguments: Any, timeout: float = TIMEOUT) -> T:
     """`function(*arguments)` in so many processes that form a group; the first one's result.
 
     One process needs no other: the function is called here. As soon as one fails or dies, all end. Ctrl-C, which a
     terminal sends to all, is for this process alone.
 
     Args:
-        function: importable, as are its arguments picklable.
-        begin: called in each process before anything else.
+        function: importable, as are its arguments picklable; they may hold shared memory of `multiprocessing`.
         timeout: seconds that a process waits for the others.
 
     Raises:
@@ -241,7 +229,7 @@ def run(
 
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # how it ends them is no user's concern
     with tempfile.TemporaryDirectory(prefix="dgs-") as folder:
-        given = (processes, Path(folder), timeout, function, arguments, begin, begin_with)
+        given = (processes, Path(folder), timeout, function, arguments)
         with _deaf_to_interrupts():
             group = start_processes(_member, given, processes, join=False)
         try:

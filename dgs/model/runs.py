@@ -100,9 +100,14 @@ def _require_same_clip(prepared: Prepared, clip: Clip) -> None:
         )
 
 
+def _train_counted(counter: Any, *arguments: Any) -> TrainingLog | None:
+    _share(counter)
+    return train_seed(*arguments)
+
+
 def _train_together(processes: int, *arguments: Any) -> TrainingLog:
     """`train_seed` in so many processes that share every batch."""
-    log = distributed.run(processes, train_seed, *arguments, begin=_share, begin_with=(_steps,))
+    log = distributed.run(processes, _train_counted, _steps, *arguments)
     assert log is not None
     return log
 

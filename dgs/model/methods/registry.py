@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from dgs.errors import UserError, did_you_mean
 from dgs.model.methods.aggregation import pcgrad, prograd, upgrad
@@ -130,37 +131,29 @@ _PARTS = (
     ),
 )
 
-_CONTROL = replace(_CORE[2], settings_of="dgs", tuned_param=None)
+
+def _control(name: str, reference: str, **changes: Any) -> Method:
+    """dgs with one thing changed, and with the settings that dgs was tuned to."""
+    return replace(_CORE[2], name=name, reference=reference, settings_of="dgs", tuned_param=None, **changes)
+
+
 _CONTROLS = (
-    replace(
-        _CONTROL,
-        name="random_direction",
-        reference="Control of dgs: a random direction in the harmful one's place, equally long, anew in each step.",
+    _control(
+        "random_direction",
+        "Control of dgs: a random direction in the harmful one's place, equally long, anew in each step.",
         gradient=suppression(random_harm),
     ),
-    replace(_CONTROL, name="shuffled_captions", reference="Control of dgs: captions of other images.", shuffled=True),
-    replace(
-        _CONTROL,
-        name="signed",
-        reference="Control of dgs: the whole text gradient instead of its non-negative half.",
+    _control("shuffled_captions", "Control of dgs: captions of other images.", shuffled=True),
+    _control(
+        "signed",
+        "Control of dgs: the whole text gradient instead of its non-negative half.",
         gradient=suppression(signed_text),
     ),
-    replace(
-        _CONTROL,
-        name="random_alignment",
-        reference="Control of dgs: alignment with random signs.",
-        prior=random_alignment,
-    ),
-    replace(
-        _CONTROL,
-        name="per_sample",
-        reference="dgs without the release's 1/B in its directions.",
-        settings={"scale": "per_sample"},
-    ),
-    replace(
-        _CONTROL,
-        name="paper_order",
-        reference="dgs in the paper's order: suppress the task gradient, then add alignment.",
+    _control("random_alignment", "Control of dgs: alignment with random signs.", prior=random_alignment),
+    _control("per_sample", "dgs without the release's 1/B in its directions.", settings={"scale": "per_sample"}),
+    _control(
+        "paper_order",
+        "dgs in the paper's order: suppress the task gradient, then add alignment.",
         settings={"order": "paper"},
     ),
 )
