@@ -29,8 +29,8 @@ def training_curves(training: pd.DataFrame, validation: pd.DataFrame | None = No
             balanced_acc; the kinds of images in the order to draw them.
     """
     methods = list(training["method"].unique())
-    steps = training.groupby("method", sort=False)["step"].max() + 1
-    done = 100.0 * (training["step"] + 1) / training["method"].map(steps)
+    steps = training.dropna(subset=["loss_task"]).groupby("method")["step"].max() + 1
+    done = 100.0 * ((training["step"] + 1) / training["method"].map(steps)).clip(upper=1.0)
     table = training.assign(done=done, val=100.0 * training["val_balanced_acc"])
     width = 100.0 / POINTS
     binned = table.assign(done=(np.ceil(done / width) - 0.5) * width) if table["step"].nunique() > POINTS else table
