@@ -6,8 +6,6 @@ value, from `tuned`; a number given there, in an overlay, by `dvc exp run -S` or
 
 from __future__ import annotations
 
-import ast
-import io
 import math
 import os
 from collections.abc import Mapping
@@ -26,11 +24,10 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
-from ruamel.yaml import YAML, YAMLError
 
-from dgs.data.conditions import parse_condition
+from dgs.conditions import parse_condition
 from dgs.errors import UserError, did_you_mean
-from dgs.workspace import find_root
+from dgs.workspace import find_root, read_yaml, read_yaml_text
 
 
 def _no_bool(value: Any) -> Any:
@@ -145,15 +142,8 @@ class ComputeParams(_Group):
     snapshot_seconds: Weight | None  # between snapshots of a seed; null: none
 
 
-class Stage1Params(_Group):
-    """The probe, whose head becomes the teacher's."""
-
-    epochs: OwnCount
-    lr: OwnPositive
-
-
-class Stage2Params(_Group):
-    """Adapters and heads."""
+class StageParams(_Group):
+    """Of stage 1, the probe, whose head becomes the teacher's; or of stage 2, adapters and heads."""
 
     epochs: OwnCount
     lr: OwnPositive
@@ -179,8 +169,8 @@ class TrainParams(_Group):
     accumulate: Count  # a batch goes through the tower in so many parts, one after the other
     processes: Count  # that share every batch of a seed
     views: Count  # distinct seeded views an image is seen in; epoch e uses view e mod views
-    stage1: Stage1Params
-    stage2: Stage2Params
+    stage1: StageParams
+    stage2: StageParams
     surgery: SurgeryParams
     log_every: Count  # steps between two records of loss and gradients
     log_gradients: bool  # inner products of gradients, for gradient_angles; false: losses alone
@@ -319,91 +309,6 @@ def dotted(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-# The flat names a notebook's `parameters` cell may set, and what they stand for in params.yaml.
-NOTEBOOK_PARAMETERS: dict[str, dict[str, str]] = {
-    "prepare": {
-        "root": "data.root",
-        "layout": "data.layout",
-        "rho": "data.rho",
-        "shortcut": "data.shortcut",
-        "captions": "data.captions",
-        "val_fraction": "data.val_fraction",
-        "limit": "data.limit",
-        "clip": "model.clip",
-        "pretrained": "model.pretrained",
-        "patches": "patches.enabled",
-        "patch_size": "patches.size",
-    },
-    "train": {
-        "method": "",
-        "seeds": "seeds",
-        "epochs": "train.stage2.epochs",
-        "lr": "train.stage2.lr",
-        "stage1_epochs": "train.stage1.epochs",
-        "stage1_lr": "train.stage1.lr",
-        "batch_size": "train.batch_size",
-        "processes": "train.processes",
-        "rank": "model.lora.rank",
-        "alpha": "model.lora.alpha",
-        "dropout": "model.lora.dropout",
-        "lam": "train.surgery.lam",
-        "eps": "train.surgery.eps",
-        "order": "train.surgery.order",
-        "scale": "train.surgery.scale",
-        "device": "compute.device",
-        "log_every": "train.log_every",
-    },
-    "evaluate": {
-        "methods": "methods",
-        "seeds": "seeds",
-        "batch_size": "compute.batch_size",
-        "retrieval_pool": "evaluate.retrieval_pool",
-        "tsne_images": "evaluate.tsne_images",
-        "processes": "train.processes",
-        "conditions": "evaluate.robustness.conditions",
-        "device": "compute.device",
-    },
-    "gradient_angles": {"methods": "methods", "seeds": "seeds", "pairs": "gradient_angles.pairs"},
-    "explore": {"method": "", "seed": "", "image": "", "label": "", "caption": ""},
-}
-
-
-def read_yaml_text(text: str) -> Any:
-    """YAML 1.2, as DVC reads and writes it: 1e-4 is a number however it is spelled, yes and no are words."""
-    return YAML(typ="safe", pure=True).load(text)
-
-
-def yaml_text(content: Mapping[str, Any]) -> str:
-    """As `read_yaml_text` and DVC read it back."""
-    writer, stream = YAML(typ="safe", pure=True), io.StringIO()
-    writer.default_flow_style = False
-    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    writer.dump(dict(content), stream)
-    return stream.getvalue()
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A file of parameters, not yet validated.
-
-    Raises:
-        UserError: no file, or one that does not hold groups of parameters.
-    """
-    try:
-        content = read_yaml_text(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"Expected a parameter file at {path}, found none.") from None
-    except OSError as error:
-        raise UserError(f"Cannot read {path} ({error.strerror or error}). Name a parameter file.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"Expected {path} to be text in UTF-8, found other bytes. Save it as UTF-8.") from None
-    except YAMLError as error:
-        reason = " ".join(str(error).partition("To suppress")[0].split())
-        raise UserError(f"{path} is not valid YAML: {reason}. Mend that line.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"Expected {path} to hold groups of parameters (key: value), found {type(content).__name__}.")
-    return content
-
-
 def read_overlay(profile: str | None, root: Path) -> dict[str, Any]:
     """What profiles/<profile>.yaml lays over params.yaml; nothing for None and for the profile of params.yaml.
 
@@ -507,44 +412,3 @@ def only_params(file: Path | None) -> Params:
     os.environ.pop("DGS_PROFILE", None)
     os.environ["DGS_PARAMS"] = str((file or find_root() / "params.yaml").resolve())
     return load_params()
-
-
-def _assigned_names(cells: list[str]) -> list[str]:
-    """Names set by the parameters cell as it was last run, and by the one that papermill injects after it.
-
-    Earlier runs of the cell do not count: in JupyterLab a mistake is mended by editing the cell and running it again.
-    """
-    marked = [source for source in cells if source.lstrip().lower().startswith("# parameters")]
-    own = [index for index, source in enumerate(marked) if source.lstrip().lower().startswith("# parameters:")]
-    names: list[str] = []
-    for source in marked[own[-1] if own else 0 :]:
-        for node in ast.parse(source).body:
-            targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
-            flat = [part for target in targets for part in getattr(target, "elts", [target])]
-            names += [target.id for target in flat if isinstance(target, ast.Name)]
-    return names
-
-
-def with_overrides(notebook: str, params: Params, namespace: Mapping[str, Any]) -> Params:
-    """`params` with a notebook's flat names (as edited or injected by papermill) put in their place.
-
-    Where the notebook has a method, what is still null becomes the method's own.
-
-    Args:
-        notebook: "prepare", "train", "evaluate", "gradient_angles" or "explore".
-        namespace: the notebook's `globals()`.
-
-    Raises:
-        UserError: a name that the notebook does not have, or a value that is not of its type.
-    """
-    flat = NOTEBOOK_PARAMETERS[notebook]
-    for name in _assigned_names(list(namespace.get("In", []))):
-        if name not in flat:
-            raise UserError(
-                f"Unknown parameter '{name}' for notebooks/{notebook}.ipynb.{did_you_mean(name, flat)} "
-                f"Known here: {', '.join(flat)}."
-            )
-    given = {full: namespace[name] for name, full in flat.items() if full and name in namespace}
-    changed = params.replaced(given, f"notebooks/{notebook}.ipynb")
-    method = namespace.get("method")
-    return changed.for_method(method) if isinstance(method, str) and "method" in flat else changed

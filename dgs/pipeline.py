@@ -1,13 +1,15 @@
-"""Stages: a notebook run by papermill with reproducible outputs and readable errors."""
+"""Stages: a notebook run by papermill with reproducible outputs and readable errors, and the parameters it takes."""
 
 from __future__ import annotations
 
+import ast
 import os
 import posixpath
 import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,58 @@ from papermill.exceptions import PapermillExecutionError
 
 from dgs.atomic import alone, explained
 from dgs.errors import UserError, did_you_mean
-from dgs.params import only_params
+from dgs.params import Params, only_params
 from dgs.workspace import find_root
 
 STAGES = ("prepare", "train", "evaluate", "gradient_angles")
 KERNEL = "python3"
+# The flat names a notebook's `parameters` cell may set, and what they stand for in params.yaml.
+NOTEBOOK_PARAMETERS: dict[str, dict[str, str]] = {
+    "prepare": {
+        "root": "data.root",
+        "layout": "data.layout",
+        "rho": "data.rho",
+        "shortcut": "data.shortcut",
+        "captions": "data.captions",
+        "val_fraction": "data.val_fraction",
+        "limit": "data.limit",
+        "clip": "model.clip",
+        "pretrained": "model.pretrained",
+        "patches": "patches.enabled",
+        "patch_size": "patches.size",
+    },
+    "train": {
+        "method": "",
+        "seeds": "seeds",
+        "epochs": "train.stage2.epochs",
+        "lr": "train.stage2.lr",
+        "stage1_epochs": "train.stage1.epochs",
+        "stage1_lr": "train.stage1.lr",
+        "batch_size": "train.batch_size",
+        "processes": "train.processes",
+        "rank": "model.lora.rank",
+        "alpha": "model.lora.alpha",
+        "dropout": "model.lora.dropout",
+        "lam": "train.surgery.lam",
+        "eps": "train.surgery.eps",
+        "order": "train.surgery.order",
+        "scale": "train.surgery.scale",
+        "device": "compute.device",
+        "log_every": "train.log_every",
+    },
+    "evaluate": {
+        "methods": "methods",
+        "seeds": "seeds",
+        "batch_size": "compute.batch_size",
+        "retrieval_pool": "evaluate.retrieval_pool",
+        "tsne_images": "evaluate.tsne_images",
+        "processes": "train.processes",
+        "conditions": "evaluate.robustness.conditions",
+        "device": "compute.device",
+    },
+    "gradient_angles": {"methods": "methods", "seeds": "seeds", "pairs": "gradient_angles.pairs"},
+    "explore": {"method": "", "seed": "", "image": "", "label": "", "caption": ""},
+}
 
 
 def normalise(notebook: Any) -> Any:
@@ -149,3 +198,44 @@ def check_stage(stage: str) -> str:
     if stage not in STAGES:
         raise UserError(f"Unknown stage '{stage}'.{did_you_mean(stage, STAGES)} Stages: {', '.join(STAGES)}.")
     return stage
+
+
+def _assigned_names(cells: list[str]) -> list[str]:
+    """Names set by the parameters cell as it was last run, and by the one that papermill injects after it.
+
+    Earlier runs of the cell do not count: in JupyterLab a mistake is mended by editing the cell and running it again.
+    """
+    marked = [source for source in cells if source.lstrip().lower().startswith("# parameters")]
+    own = [index for index, source in enumerate(marked) if source.lstrip().lower().startswith("# parameters:")]
+    names: list[str] = []
+    for source in marked[own[-1] if own else 0 :]:
+        for node in ast.parse(source).body:
+            targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+            flat = [part for target in targets for part in getattr(target, "elts", [target])]
+            names += [target.id for target in flat if isinstance(target, ast.Name)]
+    return names
+
+
+def with_overrides(notebook: str, params: Params, namespace: Mapping[str, Any]) -> Params:
+    """`params` with a notebook's flat names (as edited or injected by papermill) put in their place.
+
+    Where the notebook has a method, what is still null becomes the method's own.
+
+    Args:
+        notebook: "prepare", "train", "evaluate", "gradient_angles" or "explore".
+        namespace: the notebook's `globals()`.
+
+    Raises:
+        UserError: a name that the notebook does not have, or a value that is not of its type.
+    """
+    flat = NOTEBOOK_PARAMETERS[notebook]
+    for name in _assigned_names(list(namespace.get("In", []))):
+        if name not in flat:
+            raise UserError(
+                f"Unknown parameter '{name}' for notebooks/{notebook}.ipynb.{did_you_mean(name, flat)} "
+                f"Known here: {', '.join(flat)}."
+            )
+    given = {full: namespace[name] for name, full in flat.items() if full and name in namespace}
+    changed = params.replaced(given, f"notebooks/{notebook}.ipynb")
+    method = namespace.get("method")
+    return changed.for_method(method) if isinstance(method, str) and "method" in flat else changed

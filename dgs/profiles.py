@@ -15,11 +15,9 @@ from dgs.params import (
     merged_params,
     only_params,
     read_overlay,
-    read_yaml,
     validate,
-    yaml_text,
 )
-from dgs.workspace import find_root, is_path, no_such_clip, require_data_root, weights_twice
+from dgs.workspace import find_root, is_path, no_such_clip, read_yaml, require_data_root, weights_twice, yaml_text
 
 UNWATCHED = "scratch"  # in .dvcignore: what notebooks by hand leave there should not look like a change
 

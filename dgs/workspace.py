@@ -1,13 +1,17 @@
-"""Where a run reads and writes: the repository, build/<profile>/ and results/<profile>/."""
+"""Where a run reads and writes: the repository, build/<profile>/ and results/<profile>/; and its files of YAML."""
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML, YAMLError
 
 from dgs.errors import UserError
 
@@ -126,3 +130,39 @@ def weights_twice(clip: str, pretrained: str) -> UserError:
         f"model.clip = {clip} is a folder and brings its weights, found model.pretrained = {pretrained} too. "
         f"Set model.pretrained: null."
     )
+
+
+def read_yaml_text(text: str) -> Any:
+    """YAML 1.2, as DVC reads and writes it: 1e-4 is a number however it is spelled, yes and no are words."""
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def yaml_text(content: Mapping[str, Any]) -> str:
+    """As `read_yaml_text` and DVC read it back."""
+    writer, stream = YAML(typ="safe", pure=True), io.StringIO()
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    writer.dump(dict(content), stream)
+    return stream.getvalue()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file of parameters, not yet validated.
+
+    Raises:
+        UserError: no file, or one that does not hold groups of parameters.
+    """
+    try:
+        content = read_yaml_text(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"Expected a parameter file at {path}, found none.") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {path} ({error.strerror or error}). Name a parameter file.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"Expected {path} to be text in UTF-8, found other bytes. Save it as UTF-8.") from None
+    except YAMLError as error:
+        reason = " ".join(str(error).partition("To suppress")[0].split())
+        raise UserError(f"{path} is not valid YAML: {reason}. Mend that line.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"Expected {path} to hold groups of parameters (key: value), found {type(content).__name__}.")
+    return content

@@ -19,7 +19,7 @@ from dgs.analysis.evaluate import block_means, checkpoints, evaluate, settings, 
 from dgs.analysis.figures.detection import robustness_curves
 from dgs.analysis.metrics import RATES, SCORES, detection_table, summary
 from dgs.analysis.report import write_report
-from dgs.data.conditions import parse_condition
+from dgs.conditions import parse_condition
 from dgs.data.manifest import build_manifest, data_hash, open_image
 from dgs.data.perturbations import perturb
 from dgs.data.prepared import Prepared, load_prepared, save_prepared

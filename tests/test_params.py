@@ -15,7 +15,6 @@ from settings import BASE, validate
 
 from dgs.errors import UserError
 from dgs.params import (
-    NOTEBOOK_PARAMETERS,
     TUNABLE,
     Params,
     dotted,
@@ -23,11 +22,10 @@ from dgs.params import (
     load_params,
     merged,
     merged_params,
-    read_yaml_text,
-    with_overrides,
-    yaml_text,
 )
 from dgs.params import validate as real_validate
+from dgs.pipeline import NOTEBOOK_PARAMETERS, with_overrides
+from dgs.workspace import read_yaml_text, yaml_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))

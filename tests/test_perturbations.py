@@ -12,8 +12,8 @@ from conftest import ImageTree, structured_image
 from PIL import Image
 from settings import DataParams, validate
 
+from dgs.conditions import KINDS, Condition, parse_condition
 from dgs.data.checks import jpeg_quality
-from dgs.data.conditions import KINDS, Condition, parse_condition
 from dgs.data.manifest import ImageSource, build_manifest, open_image
 from dgs.data.patches import patch_entropy, select_indices
 from dgs.data.perturbations import blur, noise, perturb, resize, scale

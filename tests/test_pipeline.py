@@ -16,7 +16,7 @@ import yaml
 from conftest import structured_image
 from copies import copy_repository, run, snapshot
 
-from dgs.params import read_yaml
+from dgs.workspace import read_yaml
 
 STAGES_OF_A_RUN = ["prepare", "train@probe", "train@lora", "train@dgs", "evaluate", "gradient_angles"]
 

@@ -13,7 +13,7 @@ from test_report import report
 from dgs.analysis.figures.detection import robustness_curves
 from dgs.analysis.metrics import detection_table
 from dgs.analysis.robustness import change, changes, conditions_of, format_conditions, means_over_generators, readings
-from dgs.data.conditions import parse_condition
+from dgs.conditions import parse_condition
 from dgs.errors import UserError
 
 

@@ -18,7 +18,7 @@ from dgs.analysis.forgetting import Tower, measure_all, spread_out
 from dgs.analysis.metrics import SCORES
 from dgs.analysis.outside import outside
 from dgs.analysis.tuning import weighted_balanced_accuracy
-from dgs.data.conditions import NATIVE, parse_condition
+from dgs.conditions import NATIVE, parse_condition
 from dgs.data.prepared import Prepared, load_prepared
 from dgs.data.views import Views, worth_keeping
 from dgs.device import choose_device, set_determinism

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from dgs import stats
-from dgs.data.conditions import NATIVE
+from dgs.conditions import NATIVE
 from dgs.data.suites import SHARED_REALS, SUITES, is_pool, parted, pool_of
 from dgs.errors import UserError
 from dgs.stats import DECIMALS, Scored, best_threshold, rounded, seed_interval

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from dgs.analysis import metrics
 from dgs.analysis.metrics import CELL_METRICS, ORACLE, generators_in_order, in_order, metrics_of, per_seed_values
 from dgs.analysis.robustness import changes, conditions_of, format_conditions, means_over_generators, readings
-from dgs.data.conditions import NATIVE
+from dgs.conditions import NATIVE
 from dgs.stats import (
     Interval,
     interval_text,

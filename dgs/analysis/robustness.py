@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from dgs.analysis.metrics import in_order
-from dgs.data.conditions import NATIVE, Condition, parse_condition
+from dgs.conditions import NATIVE, Condition, parse_condition
 from dgs.stats import Interval, seed_interval
 
 MATERIAL = 0.01  # smaller changes are no reading, however sure

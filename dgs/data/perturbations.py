@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from dgs.data.conditions import PNG, Condition
+from dgs.conditions import PNG, Condition
 
 Bytes = NDArray[np.uint8]
 

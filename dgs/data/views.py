@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dgs.data.conditions import Condition
+from dgs.conditions import Condition
 from dgs.data.images import decode, fit
 from dgs.data.manifest import ImageSource
 from dgs.data.patches import patch_entropy, select_indices, stitch

@@ -14,7 +14,7 @@ from dgs.analysis.figures import style as look
 from dgs.analysis.figures.style import BASELINE, CHANCE, colour, marker, plain, short_names, style, subject_of, takeaway
 from dgs.analysis.metrics import METRICS, by_suite, generators_in_order, headline, one_rho, per_seed_values, reliability
 from dgs.analysis.robustness import MATERIAL, changes, conditions_of, means_over_generators
-from dgs.data.conditions import KINDS, NATIVE, parse_condition
+from dgs.conditions import KINDS, NATIVE, parse_condition
 from dgs.errors import UserError
 from dgs.stats import BINS, interval_text, rounded_text, seed_interval
 
