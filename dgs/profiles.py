@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dgs.analysis.outside import outside
 from dgs.errors import UserError, did_you_mean
-from dgs.model.methods.registry import get_method
+from dgs.model.methods.registry import METHODS, get_method
 from dgs.params import (
     Params,
     dotted,
@@ -17,7 +16,16 @@ from dgs.params import (
     read_overlay,
     validate,
 )
-from dgs.workspace import find_root, is_path, no_such_clip, read_yaml, require_data_root, weights_twice, yaml_text
+from dgs.workspace import (
+    external_checkpoints,
+    find_root,
+    is_path,
+    no_such_clip,
+    read_yaml,
+    require_data_root,
+    weights_twice,
+    yaml_text,
+)
 
 UNWATCHED = "scratch"  # in .dvcignore: what notebooks by hand leave there should not look like a change
 
@@ -85,7 +93,7 @@ def check_params(params: Params, root: Path) -> None:
                 f"Move it, for example to build/inputs/."
             )
     _check_watched(params, root)
-    outside(params, root)
+    external_checkpoints(params.evaluate.checkpoints, METHODS, root)
 
     def made_here(path: str) -> bool:  # by the pipeline itself, from data.dvc
         return (root / path).resolve().is_relative_to(root.resolve() / "data")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +130,37 @@ def weights_twice(clip: str, pretrained: str) -> UserError:
         f"model.clip = {clip} is a folder and brings its weights, found model.pretrained = {pretrained} too. "
         f"Set model.pretrained: null."
     )
+
+
+def external_checkpoints(given: Mapping[str, str], methods: Collection[str], root: Path) -> dict[tuple[str, int], Path]:
+    """Folders of checkpoints that this run did not train, such as the authors', by (name, seed), in the order given.
+
+    The seed is always 0: theirs is not known, or means nothing beside the seeds trained here. What is in the folders is
+    checked when they are opened.
+
+    Args:
+        given: `evaluate.checkpoints`: folders by name.
+        methods: names that are taken, as "frozen" is: tables call the CLIP itself so.
+        root: repository, for relative folders.
+
+    Raises:
+        UserError: a name that is taken, or a folder that is no checkpoint's.
+    """
+    found: dict[tuple[str, int], Path] = {}
+    for name, path in given.items():
+        if name in methods or name == "frozen":
+            raise UserError(
+                f"Expected names in evaluate.checkpoints that no method has, found {name}. Call it otherwise, for "
+                f"example {name}-imported."
+            )
+        folder = root / path
+        if not (folder / "dgs.json").is_file():
+            raise UserError(
+                f"Expected a checkpoint folder (with dgs.json) at evaluate.checkpoints.{name} = {path}, found none. "
+                f"Mend the path, or make it: dgs import-release STEP2 --out {path}."
+            )
+        found[name, 0] = folder
+    return found
 
 
 def read_yaml_text(text: str) -> Any:

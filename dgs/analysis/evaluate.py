@@ -16,7 +16,6 @@ from torch import nn
 
 from dgs.analysis.forgetting import Tower, measure_all, spread_out
 from dgs.analysis.metrics import SCORES
-from dgs.analysis.outside import outside
 from dgs.analysis.tuning import weighted_balanced_accuracy
 from dgs.conditions import NATIVE, parse_condition
 from dgs.data.prepared import Prepared, load_prepared
@@ -27,11 +26,11 @@ from dgs.model import distributed as processes
 from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import load_checkpoint, read_info
 from dgs.model.clip import Clip, load_clip
-from dgs.model.methods.registry import get_method
+from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.methods.text_expert import caption_probability, ipw_weights
 from dgs.model.train import extract_features
 from dgs.params import Params
-from dgs.workspace import Workspace
+from dgs.workspace import Workspace, external_checkpoints
 
 Features = NDArray[np.float32]
 Runs = Mapping[tuple[str, int], Path]  # checkpoint folders by method and seed
@@ -295,7 +294,7 @@ def evaluate_from_disk(
         root: repository, for a relative model.clip and data.root.
         prepared_folder: what the prepare stage made.
     """
-    found |= outside(params, root)
+    found |= external_checkpoints(params.evaluate.checkpoints, METHODS, root)
     return processes.run(params.train.processes, _evaluate_share, found, root, prepared_folder, params)
 
 

@@ -22,16 +22,16 @@ from dgs.analysis.figures import detection as figures
 from dgs.analysis.figures import forgetting as memory
 from dgs.analysis.figures.images import tsne, tsne_panels
 from dgs.analysis.figures.style import save
-from dgs.analysis.outside import outside
 from dgs.data.manifest import ImageSource, build_manifest, data_hash
 from dgs.data.prepared import compute_patches, load_prepared, load_training, save_prepared
 from dgs.errors import UserError
 from dgs.model.checkpoint import import_release, read_info, save_checkpoint
 from dgs.model.clip import Clip, encode_texts, load_clip
 from dgs.model.detector import Detector
-from dgs.model.methods.registry import get_method
+from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.train import Trained, train
 from dgs.params import Params
+from dgs.workspace import external_checkpoints
 
 CPU = torch.device("cpu")
 
@@ -193,13 +193,13 @@ class TestRefusedBeforeAnythingIsComputed:
     def test_a_name_that_a_method_has(self, name: str, run: Run) -> None:
         expected = rf"^Expected names in evaluate.checkpoints that no method has, found {name}\. Call it otherwise"
         with pytest.raises(UserError, match=expected):
-            outside(named(run.params, {name: str(run.imported)}), Path())
+            external_checkpoints({name: str(run.imported)}, METHODS, Path())
 
     @pytest.mark.parametrize("folder", ["nowhere", "imported/clip", "step2.pth"])
     def test_what_is_no_checkpoints_folder(self, folder: str, run: Run) -> None:
         expected = f"at evaluate.checkpoints.release = {folder}, found none. Mend the path, or make it: dgs import"
         with pytest.raises(UserError, match=re.escape(expected)):
-            outside(named(run.params, {"release": folder}), run.imported.parent)
+            external_checkpoints({"release": folder}, METHODS, run.imported.parent)
 
     @pytest.mark.parametrize("name", ["The release", "a|b", ""])
     def test_a_name_that_no_table_could_hold(self, name: str, run: Run) -> None:
