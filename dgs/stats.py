@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 from scipy.special import expit
-from sklearn.metrics import auc, average_precision_score, roc_curve
 
 from dgs.errors import UserError
 
@@ -206,6 +205,8 @@ class Scored:
     @cached_property
     def roc(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Shares of reals and of fakes that are called fake, at every threshold (scikit-learn)."""
+        from sklearn.metrics import roc_curve  # here, since `dgs score` needs no metric and starts without it
+
         false_alarms, caught, _ = roc_curve(self.truth, self.logits, drop_intermediate=False)
         return false_alarms, caught
 
@@ -232,11 +233,15 @@ def accuracy(images: Scored, threshold: float = 0.0) -> float:
 
 def average_precision(images: Scored) -> float:
     """Average precision of "fake" (scikit-learn)."""
+    from sklearn.metrics import average_precision_score
+
     return float(average_precision_score(images.truth, images.logits))
 
 
 def area_under_roc(images: Scored) -> float:
     """Area under the ROC curve: how often a fake scores above a real image, ties half (scikit-learn)."""
+    from sklearn.metrics import auc
+
     return float(auc(*images.roc))
 
 
