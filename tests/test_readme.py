@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from dgs.stats import percent_text
@@ -19,6 +21,12 @@ def test_the_headline_table_is_that_of_the_committed_metrics() -> None:
         (row,) = [row for row in rows if row.startswith(f"| `{name}`:")]
         cells = [[percent_text(values[measure][end]) for end in ("mean", "low", "high")] for measure in MEASURES]
         assert row.endswith("| " + " | ".join(f"{mean} [{low}, {high}]" for mean, low, high in cells) + " |")
+
+
+def test_the_table_of_faults_is_the_one_that_is_tried() -> None:
+    command = [sys.executable, "tests/mutants.py", "--list"]
+    table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert table.strip() in (ROOT / "docs/running.md").read_text()
 
 
 def test_every_file_the_documents_point_to_is_there() -> None:
