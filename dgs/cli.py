@@ -7,19 +7,38 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from enum import StrEnum
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from dgs.data.captions import BLIP
 from dgs.errors import UserError, printable
 
+if TYPE_CHECKING:
+    from dgs.params import Params
+    from dgs.workspace import Workspace
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class _ForUsers(TyperGroup):
+    """A user's mistake in any command becomes one sentence on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            _say(f"dgs: {error}")
+            raise typer.Exit(2) from None
+
+
 app = typer.Typer(
+    cls=_ForUsers,
     help="Distillation-guided gradient surgery for AI-generated image detection.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -28,26 +47,12 @@ app = typer.Typer(
 minibench = typer.Typer(help="The embedded benchmark.", no_args_is_help=True)
 app.add_typer(minibench, name="minibench")
 
-
-class Weights(StrEnum):
-    """Where the benchmark's networks come from."""
-
-    shipped = "shipped"
-    train = "train"
-
-
-class Training(StrEnum):
-    """Where the benchmark's training and validation images come from."""
-
-    fresh = "fresh"
-    shipped = "shipped"
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 Json = Annotated[bool, typer.Option("--json", help="data as JSON, one object a line")]
+ParamsFile = Annotated[Path | None, typer.Option(help="a complete parameter file; default params.yaml")]
+OwnSeeds = Annotated[
+    list[int] | None, typer.Option(min=0, help="other than those of the results; may be repeated; default 100")
+]
+Source = Literal["shipped", "train"]  # of the benchmark's networks
 
 
 def _print(as_json: bool, record: dict[str, Any], text: str | None = None) -> None:
@@ -57,26 +62,21 @@ def _print(as_json: bool, record: dict[str, Any], text: str | None = None) -> No
         print(line, flush=True)
 
 
-def _for_users(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A user's mistake becomes one sentence on stderr and exit code 2."""
+def _prepared(profile: str | None = None) -> tuple[Params, Workspace, Path]:
+    """A profile's parameters (default: DGS_PROFILE's, or mini's), its workspace, and what was prepared last there."""
+    from dgs.params import load_params
+    from dgs.workspace import Workspace
 
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except UserError as error:
-            _say(f"dgs: {error}")
-            raise typer.Exit(2) from None
-
-    return wrapped
+    params = load_params(profile)
+    workspace = Workspace.of(params.profile)
+    return params, workspace, workspace.find("prepare", made_by="prepare")
 
 
 @app.command()
-@_for_users
 def stage(
     name: Annotated[str, typer.Argument(help="sources, prepare, train, evaluate or gradient_angles")],
     method: Annotated[str | None, typer.Option(help="for train: which method")] = None,
-    params: Annotated[Path | None, typer.Option(help="a complete parameter file; default params.yaml")] = None,
+    params: ParamsFile = None,
     as_json: Json = False,
 ) -> None:
     """Run one pipeline stage: its notebook through papermill; sources: check, and write what stages run."""
@@ -100,12 +100,9 @@ def stage(
 
 
 @app.command()
-@_for_users
 def tune(
     methods: Annotated[list[str] | None, typer.Argument(help="default: every method of the registry")] = None,
-    seed: Annotated[
-        list[int] | None, typer.Option(min=0, help="of the search, other than those of the results")
-    ] = None,
+    seed: OwnSeeds = None,
     rule: Annotated[str, typer.Option(help="val, val_balanced or val_unbiased")] = "val_balanced",
     as_json: Json = False,
 ) -> None:
@@ -113,41 +110,28 @@ def tune(
 
     A search that was broken off goes on. The table is results/<profile>/tuning.csv; the profile is DGS_PROFILE's.
     """
-    import pandas as pd
-
-    from dgs.analysis.tuning import RULES, chosen, tune
-    from dgs.data.prepared import load_training
+    from dgs.analysis.tuning import RULES, chosen, rows_of, tune
     from dgs.model.methods.registry import METHODS, get_method
-    from dgs.params import load_params
-    from dgs.workspace import Workspace
 
     if rule not in RULES:
         raise UserError(f"Unknown rule '{rule}'. Known: {', '.join(RULES)}.")
-    params = load_params()
-    workspace = Workspace.of(params.profile)
-    folder = workspace.find("prepare", made_by="prepare")
+    params, workspace, folder = _prepared()
     names = [get_method(name).name for name in methods or METHODS]
     out = workspace.root / "results" / params.profile / "tuning.csv"
     for row in tune(names, params, workspace.root, folder, out, seed or [100]):
-        _say(
-            f"{row['method']} {row['candidate']}: " + ", ".join(f"{key} {row[key]:.3f}" for key in RULES if key in row)
-        )
-    table = pd.read_csv(out)
-    found = chosen(table[table["data_hash"] == load_training(folder, workspace.root).info["training_hash"]], rule)
-    if as_json:
-        _print(as_json, found)
-    else:
-        for name, values in found.items():
-            print(f"  {name}: {{{', '.join(f'{key}: {value}' for key, value in values.items())}}}")
+        rates = ", ".join(f"{key} {row[key]:.3f}" for key in RULES if key in row)
+        _say(f"{row['method']} {row['candidate']}: {rates}")
+    found = chosen(rows_of(out, workspace.root, folder), rule)
+    lines = [
+        f"  {name}: {{{', '.join(f'{key}: {value}' for key, value in own.items())}}}" for name, own in found.items()
+    ]
+    _print(as_json, found, "\n".join(lines) or None)
 
 
 @app.command()
-@_for_users
 def left_out(
     methods: Annotated[list[str], typer.Argument(help="of the registry")],
-    seed: Annotated[
-        list[int] | None, typer.Option(min=0, help="other than those of the results; may be repeated")
-    ] = None,
+    seed: OwnSeeds = None,
     as_json: Json = False,
 ) -> None:
     """Train methods without one generator, each in turn, and test them on it: no test image is looked at.
@@ -155,25 +139,18 @@ def left_out(
     On what was prepared last, with the profile's settings. A run that was broken off goes on. The table is
     results/<profile>/left_out.csv; the profile is DGS_PROFILE's.
     """
-    import pandas as pd
-
-    from dgs.data.prepared import load_training
+    from dgs.analysis.tuning import rows_of
     from dgs.model.methods.registry import get_method
-    from dgs.params import load_params
-    from dgs.workspace import Workspace
     from studies.leave_one_generator_out import COLUMNS, leave_one_generator_out
 
-    params = load_params()
-    workspace = Workspace.of(params.profile)
-    folder = workspace.find("prepare", made_by="prepare")
+    params, workspace, folder = _prepared()
     names = [get_method(name).name for name in methods]
     out = workspace.root / "results" / params.profile / "left_out.csv"
     rates = COLUMNS[4:]
     for row in leave_one_generator_out(names, params, workspace.root, folder, out, seed or [100]):
         line = ", ".join(f"{rate} {row[rate]:.3f}" for rate in rates)
         _say(f"{row['method']} without {row['generator']}, seed {row['seed']}: {line}")
-    table = pd.read_csv(out)
-    table = table[table["data_hash"] == load_training(folder, workspace.root).info["training_hash"]]
+    table = rows_of(out, workspace.root, folder)
     for name in names:
         means = table.loc[table["method"] == name, rates].mean().round(6).to_dict()
         line = ", ".join(f"{rate} {value:.3f}" for rate, value in means.items())
@@ -181,35 +158,24 @@ def left_out(
 
 
 @app.command()
-@_for_users
 def ceiling(as_json: Json = False) -> None:
     """Say what a linear head on the frozen tower reaches that is trained on images of every test generator.
 
     On what was prepared last; the table is results/<profile>/ceiling.csv, the profile is DGS_PROFILE's.
     """
-    from dgs.atomic import replacing_file
-    from dgs.params import load_params
-    from dgs.workspace import Workspace
-    from studies.ceiling import ceiling
+    from studies.ceiling import write_ceiling
 
-    params = load_params()
-    workspace = Workspace.of(params.profile)
-    rows = ceiling(params, workspace.root, workspace.find("prepare", made_by="prepare"))
+    params, workspace, folder = _prepared()
     out = workspace.root / "results" / params.profile / "ceiling.csv"
-    with replacing_file(out) as draft:
-        rows.round(6).to_csv(draft, index=False)
-    means = rows[~rows["seen"]].groupby("head", sort=False)["balanced_acc"].mean().round(4).to_dict()
+    means = write_ceiling(params, workspace.root, folder, out)
     table = out.relative_to(workspace.root).as_posix()
     text = ", ".join(f"{100 * mean:.1f} % on {head}" for head, mean in means.items())
     _print(as_json, {"table": table, "unseen": means}, f"unseen generators: {text} ({table})")
 
 
 @app.command()
-@_for_users
 def study(
-    profiles: Annotated[
-        list[str] | None, typer.Argument(help="whose results to compare; default: every study-* there is")
-    ] = None,
+    profiles: Annotated[list[str] | None, typer.Argument(help="to compare; default: every study-* there is")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare methods over several profiles: REPORT.md, forest.png, table.csv and params.yaml in results/study/.
@@ -217,23 +183,15 @@ def study(
     What results/study-*/ hold goes into results/study/*.parquet first, and the tables of docs/findings.md are brought
     up to date. Of profiles that are named, in results/<the first of them>/study/, and no more than that.
     """
-    from dgs.analysis.study import finished_conditions, keep_runs, write_params, write_study
     from dgs.workspace import find_root
-    from studies.findings import refresh
+    from studies.findings import write_study_and_findings
 
     root = find_root()
-    folder = root / "results" / profiles[0] / "study" if profiles else root / "results" / "study"
-    named = profiles or finished_conditions(root)
-    report = write_study(root, named, folder).relative_to(root).as_posix()
-    write_params(root, named, folder)
-    if not profiles:
-        keep_runs(root)
-        refresh(root)
+    report = write_study_and_findings(root, profiles or []).relative_to(root).as_posix()
     _print(as_json, {"report": report}, report)
 
 
 @app.command()
-@_for_users
 def train(
     method: Annotated[str, typer.Argument(help="which method")],
     seed: Annotated[int, typer.Option(min=0, help="which seed")] = 0,
@@ -242,35 +200,21 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train one seed without a notebook, alone or as one of the processes that torchrun starts."""
-    from dgs.data.prepared import load_training
-    from dgs.model import distributed as processes
     from dgs.model.methods.registry import get_method
-    from dgs.model.runs import train_seed
-    from dgs.params import load_params
-    from dgs.workspace import Workspace
+    from dgs.model.runs import train_by_torchrun
 
     get_method(method)
-    params = load_params(profile)
-    workspace = Workspace.of(params.profile)
-    prepared_folder = workspace.find("prepare", made_by="prepare")
+    params, workspace, prepared_folder = _prepared(profile)
     folder = out or workspace.build("train", method)
-    processes.join_torchrun()
-    params = load_training(prepared_folder, workspace.root).with_prepared(params.for_method(method))
-    params = params.model_copy(update={"train": params.train.model_copy(update={"processes": processes.count()})})
     with workspace.unfinished(f"train-{method}-{seed}") as unfinished:
-        train_seed(method, seed, params, workspace.root, prepared_folder, folder.resolve(), unfinished)
-        processes.wait_for_all()
-    made = str(folder / f"seed-{seed}")
-    if processes.rank() == 0:
+        first = train_by_torchrun(method, seed, params, workspace.root, prepared_folder, folder.resolve(), unfinished)
+    if first:
+        made = str(folder / f"seed-{seed}")
         _print(as_json, {"checkpoint": made, "method": method, "seed": seed}, made)
 
 
 @app.command()
-@_for_users
-def check(
-    params: Annotated[Path | None, typer.Option(help="a complete parameter file; default params.yaml")] = None,
-    as_json: Json = False,
-) -> None:
+def check(params: ParamsFile = None, as_json: Json = False) -> None:
     """Check a parameter file, and that the folders and files it names are there (the pipeline's first stage does)."""
     from dgs.profiles import check_file
 
@@ -279,7 +223,6 @@ def check(
 
 
 @app.command("params")
-@_for_users
 def show_params(
     method: Annotated[str | None, typer.Argument(help="as this method trains; default: as they are given")] = None,
     profile: Annotated[str | None, typer.Option(help="whose; default DGS_PROFILE's, or params.yaml's")] = None,
@@ -293,7 +236,6 @@ def show_params(
 
 
 @app.command()
-@_for_users
 def profile(
     name: Annotated[str, typer.Argument(help="mini, or a file profiles/NAME.yaml")], as_json: Json = False
 ) -> None:
@@ -306,7 +248,6 @@ def profile(
 
 
 @app.command()
-@_for_users
 def report(
     name: Annotated[str | None, typer.Argument(help="profile; default: that of params.yaml")] = None,
     as_json: Json = False,
@@ -322,14 +263,11 @@ def report(
 
 
 @app.command()
-@_for_users
 def verify(
     committed: Annotated[Path, typer.Argument(help="results folder to compare against")],
     reproduced: Annotated[Path, typer.Argument(help="results folder just made")],
     tolerance: Annotated[float, typer.Option(help="in rates, as a fraction")] = 0.01,
-    seed: Annotated[
-        list[int] | None, typer.Option(min=0, help="compare what this one made alone; may be repeated")
-    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="compare its results alone; may be repeated")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare two results folders: counts exactly, rates within the tolerance; exit 1 if something moved."""
@@ -347,14 +285,7 @@ def verify(
 COLUMNS = ("path", "probability", "verdict", "error")  # of dgs score --csv
 
 
-def _csv_line(values: Iterable[Any]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(values)
-    return line.getvalue()
-
-
 @app.command()
-@_for_users
 def score(
     paths: Annotated[list[Path], typer.Argument(help="image files, or folders: every file in them is tried")],
     checkpoint: Annotated[Path | None, typer.Option(help="checkpoint folder; default: the pipeline's newest")] = None,
@@ -368,13 +299,14 @@ def score(
 
     if as_csv and as_json:
         raise UserError("Expected --csv or --json, found both. Leave one of them out.")
-    failed = 0
+    failed, table = 0, csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
     for number, row in enumerate(score_files(paths, checkpoint, _say, explain=explain, processes=processes)):
         failed += "error" in row
         if as_csv:
             if number == 0:
-                print(_csv_line(COLUMNS))
-            print(_csv_line(row.get(column, "") for column in COLUMNS), flush=True)
+                table.writeheader()
+            table.writerow(row)
+            sys.stdout.flush()
             continue
         columns = ["-", row["error"]] if "error" in row else [f"{row['probability']:.4f}", row["verdict"]]
         _print(as_json, row, "\t".join([printable(row["path"]), *columns]))
@@ -383,7 +315,6 @@ def score(
 
 
 @app.command()
-@_for_users
 def caption(
     root: Annotated[Path, typer.Argument(help="folder of images; where it has 0_real and 1_fake, those in them")],
     out: Annotated[Path | None, typer.Option(help="JSON-lines file to add to; default ROOT/captions.jsonl")] = None,
@@ -420,7 +351,6 @@ def caption(
 
 
 @app.command()
-@_for_users
 def manifest(
     root: Annotated[Path, typer.Argument(help="folder of suites, one suite, or train, val and test folders")],
     check: Annotated[bool, typer.Option("--check", help="read every image and say what is wrong")] = False,
@@ -446,7 +376,6 @@ def manifest(
 
 
 @app.command("import-release")
-@_for_users
 def import_release(
     step2: Annotated[Path, typer.Argument(help="stage-2 file of the authors' release (a stage-1 file: a probe)")],
     out: Annotated[Path, typer.Option(help="checkpoint folder to make")],
@@ -463,18 +392,13 @@ def import_release(
 
 
 @minibench.command()
-@_for_users
 def build(
     out: Annotated[Path, typer.Option(help="folder to make")],
     seed: Annotated[int, typer.Option(min=0, help="of the scenes; another seed is a disjoint benchmark")],
     rho: Annotated[float | None, typer.Option(help="keep only this training set; default all")] = None,
-    training: Annotated[Training, typer.Option(help="shipped: make only the test set anew")] = Training.fresh,
-    clip: Annotated[Weights, typer.Option(help="train: pre-train it anew, resumable, an hour on one core")] = (
-        Weights.shipped
-    ),
-    generators: Annotated[Weights, typer.Option(help="train: train them anew, 20 minutes on one core")] = (
-        Weights.shipped
-    ),
+    training: Annotated[Literal["fresh", "shipped"], typer.Option(help="shipped: only the test set is new")] = "fresh",
+    clip: Annotated[Source, typer.Option(help="train: pre-train it anew, resumable, an hour on one core")] = "shipped",
+    generators: Annotated[Source, typer.Option(help="train: train them anew, 20 minutes on one core")] = "shipped",
     network_seed: Annotated[int, typer.Option(min=0, help="of the networks that are trained anew")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -486,9 +410,9 @@ def build(
         out,
         seed,
         rho=rho,
-        clip=clip.value,
-        weights=generators.value,
-        training=training.value,
+        clip=clip,
+        weights=generators,
+        training=training,
         clip_recipe=pretrain.Recipe(seed=network_seed),
         generator_recipe=train_generators.Recipe(seed=network_seed),
         workers=os.cpu_count() or 1,
@@ -497,7 +421,6 @@ def build(
 
 
 @minibench.command()
-@_for_users
 def audit(
     folder: Annotated[Path, typer.Argument(help="a benchmark's folder")],
     out: Annotated[Path | None, typer.Option(help="folder for audit.md, audit.json and contact sheets")] = None,
@@ -505,17 +428,12 @@ def audit(
 ) -> None:
     """Ask what tells fake from real in a benchmark: trivial detectors, statistics, content, near duplicates."""
     from minibench.audit import audit as audit_folder
-    from minibench.audit_report import markdown
-    from minibench.contact_sheets import write_sheets
+    from minibench.audit_report import markdown, write_report
 
     result = audit_folder(folder, progress=True)
-    text = markdown(result)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "audit.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        (out / "audit.md").write_text(text, encoding="utf-8")
-        write_sheets(folder, out)
-    _print(as_json, result, text)
+        write_report(result, folder, out)
+    _print(as_json, result, markdown(result))
 
 
 def main() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dgs.analysis.report import markdown_table
 from dgs.stats import percent_text, rounded_text
 from minibench.audit import CONTENT, LEVEL
+from minibench.contact_sheets import write_sheets
 from minibench.near_duplicates import QUANTILES
 from minibench.trivial_detectors import CUES, TRACES
 
@@ -24,6 +27,14 @@ def markdown(result: dict[str, Any]) -> str:
     for name, rows in result["detectors"].items():
         parts += _detectors_text(name, rows)
     return "\n\n".join([*parts, *_duplicates_text(result["near_duplicates"])]) + "\n"
+
+
+def write_report(result: dict[str, Any], folder: Path, out: Path) -> None:
+    """audit.json, audit.md and contact sheets of the benchmark in `folder`, in the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "audit.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (out / "audit.md").write_text(markdown(result), encoding="utf-8")
+    write_sheets(folder, out)
 
 
 def _counts_text(found: dict[str, Any]) -> list[str]:

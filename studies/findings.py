@@ -7,7 +7,7 @@ seed; "[0.3, 1.2]" has signs where zero lies between.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,15 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from dgs.analysis.report import markdown_table
-from dgs.analysis.study import UNSEEN, Condition, read_condition
+from dgs.analysis.study import (
+    UNSEEN,
+    Condition,
+    finished_conditions,
+    keep_runs,
+    read_condition,
+    write_params,
+    write_study,
+)
 from dgs.model.methods.registry import METHODS
 from dgs.stats import Interval, paired_difference, rounded_text, seed_interval
 from dgs.workspace import find_root
@@ -334,3 +342,20 @@ def refresh(root: Path) -> None:
     """Brings the tables of those `DOCUMENTS` that are there up to date; `root`: the repository's."""
     for path in [root / name for name in DOCUMENTS if (root / name).exists()]:
         path.write_text(current(path.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+
+
+def write_study_and_findings(root: Path, profiles: Sequence[str]) -> Path:
+    """What `dgs study` writes; its report.
+
+    Args:
+        profiles: to compare in results/<the first of them>/study/; empty: every finished one in results/study/, whose
+            rows are kept there too, and the tables of `DOCUMENTS` follow.
+    """
+    folder = root / "results" / profiles[0] / "study" if profiles else root / "results" / "study"
+    named = list(profiles) or finished_conditions(root)
+    report = write_study(root, named, folder)
+    write_params(root, named, folder)
+    if not profiles:
+        keep_runs(root)
+        refresh(root)
+    return report

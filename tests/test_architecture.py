@@ -23,7 +23,6 @@ LAYERS = (  # from the ground up; a room stands for all modules in it
 )
 TOOLS = LAYERS[-1]  # use the package; the command line alone calls them, where a command needs one
 LINES = 450  # of a file, at most
-LONGER = {"dgs/cli.py": 529}  # not there yet: these may only go down
 FILES = 69  # of dgs/, at most: may only go down, to 66
 
 
@@ -94,7 +93,7 @@ def test_the_surgery_needs_torch_alone() -> None:
 )
 def test_a_file_is_not_long(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= LONGER.get(path.relative_to(ROOT).as_posix(), LINES), "two concepts: make two files of it"
+    assert lines <= LINES, "two concepts: make two files of it"
 
 
 def test_the_package_is_not_many_files() -> None:

@@ -163,6 +163,12 @@ def tune(
     yield from trials(_score, todo, (params, root, folder), params.compute.jobs, out, COLUMNS)
 
 
+def rows_of(out: Path, root: Path, folder: Path) -> pd.DataFrame:
+    """What a table of trials holds for the images that are prepared in `folder`; its other rows are of other images."""
+    table = pd.read_csv(out)
+    return table[table["data_hash"] == load_training(folder, root).info["training_hash"]]
+
+
 def chosen(table: pd.DataFrame, rule: str) -> dict[str, Candidate]:
     """The best candidate of each method by its mean over seeds under `rule`, and for those that take another's, that.
 

@@ -100,6 +100,22 @@ def _require_same_clip(prepared: Prepared, clip: Clip) -> None:
         )
 
 
+def train_by_torchrun(
+    method: str, seed: int, params: Params, root: Path, prepared_folder: Path, folder: Path, unfinished: Path
+) -> bool:
+    """`train_seed` with the method's own numbers, alone or in each of the processes that torchrun started.
+
+    Returns:
+        whether this is the first of them; all have finished.
+    """
+    distributed.join_torchrun()
+    params = load_training(prepared_folder, root).with_prepared(params.for_method(method))
+    params = params.replaced({"train.processes": distributed.count()})
+    train_seed(method, seed, params, root, prepared_folder, folder, unfinished)
+    distributed.wait_for_all()
+    return distributed.rank() == 0
+
+
 def _train_counted(counter: Any, *arguments: Any) -> TrainingLog | None:
     _share(counter)
     return train_seed(*arguments)
