@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from dgs.errors import UserError
 
 REFUSALS = {  # what a user can mend by making room or choosing another place
@@ -161,32 +163,25 @@ def alone(file: Path, what: str) -> Iterator[None]:
     Raises:
         UserError: another process is in it.
     """
+    lock = FileLock(file, timeout=0.2, fallback_to_soft=False)  # a wait: a run before may be removing its file
     with explained(file.parent):
-        handle = _locked(file, what)
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)  # before the lock is let go: whoever waits looks again
-        os.close(handle)
-
-
-def _locked(file: Path, what: str) -> int:
-    while True:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            number = os.read(handle, 20).decode("ascii", "replace").strip() or "unknown"
-            os.close(handle)
+            lock.acquire()
+        except Timeout:
+            number = file.read_text("utf-8", "replace").strip() if file.exists() else ""
+            number = number or "unknown"
             raise UserError(
                 f"Expected {what} to run once at a time, found another run of it, process {number}; a killed command "
                 f"may have left it behind. Wait for it, or end it (kill {number}), then run the same command again."
             ) from None
-        except OSError:
-            return handle  # some network file systems have no locks
-        if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-            return handle
-        os.close(handle)  # the process before removed it between opening and locking
+        except OSError as error:
+            if error.errno in REFUSALS:
+                raise
+            # some network file systems have no locks
+        file.write_text(f"{os.getpid()}\n")
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # before the lock is let go: whoever waits looks again
+        lock.release()
