@@ -1,4 +1,7 @@
-"""Stages: a notebook run by papermill with reproducible outputs and readable errors, and the parameters it takes."""
+"""A notebook as a stage: what it opens with, and its run by papermill with reproducible outputs and readable errors.
+
+Both sides load what the other needs only when they are called: papermill here, images and figures in the kernel.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,22 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nbformat
-import papermill
-from papermill.exceptions import PapermillExecutionError
 
 from dgs.atomic import alone, explained
 from dgs.errors import UserError, did_you_mean
 from dgs.params import Params, only_params
-from dgs.workspace import find_root
+from dgs.workspace import Workspace, find_root
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from papermill.exceptions import PapermillExecutionError
+
+    from dgs.data.prepared import Prepared
 
 STAGES = ("prepare", "train", "evaluate", "gradient_angles")
 KERNEL = "python3"
@@ -71,6 +79,104 @@ NOTEBOOK_PARAMETERS: dict[str, dict[str, str]] = {
     "gradient_angles": {"methods": "methods", "seeds": "seeds", "pairs": "gradient_angles.pairs"},
     "explore": {"method": "", "seed": "", "image": "", "label": "", "caption": ""},
 }
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a notebook works with.
+
+    params: with the notebook's overrides; data, patches and CLIP as prepared.
+    prepared_folder, prepared: what the prepare stage made; None in the notebooks that do not read it.
+    """
+
+    name: str
+    params: Params
+    workspace: Workspace
+    prepared_folder: Path | None = None
+    prepared: Prepared | None = None
+
+    @property
+    def figures(self) -> Path:
+        """The folder of the stage's pictures."""
+        return self.workspace.results / "figures" / self.name
+
+    def show(self, figure: Figure, name: str | None = None) -> None:
+        """Show a figure in the notebook; with a name, write it to `figures`/<name>.png as well."""
+        from dgs.analysis.figures.style import show
+
+        show(figure, None if name is None else self.figures / f"{name}.png")
+
+
+def open_stage(name: str, namespace: Mapping[str, Any]) -> Stage:
+    """Parameters, folders and what was prepared; pictures of an earlier run are removed.
+
+    Where a notebook's parameters and what was prepared differ, a line says that what was prepared holds.
+
+    Args:
+        name: "prepare", "train", "evaluate", "gradient_angles" or "explore".
+        namespace: the notebook's `globals()`, with `params` as its first cell loads them.
+
+    Raises:
+        UserError: a wrong parameter (`with_overrides`), or nothing is prepared.
+    """
+    from dgs.data.prepared import load_prepared, load_training
+    from dgs.device import set_determinism
+
+    params = with_overrides(name, namespace["params"], namespace)
+    workspace = Workspace.of(params.profile)
+    set_determinism(params.compute.threads * params.compute.jobs)
+    stage = Stage(name, params, workspace)
+    if name in ("train", "evaluate", "gradient_angles"):
+        folder = workspace.find("prepare", made_by="prepare")
+        load = load_training if name == "train" else load_prepared  # training must not depend on test images
+        prepared = load(folder, workspace.root)
+        for note in prepared.overridden(params):
+            print("NOTE:", note)
+        stage = Stage(name, prepared.with_prepared(params), workspace, folder, prepared)
+    for old in stage.figures.glob("*.png"):
+        old.unlink()
+    return stage
+
+
+def _assigned_names(cells: list[str]) -> list[str]:
+    """Names set by the parameters cell as it was last run, and by the one that papermill injects after it.
+
+    Earlier runs of the cell do not count: in JupyterLab a mistake is mended by editing the cell and running it again.
+    """
+    marked = [source for source in cells if source.lstrip().lower().startswith("# parameters")]
+    own = [index for index, source in enumerate(marked) if source.lstrip().lower().startswith("# parameters:")]
+    names: list[str] = []
+    for source in marked[own[-1] if own else 0 :]:
+        for node in ast.parse(source).body:
+            targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+            flat = [part for target in targets for part in getattr(target, "elts", [target])]
+            names += [target.id for target in flat if isinstance(target, ast.Name)]
+    return names
+
+
+def with_overrides(notebook: str, params: Params, namespace: Mapping[str, Any]) -> Params:
+    """`params` with a notebook's flat names (as edited or injected by papermill) put in their place.
+
+    Where the notebook has a method, what is still null becomes the method's own.
+
+    Args:
+        notebook: "prepare", "train", "evaluate", "gradient_angles" or "explore".
+        namespace: the notebook's `globals()`.
+
+    Raises:
+        UserError: a name that the notebook does not have, or a value that is not of its type.
+    """
+    flat = NOTEBOOK_PARAMETERS[notebook]
+    for name in _assigned_names(list(namespace.get("In", []))):
+        if name not in flat:
+            raise UserError(
+                f"Unknown parameter '{name}' for notebooks/{notebook}.ipynb.{did_you_mean(name, flat)} "
+                f"Known here: {', '.join(flat)}."
+            )
+    given = {full: namespace[name] for name, full in flat.items() if full and name in namespace}
+    changed = params.replaced(given, f"notebooks/{notebook}.ipynb")
+    method = namespace.get("method")
+    return changed.for_method(method) if isinstance(method, str) and "method" in flat else changed
 
 
 def normalise(notebook: Any) -> Any:
@@ -162,6 +268,9 @@ def run_stage(stage: str, label: str, parameters: dict[str, Any], params_file: P
 
 
 def _run_alone(stage: str, label: str, parameters: dict[str, Any], root: Path, profile: str) -> None:
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
     build = root / "build" / profile
     for leftover in build.glob(f".{label}-*"):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -198,44 +307,3 @@ def check_stage(stage: str) -> str:
     if stage not in STAGES:
         raise UserError(f"Unknown stage '{stage}'.{did_you_mean(stage, STAGES)} Stages: {', '.join(STAGES)}.")
     return stage
-
-
-def _assigned_names(cells: list[str]) -> list[str]:
-    """Names set by the parameters cell as it was last run, and by the one that papermill injects after it.
-
-    Earlier runs of the cell do not count: in JupyterLab a mistake is mended by editing the cell and running it again.
-    """
-    marked = [source for source in cells if source.lstrip().lower().startswith("# parameters")]
-    own = [index for index, source in enumerate(marked) if source.lstrip().lower().startswith("# parameters:")]
-    names: list[str] = []
-    for source in marked[own[-1] if own else 0 :]:
-        for node in ast.parse(source).body:
-            targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
-            flat = [part for target in targets for part in getattr(target, "elts", [target])]
-            names += [target.id for target in flat if isinstance(target, ast.Name)]
-    return names
-
-
-def with_overrides(notebook: str, params: Params, namespace: Mapping[str, Any]) -> Params:
-    """`params` with a notebook's flat names (as edited or injected by papermill) put in their place.
-
-    Where the notebook has a method, what is still null becomes the method's own.
-
-    Args:
-        notebook: "prepare", "train", "evaluate", "gradient_angles" or "explore".
-        namespace: the notebook's `globals()`.
-
-    Raises:
-        UserError: a name that the notebook does not have, or a value that is not of its type.
-    """
-    flat = NOTEBOOK_PARAMETERS[notebook]
-    for name in _assigned_names(list(namespace.get("In", []))):
-        if name not in flat:
-            raise UserError(
-                f"Unknown parameter '{name}' for notebooks/{notebook}.ipynb.{did_you_mean(name, flat)} "
-                f"Known here: {', '.join(flat)}."
-            )
-    given = {full: namespace[name] for name, full in flat.items() if full and name in namespace}
-    changed = params.replaced(given, f"notebooks/{notebook}.ipynb")
-    method = namespace.get("method")
-    return changed.for_method(method) if isinstance(method, str) and "method" in flat else changed

@@ -22,7 +22,7 @@ from dgs.profiles import check_file
 from dgs.workspace import find_root
 
 SOURCES = "sources"  # the stage, and its folder
-PACKAGES = ("dgs", "minibench")  # that a notebook may import from this repository
+PACKAGES = ("dgs",)  # that a notebook may import from this repository
 RUNNER = "import dgs.pipeline"  # runs every notebook
 FIGURES = "dgs/analysis/figures/"
 # A figure in train's notebook shows a run and changes none: an edit to it is no reason to train again.

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dgs.data.manifest import content_hash
+from dgs.data.manifest import PROMPTS, SEMANTICS, content_hash
 from dgs.data.tree import MINIBENCH
 from dgs.errors import UserError
 from minibench import camera, captions, degradations, generators, pretrain, scenes, splits, train_generators
@@ -180,6 +180,8 @@ def build(
             "generators": made_generators,
         }
         (folder / MINIBENCH).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        prompts = {attribute: captions.prompts(attribute) for attribute in SEMANTICS}
+        (folder / PROMPTS).write_text(json.dumps(prompts, indent=1) + "\n", encoding="utf-8")
         folder.chmod(0o755)  # mkdtemp makes private folders
         if out.exists():
             out.rmdir()

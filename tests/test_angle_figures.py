@@ -67,7 +67,7 @@ def test_ridges_part_real_from_fake(logged: Logged) -> None:
 
 def test_the_sketch_draws_the_sample_it_names(logged: Logged) -> None:
     row = one_sample(logged[0], "dgs", 0)
-    fig = surgery_sketch(row)
+    fig = surgery_sketch(logged[0], 0)
     apart = 60 if row["label"] == 1 else 80
     assert f"{apart}° from harm" in title(fig) and f"turned by {90 - apart}°" in title(fig)
     tips = [text.xy for text in fig.axes[0].texts]

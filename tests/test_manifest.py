@@ -21,6 +21,7 @@ from dgs.data.images import UnreadableImage, decode
 from dgs.data.manifest import (
     COLUMNS,
     MINIBENCH_SPLITS,
+    PROMPTS,
     ImageSource,
     build_manifest,
     cautions,
@@ -30,6 +31,7 @@ from dgs.data.manifest import (
     duplicates_across_splits,
     examples,
     open_image,
+    read_prompts,
 )
 from dgs.data.tree import MINIBENCH, ignored_files
 from dgs.errors import UserError
@@ -499,6 +501,14 @@ class TestPackedBenchmark:
         copy = pickle.loads(pickle.dumps(source))  # what a loader process gets
         for row in manifest.itertuples():
             assert hashlib.sha256(copy.read(row.file, row.row)).hexdigest() == row.sha256
+
+    def test_zero_shot_prompts_are_those_of_the_attributes_it_has(self, root: Path) -> None:
+        manifest = build_manifest(root, DataParams(rho=0.9))
+        assert read_prompts(root, manifest) == {}
+        with pytest.raises(UserError, match=r"Expected the benchmark's zero-shot prompts prompts\.json in .* none"):
+            read_prompts(root, manifest.assign(shape="ring"))
+        (root / PROMPTS).write_text('{"colour": {"red": ["a red thing"]}, "shape": {"ring": ["a ring", "a hoop"]}}')
+        assert read_prompts(root, manifest.assign(shape="ring")) == {"shape": {"ring": ["a ring", "a hoop"]}}
 
     @pytest.mark.parametrize(
         ("damage", "facts"),

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from dgs.analysis.figures.study import study_forest
+from dgs.analysis.figures.detection import study_forest
 from dgs.analysis.metrics import detection_table, write_detection
 from dgs.analysis.study import (
     agreement,

@@ -42,6 +42,7 @@ CORRELATION_COLUMNS = ["rho", "measure", "method", "generator", "runs", "seeds",
 FEATURES = "features"  # the layer that the surgery acts on
 ROUNDING = 1e-12  # of a difference of energies, as a share of them
 HEADS = ("linear", "MLP")
+MAIN_PAIRS = ("task-harmful", "task-applied")  # that figures and correlations are about
 UNSEEN = "all unseen"  # the mean over generators that training did not see
 WITHIN = "within methods"  # all runs, each method's mean taken off first
 VARIES = 1e-9  # of the largest value; less is rounding
@@ -166,6 +167,14 @@ def energy_along_harm(samples: pd.DataFrame) -> dict[str, Interval]:
         return {}
     shares = np.nan_to_num(cosines(samples, "task", "harmful") ** 2)
     return over_seeds(samples[STEP].assign(share=shares), "share")
+
+
+def by_method(samples: pd.DataFrame, batches: pd.DataFrame) -> pd.DataFrame:
+    """A row a method: `energy_along_harm` in per cent with its interval, and the mean effective rank."""
+    shares, ranks = energy_along_harm(samples), over_seeds(batches, "effective_rank")
+    rows = [(*(100 * value for value in shares[name]), rank.mean) for name, rank in ranks.items()]
+    columns = ["along harm (%)", "low", "high", "effective rank"]
+    return pd.DataFrame(rows, columns=columns, index=list(ranks)).round(2)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dgs.analysis.forgetting import Tower, measure_all, spread_out
-from dgs.analysis.metrics import SCORES
+from dgs.analysis.metrics import SCORES, detection_table, summary, write_detection
 from dgs.analysis.tuning import weighted_balanced_accuracy
+from dgs.atomic import replacing
 from dgs.conditions import NATIVE, parse_condition
 from dgs.data.prepared import Prepared, load_prepared
 from dgs.data.views import Views, worth_keeping
@@ -29,6 +31,7 @@ from dgs.model.clip import Clip, load_clip
 from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.methods.text_expert import caption_probability, ipw_weights
 from dgs.model.train import extract_features
+from dgs.model.training_log import read_losses
 from dgs.params import Params
 from dgs.workspace import Workspace, external_checkpoints
 
@@ -69,6 +72,22 @@ def checkpoints(workspace: Workspace, methods: Sequence[str], seeds: Sequence[in
             f"Expected checkpoints of {', '.join(methods)}, found none. Run {workspace.to_make(f'train@{methods[0]}')}."
         )
     return found
+
+
+def described(found: Runs, workspace: Workspace, params: Params) -> str:
+    """Which checkpoints were found and which methods are not trained, a line each."""
+    folders = _method_folders(found, params)
+    lines = [f"{name}: seeds {params.seeds} of {workspace.shown(folder)}" for name, folder in folders.items()]
+    if absent := [name for name in params.methods if name not in folders]:
+        lines.append(f"not trained, left out: {', '.join(absent)}")
+    if conditions := params.evaluate.robustness.conditions:
+        lines.append(f"test images also under {', '.join(conditions)}")
+    return "\n".join(lines)
+
+
+def _method_folders(found: Runs, params: Params) -> dict[str, Path]:
+    """{method: build/<profile>/train/<method>} of what was trained here."""
+    return {method: folder.parent for (method, _), folder in found.items() if method in params.methods}
 
 
 def settings(found: Runs, params: Params) -> dict[str, dict[str, Any]]:
@@ -305,6 +324,42 @@ def _evaluate_share(
     clip = load_clip(params.model, root, params.image_size, text=False)
     device = processes.own_device(choose_device(params.compute.device))
     return evaluate(found, clip, load_prepared(prepared_folder, root), params, device)
+
+
+class Tables(NamedTuple):
+    """What results/<profile> holds of an evaluation: its tables, and what metrics.json says."""
+
+    detection: pd.DataFrame
+    forgetting: pd.DataFrame
+    training: pd.DataFrame
+    summary: dict[str, Any]
+
+
+def write_tables(
+    workspace: Workspace,
+    found: Runs,
+    scores: pd.DataFrame,
+    forgetting: pd.DataFrame,
+    prepared: Prepared,
+    params: Params,
+) -> Tables:
+    """Write scores.parquet, then detection.csv, forgetting.csv, training.csv and metrics.json.
+
+    Args:
+        found: the checkpoints that were scored.
+        scores, forgetting: as `evaluate` returns them.
+    """
+    with replacing(workspace.build("evaluate")) as folder:
+        scores.to_parquet(folder / "scores.parquet", index=False)
+    results, info = workspace.results, prepared.info
+    detection = detection_table(scores, set(info["seen"]))
+    training = read_losses(_method_folders(found, params).values(), info["rho"])
+    write_detection(detection, results / "detection.csv")
+    forgetting.round(6).to_csv(results / "forgetting.csv", index=False)
+    training.round(6).to_csv(results / "training.csv", index=False)
+    said = summary(detection, forgetting, params.profile, info["data_hash"])
+    (results / "metrics.json").write_text(json.dumps(said, indent=1) + "\n")
+    return Tables(detection, forgetting, training, said)
 
 
 def final_validation(scores: pd.DataFrame, prepared: Prepared) -> pd.DataFrame:

@@ -239,12 +239,13 @@ class Workbench:
         # Few are kept: each holds a CLIP of its own.
         self._open = lru_cache(maxsize=3)(self._open_checkpoint)
 
-    def scores(self) -> pd.DataFrame | None:
-        """The table of the evaluate stage; None where nothing was evaluated yet."""
+    def mistakes(self, method: str, seed: int) -> pd.DataFrame:
+        """`confident_mistakes` in the scores of the evaluate stage; empty where nothing was evaluated yet."""
         try:
-            return pd.read_parquet(self.workspace.find("evaluate", made_by="evaluate") / "scores.parquet")
+            scores = pd.read_parquet(self.workspace.find("evaluate", made_by="evaluate") / "scores.parquet")
         except UserError:
-            return None
+            return pd.DataFrame(columns=["group", "id", "label", "logit"])
+        return confident_mistakes(scores, method, seed)
 
     def _folder(self, method: str, seed: int) -> Path:
         if method not in self.runs:
@@ -277,9 +278,8 @@ class Workbench:
         if seed is None:
             seed = self.runs.get(method, [0])[0]
         if image is None:
-            scores = self.scores()
-            mistakes = None if scores is None else confident_mistakes(scores, method, seed)
-            if mistakes is None or mistakes.empty:
+            mistakes = self.mistakes(method, seed)
+            if mistakes.empty:
                 image = str(self.images["id"].iloc[-1])
             else:
                 image = str(mistakes["id"].iloc[int(mistakes["logit"].abs().to_numpy().argmax())])

@@ -279,7 +279,7 @@ def write_study(root: Path, names: Sequence[str], folder: Path) -> Path:
 
     Settings are read from results/mini/tuning.csv, where there is one.
     """
-    from dgs.analysis.figures.study import study_forest  # drawing libraries take seconds to load
+    from dgs.analysis.figures.detection import study_forest  # drawing libraries take seconds to load
     from dgs.analysis.figures.style import save
 
     conditions = [read_condition(root, name) for name in names]

@@ -17,13 +17,14 @@ from tqdm import tqdm
 from dgs.data.captions import assign_captions, read_captions, template_caption
 from dgs.data.images import UnreadableImage, decode, read
 from dgs.data.suites import SHARED_REALS, SUITES, full_name, is_seen, parted
-from dgs.data.tree import LABELS, MINIBENCH, SPLITS, read_rows
+from dgs.data.tree import LABELS, MINIBENCH, SPLITS, ignored_files, read_rows
 from dgs.errors import UserError
 from dgs.params import DataParams
-from dgs.workspace import require_data_root
+from dgs.workspace import Workspace, require_data_root
 
 MINIBENCH_SPLITS = (*SPLITS, "val_unbiased")  # val has the shortcut of train, val_unbiased none
 SEMANTICS = ("shape", "colour", "background")  # the minibench's attributes that zero-shot is measured on
+PROMPTS = "prompts.json"  # of the minibench: {attribute: {value: zero-shot prompts}}
 FEW = 30  # validation images of a label, below which a threshold is rough
 COLUMNS = ("id", "split", "generator", "label", "seen", "file", "row", "sha256", "caption", "caption_source")
 
@@ -195,6 +196,57 @@ def build_manifest(root: Path, params: DataParams, captions_file: Path | None = 
     extra = [name for name in SEMANTICS if name in manifest]
     manifest = manifest[[*COLUMNS, *extra]].sort_values(["split", "id"], ignore_index=True)
     return manifest.astype({"label": "int64", "row": "int64"})
+
+
+def open_manifest(workspace: Workspace, params: DataParams) -> tuple[pd.DataFrame, ImageSource]:
+    """The manifest of data.root, as `build_manifest` makes it, and the source that its images are read from."""
+    root = workspace.resolve(params.root)
+    captions_file = workspace.resolve(params.captions) if params.captions else None
+    return build_manifest(root, params, captions_file), ImageSource(root)
+
+
+def read_prompts(root: Path, manifest: pd.DataFrame) -> dict[str, dict[str, list[str]]]:
+    """Zero-shot prompts of the minibench: {attribute: {value: prompts}}; empty for a data set without attributes.
+
+    Raises:
+        UserError: the benchmark has none.
+    """
+    attributes = [name for name in SEMANTICS if name in manifest]
+    if not attributes:
+        return {}
+    if not (root / PROMPTS).exists():
+        raise UserError(
+            f"Expected the benchmark's zero-shot prompts {PROMPTS} in {root}, found none. Run dvc repro data.dvc, or "
+            f"make the folder again (dgs minibench build)."
+        )
+    prompts = json.loads((root / PROMPTS).read_text(encoding="utf-8"))
+    return {name: prompts[name] for name in attributes}
+
+
+def facts(manifest: pd.DataFrame, params: DataParams) -> dict[str, Any]:
+    """What is noted of a data set beside its images: hash, layout, rho, seen generators and counts."""
+    return {
+        "data_hash": data_hash(manifest),
+        "layout": params.layout,
+        "rho": params.rho,
+        "images": len(manifest),
+        "seen": sorted(manifest.loc[manifest["seen"], "generator"].unique()),
+        "captions": {key: int(n) for key, n in manifest["caption_source"].value_counts().sort_index().items()},
+        "in_several_splits": duplicates_across_splits(manifest),
+    }
+
+
+def described(manifest: pd.DataFrame, info: Mapping[str, Any], root: Path) -> str:
+    """A data set in a few lines: images and hashes, where captions come from, and `cautions`; `info`: its `facts`."""
+    without_test = data_hash(manifest[manifest["split"] != "test"])
+    given, made = (info["captions"].get(source, 0) for source in ("file", "template"))
+    ignored = ignored_files(root) if info["layout"] == "folders" else {}
+    lines = [
+        f"{len(manifest)} images, data hash {info['data_hash'][:12]}; without test images {without_test[:12]}",
+        f"captions: {given} given, {made} made from folder names",
+        *(f"CAUTION: {caution}" for caution in cautions(manifest, ignored)),
+    ]
+    return "\n".join(lines)
 
 
 def data_hash(manifest: pd.DataFrame) -> str:

@@ -74,8 +74,13 @@ class Prepared:
         ]
 
 
-def compute_patches(manifest: pd.DataFrame, source: ImageSource, params: Params) -> dict[str, NDArray[np.int32]]:
-    """The kept patch indices of every distinct image: entropies are computed here once, training does no FFT."""
+def compute_patches(manifest: pd.DataFrame, source: ImageSource, params: Params) -> dict[str, NDArray[np.int32]] | None:
+    """The kept patch indices of every distinct image: entropies are computed here once, training does no FFT.
+
+    None where patch selection is off.
+    """
+    if not params.patches.enabled:
+        return None
     indices: dict[str, NDArray[np.int32]] = {}
     rows = manifest.drop_duplicates("sha256")
     for file, row, sha in tqdm(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from open_clip.model import resize_pos_embed
@@ -285,6 +286,19 @@ def encode_texts(clip: Clip, texts: Sequence[str], batch_size: int = 256) -> NDA
         for i in tqdm(starts, desc="captions", unit="batch", disable=len(starts) < 2)
     ]
     return np.concatenate(parts).astype(np.float32)
+
+
+def embed_captions(clip: Clip, manifest: pd.DataFrame) -> dict[str, NDArray[np.float32]]:
+    """The (D,) embedding of every distinct caption of a manifest (columns split and caption).
+
+    Captions of training and validation come first, in batches of their own: not even by rounding do their embeddings
+    depend on test images.
+    """
+    learned = set(manifest.loc[manifest["split"] != "test", "caption"])
+    embeddings: dict[str, NDArray[np.float32]] = {}
+    for texts in filter(None, (sorted(learned), sorted(set(manifest["caption"]) - learned))):
+        embeddings |= dict(zip(texts, encode_texts(clip, texts), strict=True))
+    return embeddings
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ step. What is recorded changes no bit of a run.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,13 @@ def write_logs(folder: Path, logs: Sequence[TrainingLog]) -> None:
         parts = [table for log in logs if not (table := log.table(name)).empty]
         table = pd.concat(parts, ignore_index=True) if parts else logs[0].table(name)
         table.to_parquet(folder / f"{name}.parquet", index=False, compression="zstd")
+
+
+def read_losses(folders: Iterable[Path], rho: float | None) -> pd.DataFrame:
+    """The losses that `write_logs` wrote into each of `folders`, one table; column rho first, NaN for None."""
+    table = pd.concat([pd.read_parquet(folder / "losses.parquet") for folder in folders], ignore_index=True)
+    table.insert(0, "rho", np.nan if rho is None else rho)
+    return table
 
 
 def layer_of(parameter: str) -> str:

@@ -1,4 +1,4 @@
-"""Figures of detection: by generator, in a table of colours, paired with lora, calibration, changed images."""
+"""Figures of detection: by generator, as a table of colours, paired with lora, of a study, calibration, robustness."""
 
 from __future__ import annotations
 
@@ -11,8 +11,28 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dgs.analysis.figures import style as look
-from dgs.analysis.figures.style import BASELINE, CHANCE, colour, marker, plain, short_names, style, subject_of, takeaway
-from dgs.analysis.metrics import METRICS, by_suite, generators_in_order, headline, one_rho, per_seed_values, reliability
+from dgs.analysis.figures.style import (
+    BASELINE,
+    CHANCE,
+    colour,
+    ends,
+    marker,
+    plain,
+    short_names,
+    style,
+    subject_of,
+    takeaway,
+)
+from dgs.analysis.metrics import (
+    METRICS,
+    by_suite,
+    generators_in_order,
+    headline,
+    in_order,
+    one_rho,
+    per_seed_values,
+    reliability,
+)
 from dgs.analysis.robustness import MATERIAL, changes, conditions_of, means_over_generators
 from dgs.conditions import KINDS, NATIVE, parse_condition
 from dgs.errors import UserError
@@ -21,6 +41,7 @@ from dgs.stats import BINS, interval_text, rounded_text, seed_interval
 WIDE = 9  # generators beside each other in a heat map; more are drawn below each other
 FEWEST = 50  # images of a bin, over all seeds, that make a point of a reliability diagram
 NARROWEST = 2.0  # points that a panel of a forest plot spans at least
+ROW, PANEL = 0.21, 1.75  # inches of a row and of a panel of the study's forest
 COMPARED = ("balanced_acc_unseen", "worst_generator_balanced_acc", "ap_unseen", "zero_shot_kept")  # in a forest plot
 _CHANGES = {  # kind of change: the axis of its panel, and a change in words
     "jpeg": ("JPEG quality", "JPEG {:g}"),
@@ -173,6 +194,39 @@ def difference_forest(detection: pd.DataFrame, forgetting: pd.DataFrame | None =
         found = f"{above} of {len(first)} shown above {BASELINE}, {below} below"
         seeds = "" if any(gap.known for gap in first) else " (one seed shows nothing)"
         look.put_title(fig, f"{labels[shown[0]]}: {found}{seeds}")
+    return fig
+
+
+def study_forest(gaps: pd.DataFrame, baseline: str = "lora") -> Figure:
+    """Each method minus `baseline` on unseen generators: a row a method, a panel a condition, zero as a line.
+
+    Markers are means over generators, bars 95 % Student t intervals over them: what other generators would show, where
+    reports have intervals over seeds. The order of rows is that of all gaps' means. A method that a condition did not
+    run leaves its row empty.
+
+    Args:
+        gaps: columns condition, method, generator, gap (points), as `study.generator_gaps` gives them.
+    """
+    order = gaps.groupby("method")["gap"].mean().sort_values(ascending=False).index
+    with style():
+        grid = sns.catplot(
+            gaps, kind="point", x="gap", y="method", hue="method", col="condition", order=order,
+            palette={method: colour(method) for method in order}, errorbar=ends(), linestyle="none", legend=False,
+            height=1.2 + ROW * len(order), aspect=PANEL / (1.2 + ROW * len(order)), markersize=5,
+            markers=[marker(method) for method in order],
+            err_kws={"linewidth": 1.3},
+        )  # fmt: skip
+        grid.refline(x=0.0, color="#333333", linestyle="-", linewidth=1.0)
+        grid.set_titles("{col_name}", size=9)
+        grid.figure.subplots_adjust(top=1 - 0.75 / (1.2 + ROW * len(order)))
+        grid.set_axis_labels("", "")
+        for ax in grid.axes.flat:
+            ax.set_yticks(range(len(order)), [plain(method) for method in order])
+            ax.tick_params(labelsize=8)
+            ax.grid(axis="y", visible=False)
+        fig: Figure = grid.figure
+        fig.supxlabel(f"Balanced accuracy on unseen generators minus {plain(baseline)}, points", fontsize=10)
+        fig.suptitle(f"{len(in_order(gaps['condition']))} conditions: mean and 95 % interval over generators")
     return fig
 
 

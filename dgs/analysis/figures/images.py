@@ -90,6 +90,8 @@ def mistakes_sheet(mistakes: pd.DataFrame, images: Sequence[Array]) -> Figure:
 
     `mistakes`: the table of `explore.confident_mistakes`; `images`: one a row of it.
     """
+    if mistakes.empty:
+        return look.nothing("No mistakes to show: none among the scores, or no scores yet (dvc repro makes them).")
     short = short_names(mistakes["group"].unique())
     table = mistakes.assign(image=pd.Series(list(images), mistakes.index, object), group=mistakes["group"].map(short))
     table["note"] = [f"{rounded_text(value, 0)} %" for value in 100.0 / (1.0 + np.exp(-table["logit"]))]

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from dgs.analysis.angles import cosines, degrees
+from dgs.analysis.angles import cosines, degrees, one_sample
 from dgs.analysis.figures import style as look
 from dgs.analysis.figures.style import plain, style
 from dgs.stats import rounded_text
@@ -121,8 +121,11 @@ def plane_figure(row: Mapping[str, Any], title: str) -> Figure:
     return fig
 
 
-def surgery_sketch(row: Mapping[str, Any]) -> Figure:
-    """The surgery on one real sample of a run. `row`: of the logged samples, as `angles.one_sample` chooses it."""
+def surgery_sketch(samples: pd.DataFrame, seed: int) -> Figure:
+    """The surgery on one logged sample of dgs (else of the last method), as `angles.one_sample` chooses it."""
+    if samples.empty:
+        return look.nothing("No method here trains the tower: there is no gradient to draw.")
+    row = one_sample(samples, look.subject_of(samples["method"].unique()), seed)
     frame = pd.DataFrame([row])
     apart, turned = (rounded_text(degrees(frame, pair)[0], 0) for pair in ("task-harmful", "task-applied"))
     removed = rounded_text(100.0 * cosines(frame, "task", "harmful")[0] ** 2)
@@ -139,6 +142,8 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
 
     `table`: that of `explore.sweeps`, numbers only.
     """
+    if table.empty:
+        return look.nothing("No gradient reaches this tower: settings of the surgery change nothing.")
     names = [name for name in _SETTINGS if (table["setting"] == name).any()]
     with style():
         fig = look.new_figure(2.9)
