@@ -106,10 +106,13 @@ class TestConda:
         assert pip == ["-r requirements.lock", "-e ."]
 
 
-def dry_run(target: str, *variables: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "PROFILE"}
+def dry_run(target: str, *variables: str, folder: Path = ROOT, **environment: str) -> str:
+    """What make would run, outside conda unless `environment` says otherwise."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "CONDA", "PROFILE"))}
     command = ["make", "--no-print-directory", "-n", target, *variables]
-    return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, env=clean | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 class TestMake:
@@ -124,37 +127,26 @@ class TestMake:
         ],
     )
     def test_a_target_runs_what_its_name_says(self, target: str, command: str) -> None:
-        result = dry_run(target)
-        assert result.returncode == 0, result.stderr
-        assert re.search(command, result.stdout, re.MULTILINE), result.stdout
+        printed = dry_run(target)
+        assert re.search(command, printed, re.MULTILINE), printed
 
     def test_every_target_ensures_the_environment(self, tmp_path: Path) -> None:
         (tmp_path / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
         for name in ("requirements.lock", "pyproject.toml"):
             (tmp_path / name).write_text("")
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "CONDA"))}
         for target in ("repro", "test", "test-slow", "verify", "lab"):
-            printed = subprocess.run(
-                ["make", "-n", target], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
-            ).stdout
+            printed = dry_run(target, folder=tmp_path)
             assert "-m venv .venv" in printed and "-r requirements.lock" in printed, target
-            conda = subprocess.run(
-                ["make", "-n", target],
-                cwd=tmp_path,
-                env=env | {"CONDA_DEFAULT_ENV": "dgs", "CONDA_PREFIX": "/opt/dgs"},
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
+            conda = dry_run(target, folder=tmp_path, CONDA_DEFAULT_ENV="dgs", CONDA_PREFIX="/opt/dgs")
             assert "venv" not in conda and "install" not in conda, target
 
     def test_a_profile_has_its_own_pipeline(self) -> None:
-        own, main = (dry_run("repro", *profile).stdout for profile in (["PROFILE=paper"], []))
+        own, main = (dry_run("repro", *profile) for profile in (["PROFILE=paper"], []))
         assert "pipeline=$(dgs profile paper) && dvc repro $pipeline" in own and "results/paper/REPORT.md" in own
         assert "dgs profile" not in main and "dvc repro" in main and "results/mini/REPORT.md" in main
 
     def test_the_notebooks_that_are_tested_are_those_there_are(self) -> None:
-        tested = set(re.findall(r"notebooks/\w+\.ipynb", dry_run("test").stdout))
+        tested = set(re.findall(r"notebooks/\w+\.ipynb", dry_run("test")))
         assert tested == {path.relative_to(ROOT).as_posix() for path in (ROOT / "notebooks").glob("*.ipynb")}
 
 
