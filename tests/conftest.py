@@ -26,6 +26,7 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share something costly run in one process: those of a file, notebooks, those of `finished`."""
     for item in items:

@@ -231,6 +231,7 @@ def test_when_one_of_two_is_killed_both_go_on_from_the_snapshot_to_the_bit(
     """With dropout: each process's masks go on where they were."""
     model = {"lora": {"dropout": 0.5}}
     params = changed(tiny, train={"batch_size": 12, "stage2": {"epochs": 2}, "processes": 2}, model=model)
+    params = params.for_method("dgs")
     whole = processes.run(2, train_and_die, params, tiny_prepared, tmp_path / "whole", None)
     with pytest.raises(UserError, match=r"process 1 died .killed by signal 9.*goes on from the last snapshot"):
         processes.run(2, train_and_die, params, tiny_prepared, tmp_path / "killed", 6)

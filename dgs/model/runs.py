@@ -71,7 +71,7 @@ def train_seed(
     from dgs.model.snapshot import Snapshot, run_key
     from dgs.model.train import train
 
-    chosen = get_method(method)
+    chosen, params = get_method(method), params.for_method(method)
     own = chosen.of(params)
     device = distributed.own_device(choose_device(params.compute.device))
     clip = load_clip(params.model, root, params.image_size, text=False)
@@ -103,13 +103,13 @@ def _require_same_clip(prepared: Prepared, clip: Clip) -> None:
 def train_by_torchrun(
     method: str, seed: int, params: Params, root: Path, prepared_folder: Path, folder: Path, unfinished: Path
 ) -> bool:
-    """`train_seed` with the method's own numbers, alone or in each of the processes that torchrun started.
+    """`train_seed`, alone or in each of the processes that torchrun started.
 
     Returns:
         whether this is the first of them; all have finished.
     """
     distributed.join_torchrun()
-    params = load_training(prepared_folder, root).with_prepared(params.for_method(method))
+    params = load_training(prepared_folder, root).with_prepared(params)
     params = params.replaced({"train.processes": distributed.count()})
     train_seed(method, seed, params, root, prepared_folder, folder, unfinished)
     distributed.wait_for_all()
@@ -142,7 +142,7 @@ def train_seeds(
     Returns:
         the logs, in the order of the seeds.
     """
-    chosen = get_method(method)
+    chosen, params = get_method(method), params.for_method(method)
     chosen.of(params)  # its refusals come before any worker
     steps = len(params.seeds) * chosen.steps(len(load_training(prepared_folder, root).split("train")), params)
     context = multiprocessing.get_context("spawn")
