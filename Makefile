@@ -27,7 +27,7 @@ STUDY ?= study-90 study-75 study-50 study-object study-networks study-patches st
 FRESH := 20261127
 
 NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gradient_angles explore))
-PARALLEL := -n logical --dist loadgroup  # tests/conftest.py says which tests stay together
+PARALLEL := -n logical --dist loadfile  # not by groups: pytest-xdist 3.8 loses them under pytest 9.2 without a word
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120
 
 .PHONY: environment repro test test-slow verify study bench lint report lab lock
@@ -54,8 +54,8 @@ test: $(READY) lint
 	rm -f .coverage .coverage.*
 	out=$$(mktemp -d) && trap "rm -rf $$out" EXIT && startup=$$out/ipython/profile_default/startup && \
 	  mkdir -p $$startup && cp tests/kernel_coverage.py $$startup && \
-	  DGS_PROFILE=tiny DGS_OUT=$$out IPYTHONDIR=$$out/ipython \
-	  coverage run -m pytest $(PARALLEL) $(NBVAL) -m "not slow" $(NOTEBOOKS) tests
+	  export DGS_PROFILE=tiny DGS_OUT=$$out IPYTHONDIR=$$out/ipython && \
+	  coverage run -m pytest $(NBVAL) $(NOTEBOOKS) && coverage run -m pytest $(PARALLEL) -m "not slow" --durations=25 tests
 	coverage combine --quiet
 	coverage report --skip-covered --fail-under=90
 

@@ -26,14 +26,6 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share something costly run in one process: those of a file, notebooks, those of `finished`."""
-    for item in items:
-        shared = "finished" if "finished" in getattr(item, "fixturenames", ()) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group("notebooks" if item.path.suffix == ".ipynb" else shared))
-
-
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """`make test` runs the notebooks with DGS_PROFILE and DGS_OUT set: a test must set what it needs itself."""
