@@ -101,6 +101,7 @@ def test_checkpoints_are_folders_of_safetensors_and_json(repo: Path) -> None:
     folder = repo / "build" / "mini" / "train" / "dgs" / "seed-0"
     assert {path.name for path in folder.iterdir()} == {
         "README.md",
+        "SHA256SUMS",
         "adapter_config.json",
         "adapter_model.safetensors",
         "dgs.json",
@@ -203,7 +204,7 @@ def test_dvc_exp_run_changes_no_value_that_was_not_set(tmp_path: Path) -> None:
     """It writes the file anew: quotes go, and numbers are spelled otherwise."""
     (tmp_path / "dvc.yaml").write_text("stages: {one: {cmd: echo, params: [n]}}\n")
     (tmp_path / "params.yaml").write_text(
-        "n: 1\nword: \"yes\"\noff: 'off'\ntext: '1e-4'\nsmall: 1e-5\nlong: 1.0e-06\nnone: null\ndate: 2026-01-01\n"
+        "n: 1\nword: \"yes\"\noff: 'off'\ntext: '1e-4'\nsmall: 1e-5\nlong: 1.0e-06\nnone: null\n"
     )
     commit = "git -c user.name=t -c user.email=t@example.org commit -qm start"
     for command in ("git init -q", "dvc init -q", "git add .", commit):
@@ -220,7 +221,7 @@ def test_conditions_add_rows_and_a_figure_and_take_nothing_away(repo: Path) -> N
     source, results = path.read_text(), repo / "results" / "mini"
     before, table = (results / "metrics.json").read_bytes(), (results / "detection.csv").read_text()
     params = yaml.safe_load(source)
-    params["evaluate"]["robustness"] = {"conditions": ["jpeg:50", "noise:8", "png"], "methods": ["probe", "dgs"]}
+    params["evaluate"]["robustness"] |= {"conditions": ["jpeg:50", "noise:8", "png"], "methods": ["probe", "dgs"]}
     path.write_text(yaml.safe_dump(params, sort_keys=False))
     try:
         done = run(repo, "dvc", "repro")

@@ -28,7 +28,6 @@ from dgs.analysis.metrics import (
     by_suite,
     generators_in_order,
     headline,
-    in_order,
     one_rho,
     per_seed_values,
     reliability,
@@ -197,6 +196,13 @@ def difference_forest(detection: pd.DataFrame, forgetting: pd.DataFrame | None =
     return fig
 
 
+def _shown_above(gaps: pd.DataFrame) -> list[tuple[str, int, int]]:
+    """The two conditions with most methods: name, methods with an interval over generators above zero, methods."""
+    intervals = gaps.groupby(["condition", "method"], sort=False)["gap"].agg(lambda gap: seed_interval(gap).low > 0)
+    counts = intervals.groupby("condition", sort=False).agg(["sum", "size"]).nlargest(2, "size")
+    return [(str(name), int(row["sum"]), int(row["size"])) for name, row in counts.iterrows()]
+
+
 def study_forest(gaps: pd.DataFrame, baseline: str = "lora") -> Figure:
     """Each method minus `baseline` on unseen generators: a row a method, a panel a condition, zero as a line.
 
@@ -210,7 +216,7 @@ def study_forest(gaps: pd.DataFrame, baseline: str = "lora") -> Figure:
     order = gaps.groupby("method")["gap"].mean().sort_values(ascending=False).index
     with style():
         grid = sns.catplot(
-            gaps, kind="point", x="gap", y="method", hue="method", col="condition", order=order,
+            gaps, kind="point", x="gap", y="method", hue="method", col="condition", order=order, hue_order=order,
             palette={method: colour(method) for method in order}, errorbar=ends(), linestyle="none", legend=False,
             height=1.2 + ROW * len(order), aspect=PANEL / (1.2 + ROW * len(order)), markersize=5,
             markers=[marker(method) for method in order],
@@ -226,7 +232,8 @@ def study_forest(gaps: pd.DataFrame, baseline: str = "lora") -> Figure:
             ax.grid(axis="y", visible=False)
         fig: Figure = grid.figure
         fig.supxlabel(f"Balanced accuracy on unseen generators minus {plain(baseline)}, points", fontsize=10)
-        fig.suptitle(f"{len(in_order(gaps['condition']))} conditions: mean and 95 % interval over generators")
+        counts = [f"{above} of {ran} in {name}" for name, above, ran in _shown_above(gaps)]
+        fig.suptitle(f"Methods shown above {plain(baseline)} over generators: {', '.join(counts)}")
     return fig
 
 
