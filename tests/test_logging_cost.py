@@ -27,7 +27,7 @@ from timing import interleave  # noqa: E402
 def test_logging_costs_at_most_five_per_cent_of_a_run() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    params = load_params(root=ROOT)
+    params = load_params(root=ROOT).for_method("dgs")
     clip = load_clip(params.model.model_copy(update={"clip": "sample/clip"}), ROOT, params.image_size, text=False)
     backbone, method = Backbone(clip, params.model.lora).train(), get_method("dgs")
     size, width = params.train.batch_size, clip.model.visual.output_dim
