@@ -198,7 +198,9 @@ def difference_forest(detection: pd.DataFrame, forgetting: pd.DataFrame | None =
 
 def _shown_above(gaps: pd.DataFrame) -> list[tuple[str, int, int]]:
     """The two conditions with most methods: name, methods with an interval over generators above zero, methods."""
-    intervals = gaps.groupby(["condition", "method"], sort=False)["gap"].agg(lambda gap: seed_interval(gap).low > 0)
+    intervals = gaps.groupby(["condition", "method"], sort=False)["gap"].agg(
+        lambda gap: seed_interval(gap.to_numpy()).low > 0
+    )
     counts = intervals.groupby("condition", sort=False).agg(["sum", "size"]).nlargest(2, "size")
     return [(str(name), int(row["sum"]), int(row["size"])) for name, row in counts.iterrows()]
 
