@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dgs.errors import did_you_mean
 
 NATIVE = "native"  # as stored; always scored
 PNG = "png"  # decoded once, stored without loss
-# Kind: what its strength is, an example, the strength that changes nothing, the largest allowed.
-_STRENGTHS: dict[str, tuple[str, str, float, float]] = {
-    "jpeg": ("a quality", "jpeg:75", 101, 100),
-    "blur": ("a standard deviation in px", "blur:1", 0, 100),
-    "resize": ("a factor", "resize:0.5", 1, 16),
-    "noise": ("a standard deviation in 8-bit levels", "noise:4", 0, 255),
+
+
+class Kind(NamedTuple):
+    """What there is to know of a kind of change, beside its function in `data.perturbations`.
+
+    strength: what the number after the colon is, for error sentences, with an `example` of a condition.
+    unchanged: the strength that leaves an image alone. 0: a larger one is harsher, else a smaller one.
+    most: the largest strength allowed; all are above 0. whole: whole numbers alone.
+    axis, words: of its panel in figures, and of one condition in a sentence.
+    """
+
+    strength: str
+    example: str
+    unchanged: float
+    most: float
+    axis: str
+    words: str
+    whole: bool = False
+
+
+KINDS = {
+    "jpeg": Kind("a quality", "jpeg:75", 101, 100, "JPEG quality", "JPEG {:g}", whole=True),
+    "blur": Kind("a standard deviation in px", "blur:1", 0, 100, "Blur, σ (px)", "blur of {:g} px"),
+    "resize": Kind("a factor", "resize:0.5", 1, 16, "Resize and back, factor", "resizing by {:g}"),
+    "noise": Kind(
+        "a standard deviation in 8-bit levels", "noise:4", 0, 255, "Noise, σ (8-bit levels)", "noise of {:g} levels"
+    ),
 }
-KINDS = tuple(_STRENGTHS)
 
 
 @dataclass(frozen=True)
@@ -33,12 +54,13 @@ class Condition:
     @property
     def severity(self) -> float:
         """Larger is harsher, among conditions of one kind; what is finer than native is below 0."""
-        return unchanged(self.kind) - self.strength if self.kind in ("jpeg", "resize") else self.strength
+        idle = 0 if self.kind == PNG else KINDS[self.kind].unchanged
+        return idle - self.strength if idle else self.strength
 
-
-def unchanged(kind: str) -> float:
-    """The strength at which a kind of change would leave an image alone: blur 0, noise 0, resize 1, jpeg above 100."""
-    return _STRENGTHS[kind][2]
+    @property
+    def words(self) -> str:
+        """As in a sentence: "blur of 2 px"."""
+        return "PNG" if self.kind == PNG else KINDS[self.kind].words.format(self.strength)
 
 
 def parse_condition(text: str) -> Condition:
@@ -54,16 +76,16 @@ def parse_condition(text: str) -> Condition:
         if colon:
             raise ValueError("'png' has no strength, write it alone")
         return Condition(PNG)
-    if kind not in _STRENGTHS:
-        examples = ", ".join([*(example for _, example, _, _ in _STRENGTHS.values()), PNG])
+    if kind not in KINDS:
+        examples = ", ".join([*(known.example for known in KINDS.values()), PNG])
         raise ValueError(f"unknown condition.{did_you_mean(kind, [*KINDS, PNG])} Expected such as {examples}")
-    meaning, example, idle, most = _STRENGTHS[kind]
+    known = KINDS[kind]
     try:
         strength = float(number)
     except ValueError:
         strength = -1.0
-    if not 0 < strength <= most or strength == idle or (kind == "jpeg" and strength != round(strength)):
-        span = "a whole number from 1 to 100" if kind == "jpeg" else f"above 0, at most {most:g}"
-        other = " and not 1" if kind == "resize" else ""
-        raise ValueError(f"expected {meaning} after '{kind}:', {span}{other}, such as {example}")
+    if not 0 < strength <= known.most or strength == known.unchanged or (known.whole and strength != round(strength)):
+        span = f"a whole number from 1 to {known.most:g}" if known.whole else f"above 0, at most {known.most:g}"
+        other = f" and not {known.unchanged:g}" if known.unchanged < known.most and known.unchanged else ""
+        raise ValueError(f"expected {known.strength} after '{kind}:', {span}{other}, such as {known.example}")
     return Condition(kind, strength)

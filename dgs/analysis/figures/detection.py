@@ -42,13 +42,6 @@ FEWEST = 50  # images of a bin, over all seeds, that make a point of a reliabili
 NARROWEST = 2.0  # points that a panel of a forest plot spans at least
 ROW, PANEL = 0.21, 1.75  # inches of a row and of a panel of the study's forest
 COMPARED = ("balanced_acc_unseen", "worst_generator_balanced_acc", "ap_unseen", "zero_shot_kept")  # in a forest plot
-_CHANGES = {  # kind of change: the axis of its panel, and a change in words
-    "jpeg": ("JPEG quality", "JPEG {:g}"),
-    "blur": ("Blur, σ (px)", "blur of {:g} px"),
-    "resize": ("Resize and back, factor", "resizing by {:g}"),
-    "noise": ("Noise, σ (8-bit levels)", "noise of {:g} levels"),
-    "png": ("PNG", "PNG"),
-}
 _LINES = {"both": ("-", "real and fake changed"), "fake": (":", "fake alone changed")}
 
 
@@ -317,7 +310,7 @@ def robustness_curves(detection: pd.DataFrame) -> Figure:
                     ax.plot(values, line, color=colour(method), marker=mark, markersize=6, linewidth=1.8, zorder=3)
             ax.axhline(CHANCE, **look.LINE)
             ax.set_xticks(range(len(at)), [*ticks[:finer], "none", *ticks[finer:]])
-            ax.set_xlabel(_CHANGES[kind][0])
+            ax.set_xlabel(KINDS[kind].axis)
             ax.grid(axis="x", visible=False)
         for ax in axes[len(kinds) :]:
             ax.remove()
@@ -330,17 +323,14 @@ def robustness_curves(detection: pd.DataFrame) -> Figure:
 
 def _harshest(means: pd.DataFrame) -> str:
     """The harshest loss of accuracy and the strongest shift, each of the method it happened to."""
-
-    def words(name: str) -> str:
-        condition = parse_condition(name)
-        return _CHANGES[condition.kind][1].format(condition.strength)
-
     cells = changes(means).groupby(["measure", "method", "condition"], sort=False)["value"].mean()
     method, condition = cells["accuracy"].idxmin()
-    text = f"{words(condition)} costs {plain(method)} {rounded_text(-100 * cells['accuracy'].min())} points"
+    points = rounded_text(-100 * cells["accuracy"].min())
+    text = f"{parse_condition(condition).words} costs {plain(method)} {points} points"
     if "shift" in cells.index.get_level_values("measure"):
         shift = cells["shift"]
         who, what = shift.abs().idxmax()
         if abs(shift[who, what]) >= MATERIAL:
-            text += f"; {words(what)} makes images look {'real' if shift[who, what] > 0 else 'fake'} to {plain(who)}"
+            side = "real" if shift[who, what] > 0 else "fake"
+            text += f"; {parse_condition(what).words} makes images look {side} to {plain(who)}"
     return text[0].upper() + text[1:]
