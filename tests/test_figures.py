@@ -261,8 +261,8 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "angles, one step": lambda: angles_over_training(named_angles().query("step == 0")),
     "angles, one": lambda: angles_over_training(make_angles(("dgs",), 1, 1)),
     "contact sheet, long names": lambda: contact_sheet({name: [image(32, 32)] * 8 for name in LONG}),
-    "patches": lambda: patches_figure(image(256, 320), image(224, 224)),
-    "patches, few": lambda: patches_figure(image(64, 96), image(224, 224)),
+    "patches": lambda: patches_figure(image(256, 320), image(224, 224), 32),
+    "patches, few": lambda: patches_figure(image(64, 96), image(224, 224), 32),
 }
 
 
@@ -508,9 +508,10 @@ class TestHeadlines:
         assert " % in 9 maps (one seed)" in many and "dgs" not in many
 
     def test_pictures(self) -> None:
-        found = title(patches_figure(image(256, 256), image(224, 224)))
+        found = title(patches_figure(image(256, 256), image(224, 224), 32))
         assert found == "Patch selection shows the model 49 of 64 patches of 32 × 32 px, in a new order"
-        assert "from only 6 patches" in title(patches_figure(image(64, 96), image(224, 224)))
+        assert "from only 6 patches" in title(patches_figure(image(64, 96), image(224, 224), 32))
+        assert "the model 16 of 64 patches of 8 × 8 px" in title(patches_figure(image(64, 64), image(32, 32), 8))
         sheet = {name: [image(32, 32)] for name in ("real", "a, seen", "b, unseen", "c, unseen")}
         assert title(contact_sheet(sheet)) == "Test images: real ones, and fakes of 1 seen and 2 unseen generators"
         sheet.popitem(), sheet.popitem()
@@ -706,4 +707,4 @@ def test_what_cannot_be_drawn_is_refused() -> None:
     with pytest.raises(UserError, match="no measures of single blocks"):
         forgetting_blocks(drift)
     with pytest.raises(ValueError, match="canvas"):
-        patches_figure(image(64, 64), image(64, 64))
+        patches_figure(image(64, 64), image(64, 64), 24)

@@ -103,28 +103,28 @@ def mistakes_sheet(mistakes: pd.DataFrame, images: Sequence[Array]) -> Figure:
     )
 
 
-def patches_figure(image: Array, canvas: Array) -> Figure:
-    """Patch selection before and after: the image with its patch grid, and the 7 x 7 canvas a model sees.
+def patches_figure(image: Array, canvas: Array, size: int) -> Figure:
+    """Patch selection before and after: the image with its grid of patches, and the canvas a model sees.
 
-    `image`: (H, W, 3) uint8; `canvas`: (7 * size, 7 * size, 3) uint8, as `dgs.data.patches.select_patches` returns it.
-    Raises ValueError for a canvas that is not 7 x 7 patches.
+    `image`: (H, W, 3) uint8; `canvas`: (n * size, n * size, 3) uint8, as `dgs.data.patches.select_patches` returns it;
+    `size`: of a patch, px. Raises ValueError for a canvas that is not a square of patches.
     """
-    if canvas.ndim != 3 or canvas.shape[0] != canvas.shape[1] or canvas.shape[0] % 7 or canvas.shape[0] == 0:
-        raise ValueError(f"expected a canvas of shape (7 * size, 7 * size, 3), found {canvas.shape}")
-    size = canvas.shape[0] // 7
+    if canvas.ndim != 3 or canvas.shape[0] != canvas.shape[1] or canvas.shape[0] % size or canvas.shape[0] == 0:
+        raise ValueError(f"expected a canvas of shape (n * {size}, n * {size}, 3), found {canvas.shape}")
+    side = canvas.shape[0] // size
     down, across = image.shape[0] // size, image.shape[1] // size
+    panels = ((image, "Before", down, across), (canvas, "After", side, side))
     with style(axes__grid=False):
         fig = look.new_figure(4.0)
-        left, right = fig.subplots(1, 2)
-        for ax, pixels, title, rows, columns in ((left, image, "Before", down, across), (right, canvas, "After", 7, 7)):
+        for ax, (pixels, title, rows, columns) in zip(fig.subplots(1, 2), panels, strict=True):
             _picture(ax, pixels, title)
             ax.hlines(np.arange(rows + 1) * size - 0.5, -0.5, columns * size - 0.5, "white", linewidth=0.6)
             ax.vlines(np.arange(columns + 1) * size - 0.5, -0.5, rows * size - 0.5, "white", linewidth=0.6)
             ax.set_xlabel(f"{pixels.shape[1]} × {pixels.shape[0]} px")
-        patches = f"patches of {size} × {size} px"
-        shows = f"shows the model 49 of {down * across} {patches}, in a new order"
-        few = f"fills 49 cells from only {down * across} {patches}"
-        look.put_title(fig, f"Patch selection {shows if down * across >= 49 else few}")
+        count, patches = side**2, f"patches of {size} × {size} px"
+        shows = f"shows the model {count} of {down * across} {patches}, in a new order"
+        few = f"fills {count} cells from only {down * across} {patches}"
+        look.put_title(fig, f"Patch selection {shows if down * across >= count else few}")
     return fig
 
 
