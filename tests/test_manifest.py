@@ -346,7 +346,7 @@ def spoiled(pattern: str, content: Callable[[bytes], bytes], most: int = 1) -> C
     return lambda root: [path.write_bytes(content(path.read_bytes())) for path in sorted(root.glob(pattern))[:most]]
 
 
-NO_LABELS = "Expected label folders 0_real and 1_fake in"
+NO_LABELS = "Expected label folders 0_real and 1_fake alone in"
 REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no folder": (shutil.rmtree, ("Expected a folder", "data.root = ", "found none", "Create it or mend the path")),
     "a file": (lambda root: (shutil.rmtree(root), root.write_bytes(b"PK")), ("Expected a folder", "data.root")),

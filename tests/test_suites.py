@@ -194,7 +194,7 @@ class TestMissing:
             path.unlink()
         (finding,) = findings_of(root)
         assert (finding.kind, finding.where) == ("missing", "test/beta")
-        assert "found none, 3 in 1_fake" in finding.message
+        assert "found none (3 in 1_fake)" in finding.message
 
     def test_a_class_without_one_label_is_counted(self, tmp_path: Path) -> None:
         suite = grow(tmp_path / "AIGCDetectBenchmark", AIGC_DETECT_BENCHMARK, classes=("car", "cat", "dog"))
@@ -212,4 +212,4 @@ class TestMissing:
         put(suite / "DALLE3/0_real", [1])
         put(suite / "DALLE3/1_fake", [2])
         (finding,) = findings_of(tmp_path)
-        assert finding.kind == "suspicious" and "DALLE-3 and DALLE3" in finding.message
+        assert finding.kind == "suspicious" and f"DALLE-3 and {suite / 'DALLE3'}: two spellings" in finding.message

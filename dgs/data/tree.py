@@ -220,69 +220,73 @@ def _first_hint(names: Iterable[str], known: Iterable[str]) -> str:
 
 def find_missing(tree: Tree) -> Iterator[Finding]:
     """What is missing in a tree, and what the names alone make suspicious."""
-    for number, (suite, split, parent) in enumerate(tree.parts):
-        spellings: dict[str, Path] = {}
-        for group in rows_of(tree.groups[tree.groups["part"] == number]):
-            if (first := spellings.setdefault(group.full_name, group.folder)) != group.folder:
-                yield Finding(
-                    "suspicious",
-                    group.place,
-                    f"{first.name} and {group.generator} in {parent} are two spellings of one generator. "
-                    f"Keep one of them.",
-                    1,
-                    (str(first), str(group.folder)),
+    yield from _defects(tree.groups)
+    for group in rows_of(tree.groups):
+        classes = [place for place in _holders(group.folder) if place != group.folder]
+        for label, wanted in ((REAL, group.real and not group.pool), (FAKE, group.fake and not group.is_pool)):
+            without = [place for place in classes if not (place / label).is_dir()]
+            if wanted and without:
+                message = (
+                    f"{len(without)} of {len(classes)} class folders of {group.folder} have no {label}, first "
+                    f"{without[0].name}."
                 )
-            yield from _label_findings(group)
+                examples = tuple(str(place / label) for place in without[:FEW])
+                yield Finding("missing", group.name, message, len(without), examples)
+    for suite, split, parent in tree.parts:
         generators = suite.generators if split == "test" else ()  # training sets choose their own
         names = [path.name for path in _folders(parent)]
         present = {known.folder for name in names if (known := suite.generator(name))}
         if absent := [generator.folder for generator in generators if generator.folder not in present]:
             hint = _first_hint(absent, [name for name in names if not suite.generator(name)])
-            yield Finding(
-                "missing",
-                full_name(suite.name, split),
+            message = (
                 f"{len(absent)} of {len(generators)} generators of {suite.name} are missing in {parent}: "
-                f"{', '.join(absent)}.{hint}",
-                len(absent),
-                tuple(absent),
+                f"{', '.join(absent)}.{hint}"
             )
+            yield Finding("missing", full_name(suite.name, split), message, len(absent), tuple(absent))
 
 
-def _label_findings(group: Any) -> Iterator[Finding]:
-    folder, found = group.folder, {REAL: group.real, FAKE: group.fake}
-    if group.is_pool and found[FAKE]:
-        yield Finding(
-            "suspicious",
-            group.name,
-            f"Expected only photographs in {folder}, found {found[FAKE]} images in {FAKE}. Rename the folder if it is "
-            f"a generator's.",
-            found[FAKE],
-        )
-    holders = _holders(folder)
-    classes = [place for place in holders if place != folder]
-    for label in [REAL] if group.is_pool else [FAKE] if group.pool else [REAL, FAKE]:
-        without = [place for place in classes if not (place / label).is_dir()]
-        if not found[label]:
-            other = FAKE if label == REAL else REAL
-            # A folder that should have been a label's: neither one, nor a class that holds one.
-            others = [path.name for path in _folders(folder) if path not in holders and path.name not in LABELS]
-            strange = f" and the folder {others[0]}.{_first_hint(others, LABELS)}" if others else "."
-            yield Finding(
-                "missing",
-                group.name,
-                f"Expected images in {folder}, in {label} (or <class>/{label}), found none, {found[other]} in {other}"
-                f"{strange} Add them, or remove the generator.",
-                1,
-                (str(folder / label),),
+def _strays(generator: Path) -> list[Path]:
+    """Folders of a generator, or of its classes, that lie where only label folders should."""
+    children = _folders(generator)
+    strays = []
+    for place in [generator] if any(path.name in LABELS for path in children) else children:
+        inner = _folders(place)
+        others = [path for path in inner if path.name not in LABELS]
+        strays += others if len(others) < len(inner) else [*others, place][:1]
+    return strays
+
+
+def _defects(groups: pd.DataFrame) -> Iterator[Finding]:
+    """What a check finds amiss in groups by names and counts, and the pipeline refuses to read."""
+    taken: dict[tuple[str, str], Path] = {}
+    for group in rows_of(groups):
+        folder, found, strays = group.folder, {REAL: group.real, FAKE: group.fake}, _strays(group.folder)
+        stray = f"{strays[0]}.{_first_hint((path.name for path in strays), LABELS)}" if strays else "none."
+        if (first := taken.setdefault((group.split, group.full_name), group.folder)) != group.folder:
+            message = (
+                f"Expected one folder of {group.full_name}, found {first} and {folder}: two spellings of one "
+                f"generator, or a suite twice. Keep one of them."
             )
-        elif without:
-            yield Finding(
-                "missing",
-                group.name,
-                f"{len(without)} of {len(classes)} class folders of {folder} have no {label}, first {without[0].name}.",
-                len(without),
-                tuple(str(place / label) for place in without[:FEW]),
+            yield Finding("suspicious", group.place, message, 1, (str(first), str(folder)))
+        if not group.suite and (strays or not _folders(folder)):
+            what_to_do = "Rename or move it." if strays else "Add them, or remove it."
+            message = f"Expected label folders {REAL} and {FAKE} alone in {folder}, found {stray} {what_to_do}"
+            yield Finding("missing", group.name, message, 1, tuple(map(str, strays[:FEW])))
+            continue
+        if group.is_pool and (group.fake or not group.real):
+            message = (
+                f"Expected only photographs, in {REAL}, in {folder} (the name '{group.generator}' stands for what all "
+                f"generators of a split are compared with), found {group.real} in {REAL} and {group.fake} in {FAKE}. "
+                f"Rename the folder if it is a generator's."
             )
+            yield Finding("suspicious" if group.fake else "missing", group.name, message, group.fake or 1)
+        for label, other in ((REAL, FAKE), (FAKE, REAL)):
+            if not (found[label] or group.is_pool or (group.pool and label == REAL)):
+                message = (
+                    f"Expected images in {folder / label}, found none ({found[other]} in {other}), nor in "
+                    f"<class>/{label}{f', but found {stray}' if strays else '.'} Add some, or remove {folder}."
+                )
+                yield Finding("missing", group.name, message, 1, (str(folder / label),))
 
 
 def ignored_files(root: Path) -> dict[str, int]:
@@ -334,53 +338,13 @@ def _refusals(tree: Tree, read: pd.DataFrame) -> Iterator[str]:
             f"Unknown split folder {folder}.{_split_or_suite(folder.name)} Expected train, test and perhaps val "
             f"in data.root, each holding <generator>/0_real and <generator>/1_fake, or a suite's folder."
         )
-    for group in rows_of(tree.groups):
-        if not group.suite:
-            yield from _label_folder_refusals(group.folder)
     for folder, suite in tree.suites.items():
         yield from _suite_refusals(tree, folder, suite)
-    taken: dict[tuple[str, str], Path] = {}
-    for group in rows_of(read):
-        if (first := taken.setdefault((group.split, group.full_name), group.folder)) != group.folder:
-            yield (
-                f"Expected one folder of {group.full_name}, found {first} and {group.folder}: two spellings of one "
-                f"generator, or a suite twice. Keep one of them."
-            )
-    for group in rows_of(read):
-        found = {REAL: group.real, FAKE: group.fake}
-        if group.is_pool and (group.fake or not group.real):
-            yield (
-                f"Expected only photographs, in 0_real, in {group.folder} (the name '{group.generator}' stands for "
-                f"what all generators of a split are compared with), found {group.real} in 0_real and {group.fake} "
-                f"in 1_fake. Rename the folder if it is a generator's."
-            )
-        for label, other in ((REAL, FAKE), (FAKE, REAL)):
-            if not (found[label] or group.is_pool or (group.pool and label == REAL)):
-                yield (
-                    f"Expected images in {group.folder / label}, found none ({found[other]} in {other}). "
-                    f"Add some, or remove {group.folder}."
-                )
+    yield from (finding.message for finding in _defects(read))
     for needed in ("train", "test"):
         if needed not in set(read["split"]):
             beside = " Or put the paper's suites beside train/." if needed == "test" else ""
             yield f"Expected images under {tree.root / needed}/<generator>/{{0_real,1_fake}}, found none.{beside}"
-
-
-def _label_folder_refusals(generator: Path) -> Iterator[str]:
-    """Unless a generator holds label folders alone, directly or a class level down."""
-    children = _folders(generator)
-    if not children:
-        yield f"Expected label folders 0_real and 1_fake in {generator}, found none."
-    for folder in [generator] if any(path.name in LABELS for path in children) else children:
-        inner = _folders(folder)
-        if not any(path.name in LABELS for path in inner):
-            found = inner[0] if inner else folder
-            hint = did_you_mean(found.name, LABELS)
-            yield f"Expected label folders 0_real and 1_fake in {generator}, found {found}.{hint} Rename it."
-        for path in inner:
-            if path.name not in LABELS:
-                hint = did_you_mean(path.name, LABELS)
-                yield f"Unknown label folder {path}.{hint} Expected only 0_real and 1_fake."
 
 
 def _suite_refusals(tree: Tree, folder: Path, suite: Suite) -> Iterator[str]:
