@@ -27,7 +27,7 @@ from dgs.stats import Interval, share_interval
 from minibench import clip, scenes, trivial_detectors
 from minibench.near_duplicates import near_duplicates
 from minibench.splits import REAL
-from minibench.trivial_detectors import Bytes, Floats, Samples, rounded
+from minibench.trivial_detectors import Bytes, Floats, Samples, ends, rounded
 
 CONTENT = ("shape", "colour", "background")
 AMONG = 200  # captions that one retrieval chooses from
@@ -128,16 +128,14 @@ def counts(found: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """Images of each pack by generator, and of each set by label."""
     result: dict[str, Any] = {}
     for name, table in found.items():
+        fake = table["label"] == 1
         sets = {
-            column: {label: int((table["label"][table[column]] == value).sum()) for value, label in _LABELS}
+            column: {"real": int((table[column] & ~fake).sum()), "fake": int((table[column] & fake).sum())}
             for column in set_names(table)
         }
         makers = {str(maker): int(n) for maker, n in table["generator"].value_counts(sort=False).items()}
         result[name] = {"images": len(table), "scenes": table["scene"].nunique(), "generators": makers, "sets": sets}
     return result
-
-
-_LABELS = ((0, "real"), (1, "fake"))
 
 
 # --- content -----------------------------------------------------------------------------------------------------
@@ -162,7 +160,7 @@ def content(test: Samples, model: Any) -> dict[str, Any]:
     ]
     return {
         "among": among,
-        "makers": {maker: {name: _ends(value) for name, value in measures.items()} for maker, measures in seen.items()},
+        "makers": {maker: {name: ends(value) for name, value in measures.items()} for maker, measures in seen.items()},
         "largest_drop": max(drops, key=lambda drop: float(str(drop["points"]))),
     }
 
@@ -170,29 +168,19 @@ def content(test: Samples, model: Any) -> dict[str, Any]:
 def _seen(some: Samples, model: Any, among: int) -> dict[str, Interval]:
     table, embedded = some.table, torch.from_numpy(some.features)
     attributes = [scenes.Attributes(*row) for row in table[list(scenes.VOCABULARY)].itertuples(index=False)]
-    measures = {
-        name: _share(clip.zero_shot(model, embedded, table[name].tolist(), name), len(table)) for name in CONTENT
-    }
+    shares = {name: (clip.zero_shot(model, embedded, table[name].tolist(), name), len(table)) for name in CONTENT}
     # Retrieval leaves out what does not fill a group.
     asked = len(table) // among * among
-    measures["retrieval"] = _share(clip.recall(model, embedded, attributes, table["caption"].tolist(), among), asked)
-    return measures
-
-
-def _share(share: float, of: int) -> Interval:
-    return share_interval(round(share * of), of)
+    shares["retrieval"] = clip.recall(model, embedded, attributes, table["caption"].tolist(), among), asked
+    return {name: share_interval(round(share * of), of) for name, (share, of) in shares.items()}
 
 
 # --- statistics --------------------------------------------------------------------------------------------------
 
-_NUMBERS: dict[str, tuple[trivial_detectors.Feature, int]] = {
-    "mean_red": (trivial_detectors.mean_colour, 0),
-    "mean_green": (trivial_detectors.mean_colour, 1),
-    "mean_blue": (trivial_detectors.mean_colour, 2),
-    "std_red": (trivial_detectors.colour_spread, 0),
-    "std_green": (trivial_detectors.colour_spread, 1),
-    "std_blue": (trivial_detectors.colour_spread, 2),
-    "file_size": (trivial_detectors.file_size, 0),
+_NUMBERS = {
+    ("mean_red", "mean_green", "mean_blue"): trivial_detectors.mean_colour,
+    ("std_red", "std_green", "std_blue"): trivial_detectors.colour_spread,
+    ("file_size",): trivial_detectors.file_size,
 }
 
 
@@ -221,10 +209,9 @@ def statistics(packs: dict[str, Samples], fairest: str) -> dict[str, Any]:
 def _compare(some: Samples) -> dict[str, dict[str, float]]:
     fake = some.labels == 1
     rows = {}
-    columns = {feature: feature(some) for feature, _ in _NUMBERS.values()}
-    for name, (feature, column) in _NUMBERS.items():
-        values = columns[feature][:, column]
-        rows[name] = _means(values, fake) | {"p": float(stats.ks_2samp(values[~fake], values[fake]).pvalue)}
+    for names, feature in _NUMBERS.items():
+        for name, values in zip(names, feature(some).T, strict=True):
+            rows[name] = _means(values, fake) | {"p": float(stats.ks_2samp(values[~fake], values[fake]).pvalue)}
     quality = trivial_detectors.jpeg_quality(some)[:, 0]
     rows["jpeg_quality"] = _means(quality, fake) | {"p": chi_square(quality, fake)}
     for name in scenes.VOCABULARY:
@@ -266,16 +253,8 @@ def detectors(packs: dict[str, Samples], name: str, progress: bool = False) -> d
                 others[pack] = some.where(some.table[name].to_numpy())
             elif not set_names(some.table):
                 others[pack] = some
-    result = {}
-    for detector, fit in tqdm(trivial_detectors.DETECTORS.items(), f"controls of {name}", disable=not progress):
-        verdict = trivial_detectors.judge(fit, train, others, packs["test"])
-        result[detector] = {
-            "train": rounded(verdict.train),
-            **{pack: rounded(value) for pack, value in verdict.others.items()},
-            "test": {maker: _ends(value) for maker, value in verdict.generators.items()},
-            "test_mean": _ends(verdict.mean),
-        }
-    return result
+    controls = tqdm(trivial_detectors.DETECTORS.items(), f"controls of {name}", disable=not progress)
+    return {detector: trivial_detectors.judge(fit, train, others, packs["test"]) for detector, fit in controls}
 
 
 def identical_files(found: dict[str, pd.DataFrame]) -> dict[str, Any]:
@@ -285,7 +264,3 @@ def identical_files(found: dict[str, pd.DataFrame]) -> dict[str, Any]:
     return {
         "identical_files": {"all": int((packs["size"] > 1).sum()), "across_packs": int((packs["nunique"] > 1).sum())}
     }
-
-
-def _ends(interval: Interval) -> dict[str, float]:
-    return {name: rounded(value) for name, value in interval._asdict().items()}

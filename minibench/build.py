@@ -96,7 +96,7 @@ def _clip(
     mode: Source, folder: Path, shipped: Path, recipe: pretrain.Recipe, scratch: Path, workers: int, progress: bool
 ) -> dict[str, Any]:
     if mode == "train":
-        pretrain.pretrain(folder / "clip", recipe, scratch, None, workers, progress)
+        pretrain.pretrain(folder / "clip", recipe, scratch, workers, progress)
         return asdict(recipe)
     shutil.copytree(shipped / "clip", folder / "clip")
     return dict(_meta(shipped)["clip"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,16 +24,17 @@ def near_duplicates(train: Samples, queries: Samples) -> dict[str, Any]:
     """
     twins = _twins(train)
     limits = {name: float(np.quantile(values, TWIN)) for name, values in twins.items() if len(values)}
-    nearest = _Nearest(len(queries))
     above = dict.fromkeys((*twins, "both"), 0)
-    for rows, columns, distance, cosine in _blocks(train, queries):
-        nearest.update(rows, columns, distance, cosine)
+    parts = []
+    for distance, cosine in _distances(train, queries):
+        parts.append([distance.min(1), distance.argmin(1), cosine.max(1)])
         if limits:
             close = {"psnr": _psnr(distance) > limits["psnr"], "cosine": cosine > limits["cosine"]}
             close["both"] = close["psnr"] & close["cosine"]
             above = {name: above[name] + int(mask.sum()) for name, mask in close.items()}
-    found = {"psnr": _psnr(nearest.distance), "cosine": nearest.cosine}
-    closest = int(np.argmin(nearest.distance))
+    least, place, cosines = (np.concatenate(values) for values in zip(*parts, strict=True))
+    found = {"psnr": _psnr(least.astype(np.float64)), "cosine": cosines.astype(np.float64)}
+    closest = int(np.argmin(least))
     return {
         "training_images": len(train),
         "queries": len(queries),
@@ -42,32 +42,12 @@ def near_duplicates(train: Samples, queries: Samples) -> dict[str, Any]:
         "nearest": {name: _quantiles(values) for name, values in found.items()},
         "closest": {
             "query": str(queries.table["id"][closest]),
-            "training": str(train.table["id"][int(nearest.place[closest])]),
+            "training": str(train.table["id"][int(place[closest])]),
             "psnr": rounded(found["psnr"][closest]),
         },
         "limits": {name: rounded(value) for name, value in limits.items()} or None,
         "pairs_above": above if limits else None,
     }
-
-
-@dataclass
-class _Nearest:
-    """Of every query: the least squared distance, the training image it belongs to, and the largest cosine."""
-
-    count: int
-
-    def __post_init__(self) -> None:
-        self.distance = np.full(self.count, np.inf)
-        self.place = np.zeros(self.count, np.int64)
-        self.cosine = np.full(self.count, -1.0)
-
-    def update(self, rows: slice, columns: slice, distance: Floats, cosine: Floats) -> None:
-        best = distance.argmin(1)
-        least = distance[np.arange(len(best)), best]
-        closer = least < self.distance[rows]
-        self.place[rows] = np.where(closer, best + columns.start, self.place[rows])
-        self.distance[rows] = np.where(closer, least, self.distance[rows])
-        self.cosine[rows] = np.maximum(self.cosine[rows], cosine.max(1))
 
 
 def _twins(train: Samples) -> dict[str, Floats]:
@@ -80,17 +60,17 @@ def _twins(train: Samples) -> dict[str, Floats]:
     return {"psnr": _psnr(np.array(distance, np.float64)), "cosine": cosine}
 
 
-def _blocks(train: Samples, queries: Samples) -> Iterator[tuple[slice, slice, Floats, Floats]]:
-    """(rows of queries, rows of training, mean squared pixel difference, cosine) block by block."""
+def _distances(train: Samples, queries: Samples) -> Iterator[tuple[Floats, Floats]]:
+    """(mean squared pixel difference, cosine) of some queries to all training images, (Q, N) each, block by block."""
     for start in range(0, len(queries), BLOCK):
-        rows = slice(start, min(start + BLOCK, len(queries)))
-        mine = _flat(queries.images[rows])
+        mine, features = _flat(queries.images[start : start + BLOCK]), queries.features[start : start + BLOCK]
+        distances, cosines = [], []
         for other in range(0, len(train), BLOCK):
-            columns = slice(other, min(other + BLOCK, len(train)))
-            theirs = _flat(train.images[columns])
+            theirs = _flat(train.images[other : other + BLOCK])
             squares = (mine**2).sum(1)[:, None] + (theirs**2).sum(1)
-            distance = (squares - 2 * (mine @ theirs.T)).clamp_min(0) / mine.shape[1]
-            yield rows, columns, distance.numpy(), queries.features[rows] @ train.features[columns].T
+            distances.append((squares - 2 * (mine @ theirs.T)).clamp_min(0).numpy() / mine.shape[1])
+            cosines.append(features @ train.features[other : other + BLOCK].T)
+        yield np.concatenate(distances, 1), np.concatenate(cosines, 1)
 
 
 def _flat(images: Bytes) -> torch.Tensor:

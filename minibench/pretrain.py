@@ -10,17 +10,18 @@ them, and position is learned within 35,000 samples.
 
 from __future__ import annotations
 
-import csv
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -131,13 +132,17 @@ def contrast(logits: Tensor, positive: Tensor) -> Tensor:
     return (by_image + by_text) / 2
 
 
-def objective(
-    model: open_clip.model.CLIP, batch: Batch, recipe: Recipe, tokenize: Callable[[list[str]], Tensor], step: int
-) -> Tensor:
+@cache
+def _tokens(text: str) -> Tensor:
+    """(24,) int64; captions come from a finite set of templates, each is tokenised once."""
+    return clip.tokenizer()([text])[0]
+
+
+def objective(model: open_clip.model.CLIP, batch: Batch, recipe: Recipe, step: int) -> Tensor:
     """The loss of one batch."""
     rng = _step_rng(recipe.seed, step + (1 << 40))
     prompts = [[p[rng.integers(len(p))] for p in captions.prompts(name).values()] for name in captions.ATTRIBUTES]
-    tokens = tokenize(batch.texts + [text for some in prompts for text in some])
+    tokens = torch.stack([_tokens(text) for some in (batch.texts, *prompts) for text in some])
     image = model.encode_image(clip.pixels(batch.images, clip.PREPROCESS), normalize=True)
     text = model.encode_text(tokens, normalize=True)
     scale = model.logit_scale.exp().clamp(max=100)
@@ -218,32 +223,22 @@ def pretrain(
     out: Path,
     recipe: Recipe,
     scratch: Path,
-    data: tuple[Bytes, Bytes] | None = None,
     workers: int = 1,
     progress: bool = True,
 ) -> None:
     """Train and write `out`: config, folded float16 weights, curve.csv. Resumes from `scratch`.
 
-    `data`: photographs of the "clip" and "clip-val" scenes, if they lie ready; they are taken anew otherwise.
     An interim export is written to `scratch`/interim at every checkpoint.
     """
     scratch.mkdir(parents=True, exist_ok=True)
-    counts = {"clip": recipe.scenes, "clip-val": recipe.held_out}
-    if data is None:
-        shot = [
-            camera.photographs(recipe.seed, split, range(n), 0, workers, progress)[1] for split, n in counts.items()
-        ]
-        data = (shot[0], shot[1])
-    images, held = data[0][: recipe.scenes], data[1][: recipe.held_out]
-    known, held_known = (
-        [scenes.scene(recipe.seed, split, i).attributes for i in range(n)] for split, n in counts.items()
-    )
+    found, images = camera.photographs(recipe.seed, "clip", range(recipe.scenes), 0, workers, progress)
+    held_found, held = camera.photographs(recipe.seed, "clip-val", range(recipe.held_out), 0, workers, progress)
+    known, held_known = ([scene.attributes for scene in some] for some in (found, held_found))
     torch.manual_seed(recipe.seed)
     model = clip.create(norm=True)
     optimizer = _optimizer(model, recipe)
     checkpoint = scratch / "checkpoint.pt"
     curve, done, spent = _resume(checkpoint, recipe, model, optimizer)
-    tokenize = _cached(clip.tokenizer())
     began, losses = time.monotonic() - spent, []
     bar = tqdm(
         range(done, recipe.steps), initial=done, total=recipe.steps, desc="CLIP pre-training", disable=not progress
@@ -254,7 +249,7 @@ def pretrain(
             add_sinusoids(model.visual.positional_embedding, recipe.sinusoids, recipe.seed)
         for group in optimizer.param_groups:
             group["lr"] = _rate(recipe, step)
-        loss = objective(model, draw(images, known, recipe, step), recipe, tokenize, step)
+        loss = objective(model, draw(images, known, recipe, step), recipe, step)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -269,30 +264,10 @@ def pretrain(
         bar.set_postfix({name: f"{row[name]:.3f}" for name in ("shape", "position", "medium", "recall")})
         untouched = optimizer.state[model.token_embedding.weight]["exp_avg_sq"].sum(1) == 0
         clip.export(model.state_dict(), untouched, scratch / "interim")
-        _write_curve(curve, scratch / "interim" / "curve.csv")
+        rounded = [{name: round(value, 4) for name, value in row.items()} for row in curve]
+        pd.DataFrame(rounded).astype({"samples": int}).to_csv(scratch / "interim" / "curve.csv", index=False)
         state: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}
         state |= {"step": step + 1, "seconds": time.monotonic() - began, "recipe": str(recipe)}
         torch.save(state, checkpoint.with_suffix(".new"))
         checkpoint.with_suffix(".new").replace(checkpoint)
     shutil.copytree(scratch / "interim", out)
-
-
-def _cached(tokenize: Callable[[Sequence[str]], Tensor]) -> Callable[[list[str]], Tensor]:
-    """Captions come from a finite set of templates: each is tokenised once."""
-    known: dict[str, Tensor] = {}
-
-    def lookup(texts: list[str]) -> Tensor:
-        new = [text for text in dict.fromkeys(texts) if text not in known]
-        if new:
-            known.update(zip(new, tokenize(new), strict=True))
-        return torch.stack([known[text] for text in texts])
-
-    return lookup
-
-
-def _write_curve(curve: list[dict[str, float]], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(curve[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in curve:
-            writer.writerow({k: int(v) if k == "samples" else round(v, 4) for k, v in row.items()})

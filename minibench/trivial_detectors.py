@@ -7,7 +7,7 @@ own; what `CUES` find when labels are independent of content is a flaw of the be
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -65,6 +65,10 @@ class Samples:
         """The rows where `mask` (N,) is true."""
         return Samples(self.table[mask].reset_index(drop=True), self.images[mask], self.features[mask])
 
+    def blocks(self) -> Iterator[Bytes]:
+        """The images, some at a time."""
+        return (self.images[start : start + BLOCK] for start in range(0, len(self), BLOCK))
+
 
 def samples(table: pd.DataFrame, embed: Callable[[Bytes], Floats] | None = None) -> Samples:
     """A pack's rows with decoded images and, by `embed`, their features."""
@@ -87,6 +91,11 @@ def rounded(value: Any) -> float:
     return round(float(value), DECIMALS)
 
 
+def ends(interval: Interval) -> dict[str, float]:
+    """An interval as {"mean", "low", "high"}, rounded."""
+    return {name: rounded(value) for name, value in interval._asdict().items()}
+
+
 # A detector learns from a training set and a seed and returns a scorer; a scorer gives logits (N,): fake where > 0.
 Feature = Callable[[Samples], Floats]
 Scorer = Callable[[Samples], Floats]
@@ -103,7 +112,7 @@ def mean_colour(some: Samples) -> Floats:
 
 def colour_spread(some: Samples) -> Floats:
     """Standard deviation of red, green and blue over pixels: (N, 3), levels."""
-    return np.concatenate([some.images[i : i + BLOCK].std((1, 2)) for i in range(0, len(some), BLOCK)])
+    return np.concatenate([block.std((1, 2)) for block in some.blocks()])
 
 
 def file_size(some: Samples) -> Floats:
@@ -116,14 +125,13 @@ def jpeg_quality(some: Samples) -> Floats:
 
     Raises UserError for a file that is not a JPEG.
     """
-    return np.array([[_quality(file)] for file in some.table["image"]], np.float64)
-
-
-def _quality(file: bytes) -> int:
-    found: Any = Image.open(io.BytesIO(file))
-    if found.format != "JPEG":
-        raise UserError(f"Expected JPEG files in the packs, found {found.format}. Build the benchmark anew.")
-    return quality_of_table(list(found.quantization[0]))
+    qualities = []
+    for file in some.table["image"]:
+        found: Any = Image.open(io.BytesIO(file))
+        if found.format != "JPEG":
+            raise UserError(f"Expected JPEG files in the packs, found {found.format}. Build the benchmark anew.")
+        qualities.append([quality_of_table(list(found.quantization[0]))])
+    return np.array(qualities, np.float64)
 
 
 def _residual(images: Floats) -> Floats:
@@ -150,19 +158,14 @@ def _spectrum(images: Floats) -> Floats:
 
 def high_frequency(some: Samples) -> Floats:
     """Grain: log mean and log median of a high-pass residual per channel, log power of 4 outer rings: (N, 10)."""
-    blocks = (some.images[i : i + BLOCK].astype(np.float32) for i in range(0, len(some), BLOCK))
+    blocks = (block.astype(np.float32) for block in some.blocks())
     return np.concatenate([np.concatenate([_grain(block), _spectrum(block)], 1) for block in blocks])
 
 
-def _rings(height: int, width: int) -> NDArray[np.int64]:
-    """How many pixels lie between each pixel and the nearest edge: (H, W)."""
-    rows, columns = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in (height, width))
-    return np.minimum(rows[:, None], columns)
-
-
 def _edge(images: Floats) -> Floats:
-    rings = _rings(*images.shape[1:3])
-    height, width = rings.shape
+    height, width = images.shape[1:3]
+    rows, columns = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in (height, width))
+    rings = np.minimum(rows[:, None], columns)  # how many pixels lie between each pixel and the nearest edge
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     soft = sum((padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)), np.zeros_like(images))
     rest = np.abs(images - soft / 9)
@@ -177,8 +180,7 @@ def border(some: Samples) -> Floats:
 
     Log grain of each ring over that of the inside, and the step of each channel from the ring to the inside, levels.
     """
-    blocks = (some.images[i : i + BLOCK].astype(np.float32) for i in range(0, len(some), BLOCK))
-    return np.concatenate([_edge(block) for block in blocks])
+    return np.concatenate([_edge(block.astype(np.float32)) for block in some.blocks()])
 
 
 def clip_features(some: Samples) -> Floats:
@@ -260,8 +262,7 @@ def tiny_cnn(train: Samples, seed: int, epochs: int = 6, batch: int = 32, lr: fl
 
     @torch.no_grad()
     def score(some: Samples) -> Floats:
-        blocks = [some.images[i : i + BLOCK] for i in range(0, len(some), BLOCK)]
-        return torch.cat([model(_planes(block)) for block in blocks]).numpy()
+        return torch.cat([model(_planes(block)) for block in some.blocks()]).numpy()
 
     return score
 
@@ -305,47 +306,38 @@ def by_generator(table: pd.DataFrame, logits: Floats, seed: int = 0) -> tuple[di
     rng = np.random.default_rng(seed)
     right = np.where(table["label"] == 1, logits > 0, logits <= 0)
 
-    def drawn(mask: Any) -> tuple[float, Floats]:
+    def drawn(name: str) -> Floats:
+        """(1 + DRAWS,): the share of right answers, and that of each draw."""
         # n draws with replacement from n yes-or-no answers hold a binomial number of yeses.
+        mask = (table["generator"] == name).to_numpy()
         count, share = int(mask.sum()), float(right[mask].mean())
-        return share, rng.binomial(count, share, DRAWS) / count
+        return np.append(share, rng.binomial(count, share, DRAWS) / count)
 
-    real, reals = drawn((table["generator"] == REAL).to_numpy())
-    points, bootstrap = {}, {}
-    for name in table["generator"].unique():
-        if name != REAL:
-            fake, fakes = drawn((table["generator"] == name).to_numpy())
-            points[name], bootstrap[name] = (real + fake) / 2, (reals + fakes) / 2
-    return (
-        {name: _interval(points[name], bootstrap[name]) for name in points},
-        _interval(float(np.mean(list(points.values()))), np.mean(list(bootstrap.values()), axis=0)),
-    )
+    def interval(shares: Floats) -> Interval:
+        low, high = np.quantile(shares[1:], [0.025, 0.975])
+        return Interval(float(shares[0]), float(low), float(high))
+
+    reals = drawn(REAL)
+    shares = {name: (reals + drawn(name)) / 2 for name in table["generator"].unique() if name != REAL}
+    return {name: interval(own) for name, own in shares.items()}, interval(np.mean(list(shares.values()), axis=0))
 
 
-def _interval(point: float, draws: Floats) -> Interval:
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(point, float(low), float(high))
+def judge(
+    detector: Detector, train: Samples, others: Mapping[str, Samples], test: Samples, seed: int = 0
+) -> dict[str, Any]:
+    """Fit a detector on one training set and judge it at probability 0.5. Raises UserError for a missing class.
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """Balanced accuracies (fractions) of a detector: on its training set, on other sets and on each test generator."""
-
-    train: float
-    others: dict[str, float]
-    generators: dict[str, Interval]
-    mean: Interval  # over the generators
-
-
-def judge(detector: Detector, train: Samples, others: Mapping[str, Samples], test: Samples, seed: int = 0) -> Verdict:
-    """Fit a detector on one training set and judge it at probability 0.5. Raises UserError for a missing class."""
+    Returns:
+        balanced accuracies, fractions: "train", each of `others`, "test" ({generator: {mean, low, high}}) and
+        "test_mean", over the generators.
+    """
     if len(np.unique(train.labels)) < 2:
         raise UserError("Expected real and fake training images, found one class. Build a larger benchmark.")
     score = detector(train, seed)
     generators, mean = by_generator(test.table, score(test), seed)
-    return Verdict(
-        balanced_accuracy(train.labels, score(train)),
-        {name: balanced_accuracy(some.labels, score(some)) for name, some in others.items()},
-        generators,
-        mean,
-    )
+    sets = {"train": train, **others}
+    return {
+        **{name: rounded(balanced_accuracy(some.labels, score(some))) for name, some in sets.items()},
+        "test": {name: ends(value) for name, value in generators.items()},
+        "test_mean": ends(mean),
+    }
