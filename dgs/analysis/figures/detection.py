@@ -57,6 +57,7 @@ def detection_figures(detection: pd.DataFrame) -> dict[str, Figure]:
     return drawn
 
 
+@style()
 def detection_by_generator(detection: pd.DataFrame, suite: str = "") -> Figure:
     """Balanced accuracy (%) of each method on each generator, seen and unseen apart, from the `headline` rows.
 
@@ -67,27 +68,22 @@ def detection_by_generator(detection: pd.DataFrame, suite: str = "") -> Figure:
     short = short_names(rows["generator"].unique())
     rows = rows.assign(value=100.0 * rows["balanced_acc"], generator=rows["generator"].map(short))
     methods = list(rows["method"].unique())
-    groups = {"Seen in training": rows[rows["seen"]], "Unseen": rows[~rows["seen"]]}
-    groups = {title: part for title, part in groups.items() if not part.empty}
+    groups = {("Seen in training", "Unseen")[unseen]: part for unseen, part in rows.groupby(~rows["seen"])}
     counts = [part["generator"].nunique() for part in groups.values()]
-    height = 0.9 + look.legend_height(len(methods)) + 0.35 * len(groups) + max(0.4, 0.12 * len(methods)) * sum(counts)
-    with style():
-        fig = look.new_figure(height)
-        axes = fig.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=counts)[:, 0]
-        for ax, (title, part) in zip(axes, groups.items(), strict=True):
-            look.dots(ax, part, "value", "generator", methods)
-            ax.set_title(title)
-            ax.axvline(CHANCE, **look.LINE)
-        axes[-1].set_xlabel("Balanced accuracy (%); dashed: chance")
-        look.legend(fig, methods, "mean over seeds, 95 % interval; faint dots: seeds")
-        where = "unseen" if "Unseen" in groups else "seen"
-        values = rows[rows["seen"] == (where == "seen")].groupby(["method", "seed"], sort=False)["value"].mean()
-        look.put_title(
-            fig, takeaway(f"{suite}: {where} generators" if suite else f"{where.capitalize()} generators", values)
-        )
-    return fig
+    height = 0.9 + 0.35 * len(groups) + max(0.4, 0.12 * len(methods)) * sum(counts)
+    x = "Balanced accuracy (%); dashed: chance"
+    fig, axes = look.panels(len(groups), height, columns=1, x=x, sharex=True, height_ratios=counts)
+    for ax, (title, part) in zip(axes, groups.items(), strict=True):
+        look.dots(ax, part, "value", "generator", methods)
+        ax.set_title(title)
+        ax.axvline(CHANCE, **look.LINE)
+    where, part = list(groups.items())[-1]
+    what = f"{suite}: {where.split()[0].lower()} generators" if suite else f"{where.split()[0]} generators"
+    values = part.groupby(["method", "seed"], sort=False)["value"].mean()
+    return look.finish(fig, takeaway(what, values), look.SEEDS, methods)
 
 
+@style(axes__grid=False)
 def detection_heatmap(detection: pd.DataFrame, suite: str = "") -> Figure:
     """Balanced accuracy (%) as methods x generators: mean over seeds, and half the 95 % interval where there is one.
 
@@ -97,48 +93,41 @@ def detection_heatmap(detection: pd.DataFrame, suite: str = "") -> Figure:
     """
     rows = headline(detection)
     methods, generators = list(rows["method"].unique()), generators_in_order(rows)
-    grouped = (100.0 * rows["balanced_acc"]).groupby([rows["method"], rows["generator"]], sort=False)
-    cells = {cell: seed_interval(values.to_numpy()) for cell, values in grouped}
-    means = pd.Series({cell: interval.mean for cell, interval in cells.items()}).unstack()
-    notes = pd.Series(
-        {
-            cell: rounded_text(mean) + (f"\n±{rounded_text(high - mean)}" if np.isfinite(high) else "")
-            for cell, (mean, _, high) in cells.items()
-        }
-    ).unstack()
-    tall = len(generators) > WIDE
-    means, notes = (
-        table.loc[methods, generators].T if tall else table.loc[methods, generators] for table in (means, notes)
-    )
     names = {method: plain(method) for method in methods} | short_names(generators)
     n_seen, n_all = rows.loc[rows["seen"], "generator"].nunique(), len(generators)
-    with style(axes__grid=False):
-        fig = look.new_figure(3.1 + 0.42 * n_all if tall else 2.6 + 0.5 * len(methods))
-        ax = fig.subplots()
-        sns.heatmap(
-            means, ax=ax, annot=notes.fillna(""), fmt="", annot_kws={"fontsize": 10, "linespacing": 1.05},
-            cmap="YlGnBu", vmin=min(CHANCE, float(np.floor(means.min().min()))), vmax=100.0, linewidths=1.0,
-            linecolor="white", cbar=False,
-        )  # fmt: skip
-        ax.set_yticks(np.arange(len(means)) + 0.5, [names[name] for name in means.index], rotation=0)
-        across = [names[name] for name in means]
-        ax.set_xticks(np.arange(len(across)) + 0.5, across, rotation=40, ha="right", rotation_mode="anchor")
-        ax.tick_params(length=0)
-        spread = any(interval.known for interval in cells.values())
-        ax.set(xlabel="Balanced accuracy (%)" + ("; ± half the 95 % interval" if spread else ""), ylabel="")
-        if 0 < n_seen < n_all:
-            (ax.axhline if tall else ax.axvline)(n_seen, color="black", linewidth=2.5)
-        for title, first, last in (("seen", 0, n_seen), ("unseen", n_seen, n_all)):
-            middle = (first + last) / 2
-            if last > first and tall:
-                ax.text(len(across) + 0.05, middle, title, ha="left", va="center", rotation=270)
-            elif last > first:
-                ax.text(middle, -0.08, title, ha="center", va="bottom")
-        weakest = 100.0 * rows.groupby(["method", "seed"], sort=False)["balanced_acc"].min()
-        look.put_title(fig, takeaway(f"{suite}: weakest generator" if suite else "Weakest generator", weakest))
-    return fig
+    tall = n_all > WIDE
+    grouped = (100.0 * rows["balanced_acc"]).groupby([rows["method"], rows["generator"]], sort=False)
+    cells = {cell: seed_interval(values.to_numpy()) for cell, values in grouped}
+    table = pd.DataFrame(cells.values(), pd.MultiIndex.from_tuples(cells))  # columns mean, low, high
+    means, highs = (table[end].unstack().loc[methods, generators] for end in ("mean", "high"))
+    if tall:
+        means, highs = means.T, highs.T
+    spread = highs - means
+    notes = means.map(rounded_text) + spread.map(lambda half: f"\n±{rounded_text(half)}" if np.isfinite(half) else "")
+    x = "Balanced accuracy (%)" + ("; ± half the 95 % interval" if spread.notna().any(axis=None) else "")
+    fig, (ax,) = look.panels(1, 3.1 + 0.42 * n_all if tall else 2.6 + 0.5 * len(methods))
+    sns.heatmap(
+        means, ax=ax, annot=notes, fmt="", annot_kws={"fontsize": 10, "linespacing": 1.05}, cmap="YlGnBu",
+        vmin=min(CHANCE, float(np.floor(means.min().min()))), vmax=100.0, linewidths=1.0, linecolor="white", cbar=False,
+        xticklabels=True, yticklabels=True,
+    )  # fmt: skip
+    ax.set(xlabel=x, ylabel="")
+    ax.tick_params(length=0)
+    ax.set_yticks(ax.get_yticks(), [names[name] for name in means.index], rotation=0)
+    ax.set_xticks(ax.get_xticks(), [names[name] for name in means], rotation=40, ha="right", rotation_mode="anchor")
+    if 0 < n_seen < n_all:
+        (ax.axhline if tall else ax.axvline)(n_seen, color="black", linewidth=2.5)
+    for title, first, last in (("seen", 0, n_seen), ("unseen", n_seen, n_all)):
+        middle = (first + last) / 2
+        if last > first and tall:
+            ax.text(means.shape[1] + 0.05, middle, title, ha="left", va="center", rotation=270)
+        elif last > first:
+            ax.text(middle, -0.08, title, ha="center", va="bottom")
+    weakest = 100.0 * rows.groupby(["method", "seed"], sort=False)["balanced_acc"].min()
+    return look.finish(fig, takeaway(f"{suite}: weakest generator" if suite else "Weakest generator", weakest))
 
 
+@style()
 def difference_forest(detection: pd.DataFrame, forgetting: pd.DataFrame | None = None) -> Figure:
     """Each method minus lora, paired by seed, in percentage points: a row a method, a panel a measure, zero as a line.
 
@@ -158,35 +147,25 @@ def difference_forest(detection: pd.DataFrame, forgetting: pd.DataFrame | None =
     labels = {metric.key: metric.label[:1].upper() + metric.label[1:] for metric in METRICS}
     shown = [metric for metric in COMPARED if (gaps["metric"] == metric).any()]
     methods = [str(method) for method in wide if method != BASELINE]
-    columns = min(2, len(shown))
-    lines = -(-len(shown) // columns)
-    with style():
-        fig = look.new_figure(1.15 + lines * (0.75 + 0.3 * len(methods)))
-        axes = fig.subplots(lines, columns, sharey=True, squeeze=False).ravel()
-        for ax in axes[len(shown) :]:
-            ax.set_axis_off()
-        for ax, metric in zip(axes, shown, strict=False):
-            own = gaps[gaps["metric"] == metric]
-            for sure, part in own.groupby("sure"):
-                its = {"markersize": 8} if sure else {"markersize": 8, "markerfacecolor": "white"}
-                look.dots(ax, part, "gap", "method", methods, rows=methods, cut=(-np.inf, np.inf), **its)
-            ax.axvline(0.0, **look.LINE | {"linestyle": "-"})
-            ax.set_yticks(range(len(methods)), [plain(method) for method in methods])
-            ax.set(title=labels[metric], xlabel="")
-            low, high = ax.get_xlim()
-            room = max(0.0, NARROWEST - (high - low)) / 2.0  # closer up, rounding would look like a difference
-            ax.set_xlim(low - room, high + room)
-            ax.xaxis.set_major_locator(MaxNLocator(4))
-        note = (
-            f"Percentage points above {BASELINE}; bars: 95 % interval;\nhollow: no difference shown; faint dots: seeds"
-        )
-        fig.supxlabel(note, fontsize=11)
-        first = [gap for (metric, _), gap in known.items() if metric == shown[0]]
-        above, below = (sum(gap.mean * sign > 0 and not gap.spans_zero for gap in first) for sign in (1, -1))
-        found = f"{above} of {len(first)} shown above {BASELINE}, {below} below"
-        seeds = "" if any(gap.known for gap in first) else " (one seed shows nothing)"
-        look.put_title(fig, f"{labels[shown[0]]}: {found}{seeds}")
-    return fig
+    fig, axes = look.panels(len(shown), 1.15, 0.75 + 0.3 * len(methods), sharey=True)
+    for ax, metric in zip(axes, shown, strict=True):
+        for sure, part in gaps[gaps["metric"] == metric].groupby("sure"):
+            its = {"markersize": 8} if sure else {"markersize": 8, "markerfacecolor": "white"}
+            look.dots(ax, part, "gap", "method", methods, rows=methods, cut=(-np.inf, np.inf), **its)
+        ax.axvline(0.0, **look.LINE | {"linestyle": "-"})
+        ax.set_yticks(range(len(methods)), [plain(method) for method in methods])
+        ax.set_title(labels[metric])
+        low, high = ax.get_xlim()
+        room = max(0.0, NARROWEST - (high - low)) / 2.0  # closer up, rounding would look like a difference
+        ax.set_xlim(low - room, high + room)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+    note = f"Percentage points above {BASELINE}; bars: 95 % interval;\nhollow: no difference shown; faint dots: seeds"
+    fig.supxlabel(note, fontsize=11)
+    first = [gap for (metric, _), gap in known.items() if metric == shown[0]]
+    above, below = (sum(gap.mean * sign > 0 and not gap.spans_zero for gap in first) for sign in (1, -1))
+    found = f"{above} of {len(first)} shown above {BASELINE}, {below} below"
+    seeds = "" if any(gap.known for gap in first) else " (one seed shows nothing)"
+    return look.finish(fig, f"{labels[shown[0]]}: {found}{seeds}")
 
 
 def _shown_above(gaps: pd.DataFrame) -> list[tuple[str, int, int]]:
@@ -198,6 +177,7 @@ def _shown_above(gaps: pd.DataFrame) -> list[tuple[str, int, int]]:
     return [(str(name), int(row["sum"]), int(row["size"])) for name, row in counts.iterrows()]
 
 
+@style()
 def study_forest(gaps: pd.DataFrame, baseline: str = "lora") -> Figure:
     """Each method minus `baseline` on unseen generators: a row a method, a panel a condition, zero as a line.
 
@@ -208,30 +188,29 @@ def study_forest(gaps: pd.DataFrame, baseline: str = "lora") -> Figure:
     Args:
         gaps: columns condition, method, generator, gap (points), as `study.generator_gaps` gives them.
     """
-    order = gaps.groupby("method")["gap"].mean().sort_values(ascending=False).index
-    with style():
-        grid = sns.catplot(
-            gaps, kind="point", x="gap", y="method", hue="method", col="condition", order=order, hue_order=order,
-            palette={method: colour(method) for method in order}, errorbar=ends(), linestyle="none", legend=False,
-            height=1.2 + ROW * len(order), aspect=PANEL / (1.2 + ROW * len(order)), markersize=5,
-            markers=[marker(method) for method in order],
-            err_kws={"linewidth": 1.3},
-        )  # fmt: skip
-        grid.refline(x=0.0, color="#333333", linestyle="-", linewidth=1.0)
-        grid.set_titles("{col_name}", size=9)
-        grid.figure.subplots_adjust(top=1 - 0.75 / (1.2 + ROW * len(order)))
-        grid.set_axis_labels("", "")
-        for ax in grid.axes.flat:
-            ax.set_yticks(range(len(order)), [plain(method) for method in order])
-            ax.tick_params(labelsize=8)
-            ax.grid(axis="y", visible=False)
-        fig: Figure = grid.figure
-        fig.supxlabel(f"Balanced accuracy on unseen generators minus {plain(baseline)}, points", fontsize=10)
-        counts = [f"{above} of {ran} in {name}" for name, above, ran in _shown_above(gaps)]
-        fig.suptitle(f"Methods shown above {plain(baseline)} over generators: {', '.join(counts)}")
+    order = list(gaps.groupby("method")["gap"].mean().sort_values(ascending=False).index)
+    height = 1.2 + ROW * len(order)
+    grid = sns.catplot(
+        gaps, kind="point", x="gap", y="method", col="condition", order=order, **look.by_method(order),
+        errorbar=ends(), linestyle="none", height=height, aspect=PANEL / height, markersize=5,
+        markers=[marker(method) for method in order], err_kws={"linewidth": 1.3},
+    )  # fmt: skip
+    grid.refline(x=0.0, color="#333333", linestyle="-", linewidth=1.0)
+    grid.set_titles("{col_name}", size=9)
+    grid.figure.subplots_adjust(top=1 - 0.75 / height)
+    grid.set_axis_labels("", "")
+    for ax in grid.axes.flat:
+        ax.set_yticks(range(len(order)), [plain(method) for method in order])
+        ax.tick_params(labelsize=8)
+        ax.grid(axis="y", visible=False)
+    fig: Figure = grid.figure
+    fig.supxlabel(f"Balanced accuracy on unseen generators minus {plain(baseline)}, points", fontsize=10)
+    counts = [f"{above} of {ran} in {name}" for name, above, ran in _shown_above(gaps)]
+    fig.suptitle(f"Methods shown above {plain(baseline)} over generators: {', '.join(counts)}")
     return fig
 
 
+@style()
 def reliability_diagram(scores: pd.DataFrame, seen: Collection[str]) -> Figure:
     """Share of fakes (%) among images of about one predicted probability (%), a line a method; their number below.
 
@@ -249,34 +228,32 @@ def reliability_diagram(scores: pd.DataFrame, seen: Collection[str]) -> Figure:
     sums["off"] = 100.0 * (sums["probability"] - sums["fake"]).abs()
     per_seed = sums.groupby(["method", "seed"], sort=False)[["off", "n"]].sum()
     errors = {m: seed_interval((own["off"] / own["n"]).to_numpy()) for m, own in per_seed.groupby("method", sort=False)}
-    with style():
-        fig = look.new_figure(4.9 + 0.27 * len(methods))
-        top, below = fig.subplots(2, 1, sharex=True, height_ratios=[3.2, 1.0])
-        top.plot([0, 100], [0, 100], **look.LINE)
-        handles = []
-        for method in methods:
-            own = pooled[pooled["method"] == method].sort_values("bin")
-            shown = own[own["n"] >= FEWEST]
-            its: dict[str, str] = {"color": colour(method), "marker": marker(method)}
-            top.plot(shown["probability"], shown["fake"], linewidth=2.0, zorder=3, **its)
-            counts = own.set_index("bin")["n"].reindex(range(BINS), fill_value=0)
-            seeds = bins.loc[bins["method"] == method, "seed"].nunique()
-            below.stairs(counts / seeds, np.linspace(0.0, 100.0, BINS + 1), color=colour(method), linewidth=1.8)
-            handles.append(look.handle(f"{plain(method)}: {interval_text(errors[method], sign=False)}", **its))
-        top.set(ylabel="Share of fakes (%);\ndashed: calibrated", xlim=(0, 100), ylim=(0, 100))
-        below.set(ylabel="Images\na bin", xlabel="Predicted probability of fake (%)")
-        below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-        look.legend(fig, (), "calibration error in points, mean [95 % interval] over seeds", *handles, columns=1)
-        named = subject_of(methods)
-        surest = pooled[(pooled["method"] == named) & (pooled["bin"] == BINS - 1)]
-        text = f"{plain(named)} is off by {rounded_text(errors[named].mean)} points"
-        if not surest.empty:
-            said, found = (rounded_text(surest[column].iloc[0], 0) for column in ("probability", "fake"))
-            text = f"where {plain(named)} says {said} % fake, {found} % are"
-        look.put_title(fig, f"{'Unseen' if unseen else 'Seen'} generators: {text}")
-    return fig
+    fig, (top, below) = look.panels(2, 4.5, columns=1, sharex=True, height_ratios=[3.2, 1.0])
+    top.plot([0, 100], [0, 100], **look.LINE)
+    handles = []
+    for method in methods:
+        own = pooled[pooled["method"] == method].sort_values("bin")
+        shown = own[own["n"] >= FEWEST]
+        its = look.method_look(method)
+        top.plot(shown["probability"], shown["fake"], linewidth=2.0, zorder=3, **its)
+        counts = own.set_index("bin")["n"].reindex(range(BINS), fill_value=0)
+        seeds = bins.loc[bins["method"] == method, "seed"].nunique()
+        below.stairs(counts / seeds, np.linspace(0.0, 100.0, BINS + 1), color=colour(method), linewidth=1.8)
+        handles.append(look.handle(f"{plain(method)}: {interval_text(errors[method], sign=False)}", **its))
+    top.set(ylabel="Share of fakes (%);\ndashed: calibrated", xlim=(0, 100), ylim=(0, 100))
+    below.set(ylabel="Images\na bin", xlabel="Predicted probability of fake (%)")
+    below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    named = subject_of(methods)
+    surest = pooled[(pooled["method"] == named) & (pooled["bin"] == BINS - 1)]
+    text = f"{plain(named)} is off by {rounded_text(errors[named].mean)} points"
+    if not surest.empty:
+        said, found = (rounded_text(surest[column].iloc[0], 0) for column in ("probability", "fake"))
+        text = f"where {plain(named)} says {said} % fake, {found} % are"
+    note = "calibration error in points, mean [95 % interval] over seeds"
+    return look.finish(fig, f"{'Unseen' if unseen else 'Seen'} generators: {text}", note, more=handles, columns=1)
 
 
+@style()
 def robustness_curves(detection: pd.DataFrame) -> Figure:
     """Balanced accuracy (%, threshold 0.5) of each method against the strength of a change, a panel a kind.
 
@@ -292,33 +269,24 @@ def robustness_curves(detection: pd.DataFrame) -> Figure:
         raise UserError("The detection table has no changed images: set evaluate.robustness.conditions first.")
     methods = list(means.loc[means["condition"] != NATIVE, "method"].unique())
     rates = 100.0 * means.groupby(["condition", "applied_to", "method"])["balanced_acc"].mean()
-    columns = min(2, len(kinds))
-    lines = -(-len(kinds) // columns)
-    with style():
-        fig = look.new_figure(1.2 + look.legend_height(len(methods) + 2) + 2.3 * lines)
-        axes = fig.subplots(lines, columns, sharey=True, squeeze=False).ravel()
-        for ax, kind in zip(axes, kinds, strict=False):
-            own = [condition for condition in conditions if condition.kind == kind]
-            finer = sum(condition.severity < 0 for condition in own)  # enlarged images come before native ones
-            names = [condition.name for condition in own]
-            ticks = [f"{condition.strength:g}" for condition in own]
-            at = [*names[:finer], NATIVE, *names[finer:]]
-            for method in methods:
-                for applied_to, (line, _) in _LINES.items():
-                    values = [rates.get((n, "both" if n == NATIVE else applied_to, method), np.nan) for n in at]
-                    mark = marker(method) if applied_to == "both" else ""
-                    ax.plot(values, line, color=colour(method), marker=mark, markersize=6, linewidth=1.8, zorder=3)
-            ax.axhline(CHANCE, **look.LINE)
-            ax.set_xticks(range(len(at)), [*ticks[:finer], "none", *ticks[finer:]])
-            ax.set_xlabel(KINDS[kind].axis)
-            ax.grid(axis="x", visible=False)
-        for ax in axes[len(kinds) :]:
-            ax.remove()
-        fig.supylabel(f"Balanced accuracy (%), {where} generators", fontsize=11)
-        lines_drawn = [look.handle(label, color="#333333", linestyle=line) for line, label in _LINES.values()]
-        look.legend(fig, methods, "means over seeds and generators; dashed: chance", *lines_drawn)
-        look.put_title(fig, _harshest(means))
-    return fig
+    fig, axes = look.panels(len(kinds), 1.2, 2.3, sharey=True)
+    for ax, kind in zip(axes, kinds, strict=True):
+        places = {condition.name: f"{condition.strength:g}" for condition in conditions if condition.kind == kind}
+        finer = sum(condition.severity < 0 for condition in conditions if condition.kind == kind)  # enlarged: before
+        at = [*[*places][:finer], NATIVE, *[*places][finer:]]
+        for method in methods:
+            for applied_to, (line, _) in _LINES.items():
+                values = [rates.get((n, "both" if n == NATIVE else applied_to, method), np.nan) for n in at]
+                mark = marker(method) if applied_to == "both" else ""
+                ax.plot(values, line, color=colour(method), marker=mark, markersize=6, linewidth=1.8, zorder=3)
+        ax.axhline(CHANCE, **look.LINE)
+        ax.set_xticks(range(len(at)), [places.get(name, "none") for name in at])
+        ax.set_xlabel(KINDS[kind].axis)
+        ax.grid(axis="x", visible=False)
+    fig.supylabel(f"Balanced accuracy (%), {where} generators", fontsize=11)
+    lines = [look.handle(label, color="#333333", linestyle=line) for line, label in _LINES.values()]
+    note = "means over seeds and generators; dashed: chance"
+    return look.finish(fig, _harshest(means), note, methods, lines)
 
 
 def _harshest(means: pd.DataFrame) -> str:

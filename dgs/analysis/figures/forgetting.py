@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -20,6 +21,7 @@ _MEMORY = {
 _BLOCKS = {"cka_block": "CKA to frozen (%)", "cosine_drift_block": "Cosine drift (%)"}
 
 
+@style()
 def forgetting_measures(forgetting: pd.DataFrame) -> Figure:
     """What each method still knows: every measure before (black tick) and after fine-tuning (dot), in per cent.
 
@@ -33,27 +35,22 @@ def forgetting_measures(forgetting: pd.DataFrame) -> Figure:
     rows = forgetting[known.astype(bool) & ~name.str.contains("_block:") & (name != "silhouette")]
     if rows.empty:
         raise UserError("The forgetting table has no measure to draw: `before` is 0 or there are no rows.")
-    shown = {str(measure): _measure_name(measure) for measure in rows["measure"].unique()}
-    methods = list(rows["method"].unique())
-    own = rows.assign(value=100.0 * rows["after"], shown=rows["measure"].map(shown))
-    with style():
-        row_height = max(0.45, 0.12 * len(methods))
-        fig = look.new_figure(1.1 + look.legend_height(len(methods)) + row_height * len(shown))
-        ax = fig.subplots()
-        look.dots(ax, own, "value", "shown", methods)
-        before = 100.0 * rows.groupby("measure", sort=False)["before"].mean()
-        ax.vlines(before, [i - 0.45 for i in range(len(shown))], [i + 0.45 for i in range(len(shown))], "black", lw=2.2)
-        ax.set_xlim(-2.0, max(102.0, float(100.0 * rows["before"].max()) + 1.0))
-        ax.set_xlabel("After fine-tuning (%); black: before")
-        look.legend(fig, methods, "mean over seeds, 95 % interval; faint dots: seeds")
-        zero_shot = rows["measure"].astype(str).str.startswith("zero_shot:")
-        part = rows[zero_shot] if zero_shot.any() else rows
-        ratio = 100.0 * (part["after"] / part["before"]).where(part["before"] != 0)
-        kept = ratio.groupby([part["method"], part["seed"]], sort=False).mean()
-        look.put_title(fig, takeaway("Zero-shot kept" if zero_shot.any() else "Share kept", kept))
-    return fig
+    shown, methods = rows["measure"].map(_measure_name), list(rows["method"].unique())
+    before = 100.0 * rows.groupby("measure", sort=False)["before"].mean()
+    fig, (ax,) = look.panels(1, 1.1, max(0.45, 0.12 * len(methods)) * len(before))
+    look.dots(ax, rows.assign(value=100.0 * rows["after"], shown=shown), "value", "shown", methods)
+    at = np.arange(len(before))
+    ax.vlines(before, at - 0.45, at + 0.45, "black", lw=2.2)
+    ax.set_xlim(-2.0, max(102.0, float(100.0 * rows["before"].max()) + 1.0))
+    ax.set_xlabel("After fine-tuning (%); black: before")
+    zero_shot = rows["measure"].astype(str).str.startswith("zero_shot:")
+    part = rows[zero_shot] if zero_shot.any() else rows
+    ratio = 100.0 * (part["after"] / part["before"]).where(part["before"] != 0)
+    kept = ratio.groupby([part["method"], part["seed"]], sort=False).mean()
+    return look.finish(fig, takeaway("Zero-shot kept" if zero_shot.any() else "Share kept", kept), look.SEEDS, methods)
 
 
+@style()
 def forgetting_plane(detection: pd.DataFrame, forgetting: pd.DataFrame) -> Figure:
     """Detection against memory: balanced accuracy (%) on unseen generators over the share of zero-shot accuracy kept.
 
@@ -73,33 +70,30 @@ def forgetting_plane(detection: pd.DataFrame, forgetting: pd.DataFrame) -> Figur
     names = [str(name) for name in values["method"].unique()]
     measured = [name for name in names if name in table.index.get_level_values("method")]
     absent = [plain(name) for name in names if name not in measured]
-    with style():
-        fig = look.new_figure(4.4 + look.legend_height(len(measured)))
-        ax = fig.subplots()
-        for method in measured:
-            part = table.loc[method]
-            ax.scatter(part["kept"], part["found"], s=14, color=colour(method), alpha=0.45, linewidths=0, zorder=2)
-            x, y, cut = part["kept"].mean(), part["found"].mean(), look.ends(0.0, 100.0)
-            (left, right), (low, high) = (cut(part[axis].tolist()) for axis in ("kept", "found"))
-            ax.errorbar(
-                x, y, xerr=[[x - left], [right - x]], yerr=[[y - low], [high - y]], fmt=marker(method), markersize=9,
-                color=colour(method), markeredgecolor="white", capsize=3, zorder=4,
-            )  # fmt: skip
-        ax.axvline(100.0, **look.LINE | {"linestyle": ":"})
-        ax.margins(0.08)
-        low, high = ax.get_ylim()
-        room = max(0.0, ROOM - (high - low)) / 2.0
-        ax.set_ylim(max(low - room, -3.0), min(high + room, 103.0))
-        low, high = ax.get_xlim()
-        ax.set_xlim(max(low, -3.0), min(high, max(103.0, table["kept"].max() + 3.0)))
-        ax.set_xlabel(axis + (f"\nnot measured: {', '.join(absent)}" if absent else ""))
-        ax.set_ylabel(f"Balanced accuracy,\n{where} generators (%)")
-        look.legend(fig, measured, "mean over seeds, 95 % intervals; faint dots: seeds")
-        sentences = (takeaway(kept_name, table["kept"], False), takeaway(where, table["found"], False))
-        look.put_title(fig, "; ".join(sentences))
-    return fig
+    fig, (ax,) = look.panels(1, 4.4)
+    for method in measured:
+        part = table.loc[[method]]
+        ax.scatter(part["kept"], part["found"], s=14, color=colour(method), alpha=0.45, linewidths=0, zorder=2)
+        (x, y), ends = part.mean(), part.apply(lambda own: look.ends(0.0, 100.0)(own.tolist()), result_type="expand")
+        across, up = (ends - (x, y)).abs().T.to_numpy()
+        ax.errorbar(
+            x, y, xerr=across[:, None], yerr=up[:, None], fmt=marker(method), markersize=9, color=colour(method),
+            markeredgecolor="white", capsize=3, zorder=4,
+        )  # fmt: skip
+    ax.axvline(100.0, **look.LINE | {"linestyle": ":"})
+    ax.margins(0.08)
+    low, high = ax.get_ylim()
+    room = max(0.0, ROOM - (high - low)) / 2.0
+    ax.set_ylim(max(low - room, -3.0), min(high + room, 103.0))
+    low, high = ax.get_xlim()
+    ax.set_xlim(max(low, -3.0), min(high, max(103.0, table["kept"].max() + 3.0)))
+    ax.set_xlabel(axis + (f"\nnot measured: {', '.join(absent)}" if absent else ""))
+    ax.set_ylabel(f"Balanced accuracy,\n{where} generators (%)")
+    sentences = (takeaway(kept_name, table["kept"], False), takeaway(where, table["found"], False))
+    return look.finish(fig, "; ".join(sentences), look.SEEDS, measured)
 
 
+@style()
 def forgetting_blocks(forgetting: pd.DataFrame) -> Figure:
     """Where in the tower it changes: CKA (%) and cosine drift (%) of the mean token after each block, a line a method.
 
@@ -113,19 +107,16 @@ def forgetting_blocks(forgetting: pd.DataFrame) -> Figure:
     parts = rows["measure"].str.split(":", expand=True)
     rows = rows.assign(kind=parts[0], block=parts[1].astype(int), value=100.0 * rows["after"])
     methods, last = list(rows["method"].unique()), rows["block"].max()
-    with style():
-        fig = look.new_figure(3.2 + look.legend_height(len(methods)))
-        axes = fig.subplots(1, 2, sharex=True)
-        for ax, (kind, label) in zip(axes, _BLOCKS.items(), strict=True):
-            look.curves(ax, rows[rows["kind"] == kind], "block", "value", methods, top=100.0)
-            ax.set(ylim=(-3.0, 103.0), ylabel=label, xlabel="Vision block")
-            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        look.legend(fig, methods, "mean over seeds; band or bar: 95 % interval")
-        after = rows[(rows["kind"] == "cka_block") & (rows["block"] == last)].set_index(["method", "seed"])["value"]
-        # A frozen tower would always be the best; in float32 its CKA is 100 % but for the last digits.
-        moved = after.groupby("method").transform("min").round(2) < 100.0
-        look.put_title(fig, takeaway(f"CKA after block {last}", after[moved] if moved.any() else after))
-    return fig
+    fig, axes = look.panels(2, 3.2, x="Vision block", sharex=True)
+    for ax, (kind, label) in zip(axes, _BLOCKS.items(), strict=True):
+        look.curves(ax, rows[rows["kind"] == kind], "block", "value", methods, top=100.0)
+        ax.set(ylim=(-3.0, 103.0), ylabel=label)
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    after = rows[(rows["kind"] == "cka_block") & (rows["block"] == last)].set_index(["method", "seed"])["value"]
+    # A frozen tower would always be the best; in float32 its CKA is 100 % but for the last digits.
+    moved = after.groupby("method").transform("min").round(2) < 100.0
+    claim = takeaway(f"CKA after block {last}", after[moved] if moved.any() else after)
+    return look.finish(fig, claim, look.BANDS, methods)
 
 
 def _measure_name(measure: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,10 +31,11 @@ FEWEST = 5  # images that make a t-SNE map
 _FLAT, _BUSY = "#00cfe8", "#d400d4"  # the two halves of patch selection
 
 
+@style()
 def picture_grid(
     rows: Mapping[str, Sequence[Array]],
     title: str,
-    side: int,
+    side: int | None = None,
     labels: int = LABELS,
     notes: Mapping[str, Sequence[str]] | None = None,
 ) -> Figure:
@@ -44,30 +46,30 @@ def picture_grid(
 
     Args:
         rows: {name: (H, W, 3) uint8 arrays}; a name may have lines.
-        side: of a cell in pixels.
+        side: of a cell in pixels; None: as large as the common width allows.
         labels: pixels left of the cells.
         notes: by name, a short text above each picture.
     """
     columns = max(map(len, rows.values()))
+    side = side or (round(look.WIDTH * DPI) - labels) // columns - GAP
     width = labels + columns * (side + GAP)
     lines = look.title_lines(title, width / DPI)
     pitch = side + GAP + (NOTE if notes else 0)
     height = LINE * len(lines) + 2 * GAP + len(rows) * pitch
-    with style():
-        fig = Figure(figsize=(width / DPI, height / DPI))
-        fig.suptitle("\n".join(lines), x=GAP / width, y=1 - GAP / height, ha="left", va="top")
-        for line, (name, pictures) in enumerate(rows.items()):
-            bottom = (len(rows) - 1 - line) * pitch + GAP
-            fig.text((labels - 12) / width, (bottom + side / 2) / height, name, ha="right", va="center", fontsize=10)
-            for column, picture in enumerate(pictures):
-                scale = side / max(picture.shape[:2])
-                size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
-                how = Image.Resampling.NEAREST if scale == int(scale) else Image.Resampling.LANCZOS
-                left = labels + column * (side + GAP)
-                fig.figimage(np.asarray(Image.fromarray(picture).resize(size, how)), xo=left, yo=bottom)
-                if notes:
-                    at = ((left + side / 2) / width, (bottom + side + 3) / height)
-                    fig.text(*at, notes[name][column], ha="center", va="bottom", fontsize=9)
+    fig = Figure(figsize=(width / DPI, height / DPI))
+    fig.suptitle("\n".join(lines), x=GAP / width, y=1 - GAP / height, ha="left", va="top")
+    for line, (name, pictures) in enumerate(rows.items()):
+        bottom = (len(rows) - 1 - line) * pitch + GAP
+        fig.text((labels - 12) / width, (bottom + side / 2) / height, name, ha="right", va="center", fontsize=10)
+        for column, picture in enumerate(pictures):
+            scale = side / max(picture.shape[:2])
+            size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
+            how = Image.Resampling.NEAREST if scale == int(scale) else Image.Resampling.LANCZOS
+            left = labels + column * (side + GAP)
+            fig.figimage(np.asarray(Image.fromarray(picture).resize(size, how)), xo=left, yo=bottom)
+            if notes:
+                at = ((left + side / 2) / width, (bottom + side + 3) / height)
+                fig.text(*at, notes[name][column], ha="center", va="bottom", fontsize=9)
     return fig
 
 
@@ -81,8 +83,7 @@ def contact_sheet(images: Mapping[str, Sequence[Array]]) -> Figure:
     counts = {kind: sum(name.endswith(f", {kind}") for name in images) for kind in ("seen", "unseen")}
     said = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     fakes = f": real ones, and fakes of {said} generator{'s' if sum(counts.values()) > 1 else ''}" if said else ""
-    side = (round(look.WIDTH * DPI) - LABELS) // max(map(len, images.values())) - GAP
-    return picture_grid({short[name]: row for name, row in images.items()}, f"Test images{fakes}", side)
+    return picture_grid({short[name]: row for name, row in images.items()}, f"Test images{fakes}")
 
 
 def mistakes_sheet(mistakes: pd.DataFrame, images: Sequence[Array]) -> Figure:
@@ -98,11 +99,10 @@ def mistakes_sheet(mistakes: pd.DataFrame, images: Sequence[Array]) -> Figure:
     rows, notes = ({str(n): list(part) for n, part in table.groupby("group", sort=False)[c]} for c in ("image", "note"))
     surest = table["group"].iloc[int(table["logit"].abs().to_numpy().argmax())]
     title = f"Most confident mistakes, with the probability of being generated; the surest is of {surest}"
-    return picture_grid(
-        rows, title, (round(look.WIDTH * DPI) - LABELS) // max(map(len, rows.values())) - GAP, notes=notes
-    )
+    return picture_grid(rows, title, notes=notes)
 
 
+@style(axes__grid=False)
 def patches_figure(image: Array, canvas: Array, size: int) -> Figure:
     """Patch selection before and after: the image with its grid of patches, and the canvas a model sees.
 
@@ -111,23 +111,22 @@ def patches_figure(image: Array, canvas: Array, size: int) -> Figure:
     """
     if canvas.ndim != 3 or canvas.shape[0] != canvas.shape[1] or canvas.shape[0] % size or canvas.shape[0] == 0:
         raise ValueError(f"expected a canvas of shape (n * {size}, n * {size}, 3), found {canvas.shape}")
-    side = canvas.shape[0] // size
-    down, across = image.shape[0] // size, image.shape[1] // size
-    panels = ((image, "Before", down, across), (canvas, "After", side, side))
-    with style(axes__grid=False):
-        fig = look.new_figure(4.0)
-        for ax, (pixels, title, rows, columns) in zip(fig.subplots(1, 2), panels, strict=True):
-            _picture(ax, pixels, title)
-            ax.hlines(np.arange(rows + 1) * size - 0.5, -0.5, columns * size - 0.5, "white", linewidth=0.6)
-            ax.vlines(np.arange(columns + 1) * size - 0.5, -0.5, rows * size - 0.5, "white", linewidth=0.6)
-            ax.set_xlabel(f"{pixels.shape[1]} × {pixels.shape[0]} px")
-        count, patches = side**2, f"patches of {size} × {size} px"
-        shows = f"shows the model {count} of {down * across} {patches}, in a new order"
-        few = f"fills {count} cells from only {down * across} {patches}"
-        look.put_title(fig, f"Patch selection {shows if down * across >= count else few}")
-    return fig
+    fig, axes = look.panels(2, 4.0)
+    for ax, (title, pixels) in zip(axes, {"Before": image, "After": canvas}.items(), strict=True):
+        _picture(ax, pixels, title)
+        rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
+        ax.hlines(np.arange(rows + 1) * size - 0.5, -0.5, columns * size - 0.5, "white", linewidth=0.6)
+        ax.vlines(np.arange(columns + 1) * size - 0.5, -0.5, rows * size - 0.5, "white", linewidth=0.6)
+        ax.set_xlabel(f"{pixels.shape[1]} × {pixels.shape[0]} px")
+    found, count = ((pixels.shape[0] // size) * (pixels.shape[1] // size) for pixels in (image, canvas))
+    patches = f"{found} patches of {size} × {size} px"
+    shows = f"shows the model {count} of {patches}, in a new order"
+    return look.finish(
+        fig, f"Patch selection {shows if found >= count else f'fills {count} cells from only {patches}'}"
+    )
 
 
+@style(axes__grid=False)
 def portrait(
     image: Array, view: Array, title: str, caption: str, patches: NDArray[np.int32] | None, patch_size: int
 ) -> Figure:
@@ -135,23 +134,19 @@ def portrait(
 
     `image`: (H, W, 3) uint8; `view`: (S, S, 3) uint8; `patches`: indices of patches, the flattest half first, or None.
     """
-    with style(axes__grid=False):
-        fig = look.new_figure(4.0)
-        left, right = fig.subplots(1, 2)
-        _picture(left, image, f"{image.shape[1]} × {image.shape[0]} px")
-        _picture(right, view, "what the model sees")
-        for place, index in enumerate(() if patches is None else patches):
-            y, x = divmod(int(index), image.shape[1] // patch_size)
-            hue = _FLAT if patches is not None and place < len(patches) // 2 else _BUSY
-            corner, side = (x * patch_size, y * patch_size), patch_size - 1
-            left.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=hue, linewidth=1.1))
-        handles = [look.handle("flattest patches", color=_FLAT), look.handle("busiest patches", color=_BUSY)]
-        if patches is None:
-            fig.supxlabel(f"“{caption}”", fontsize=10)
-        else:
-            look.legend(fig, (), f"“{caption}”", *handles)
-        look.put_title(fig, title)
-    return fig
+    fig, (left, right) = look.panels(2, 3.3)
+    _picture(left, image, f"{image.shape[1]} × {image.shape[0]} px")
+    _picture(right, view, "what the model sees")
+    if patches is None:
+        fig.supxlabel(f"“{caption}”", fontsize=10)
+        return look.finish(fig, title)
+    for place, index in enumerate(patches):
+        y, x = divmod(int(index), image.shape[1] // patch_size)
+        hue = _FLAT if place < len(patches) // 2 else _BUSY
+        corner, side = (x * patch_size, y * patch_size), patch_size - 1
+        left.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=hue, linewidth=1.1))
+    handles = [look.handle("flattest patches", color=_FLAT), look.handle("busiest patches", color=_BUSY)]
+    return look.finish(fig, title, f"“{caption}”", more=handles)
 
 
 def _picture(ax: Axes, pixels: Array, title: str) -> None:
@@ -186,6 +181,7 @@ def tsne(features_by_method: Mapping[str, tuple[np.ndarray, pd.DataFrame]], seed
     return pd.concat(parts, ignore_index=True)[["method", "generator", "label", "x", "y"]]
 
 
+@style(axes__grid=False, axes__spines__top=True, axes__spines__right=True)
 def tsne_panels(points: pd.DataFrame, seed: int | None = None) -> Figure:
     """t-SNE maps side by side, a panel a method (the paper's figure 1): reals black dots, each generator its own look.
 
@@ -198,36 +194,29 @@ def tsne_panels(points: pd.DataFrame, seed: int | None = None) -> Figure:
     methods = list(points["method"].unique())
     generators = list(points.loc[points["label"] == 1, "generator"].unique())
     short = short_names(generators)
+    real: dict[str, Any] = {"marker": look.REAL_MARKER, "color": look.REAL_COLOUR}
+    looks = {generator: look.generator_look(i) for i, generator in enumerate(generators)}
     mapped = points.dropna(subset=["x", "y"])
     apart = {str(m): _neighbour_agreement(part) for m, part in mapped.groupby("method", sort=False)}
     columns = min(3, len(methods))
-    lines = -(-len(methods) // columns)
+    fig, axes = look.panels(len(methods), 0.6, 2.2 if columns == 3 else 2.8, columns)
+    for ax, method in zip(axes, methods, strict=True):
+        part = mapped[mapped["method"] == method]
+        reals, fakes = part[part["label"] == 0], part[part["label"] == 1]
+        ax.scatter(reals["x"], reals["y"], s=5, alpha=0.7, linewidths=0, **real)
+        for generator, its in looks.items():
+            fake = fakes[fakes["generator"] == generator]
+            ax.scatter(fake["x"], fake["y"], s=13, alpha=0.75, linewidths=0, **its)
+        share = f": {rounded_text(apart[method], 0)} %" if method in apart else ""
+        if not share:
+            ax.text(0.5, 0.5, f"fewer than\n{FEWEST} images", transform=ax.transAxes, ha="center", va="center")
+        ax.set_title(plain(method) + share, loc="center")
+        ax.set(xticks=[], yticks=[], box_aspect=1.0)
+    names = {"real": real} | {short[generator]: its for generator, its in looks.items()}
+    handles = [look.handle(name, linestyle="", **its) for name, its in names.items()]
     in_legend = 3 if max(map(len, short.values()), default=0) < 16 else 2
-    with style(axes__grid=False, axes__spines__top=True, axes__spines__right=True):
-        room = look.legend_height(len(generators) + 1, in_legend)
-        fig = look.new_figure(0.6 + (2.2 if columns == 3 else 2.8) * lines + room)
-        axes = fig.subplots(lines, columns, squeeze=False).ravel()
-        for ax in axes[len(methods) :]:
-            ax.set_axis_off()
-        for ax, method in zip(axes, methods, strict=False):
-            part = mapped[mapped["method"] == method]
-            real = part[part["label"] == 0]
-            ax.scatter(real["x"], real["y"], s=5, c=look.REAL_COLOUR, marker=look.REAL_MARKER, alpha=0.7, linewidths=0)
-            for i, generator in enumerate(generators):
-                fake = part[(part["label"] == 1) & (part["generator"] == generator)]
-                ax.scatter(fake["x"], fake["y"], s=13, alpha=0.75, linewidths=0, **look.generator_look(i))
-            if method in apart:
-                ax.set_title(f"{plain(method)}: {rounded_text(apart[method], 0)} %", loc="center")
-            else:
-                ax.set_title(plain(method), loc="center")
-                ax.text(0.5, 0.5, f"fewer than\n{FEWEST} images", transform=ax.transAxes, ha="center", va="center")
-            ax.set(xticks=[], yticks=[], box_aspect=1.0)
-        looks = {"real": {"marker": look.REAL_MARKER, "color": look.REAL_COLOUR}}
-        looks |= {short[generator]: look.generator_look(i) for i, generator in enumerate(generators)}
-        handles = [look.handle(name, linestyle="", **its) for name, its in looks.items()]
-        look.legend(fig, (), "t-SNE axes have no unit", *handles, columns=in_legend)
-        look.put_title(fig, _neighbours_takeaway(apart, "one seed" if seed is None else f"seed {seed}"))
-    return fig
+    claim = _neighbours_takeaway(apart, "one seed" if seed is None else f"seed {seed}")
+    return look.finish(fig, claim, "t-SNE axes have no unit", more=handles, columns=in_legend)
 
 
 def _neighbour_agreement(part: pd.DataFrame) -> float:

@@ -80,6 +80,7 @@ def project_to_plane(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     return points
 
 
+@style()
 def plane_figure(row: Mapping[str, Any], title: str) -> Figure:
     """A sample's gradients as arrows: x along harm, y across it, unit: the task gradient's length.
 
@@ -92,33 +93,31 @@ def plane_figure(row: Mapping[str, Any], title: str) -> Figure:
     names = [name for name in VECTOR_COLOURS if f"{name}.{name}" in row]
     points = project_to_plane(row, names)
     shown = {name: point.unit if name in ("harmful", "beneficial") else point for name, point in points.items()}
-    with style():
-        fig = look.new_figure(5.4, layout=None)
-        ax = fig.add_axes((0.13, 0.34, 0.82, 0.54))
-        handles = []
-        for name, point in shown.items():
-            dashed = "--" if name in ("harmful", "beneficial") else "-"
-            its = {"arrowstyle": "-|>", "color": VECTOR_COLOURS[name], "lw": 2.2, "linestyle": dashed}
-            ax.annotate("", (point.x, point.y), (0, 0), arrowprops={**its, "shrinkA": 0, "shrinkB": 0})
-            inside = points[name].inside
-            note = "" if inside > 0.995 else f", {rounded_text(100 * inside, 0)} % in this plane"
-            handles.append(look.handle(_VECTOR_NAMES[name] + note, color=VECTOR_COLOURS[name], linestyle=dashed))
-        ends = [(shown[name].x, shown[name].y) for name in ("task", "applied")]
-        ax.plot(*zip(*ends, strict=True), color="#666666", linewidth=1.0, linestyle=":")
-        ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1)
-        xs, ys = ([getattr(point, axis) for point in shown.values()] for axis in "xy")
-        ax.set_xlim(min(-0.3, *xs) - 0.1, max(1.0, *xs) + 0.15)
-        ax.set_ylim(min(-0.3, *ys) - 0.1, max(1.0, *ys) + 0.15)
-        ax.set_aspect("equal")
-        widest = max(np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim()))
-        step = float(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(0.0, widest)[1])
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(MultipleLocator(step))  # one unit both ways
-        ax.axhline(0, color="#999999", linewidth=0.8)
-        ax.axvline(0, color="#999999", linewidth=0.8)
-        ax.set(xlabel="along the harmful direction (task length = 1)", ylabel="across it")
-        look.put_title(fig, title)
-    return fig
+    fig = Figure(figsize=(look.WIDTH, 5.4))
+    ax = fig.add_axes((0.13, 0.34, 0.82, 0.54))
+    handles = []
+    for name, point in shown.items():
+        its = {"color": VECTOR_COLOURS[name], "linestyle": "--" if name in ("harmful", "beneficial") else "-"}
+        arrow = {"arrowstyle": "-|>", "lw": 2.2, "shrinkA": 0, "shrinkB": 0, **its}
+        ax.annotate("", (point.x, point.y), (0, 0), arrowprops=arrow)
+        inside = points[name].inside
+        note = "" if inside > 0.995 else f", {rounded_text(100 * inside, 0)} % in this plane"
+        handles.append(look.handle(_VECTOR_NAMES[name] + note, **its))
+    ends = [(shown[name].x, shown[name].y) for name in ("task", "applied")]
+    ax.plot(*zip(*ends, strict=True), color="#666666", linewidth=1.0, linestyle=":")
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1)
+    xs, ys = ([getattr(point, axis) for point in shown.values()] for axis in "xy")
+    ax.set_xlim(min(-0.3, *xs) - 0.1, max(1.0, *xs) + 0.15)
+    ax.set_ylim(min(-0.3, *ys) - 0.1, max(1.0, *ys) + 0.15)
+    ax.set_aspect("equal")
+    widest = max(np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim()))
+    step = float(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(0.0, widest)[1])
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MultipleLocator(step))  # one unit both ways
+    ax.axhline(0, color="#999999", linewidth=0.8)
+    ax.axvline(0, color="#999999", linewidth=0.8)
+    ax.set(xlabel="along the harmful direction (task length = 1)", ylabel="across it")
+    return look.finish(fig, title)
 
 
 def surgery_sketch(samples: pd.DataFrame, seed: int) -> Figure:
@@ -137,6 +136,7 @@ def surgery_sketch(samples: pd.DataFrame, seed: int) -> Figure:
     )
 
 
+@style()
 def sweep_figure(table: pd.DataFrame) -> Figure:
     """By how much each setting alone turns the gradient (degrees): the sliders, for where they cannot be moved.
 
@@ -145,17 +145,13 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
     if table.empty:
         return look.nothing("No gradient reaches this tower: settings of the surgery change nothing.")
     names = [name for name in _SETTINGS if (table["setting"] == name).any()]
-    with style():
-        fig = look.new_figure(2.9)
-        for ax, name in zip(np.atleast_1d(fig.subplots(1, len(names), sharey=True)), names, strict=True):
-            part = table[table["setting"] == name]
-            ax.plot(range(len(part)), part["turned"], "o-", color=VECTOR_COLOURS["applied"], markersize=4)
-            ticks = list(range(0, len(part), max(1, len(part) // 3)))
-            ax.set_xticks(ticks, [f"{part['value'].iloc[i]:g}" for i in ticks], fontsize=9)
-            ax.set_xlabel(_SETTINGS[name])
-        fig.axes[0].set_ylabel("Turned by (°)")
-        fig.axes[0].set_ylim(bottom=0.0)
-        strongest = str(table.groupby("setting", sort=False)["turned"].agg(np.ptp).idxmax())
-        name = _SETTINGS[strongest]
-        look.put_title(fig, f"On this image, {name[0].lower()}{name[1:]} matters most")
-    return fig
+    fig, axes = look.panels(len(names), 2.9, columns=len(names), y="Turned by (°)", sharey=True)
+    for ax, name in zip(axes, names, strict=True):
+        part = table[table["setting"] == name]
+        ax.plot(range(len(part)), part["turned"], "o-", color=VECTOR_COLOURS["applied"], markersize=4)
+        ticks = list(range(0, len(part), max(1, len(part) // 3)))
+        ax.set_xticks(ticks, [f"{part['value'].iloc[i]:g}" for i in ticks], fontsize=9)
+        ax.set_xlabel(_SETTINGS[name])
+    axes[0].set_ylim(bottom=0.0)
+    name = _SETTINGS[str(table.groupby("setting", sort=False)["turned"].agg(np.ptp).idxmax())]
+    return look.finish(fig, f"On this image, {name[0].lower()}{name[1:]} matters most")

@@ -11,10 +11,10 @@ import io
 import re
 import textwrap
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from dgs.data.suites import abbreviated
-from dgs.stats import Interval, paired_difference, rounded_text, seed_interval
+from dgs.stats import paired_difference, rounded_text, seed_interval
 
 WIDTH = 6.0  # inches; at 150 dpi 900 px, shown at half of it or less
 DPI = 150
@@ -36,6 +36,8 @@ SUBJECT, BASELINE = "dgs", "lora"  # what titles compare where both are there
 CHANCE = 50.0  # per cent balanced accuracy
 LONGEST = 20  # characters of a name in a figure
 NOT_SHOWN = "not shown to differ from"  # a difference whose interval spans zero
+SEEDS = "mean over seeds, 95 % interval; faint dots: seeds"  # what `dots` draws
+BANDS = "mean over seeds; band or bar: 95 % interval"  # and `curves`
 CURVE = 3  # points that make a curve with a band; fewer have bars
 
 # Okabe & Ito's colours and one of similar spacing, told apart under red-green blindness: a colour a family.
@@ -60,12 +62,7 @@ _FIRST = dict(zip(FAMILIES, "sDovX>", strict=True))  # heads of families differ 
 REAL_COLOUR, REAL_MARKER = "#000000", "o"
 GENERATOR_COLOURS = ("#d400d4", "#a8b400", "#7a0000", "#00cfe8", "#ff7f86", "#144729", "#6b0f5b", "#5c7000")
 _GENERATOR_MARKERS = "^vD<>PX"
-LINE: dict[str, Any] = {
-    "color": "#333333",
-    "linewidth": 1.0,
-    "linestyle": "--",
-    "zorder": 1,
-}  # chance, zero, 90 degrees
+LINE: dict[str, Any] = {"color": "#333333", "linewidth": 1.0, "linestyle": "--", "zorder": 1}  # chance, 90 degrees
 
 _RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # shipped with matplotlib: the same glyphs on every machine
@@ -96,21 +93,64 @@ _RC: dict[Any, Any] = {
 }
 
 
-def style(**more: Any) -> AbstractContextManager[None]:
-    """The look as a context: `with style(): ...` for a plot of one's own; `more`: matplotlib settings, "_" for "."."""
-    return mpl.rc_context(_RC | {name.replace("__", "."): value for name, value in more.items()})
+@contextmanager
+def style(**more: Any) -> Iterator[None]:
+    """The look, for a plot (`with style():`) or a function (`@style()`); `more`: matplotlib settings, "__" for "."."""
+    with mpl.rc_context(_RC | {name.replace("__", "."): value for name, value in more.items()}):
+        yield
 
 
-def new_figure(height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
-    """An empty figure of the common width, `height` inches high."""
-    return Figure(figsize=(WIDTH, height), layout=layout)
+def panels(
+    count: int, height: float, each: float = 0.0, columns: int = 2, x: str = "", y: str = "", **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of the common width with `count` panels in lines of at most `columns`; places left over stay empty.
+
+    Args:
+        height: of the figure in inches, without its legend. each: what a line of panels adds to it.
+        x, y: labels below the lowest panel of each column and beside the first of each line.
+        shared: for `Figure.subplots`.
+    """
+    columns = min(columns, count)
+    lines = -(-count // columns)
+    fig = Figure(figsize=(WIDTH, height + each * lines), layout="constrained")
+    axes = list(fig.subplots(lines, columns, squeeze=False, **shared).flat)
+    for ax in axes[count:]:
+        ax.remove()
+    for ax in axes[count - columns : count]:
+        ax.tick_params(labelbottom=True)  # shared axes hide it above an empty place
+        ax.set_xlabel(x)
+    for ax in axes[:count:columns]:
+        ax.set_ylabel(y)
+    return fig, axes[:count]
 
 
+def finish(
+    fig: Figure, title: str, note: str = "", methods: Iterable[str] = (), more: Iterable[Artist] = (), columns: int = 3
+) -> Figure:
+    """The figure with its takeaway at the left edge and, where it has entries, a legend below the panels.
+
+    Args:
+        note: what is drawn, above the entries.
+        methods: whose colours and markers are entries, before `more`.
+    """
+    fig.suptitle("\n".join(title_lines(title)), x=0.01, ha="left")
+    handles: list[Artist] = [handle(plain(method), **method_look(method)) for method in methods]
+    if handles := [*handles, *more]:
+        fig.set_figheight(fig.get_figheight() + 0.45 + 0.25 * -(-len(handles) // columns))
+        fig.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), title=note)
+    return fig
+
+
+def handle(label: str, **look: Any) -> Line2D:
+    """An entry of a legend."""
+    return Line2D([], [], label=label, **{"linewidth": 2.0, "markersize": 7, **look})
+
+
+@style()
 def nothing(why: str) -> Figure:
     """A figure that says in a sentence why there is nothing to draw."""
-    with style():
-        fig = new_figure(1.2)
-        fig.text(0.5, 0.5, "\n".join(title_lines(why)), ha="center", va="center")
+    fig = Figure(figsize=(WIDTH, 1.2))
+    fig.text(0.5, 0.5, "\n".join(title_lines(why)), ha="center", va="center")
     return fig
 
 
@@ -153,12 +193,15 @@ def marker(method: str) -> str:
     return _MARKERS[(first + FAMILIES[hue].index(method)) % len(_MARKERS)]
 
 
-def generator_look(i: int) -> dict[str, str]:
+def method_look(method: str) -> dict[str, Any]:
+    """Colour and marker of a method, as matplotlib's keywords."""
+    return {"color": colour(method), "marker": marker(method)}
+
+
+def generator_look(i: int) -> dict[str, Any]:
     """Colour and marker of the i-th generator, as matplotlib's keywords."""
-    return {
-        "color": GENERATOR_COLOURS[i % len(GENERATOR_COLOURS)],
-        "marker": _GENERATOR_MARKERS[i % len(_GENERATOR_MARKERS)],
-    }
+    colours, markers = GENERATOR_COLOURS, _GENERATOR_MARKERS
+    return {"color": colours[i % len(colours)], "marker": markers[i % len(markers)]}
 
 
 def subject_of(methods: Iterable[str]) -> str:
@@ -200,6 +243,12 @@ def ends(low: float = -np.inf, high: float = np.inf) -> Callable[[Sequence[float
     return cut
 
 
+def by_method(methods: Sequence[str], column: str = "method") -> dict[str, Any]:
+    """seaborn's keywords for a colour a method, without a legend."""
+    palette = {method: colour(method) for method in methods}
+    return {"hue": column, "hue_order": methods, "palette": palette, "legend": False}
+
+
 def dots(
     ax: Axes,
     table: pd.DataFrame,
@@ -221,18 +270,15 @@ def dots(
     """
     names = list(table[row].unique()) if rows is None else list(rows)
     beside = row != "method" and len(methods) > 1
-    common: dict[str, Any] = {
-        "data": table, "x": value, "y": row, "order": names, "orient": "h", "hue": "method", "hue_order": methods,
-        "palette": {method: colour(method) for method in methods}, "ax": ax, "legend": False,
-    }  # fmt: skip
+    common = {"data": table, "x": value, "y": row, "order": names, "orient": "h", "ax": ax, **by_method(methods)}
+    labels: dict[str, Any] = {"xlabel": ax.get_xlabel(), "ylabel": ax.get_ylabel()}
     sns.stripplot(**common, dodge=beside, jitter=False, size=3, alpha=0.55, zorder=2)
     sns.pointplot(
         **common, dodge=0.8 - 0.8 / len(methods) if beside else False, errorbar=ends(*cut), linestyle="none",
         markers=[marker(method) for method in methods], err_kws={"linewidth": 1.4},
         **{"markersize": 6, "markeredgewidth": 1.2, "zorder": 3, **look},
     )  # fmt: skip
-    ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.set(xlabel="", ylabel="")
+    ax.set(ylim=(len(names) - 0.5, -0.5), **labels)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
     for i in range(1, len(names) if beside else 0):
@@ -246,48 +292,20 @@ def curves(ax: Axes, table: pd.DataFrame, x: str, value: str, methods: Sequence[
     """
     known = table.dropna(subset=[value])
     few = known.groupby("method")[x].transform("nunique") < CURVE
-    for part, draw in ((known[few], _bars), (known[~few], _bands)):
+    labels: dict[str, Any] = {"xlabel": ax.get_xlabel(), "ylabel": ax.get_ylabel()}
+    for part, bars in ((known[few], True), (known[~few], False)):
         drawn = [method for method in methods if (part["method"] == method).any()]
-        if drawn:
-            palette = {method: colour(method) for method in drawn}
-            common = {"data": part, "x": x, "y": value, "hue": "method", "hue_order": drawn, "palette": palette}
-            draw(drawn, **common, errorbar=ends(0.0, top), legend=False, ax=ax)
-    ax.set(xlabel="", ylabel="")
-
-
-def _bars(methods: Sequence[str], **common: Any) -> None:
-    markers = [marker(method) for method in methods]
-    sns.pointplot(**common, markers=markers, native_scale=True, markersize=7, linewidth=1.8, err_kws={"linewidth": 1.4})
-
-
-def _bands(methods: Sequence[str], **common: Any) -> None:
-    markers = {method: marker(method) for method in methods}
-    look: dict[str, Any] = {"markers": markers, "markersize": 7, "markeredgewidth": 0.5, "linewidth": 1.8}
-    sns.lineplot(**common, style="method", style_order=methods, dashes=False, **look)
-    for line in common["ax"].lines:
-        line.set_markevery(max(1, len(np.asarray(line.get_xdata())) // 5))
-
-
-def handle(label: str, **look: Any) -> Line2D:
-    """An entry of a legend."""
-    return Line2D([], [], label=label, **{"linewidth": 2.0, "markersize": 7, **look})
-
-
-def legend(fig: Figure, methods: Iterable[str], note: str, *more: Artist, columns: int = 3) -> None:
-    """The methods' colours and markers below the panels, then `more` entries; `note` says what is drawn."""
-    handles: list[Artist] = [handle(plain(method), color=colour(method), marker=marker(method)) for method in methods]
-    handles += more
-    fig.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), title=note)
-
-
-def legend_height(entries: int, columns: int = 3) -> float:
-    """Inches that `legend` takes."""
-    return 0.45 + 0.25 * -(-entries // columns)
-
-
-def put_title(fig: Figure, text: str) -> None:
-    """The figure's takeaway, at its left edge, in lines that fit its width."""
-    fig.suptitle("\n".join(title_lines(text)), x=0.01, ha="left")
+        if not drawn:
+            continue
+        common = {"data": part, "x": x, "y": value, "ax": ax, "errorbar": ends(0.0, top), **by_method(drawn)}
+        look = {"markers": [marker(method) for method in drawn], "markersize": 7, "linewidth": 1.8}
+        if bars:
+            sns.pointplot(**common, **look, native_scale=True, err_kws={"linewidth": 1.4})
+            continue
+        sns.lineplot(**common, **look, style="method", style_order=drawn, dashes=False, markeredgewidth=0.5)
+        for line in ax.lines:
+            line.set_markevery(max(1, len(np.asarray(line.get_xdata())) // 5))
+    ax.set(**labels)
 
 
 def title_lines(text: str, inches: float = WIDTH) -> list[str]:
@@ -300,12 +318,8 @@ def takeaway(what: str, values: pd.Series, others: bool = True) -> str:
     """The sentence of a title on per-seed values in per cent: dgs against lora, and the best of the others.
 
     Without dgs or lora it is about the best two. Differences are means over the seeds that both have; one whose 95 %
-    interval spans zero is said not to be shown.
-
-    Args:
-        what: was measured, as the sentence's first words.
-        values: index (method, seed).
-        others: whether the best other method has a clause.
+    interval spans zero is said not to be shown. `values`: index (method, seed). `others`: whether the best other method
+    has a clause.
     """
     means = values.groupby("method", sort=False).mean().sort_values(ascending=False, kind="stable")
     names = [str(name) for name in means.index]
@@ -326,15 +340,10 @@ def takeaway(what: str, values: pd.Series, others: bool = True) -> str:
 
 def relation(values: pd.Series, first: str, second: str) -> str:
     """How one method compares to another by per-seed per cent, in words that stand before the other's name."""
-    gap = paired_gap(values, first, second)
-    if gap is None:
+    both = pd.concat([values[first], values[second]], axis=1).dropna().to_numpy()
+    if not both.size:
         return "not comparable (no shared seed) to"
+    gap = paired_difference(*both.T)
     if gap.known and gap.spans_zero:
         return NOT_SHOWN
     return f"{rounded_text(abs(gap.mean))} points {'above' if gap.mean > 0 else 'below'}"
-
-
-def paired_gap(values: pd.Series, first: str, second: str) -> Interval | None:
-    """The paired difference over the seeds that both methods have; None without any."""
-    both = pd.concat([values[first], values[second]], axis=1, keys=["a", "b"]).dropna()
-    return None if both.empty else paired_difference(both["a"].to_numpy(), both["b"].to_numpy())

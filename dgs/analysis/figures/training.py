@@ -12,8 +12,14 @@ from dgs.analysis.figures.style import plain, style, takeaway
 from dgs.stats import rounded_text
 
 POINTS = 40  # of a curve of losses; longer logs are averaged in bins
+_LABELS = {  # a panel each
+    "loss_task": "Task loss (nats)",
+    "loss_text": "Text head's loss (nats)",
+    "val": "Validation balanced\naccuracy (%)",
+}
 
 
+@style()
 def training_curves(training: pd.DataFrame, validation: pd.DataFrame | None = None) -> Figure:
     """Losses (nats) and validation balanced accuracy (%) over the share of training done, mean over seeds.
 
@@ -34,40 +40,25 @@ def training_curves(training: pd.DataFrame, validation: pd.DataFrame | None = No
     table = training.assign(done=done, val=100.0 * training["val_balanced_acc"])
     width = 100.0 / POINTS
     binned = table.assign(done=(np.ceil(done / width) - 0.5) * width) if table["step"].nunique() > POINTS else table
-    known = {name: name in table and table[name].notna().any() for name in ("loss_text", "val")}
-    panels = ["loss_task", *(name for name in ("loss_text", "val") if known[name])]
-    panels += ["end"] if validation is not None else []
-    lines = -(-len(panels) // 2)
-    with style():
-        fig = look.new_figure(1.0 + 2.3 * lines + look.legend_height(len(methods)))
-        axes = dict(zip(panels, fig.subplots(lines, min(2, len(panels)), squeeze=False).ravel(), strict=False))
-        for ax in fig.axes[len(panels) :]:
-            ax.set_axis_off()
-        for name in panels[: panels.index("end") if "end" in panels else None]:
-            own = (table if name == "val" else binned).dropna(subset=[name])
-            own = own.groupby(["method", "seed", "done"], sort=False)[name].mean().reset_index()
-            look.curves(axes[name], own, "done", name, methods, top=100.0 if name == "val" else np.inf)
-            axes[name].set_xlabel("Training done (%)")
-            axes[name].set_xlim(0.0, 102.0)
-        axes["loss_task"].set_ylabel("Task loss (nats)")
-        if known["loss_text"]:
-            axes["loss_text"].set_ylabel("Text head's loss (nats)")
-            if "rho" in table and table["rho"].notna().any():
-                rho = float(table["rho"].iloc[0])
-                axes["loss_text"].axhline(entr(rho) + entr(1.0 - rho), **look.LINE)
-                axes["loss_text"].set_title(f"dashed: floor at ρ = {rho:g}", fontsize=10, fontweight="normal")
-        if known["val"]:
-            shortcut = "rho" in table and bool((table["rho"] > 0.5).any())
-            axes["val"].set_ylabel("Validation balanced\naccuracy (%)")
-            axes["val"].set_title("with the shortcut" if shortcut else "", fontsize=10, fontweight="normal")
-        if validation is not None:
-            kinds = {kind: "\n".join(kind.rsplit(" ", 1)) for kind in validation["images"].unique()}
-            percent = validation.assign(value=100.0 * validation["balanced_acc"], kind=validation["images"].map(kinds))
-            look.dots(axes["end"], percent, "value", "kind", methods)
-            axes["end"].set_xlabel("Final bal. accuracy (%)")
-        look.legend(fig, methods, "mean over seeds; band or bar: 95 % interval")
-        look.put_title(fig, _takeaway(table, validation))
-    return fig
+    rho = float(table["rho"].iloc[0]) if "rho" in table else np.nan
+    shown = [name for name in _LABELS if name in table and (name == "loss_task" or table[name].notna().any())]
+    fig, axes = look.panels(len(shown) + (validation is not None), 1.0, 2.3)
+    for ax, name in zip(axes, shown, strict=False):
+        own = (table if name == "val" else binned).dropna(subset=[name])
+        own = own.groupby(["method", "seed", "done"], sort=False)[name].mean().reset_index()
+        look.curves(ax, own, "done", name, methods, top=100.0 if name == "val" else np.inf)
+        ax.set(xlabel="Training done (%)", ylabel=_LABELS[name], xlim=(0.0, 102.0))
+        note = {"loss_text": f"dashed: floor at ρ = {rho:g}", "val": "with the shortcut" if rho > 0.5 else ""}
+        if np.isfinite(rho):
+            ax.set_title(note.get(name, ""), fontsize=10, fontweight="normal")
+        if np.isfinite(rho) and name == "loss_text":
+            ax.axhline(entr(rho) + entr(1.0 - rho), **look.LINE)
+    if validation is not None:
+        kinds = {kind: "\n".join(kind.rsplit(" ", 1)) for kind in validation["images"].unique()}
+        percent = validation.assign(value=100.0 * validation["balanced_acc"], kind=validation["images"].map(kinds))
+        look.dots(axes[-1], percent, "value", "kind", methods)
+        axes[-1].set_xlabel("Final bal. accuracy (%)")
+    return look.finish(fig, _takeaway(table, validation), look.BANDS, methods)
 
 
 def _takeaway(table: pd.DataFrame, validation: pd.DataFrame | None) -> str:
