@@ -25,7 +25,7 @@ def test_every_table_stands_in_a_document_once() -> None:
 
 
 def test_a_table_is_made_anew_as_deep_as_its_mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TABLES, "one", lambda: "| a |\n| --- |\n| 2 |")
+    monkeypatch.setitem(TABLES, "one", ("a", {"2": ""}, {}))
     text = "- of one:\n\n  <!-- table: one -->\n  | a |\n  | 1 |\n\n  <!-- end -->\n\nEnd.\n"
     made = "- of one:\n\n  <!-- table: one -->\n\n  | a |\n  | --- |\n  | 2 |\n\n  <!-- end -->\n\nEnd.\n"
     assert current(text) == made == current(made)

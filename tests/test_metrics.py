@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -89,27 +90,18 @@ class TestRow:
 
     @given(scored())
     @settings(deadline=None)
-    def test_rates_are_fractions_and_hang_together(self, case: tuple[np.ndarray, np.ndarray]) -> None:
-        row = detection_row(*case)
+    def test_rates_hang_together_and_rankings_follow_the_order_alone(self, case: tuple[np.ndarray, np.ndarray]) -> None:
+        labels, logits = case
+        row = detection_row(labels, logits)
         assert all(0.0 <= row[name] <= 1.0 for name in row if not name.startswith("n_"))
         assert row["balanced_acc"] == pytest.approx((row["r_acc"] + row["f_acc"]) / 2)
         weighted = (row["n_real"] * row["r_acc"] + row["n_fake"] * row["f_acc"]) / (row["n_real"] + row["n_fake"])
         assert row["acc"] == pytest.approx(weighted)
         assert row["tpr_at_1fpr"] <= row["tpr_at_5fpr"]
-
-    @given(scored())
-    @settings(deadline=None)
-    def test_ranking_ignores_a_monotone_change_of_the_logits(self, case: tuple[np.ndarray, np.ndarray]) -> None:
-        labels, logits = case
-        plain, bent = detection_row(labels, logits), detection_row(labels, np.exp(logits) - 2.0)
+        bent = detection_row(labels, np.exp(logits) - 2.0)
         for name in ("ap", "auroc", "tpr_at_1fpr", "tpr_at_5fpr"):
-            assert bent[name] == pytest.approx(plain[name])
-
-    @given(scored())
-    @settings(deadline=None)
-    def test_a_detector_turned_upside_down_turns_the_roc_curve(self, case: tuple[np.ndarray, np.ndarray]) -> None:
-        labels, logits = case
-        assert detection_row(labels, -logits)["auroc"] == pytest.approx(1.0 - detection_row(labels, logits)["auroc"])
+            assert bent[name] == pytest.approx(row[name])
+        assert detection_row(labels, -logits)["auroc"] == pytest.approx(1.0 - row["auroc"])
 
     @pytest.mark.parametrize(
         ("labels", "logits", "message"),
@@ -139,14 +131,19 @@ class TestThreshold:
         assert best_threshold(np.array([1, 0]), np.array([1.0, 2.0])) in (0.0, 3.0)
         assert np.isfinite(best_threshold(np.array([1, 0]), np.array([2.0, 2.0])))
 
-    @given(scored())
+    @given(scored(), st.integers(-5, 5))
     @settings(deadline=None)
-    def test_no_threshold_does_better(self, case: tuple[np.ndarray, np.ndarray]) -> None:
+    def test_no_threshold_does_better_wherever_logits_lie(
+        self, case: tuple[np.ndarray, np.ndarray], shift: int
+    ) -> None:
         labels, logits = case
-        best = detection_row(labels, logits, best_threshold(labels, logits))["balanced_acc"]
+        best, moved = (
+            detection_row(labels, z, best_threshold(labels, z))["balanced_acc"] for z in (logits, logits + shift)
+        )
         fakes, reals = logits[labels == 1], logits[labels == 0]
         tried = [(np.mean(fakes > t) + np.mean(reals <= t)) / 2 for t in np.arange(-4.0, 4.0, 0.125)]
         assert best >= max(tried) - 1e-12
+        assert moved == pytest.approx(best)
 
     def test_calibration_says_how_often_each_rule_was_wrong(self) -> None:
         labels, logits = np.array([0, 0, 0, 0, 1, 1]), np.array([-2.0, -1.0, 0.5, 1.0, 2.0, 3.0])
@@ -158,18 +155,16 @@ class TestThreshold:
         assert measured["val"]["caught"]["rate"] == 1.0
         assert json.loads(json.dumps(measured)) == measured
 
-    @given(scored(), st.integers(-5, 5))
-    @settings(deadline=None)
-    def test_shifted_logits_are_told_apart_as_well(self, case: tuple[np.ndarray, np.ndarray], shift: int) -> None:
-        labels, logits = case
-        rates = [detection_row(labels, z, best_threshold(labels, z))["balanced_acc"] for z in (logits, logits + shift)]
-        assert rates[0] == pytest.approx(rates[1])
+
+@pytest.fixture(scope="module")
+def lora() -> pd.DataFrame:
+    """Scores of one run; not to be changed."""
+    return scores_of([("lora", 0)])
 
 
 class TestReliability:
-    def test_by_hand(self) -> None:
-        scores = scores_of([("lora", 0)])
-        table = reliability(scores, {"a"}).set_index("bin")
+    def test_by_hand(self, lora: pd.DataFrame) -> None:
+        table = reliability(lora, {"a"}).set_index("bin")
         # b's fakes at -0.5, 0.5, 2, 3 beside the reals at -3, -2, -1, 1; 15 bins of sigmoid
         assert table["n"].to_dict() == {0: 1, 1: 1, 4: 1, 5: 1, 9: 1, 10: 1, 13: 1, 14: 1}
         assert table["fake"].to_dict() == {0: 0, 1: 0, 4: 0, 5: 1, 9: 1, 10: 0, 13: 1, 14: 1}
@@ -182,12 +177,12 @@ class TestReliability:
         expected = headline(detection_table(scores, {"a"})).query("generator == 'b'").set_index("method")["ece"]
         assert error.to_dict() == pytest.approx(expected.to_dict())
 
-    def test_each_generator_brings_its_reals_and_the_seen_ones_stand_in_where_none_is_unseen(self) -> None:
-        scores = scores_of([("lora", 0)])
-        assert reliability(scores, {"a"})["n"].sum() == 8
-        both = reliability(scores, set())
+    def test_each_generator_brings_its_reals_and_the_seen_ones_stand_in_where_none_is_unseen(
+        self, lora: pd.DataFrame
+    ) -> None:
+        both = reliability(lora, set())
         assert both["n"].sum() == 16 and (both["n"] * both["fake"]).sum() == 8
-        assert reliability(scores, {"a", "b"}).equals(both)
+        assert reliability(lora, {"a", "b"}).equals(both)
 
 
 class TestTable:
@@ -203,28 +198,29 @@ class TestTable:
         assert table.groupby("generator")["seen"].first().to_dict() == {"a": True, "b": False}
         assert set(zip(table["n_real"], table["n_fake"], strict=True)) == {(4, 4)}
 
-    def test_rows_are_those_of_detection_row(self) -> None:
-        scores = scores_of([("lora", 0)])
-        table = detection_table(scores, seen={"a"})
-        row = headline(table).set_index("generator").loc["b"]
+    def test_rows_are_those_of_detection_row(self, lora: pd.DataFrame) -> None:
+        row = headline(detection_table(lora, seen={"a"})).set_index("generator").loc["b"]
         for name, value in detection_row(LABELS, LOGITS.astype(np.float32)).items():
             assert row[name] == value, name
 
-    def test_own_and_shared_reals_give_the_same_rates_where_they_are_the_same_images(self) -> None:
-        shared, own = (detection_table(scores_of([("lora", 0)], reals), {"a"}) for reals in ("shared", "own"))
-        pd.testing.assert_frame_equal(shared.drop(columns="seen"), own.drop(columns="seen"))
+    def test_the_same_images_give_the_same_rates_as_own_or_shared_reals_in_any_order_with_or_without_rho(
+        self, lora: pd.DataFrame
+    ) -> None:
+        table = detection_table(lora, {"a"})
+        own = detection_table(scores_of([("lora", 0)], "own"), {"a"})
+        pd.testing.assert_frame_equal(table.drop(columns="seen"), own.drop(columns="seen"))
+        pd.testing.assert_frame_equal(table, detection_table(lora.sample(frac=1.0, random_state=0), {"a"}))
+        without = detection_table(lora.assign(rho=np.nan), {"a"})
+        assert len(without) == 6 and without["rho"].isna().all()
+        pd.testing.assert_frame_equal(without, detection_table(lora.drop(columns="rho"), {"a"}))
 
     def test_the_validation_threshold_comes_from_validation_scores(self) -> None:
         scores = scores_of([("lora", 0)])
         scores.loc[scores["split"] == "val", "logit"] += 100.0
         table = detection_table(scores, {"a"})
         assert (table.loc[table["threshold_rule"] == "val", "f_acc"] == 0.0).all()
-        ranking = ["ap", "auroc", "ece"]
-        by_rule = [table.loc[table["threshold_rule"] == rule, ranking].to_numpy() for rule in ("0.5", "val")]
+        by_rule = [table.loc[table["threshold_rule"] == rule, ["ap", "auroc", "ece"]] for rule in ("0.5", "val")]
         np.testing.assert_array_equal(*by_rule)
-
-    def test_without_validation_scores_there_is_no_validation_rule(self) -> None:
-        scores = scores_of([("lora", 0)])
         assert set(detection_table(scores[scores["split"] == "test"], {"a"})["threshold_rule"]) == {"0.5", "oracle"}
 
     def test_the_oracle_is_the_best_on_each_generators_own_test_scores(self) -> None:
@@ -246,41 +242,31 @@ class TestTable:
         assert (by_rule["oracle"] > by_rule["val"]).any(), "else the test says little"
         assert set(headline(table)["threshold_rule"]) == {"0.5"}
 
-    def test_data_without_rho_keeps_its_rows(self) -> None:
-        without = detection_table(scores_of([("lora", 0)], rho=np.nan), {"a"})
-        assert len(without) == 6 and without["rho"].isna().all()
-        pd.testing.assert_frame_equal(without, detection_table(scores_of([("lora", 0)]).drop(columns="rho"), {"a"}))
-
-    def test_the_order_of_the_scores_does_not_matter(self) -> None:
-        scores = scores_of([("lora", 0), ("lora", 1)])
-        shuffled = scores.sample(frac=1.0, random_state=0)
-        pd.testing.assert_frame_equal(detection_table(scores, {"a"}), detection_table(shuffled, {"a"}))
-
-    def test_other_conditions_have_rows_of_their_own(self) -> None:
-        scores = scores_of([("lora", 0)])
-        blurred = scores[scores["split"] == "test"].assign(condition="blur", logit=0.0)
-        table = detection_table(pd.concat([blurred, scores]), {"a"})
+    def test_other_conditions_have_rows_of_their_own(self, lora: pd.DataFrame) -> None:
+        blurred = lora[lora["split"] == "test"].assign(condition="blur", logit=0.0)
+        table = detection_table(pd.concat([blurred, lora]), {"a"})
         assert list(dict.fromkeys(table["condition"])) == ["native", "blur"]
         assert set(headline(table)["condition"]) == {"native"}
-        assert (headline(table, condition="blur")["auroc"] == 0.5).all()
+        assert (table.query("condition == 'blur' and applied_to == 'both'")["auroc"] == 0.5).all()
 
-    def test_mistakes_are_named(self) -> None:
-        scores = scores_of([("lora", 0)])
-        real, fake = scores["label"] == 0, scores["label"] == 1
-        with pytest.raises(UserError, match="'b' has no fake"):
-            detection_table(scores_of([("lora", 0)], "own").query("generator != 'b' or label == 0"), {"a"})
-        with pytest.raises(UserError, match="'a' has no real"):
-            detection_table(scores[fake & (scores["split"] == "test")], {"a"})
-        with pytest.raises(UserError, match="real images only"):
-            detection_table(scores[real & (scores["split"] == "test")], {"a"})
-        with pytest.raises(UserError, match="labelled fake"):
-            detection_table(scores[scores["split"] == "test"].assign(generator="real"), {"a"})
-        with pytest.raises(UserError, match="no test rows"):
-            detection_table(scores[scores["split"] == "val"], {"a"})
+    @pytest.mark.parametrize(
+        ("message", "rows", "values"),
+        [
+            ("'a' has no real", "label == 1 and split == 'test'", {}),
+            ("'b' has no fake", "label == 0 and split == 'test'", {"generator": "b"}),
+            ("real images only", "label == 0 and split == 'test'", {}),
+            ("labelled fake", "split == 'test'", {"generator": "real"}),
+            ("no test rows", "split == 'val'", {}),
+            ("lora, seed 0, generator a", "split == 'test'", {"logit": np.nan}),
+        ],
+    )
+    def test_mistakes_are_named(self, lora: pd.DataFrame, message: str, rows: str, values: dict[str, Any]) -> None:
+        with pytest.raises(UserError, match=message):
+            detection_table(lora.query(rows).assign(**values), {"a"})
+
+    def test_missing_columns_are_named(self, lora: pd.DataFrame) -> None:
         with pytest.raises(UserError, match=r"lack the columns \['logit'\]"):
-            detection_table(scores.drop(columns="logit"), {"a"})
-        with pytest.raises(UserError, match="lora, seed 0, generator a"):
-            detection_table(scores[scores["split"] == "test"].assign(logit=np.nan), {"a"})
+            detection_table(lora.drop(columns="logit"), {"a"})
 
     def test_a_file_keeps_types_and_booleans_are_lower_case(self, tmp_path: Path) -> None:
         table = detection_table(scores_of([("lora", 0)], rho=np.nan), {"a"}).replace({"generator": {"b": "NA"}})
@@ -305,11 +291,11 @@ def forgetting_of(runs: list[tuple[str, int]]) -> pd.DataFrame:
 class TestSummary:
     runs = (("lora", 0), ("lora", 1), ("lora", 2))
 
+    @pytest.fixture(scope="class")
     def detection(self) -> pd.DataFrame:
         return detection_table(scores_of(list(self.runs)), {"a"})
 
-    def test_numbers_by_hand(self) -> None:
-        detection = self.detection()
+    def test_numbers_by_hand(self, detection: pd.DataFrame) -> None:
         values = per_seed_values(detection, forgetting_of(list(self.runs)))
         first = values[values["seed"] == 0].set_index("metric")["value"]
         # generator a: 4 of 4 fakes; generator b: 3 of 4; reals 3 of 4
@@ -321,14 +307,14 @@ class TestSummary:
         assert first["retrieval_kept"] == pytest.approx(0.8)
         assert first["cka_to_frozen"] == 0.6 and first["cosine_drift"] == 0.3
 
-    def test_a_new_metric_is_one_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_new_metric_is_one_row(self, detection: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
         worst = Metric("worst_f_acc", "run", lambda run: float(run["f_acc"].min()))
         monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, worst))
-        made = summary(self.detection(), None, "mini", "abc")["methods"]["lora"]
+        made = summary(detection, None, "mini", "abc")["methods"]["lora"]
         assert made["worst_f_acc"]["mean"] == made["f_acc_unseen"]["mean"]
 
-    def test_contract_and_plain_json(self) -> None:
-        made = summary(self.detection(), forgetting_of(list(self.runs)), "mini", "abc")
+    def test_contract_and_plain_json(self, detection: pd.DataFrame) -> None:
+        made = summary(detection, forgetting_of(list(self.runs)), "mini", "abc")
         assert (made["profile"], made["data_hash"]) == ("mini", "abc")
         entry = made["methods"]["lora"]["balanced_acc_unseen"]
         assert list(entry) == ["mean", "low", "high", "per_seed"]
@@ -337,16 +323,11 @@ class TestSummary:
         assert json.loads(json.dumps(made, allow_nan=False)) == made
         assert all(value == round(value, 6) for value in entry["per_seed"].values())
 
-    def test_one_seed_has_null_ends(self) -> None:
-        made = summary(detection_table(scores_of([("lora", 7)]), {"a"}), None, "mini", "abc")
-        entry = made["methods"]["lora"]["balanced_acc_unseen"]
+    def test_one_seed_has_null_ends_and_what_the_data_lack_has_no_entry(self, lora: pd.DataFrame) -> None:
+        made = summary(detection_table(lora.assign(seed=7), {"a", "b"}), None, "mini", "abc")["methods"]["lora"]
+        entry = made["balanced_acc_seen"]
         assert entry["low"] is None and entry["high"] is None and list(entry["per_seed"]) == ["7"]
-        assert "zero_shot_kept" not in made["methods"]["lora"]
-
-    def test_data_without_unseen_generators_has_no_unseen_entries(self) -> None:
-        made = summary(detection_table(scores_of([("lora", 0)]), {"a", "b"}), None, "mine", "abc")
-        assert not [name for name in made["methods"]["lora"] if name.endswith("_unseen")]
-        assert "balanced_acc_seen" in made["methods"]["lora"]
+        assert "zero_shot_kept" not in made and not [name for name in made if name.endswith("_unseen")]
 
     def test_mixed_rho_is_refused(self) -> None:
         both = pd.concat([scores_of([("lora", 0)], rho=rho) for rho in (0.5, 0.9)])

@@ -24,7 +24,7 @@ from scipy.stats import norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgs.analysis.metrics import headline, in_order
+from dgs.analysis.metrics import headline, unique
 from dgs.errors import UserError
 from dgs.model.surgery import head_gradients, split_signs
 from dgs.model.training_log import angles, effective_rank
@@ -371,8 +371,8 @@ def _accuracies(detection: pd.DataFrame) -> pd.DataFrame:
     """Balanced accuracy of `headline` rows, a row a run and a column a generator, and the mean over unseen ones."""
     rows = headline(detection)
     table = rows.pivot_table(index=RUN, columns="generator", values="balanced_acc", sort=False)
-    unseen = in_order(rows.loc[~rows["seen"], "generator"])
-    table = table[in_order(rows["generator"])]
+    unseen = unique(rows.loc[~rows["seen"], "generator"])
+    table = table[unique(rows["generator"])]
     if unseen:
         table.insert(0, UNSEEN, table[unseen].mean(axis=1))
     return table
@@ -395,7 +395,7 @@ def correlations(table: pd.DataFrame, batches: pd.DataFrame, detection: pd.DataF
     methods = joined.index.get_level_values("method")
     rows = []
     for measure in (name for name in joined if name not in accuracies):
-        for method in [*in_order(methods), WITHIN]:
+        for method in [*unique(methods), WITHIN]:
             runs = joined if method == WITHIN else joined[methods == method]
             groups, seeds = (runs.index.get_level_values(level).to_numpy() for level in RUN)
             for generator in accuracies:

@@ -62,10 +62,7 @@ def mean_of(rate: str, seen: bool | None = None) -> Callable[[pd.DataFrame], flo
 
 
 def kept(prefix: str) -> Callable[[pd.DataFrame], float | None]:
-    """Mean of after / before over the measures named `prefix`...; one whose `before` is 0 has no ratio.
-
-    Ratios are not corrected for chance.
-    """
+    """Mean of after / before, not corrected for chance, over measures named `prefix`...; none where `before` is 0."""
 
     def mean(run: pd.DataFrame) -> float | None:
         ratio = (run["after"] / run["before"]).where(run["before"] != 0)[run["measure"].str.startswith(prefix)]
@@ -145,19 +142,18 @@ def metrics_of(*kinds: str) -> dict[str, Metric]:
 
 
 RATES = list(metrics_of("decisions", "ranking"))
-CELL_METRICS = tuple(key for key, metric in metrics_of("decisions", "ranking").items() if metric.headline)
 DETECTION_COLUMNS = [
     *RUN, "generator", "seen", "condition", "applied_to", "n_real", "n_fake", *RATES, "threshold_rule",
 ]  # fmt: skip
 
 
-def _rates(images: Scored, kind: str, *threshold: float) -> dict[str, Any]:
-    return {key: metric.function(images, *threshold) for key, metric in metrics_of(kind).items()}
+def _values(kind: str, *given: Any) -> dict[str, Any]:
+    return {key: metric.function(*given) for key, metric in metrics_of(kind).items()}
 
 
 def _fixed(images: Scored) -> dict[str, Any]:
     """What a set of images has at any threshold: counts of both labels, ranking metrics and calibration."""
-    return {"n_real": len(images.reals), "n_fake": len(images.fakes), **_rates(images, "ranking")}
+    return {"n_real": len(images.reals), "n_fake": len(images.fakes), **_values("ranking", images)}
 
 
 def detection_row(labels: np.ndarray, logits: np.ndarray, threshold: float = 0.0) -> dict[str, float | int]:
@@ -166,7 +162,7 @@ def detection_row(labels: np.ndarray, logits: np.ndarray, threshold: float = 0.0
     `labels`: (N,) 0 real, 1 fake; `logits`: (N,) floats; `threshold`: a logit. Raises UserError as `Scored.of` does.
     """
     images = Scored.of(labels, logits)
-    return {**_fixed(images), **_rates(images, "decisions", threshold)}
+    return {**_fixed(images), **_values("decisions", images, threshold)}
 
 
 def detection_table(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame:
@@ -184,8 +180,7 @@ def detection_table(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame
     Raises UserError for missing columns, no test rows, a generator without fakes or without reals (named), and fakes
     under the name "real".
     """
-    missing = [name for name in NEEDED if name not in scores.columns]
-    if missing:
+    if missing := [name for name in NEEDED if name not in scores.columns]:
         raise UserError(f"The scores lack the columns {missing}; found {list(scores.columns)}.")
     if not (scores["split"] == "test").any():
         raise UserError("The scores hold no test rows (column split = 'test'): score the test images first.")
@@ -202,7 +197,7 @@ def detection_table(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame
                 }  # fmt: skip
                 thresholds = {**chosen, ORACLE: best_threshold(images.truth, images.logits)}
                 rows += [
-                    {**shared, **_rates(images, "decisions", threshold), "threshold_rule": rule}
+                    {**shared, **_values("decisions", images, threshold), "threshold_rule": rule}
                     for rule, threshold in thresholds.items()
                 ]
     return _ordered(pd.DataFrame(rows, columns=DETECTION_COLUMNS))
@@ -217,7 +212,7 @@ def reliability(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame:
     probability (mean sigmoid(logit)), fake (share of fakes); empty bins are left out. Raises UserError as
     `detection_table` does.
     """
-    native = scores[(scores["split"] == "test") & (scores["condition"] == NATIVE) & (scores["applied_to"] == "both")]
+    native = native_rows(scores[scores["split"] == "test"])
     unseen = {name for name in native["generator"].unique() if not is_pool(name)} - set(seen)
     parts = []
     for (method, seed), run in native.groupby(["method", "seed"], sort=False):
@@ -231,23 +226,21 @@ def reliability(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame:
     return pd.concat(parts).reset_index()
 
 
-def headline(
-    detection: pd.DataFrame, condition: str = "native", applied_to: str = "both", threshold_rule: str = "0.5"
-) -> pd.DataFrame:
-    """The rows that headline numbers come from: unperturbed images, threshold 0.5, one value of rho.
+def native_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of scores or of a detection table that are of unperturbed images."""
+    return table[(table["condition"] == NATIVE) & (table["applied_to"] == "both")]
 
-    Returns a copy of the matching rows of a detection table. Raises UserError where none match, or where they mix
-    several values of rho.
+
+def headline(detection: pd.DataFrame) -> pd.DataFrame:
+    """A copy of the rows that headline numbers come from: unperturbed images, threshold 0.5, one value of rho.
+
+    Raises UserError where a detection table has none, or where they mix several values of rho.
     """
-    rows = detection[
-        (detection["condition"] == condition)
-        & (detection["applied_to"] == applied_to)
-        & (detection["threshold_rule"].astype(str) == threshold_rule)
-    ]
+    rows = native_rows(detection)
+    rows = rows[rows["threshold_rule"].astype(str) == "0.5"]
     if rows.empty:
         raise UserError(
-            f"The detection table has no rows with condition '{condition}', applied_to '{applied_to}' and "
-            f"threshold_rule '{threshold_rule}'."
+            f"The detection table has no rows with condition '{NATIVE}', applied_to 'both' and threshold_rule '0.5'."
         )
     one_rho(rows, "detection table")
     return rows.copy()
@@ -266,16 +259,17 @@ def per_seed_values(detection: pd.DataFrame, forgetting: pd.DataFrame | None = N
     Those of `METRICS`, from the `headline` rows of the detection table and from the forgetting table (columns method,
     seed, measure, before, after). A number without rows is left out. Raises UserError as `headline` does.
     """
-    found: list[tuple[Any, Any, str, float | None]] = []
-    for (method, seed), run in headline(detection).groupby(["method", "seed"], sort=False):
-        found += [(method, seed, key, metric.function(run)) for key, metric in metrics_of("run").items()]
-        for suite, part in by_suite(run).items():
-            of_suite = metrics_of("suite") if suite else {}
-            found += [(method, seed, key.format(suite=suite), m.function(part)) for key, m in of_suite.items()]
+    rows = headline(detection)
+    tables = [("run", "", rows), *(("suite", suite, part) for suite, part in by_suite(rows).items() if suite)]
     if forgetting is not None and not forgetting.empty:
         one_rho(forgetting, "forgetting table")
-        for (method, seed), run in forgetting.groupby(["method", "seed"], sort=False):
-            found += [(method, seed, key, metric.function(run)) for key, metric in metrics_of("forgetting").items()]
+        tables.append(("forgetting", "", forgetting))
+    found = [
+        (method, seed, key.format(suite=suite), value)
+        for kind, suite, table in tables
+        for (method, seed), run in table.groupby(["method", "seed"], sort=False)
+        for key, value in _values(kind, run).items()
+    ]
     measured = [row for row in found if row[-1] is not None]
     return pd.DataFrame(measured, columns=["method", "seed", "metric", "value"])
 
@@ -317,16 +311,14 @@ def by_suite(detection: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return parts
 
 
-def in_order(names: Iterable[Any]) -> list[str]:
+def unique(names: Iterable[Any]) -> list[str]:
     """Distinct names in order of appearance."""
-    return list(dict.fromkeys(str(name) for name in names))
+    return list(dict.fromkeys(map(str, names)))
 
 
 def generators_in_order(detection: pd.DataFrame) -> list[str]:
     """Distinct generators, those seen in training first, each group in order of appearance."""
-    return in_order(detection.loc[detection["seen"], "generator"]) + in_order(
-        detection.loc[~detection["seen"], "generator"]
-    )
+    return unique(detection.sort_values("seen", ascending=False, kind="stable")["generator"])
 
 
 def write_detection(detection: pd.DataFrame, path: str | Path) -> None:
@@ -348,7 +340,7 @@ def read_detection(path: str | Path) -> pd.DataFrame:
 
 def _conditions(test: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """(condition, applied_to, rows) of one run's test rows: those scored, and those composed with native scores."""
-    native = test[(test["condition"] == NATIVE) & (test["applied_to"] == "both")]
+    native = native_rows(test)
     for (condition, applied_to), part in test.groupby(["condition", "applied_to"], sort=False):
         yield str(condition), str(applied_to), part
         if condition != NATIVE and applied_to == "both" and not native.empty:
@@ -357,7 +349,7 @@ def _conditions(test: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
 
 
 def _validation_thresholds(run: pd.DataFrame) -> dict[str, float]:
-    native = run[(run["condition"] == NATIVE) & (run["applied_to"] == "both")]
+    native = native_rows(run)
     splits = {name: native[native["split"] == name] for name in VALIDATION}
     return {
         name: best_threshold(rows["label"].to_numpy(), rows["logit"].to_numpy())
@@ -390,7 +382,7 @@ def _generators(part: pd.DataFrame, run: str) -> Iterator[tuple[str, Scored]]:
 
 
 def _ordered(table: pd.DataFrame) -> pd.DataFrame:
-    orders = {"method": in_order(table["method"]), "condition": in_order([NATIVE, *table["condition"]])}
+    orders = {"method": unique(table["method"]), "condition": unique([NATIVE, *table["condition"]])}
     ranks = table.assign(
         unseen=~table["seen"], **{name: table[name].map(order.index) for name, order in orders.items()}
     )

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from dgs.analysis.metrics import by_suite, generators_in_order, headline, in_order, mean_of, paper_mean, read_detection
+from dgs.analysis.metrics import by_suite, generators_in_order, headline, mean_of, paper_mean, read_detection, unique
 from dgs.analysis.report import markdown_table, plus_minus, render
-from dgs.data.suites import SUITES
+from dgs.data.suites import AIGC_DETECT_BENCHMARK, AIGI_BENCH, SUITES, UNIVERSAL_FAKE_DETECT
 from dgs.errors import UserError
 from dgs.stats import percent_text, rounded_text
 
@@ -26,17 +26,8 @@ ACCURACY = {1: "AIGCDetectBenchmark", 3: "AIGIBench"}  # tables of one Real colu
 PRECISION = {2: "AIGCDetectBenchmark"}
 OURS = ("probe", "lora", "dgs")
 ROUNDING = 0.05 + 1e-6  # a printed average may be so far from the exact one
-# The re-run's names that are not the paper's after dropping case and punctuation, by benchmark.
-RENAMED = {
-    ("AIGCDetectBenchmark", "whichfaceisreal"): "WFIR",
-    ("AIGCDetectBenchmark", "stablediffusionv14"): "SDv1.4",
-    ("AIGCDetectBenchmark", "stablediffusionv15"): "SDv1.5",
-    ("AIGIBench", "midjourney"): "Midjourney-V6",
-}
 Measure = Callable[[pd.DataFrame], float | None]  # of one run's rows, a row a generator
 NAMES = {"f_acc": "F.Acc", "ap": "AP", "r_acc": "R.Acc", "acc": "Acc"}
-
-
 SUMMARY: dict[str, Measure] = {
     "Acc": mean_of("acc"),
     "R.Acc": mean_of("r_acc"),
@@ -69,7 +60,7 @@ def averages(cells: pd.DataFrame, table: int) -> pd.DataFrame:
     if table in ACCURACY:
         found[["r_acc", "f_acc"]] = single.pivot_table("value", "method", "metric")[["r_acc", "f_acc"]]
         found["balanced_acc"] = (found["r_acc"] + found["f_acc"]) / 2.0
-    return found.loc[in_order(own["method"])]
+    return found.loc[unique(own["method"])]
 
 
 def misprinted(found: pd.DataFrame) -> pd.Series:
@@ -81,17 +72,13 @@ def misprinted(found: pd.DataFrame) -> pd.Series:
 def rerun_cells(root: Path) -> pd.DataFrame:
     """The authors' re-run: columns benchmark, generator (the paper's name), acc, ap, r_acc, f_acc; paper's order."""
     found = pd.read_csv(_existing(root / "docs/paper/official_rerun.csv"))
-    paper = paper_cells(root)
-    fakes = paper[paper["metric"] == "f_acc"]
-    for benchmark in ACCURACY.values():
-        names = {_plain(name): name for name in in_order(fakes.loc[fakes["benchmark"] == benchmark, "column"])}
-        at = found["benchmark"] == benchmark
-        plain = found.loc[at, "generator"].map(_plain)
-        found.loc[at, "generator"] = [RENAMED.get((benchmark, name)) or names[name] for name in plain]
-    order = [*in_order(ACCURACY.values()), *in_order(found["benchmark"])]
-    generators = in_order([*paper["column"], *found["generator"]])
-    ranks = [found["benchmark"].map(order.index), found["generator"].map(generators.index)]
-    return found.loc[pd.concat(ranks, axis=1).sort_values(["benchmark", "generator"], kind="stable").index]
+    suites = {suite.name: suite for suite in (AIGC_DETECT_BENCHMARK, AIGI_BENCH, UNIVERSAL_FAKE_DETECT)}
+    named = [
+        suites[name].generator(folder) for name, folder in zip(found["benchmark"], found["generator"], strict=True)
+    ]
+    found["generator"] = [known.column for known in named if known]
+    order = [*suites, *paper_cells(root)["column"], *found["generator"]]
+    return found.sort_values(["benchmark", "generator"], key=lambda names: names.map(order.index))
 
 
 def theirs(root: Path) -> pd.DataFrame:
@@ -133,17 +120,15 @@ def page(root: Path) -> str:
     """
     cells, known = paper_cells(root), theirs(root)
     measured = headline(read_detection(_existing(root / "results/mini/detection.csv")))
-    ours = measured.assign(method="ours, `" + measured["method"] + "`")
-    parts = list(known.groupby(["method", "benchmark"], sort=False))
-    shown = [(str(benchmark), rows) for (_, benchmark), rows in parts]
+    shown = [(str(benchmark), rows) for (_, benchmark), rows in known.groupby(["method", "benchmark"], sort=False)]
     for name in OURS:
-        own = ours[ours["method"] == f"ours, `{name}`"]
+        own = _named_ours(measured[measured["method"] == name])
         shown += [("embedded, all", own), ("embedded, unseen", own[~own["seen"]])]
     full = []
     for number in (1, 2, 3):
         own = cells[(cells["table"] == number) & (cells["column"] != PRINTED)]
         wide = own.pivot(index="column", columns="method", values="value")
-        wide = wide.loc[in_order(own["column"]), in_order(own["method"])].map(rounded_text)
+        wide = wide.loc[unique(own["column"]), unique(own["method"])].map(rounded_text)
         what = "average precision" if number in PRECISION else "accuracy on real images, and on fakes of each generator"
         full.append((number, what, markdown_table(["", *wide.columns], wide.itertuples())))
     return render(
@@ -151,27 +136,22 @@ def page(root: Path) -> str:
         subject=SUBJECT,
         side_by_side=side_by_side(shown),
         averages=[(n, benchmark, *_averages(cells, n)) for n, benchmark in {**ACCURACY, **PRECISION}.items()],
-        by_generator=[
-            (name, *_by_generator(known[known["benchmark"] == name])) for name in in_order(known["benchmark"])
-        ],
+        by_generator=[(name, *_by_generator(known[known["benchmark"] == name])) for name in unique(known["benchmark"])],
         ours=_ours(measured),
         full=full,
     )
 
 
 def _averages(cells: pd.DataFrame, number: int) -> tuple[str, str]:
-    found = averages(cells, number)
-    kind, more = ("mAcc", ["r_acc", "f_acc", "balanced_acc"]) if number in ACCURACY else ("mean AP", [])
-    rows = found[["average", "printed", *more]].map(rounded_text)
-    rows["average"] = found["average"].map(lambda mean: rounded_text(mean, 2))
-    header = [
-        "method",
-        f"{kind}, recomputed",
-        f"{kind}, printed",
-        *["R.Acc", "F.Acc, mean", "balanced acc."][: len(more)],
-    ]
+    found, kind = averages(cells, number), "mAcc" if number in ACCURACY else "mean AP"
+    header = {
+        "average": f"{kind}, recomputed", "printed": f"{kind}, printed",
+        "r_acc": "R.Acc", "f_acc": "F.Acc, mean", "balanced_acc": "balanced acc.",
+    }  # fmt: skip
+    columns = [column for column in header if column in found]
+    rows = found[columns].map(rounded_text).assign(average=found["average"].map(lambda mean: rounded_text(mean, 2)))
     wrong = [f"{method} {rounded_text(gap, 2, sign=True)}" for method, gap in misprinted(found).items()]
-    return markdown_table(header, rows.itertuples()), ", ".join(wrong)
+    return markdown_table(["method", *(header[column] for column in columns)], rows.itertuples()), ", ".join(wrong)
 
 
 def _by_generator(rows: pd.DataFrame) -> tuple[str, str, str, str]:
@@ -180,7 +160,7 @@ def _by_generator(rows: pd.DataFrame) -> tuple[str, str, str, str]:
     columns = {f"re-run {label}": rerun[rate] for rate, label in NAMES.items()}
     if len(paper):
         columns = {f"paper {NAMES[rate]}": paper[rate] for rate in ("f_acc", "ap")} | columns
-    lines = [[name, *(_known(of.get(name)) for of in columns.values())] for name in in_order(rows["generator"])]
+    lines = [[name, *(_known(of.get(name)) for of in columns.values())] for name in unique(rows["generator"])]
     real = _known(paper["r_acc"].iloc[0]) if len(paper) else ""
     lowest = f"{_known(rerun['r_acc'].min())} ({rerun['r_acc'].idxmin()})"
     absent = ", ".join(name for name in paper.index if name not in rerun.index)
@@ -203,30 +183,28 @@ def suite_sections(detection: pd.DataFrame, root: Path) -> list[str]:
 
     `root`: the repository, for docs/paper. Raises UserError as `metrics.headline` does, or where that lacks a file.
     """
-    parts = {suite: rows for suite, rows in by_suite(headline(detection)).items() if suite}
-    if not parts:
+    parts = by_suite(headline(detection))
+    shown, suites = [], []
+    for suite in SUITES:
+        if (tested := parts.get(suite.name)) is not None:
+            known = theirs(root)
+            rows = pd.concat([known[known["benchmark"] == suite.name], _named_ours(tested)])
+            absent = [known.column for known in suite.generators if known.column not in set(tested["generator"])]
+            tables = [_suite_table(rows, tested, rate) for rate in ("f_acc", "ap")]
+            shown.append((suite.name, rows))
+            suites.append((suite.name, ", ".join(absent), *tables))
+    if not suites:
         return []
-    known = theirs(root)
-    whole = {}
-    for suite, rows in parts.items():
-        ours = rows.assign(method="ours, `" + rows["method"] + "`")
-        whole[suite] = pd.concat([known[known["benchmark"] == suite], ours])
-    columns = {suite.name: [generator.column for generator in suite.generators] for suite in SUITES}
-    suites = [
-        (
-            suite,
-            ", ".join(name for name in columns[suite] if name not in set(parts[suite]["generator"])),
-            _suite_table(rows, parts[suite], "f_acc"),
-            _suite_table(rows, parts[suite], "ap"),
-        )
-        for suite, rows in whole.items()
-    ]
-    return [render("paper-suites.md.j2", side_by_side=side_by_side(whole.items()), suites=suites).rstrip()]
+    return [render("paper-suites.md.j2", side_by_side=side_by_side(shown), suites=suites).rstrip()]
+
+
+def _named_ours(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.assign(method="ours, `" + rows["method"] + "`")
 
 
 def _suite_table(rows: pd.DataFrame, tested: pd.DataFrame, rate: str) -> str:
     """A row a generator that was tested and their mean last, a column a source; of accuracies with Real first."""
-    sources = [PAPER, RERUN, *(name for name in in_order(rows["method"]) if name not in (PAPER, RERUN))]
+    sources = [PAPER, RERUN, *(name for name in unique(rows["method"]) if name not in (PAPER, RERUN))]
     own = {name: rows[rows["method"] == name] for name in sources}
 
     def line(label: str, seen: str, measure: Measure, generator: str | None = None) -> list[str]:
@@ -234,7 +212,7 @@ def _suite_table(rows: pd.DataFrame, tested: pd.DataFrame, rate: str) -> str:
         return [label, seen, *(cell(part, measure) for part in parts)]
 
     lines = [line("Real", "", mean_of("r_acc"))] if rate == "f_acc" else []
-    for name in in_order(tested["generator"]):
+    for name in unique(tested["generator"]):
         seen = tested.loc[tested["generator"] == name, "seen"].iloc[0]
         lines.append(line(name, "seen" if seen else "unseen", mean_of(rate), name))
     last = line("**mAcc**", "", paper_mean) if rate == "f_acc" else line("**mean**", "", mean_of(rate))
@@ -243,10 +221,6 @@ def _suite_table(rows: pd.DataFrame, tested: pd.DataFrame, rate: str) -> str:
 
 def _known(fraction: float | None) -> str:
     return "–" if fraction is None or pd.isna(fraction) else percent_text(fraction)
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def _existing(path: Path) -> Path:

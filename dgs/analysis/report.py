@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from dgs.analysis import metrics
-from dgs.analysis.metrics import CELL_METRICS, ORACLE, generators_in_order, in_order, metrics_of, per_seed_values
+from dgs.analysis.metrics import ORACLE, generators_in_order, headline, metrics_of, native_rows, per_seed_values, unique
 from dgs.analysis.robustness import changes, conditions_of, format_conditions, means_over_generators, readings
 from dgs.conditions import NATIVE
+from dgs.params import dotted
 from dgs.stats import (
     Interval,
     interval_text,
@@ -37,6 +37,7 @@ NOT_OF_TRAINING = (
     "methods", "train.log_every", "train.log_gradients", "compute.batch_size", "compute.jobs", "compute.workers",
     "evaluate.", "gradient_angles.",
 )  # fmt: skip
+RUN = ["method", "seed"]
 OF_METHODS = ("settings", "tuned")  # groups of settings that have a method's own below its name
 BLOCK = "_block:"  # in the name of a measure of a single vision block
 FEW_SEEDS = 3  # fewer say next to nothing about how far a number would move
@@ -60,26 +61,22 @@ def write_report(
     figures: Sequence[str | PurePath] = (),
     suites: Sequence[str] = (),
 ) -> Path:
-    """Writes REPORT.md: headline numbers with intervals, differences to lora, tables, figures, a guide, the settings.
+    """Writes REPORT.md; the same input gives the same bytes. Returns the path, whose parent folders are made.
 
     `summary`: as `metrics.summary` returns it; `detection`, `forgetting`: the tables it was made from; `settings`:
-    method -> the settings its checkpoints were trained with, nested or flat, in method order; `figures`: image paths
-    relative to the report's folder, shown in that order; `suites`: sections on the paper's suites
-    (`paper.suite_sections`). A setting that methods share is printed once; where they
-    differ each method's value is, and a line at the top warns that methods differ by more than the method; another
-    warns of fewer than 3 seeds. Rates are printed in
-    per cent, and equal ones alike (`stats.rounded_text`). The same input gives the same bytes: no time, no
-    machine. Returns the path; parent folders are made. Raises UserError as `metrics.headline` does, ValueError for an
-    absolute figure path and for settings that are not one mapping a method.
+    method -> the settings its checkpoints were trained with, nested or flat, in method order: one that methods share is
+    printed once, and a line at the top warns of others; `figures`: image paths relative to the report's folder;
+    `suites`: sections on the paper's suites (`paper.suite_sections`). Raises UserError as `metrics.headline` does,
+    ValueError for an absolute figure path and for settings that are not one mapping a method.
     """
     for figure in figures:
         if PurePath(figure).is_absolute() or os.fspath(figure).startswith("/"):
             raise ValueError(f"expected figure paths relative to the report, found {figure}")
-    rows = metrics.headline(detection)
-    methods = summary["methods"]
+    rows, methods = headline(detection), summary["methods"]
     seeds_of = rows.groupby("method", sort=False)["seed"].nunique()
     seeds = int(seeds_of.max())
-    by_setting = _by_setting(settings)
+    by_setting, rates = _by_setting(settings), metrics_of("decisions", "ranking").values()
+    equal = np.allclose(rows["acc"], rows["balanced_acc"], rtol=0, atol=1e-9)
     text = render(
         "REPORT.md.j2",
         seeds=seeds,
@@ -95,17 +92,19 @@ def write_report(
         oracle=(detection["threshold_rule"].astype(str) == ORACLE).any(),
         operating_points=_operating_points(detection),
         suites="\n\n".join(suites),
-        equal=np.allclose(rows["acc"], rows["balanced_acc"], rtol=0, atol=1e-9),
-        by_generator=_by_generator(rows),
+        equal=equal,
+        by_generator=[
+            (m.label, _by_generator(rows, m.key)) for m in rates if m.headline and not (equal and m.key == "acc")
+        ],
         robustness=_robustness(detection),
-        forgetting=_measures(forgetting, blocks=False),
-        blocks=_measures(forgetting, blocks=True),
+        forgetting="" if forgetting is None else _measures(forgetting, blocks=False),
+        blocks="" if forgetting is None else _measures(forgetting, blocks=True),
         figures=[PurePath(figure) for figure in figures],
         alone=min((len(e["per_seed"]) for numbers in methods.values() for e in numbers.values()), default=0) == 1,
         summary=summary,
         rows=rows,
-        seen=in_order(rows.loc[rows["seen"], "generator"]),
-        unseen=in_order(rows.loc[~rows["seen"], "generator"]),
+        seen=unique(rows.loc[rows["seen"], "generator"]),
+        unseen=unique(rows.loc[~rows["seen"], "generator"]),
         span=_span,
         settings=_settings(settings, by_setting),
     )
@@ -153,21 +152,17 @@ def cells(values: pd.Series, methods: Sequence[str], sign: bool = False) -> list
     return [plus_minus(values[of == method], sign) for method in methods]
 
 
-def _entry(entry: Mapping[str, Any]) -> str:
+def _entry(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "–"
     low, high = (np.nan if entry[end] is None else 100 * entry[end] for end in ("low", "high"))
     return interval_text(Interval(100 * entry["mean"], low, high), sign=False)
 
 
 def _headline(methods: Mapping[str, Mapping[str, Any]]) -> str:
-    shown = {
-        key: metric.label
-        for key, metric in COMPARED.items()
-        if metric.headline and any(key in numbers for numbers in methods.values())
-    }
-    rows = [
-        [f"`{name}`", *(_entry(numbers[key]) if key in numbers else "–" for key in shown)]
-        for name, numbers in methods.items()
-    ]
+    measured = set().union(*methods.values())
+    shown = {key: metric.label for key, metric in COMPARED.items() if metric.headline and key in measured}
+    rows = [[f"`{name}`", *(_entry(numbers.get(key)) for key in shown)] for name, numbers in methods.items()]
     return markdown_table(["method", *shown.values()], rows)
 
 
@@ -175,7 +170,7 @@ def _differences(values: pd.DataFrame) -> str:
     """Paired differences to the baseline, from `per_seed_values` (not from metrics.json, whose seeds are rounded)."""
     by_seed = 100 * values.pivot(index=["metric", "seed"], columns="method", values="value")
     rows = []
-    for name in in_order(values["method"]) if BASELINE in by_seed else ():
+    for name in unique(values["method"]) if BASELINE in by_seed else ():
         for key, metric in COMPARED.items():
             if name == BASELINE or key not in by_seed.index:
                 continue
@@ -220,7 +215,7 @@ def _over_seeds_and_generators(rows: pd.DataFrame) -> str:
 
 def _operating_points(detection: pd.DataFrame) -> str:
     """Threshold 0.5 against the validation threshold, and the rates that no threshold enters."""
-    native = detection[(detection["condition"] == NATIVE) & (detection["applied_to"] == "both")]
+    native = native_rows(detection)
     native = native[native["seen"] == native["seen"].all()]
     by_rule = dict(list(native.groupby(native["threshold_rule"].astype(str))))
     columns = {
@@ -233,83 +228,72 @@ def _operating_points(detection: pd.DataFrame) -> str:
         "AUROC": ("0.5", "auroc"),
         "calibration error": ("0.5", "ece"),
     }
-    columns = {name: (rule, rate) for name, (rule, rate) in columns.items() if rule in by_rule}
-    methods = in_order(by_rule["0.5"]["method"])
-    means = [by_rule[rule].groupby(["method", "seed"])[rate].mean() for rule, rate in columns.values()]
-    rows = zip([f"`{method}`" for method in methods], *(cells(mean, methods) for mean in means), strict=True)
-    return markdown_table(["method", *columns], rows)
+    methods = unique(by_rule["0.5"]["method"])
+    found = {"method": [f"`{method}`" for method in methods]}
+    for name, (rule, rate) in columns.items():
+        if rule in by_rule:
+            found[name] = cells(by_rule[rule].groupby(RUN)[rate].mean(), methods)
+    return markdown_table(found, zip(*found.values(), strict=True))
 
 
-def _by_generator(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    """A table a rate, titled; not of accuracy where it is balanced accuracy, and one row where generators share it."""
-    methods, generators = in_order(rows["method"]), generators_in_order(rows)
-    rates = metrics_of("decisions", "ranking")
-    found = []
-    for key in CELL_METRICS:
-        by_run = rows.set_index(["method", "seed"])[key]
-        if key == "acc" and np.allclose(rows["acc"], rows["balanced_acc"], rtol=0, atol=1e-9):
-            continue
-        lines = []
-        if key == "r_acc" and len(generators) > 1 and by_run.groupby(level=["method", "seed"]).nunique().max() == 1:
-            lines.append(["each", "", *cells(by_run.groupby(level=["method", "seed"]).first(), methods)])
-        for generator in generators if not lines else ():
-            own = (rows["generator"] == generator).to_numpy()
-            lines.append([generator, "seen" if rows["seen"][own].any() else "unseen", *cells(by_run[own], methods)])
-        for seen, word in ((True, "seen"), (False, "unseen")) if len(lines) > 1 else ():
-            part = rows[rows["seen"] == seen]
-            if part["generator"].nunique() > 1:
-                means = part.groupby(["method", "seed"], sort=False)[key].mean()
-                lines.append(["**mean**", word, *cells(means, methods)])
-        table = markdown_table(["generator", "in training", *(f"`{method}`" for method in methods)], lines)
-        found.append((rates[key].label, table))
-    return found
+def _by_generator(rows: pd.DataFrame, rate: str) -> str:
+    """A rate of each generator and its means; one row where all generators share it, as they share photographs."""
+    methods, generators, by_run = unique(rows["method"]), generators_in_order(rows), rows.set_index(RUN)[rate]
+    if rate == "r_acc" and len(generators) > 1 and by_run.groupby(level=RUN).nunique().max() == 1:
+        lines = [["each", "", *cells(by_run.groupby(level=RUN).first(), methods)]]
+    else:
+        of, seen = rows["generator"].to_numpy(), rows["seen"].to_numpy()
+        lines = [
+            [name, "seen" if seen[of == name].any() else "unseen", *cells(by_run[of == name], methods)]
+            for name in generators
+        ]
+        for word, chosen in (("seen", seen), ("unseen", ~seen)):
+            if len(set(of[chosen])) > 1:
+                lines.append(["**mean**", word, *cells(by_run[chosen].groupby(level=RUN, sort=False).mean(), methods)])
+    return markdown_table(["generator", "in training", *(f"`{method}`" for method in methods)], lines)
 
 
 def _robustness(detection: pd.DataFrame) -> dict[str, Any]:
     """What changes to the test images cost, and whether a method is fragile or reads the change itself."""
     means, _ = means_over_generators(detection)
     conditions = conditions_of(means)
-    methods = in_order(means.loc[means["condition"] != NATIVE, "method"])
-    table, names = changes(means), [f"`{method}`" for method in methods]
-    by_run = table.set_index(["method", "seed"])
+    if not conditions:
+        return {}
+    methods, table = unique(means.loc[means["condition"] != NATIVE, "method"]), changes(means)
+    names, by_run = [f"`{method}`" for method in methods], table.set_index(RUN)
 
     def of(measure: str, *first: list[str]) -> str:
         own = by_run[by_run["measure"] == measure]
         rows = [
             [f"`{c.name}`", *cells(own.loc[own["condition"] == c.name, "value"], methods, True)] for c in conditions
         ]
-        return markdown_table(["condition", *names], [*first, *rows])
+        return markdown_table(["condition", *names], [*first, *rows] if len(own) else ())
 
-    if not conditions:
-        return {}
-    native = means[means["condition"] == NATIVE].set_index(["method", "seed"])["balanced_acc"]
+    native = means[means["condition"] == NATIVE].set_index(RUN)["balanced_acc"]
     formats = []
     for name, (condition, applied_to) in format_conditions(conditions).items():
         part = means[(means["condition"] == condition) & (means["applied_to"] == applied_to)]
         rates = [part.loc[part["method"] == method, ["r_acc", "f_acc"]] for method in methods]
         formats.append([name, *(" / ".join(map(percent_text, own.mean())) if len(own) else "–" for own in rates)])
-    told = {method: readings(table, method, conditions) for method in methods}
     return {
         "accuracy": of("accuracy", ["native", *cells(native, methods)]),
         "ranking": of("ranking"),
-        "shift": of("shift") if (table["measure"] == "shift").any() else "",
+        "shift": of("shift"),
         "readings": [
             (method, [f"{READINGS[kind]} {', '.join(found)}" for kind, found in kinds.items() if found])
-            for method, kinds in told.items()
+            for method in methods
+            for kinds in [readings(table, method, conditions)]
         ],
         "formats": markdown_table(["format", *names], formats),
     }
 
 
-def _measures(forgetting: pd.DataFrame | None, blocks: bool) -> str:
+def _measures(forgetting: pd.DataFrame, blocks: bool) -> str:
     """What the tower knows before and after, of single vision blocks or of the whole."""
-    if forgetting is None or forgetting.empty:
-        return ""
-    methods = in_order(forgetting["method"])
-    rows = []
-    for measure in in_order(forgetting["measure"]):
+    methods, rows = unique(forgetting["method"]), []
+    for measure in unique(forgetting["measure"]):
         if (BLOCK in measure) == blocks:
-            own = forgetting[forgetting["measure"] == measure].set_index(["method", "seed"])
+            own = forgetting[forgetting["measure"] == measure].set_index(RUN)
             rows.append([_measure_text(measure), percent_text(own["before"].mean()), *cells(own["after"], methods)])
     return markdown_table(["measure", "before", *(f"`{method}`" for method in methods)], rows)
 
@@ -326,21 +310,13 @@ def _span(counts: pd.Series) -> str:
     return " to ".join(map(str, sorted({int(counts.min()), int(counts.max())})))
 
 
-def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in params.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _by_setting(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     """{setting: its value for each method, in order}, "–" where a method lacks it."""
     for method, own in settings.items():
         if not isinstance(own, Mapping):
             raise ValueError(f"expected the settings of each method, {{method: {{setting: value}}}}, found {method!r}")
-    flat = [dict(_flat(own)) for own in settings.values()]
-    return {key: [str(own.get(key, "–")) for own in flat] for key in dict.fromkeys(key for own in flat for key in own)}
+    flat = [dotted(own) for own in settings.values()]
+    return {key: [str(own.get(key, "–")) for own in flat] for key in unique(key for own in flat for key in own)}
 
 
 def _settings(settings: Mapping[str, Mapping[str, Any]], by_setting: Mapping[str, Sequence[str]]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from dgs.analysis.metrics import in_order
+from dgs.analysis.metrics import unique
 from dgs.conditions import NATIVE, Condition, parse_condition
 from dgs.stats import Interval, seed_interval
 
@@ -21,8 +21,8 @@ MEASURES = ("accuracy", "ranking", "shift")
 
 def conditions_of(detection: pd.DataFrame) -> list[Condition]:
     """Conditions of a detection table other than native, kind by kind in order of appearance, mild ones first."""
-    found = [parse_condition(name) for name in in_order(detection["condition"]) if name != NATIVE]
-    kinds = in_order(condition.kind for condition in found)
+    found = [parse_condition(name) for name in unique(detection["condition"]) if name != NATIVE]
+    kinds = unique(condition.kind for condition in found)
     return sorted(found, key=lambda condition: (kinds.index(condition.kind), condition.severity))
 
 

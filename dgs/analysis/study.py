@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import pandas as pd
 import yaml
 from scipy.stats import kendalltau
 
-from dgs.analysis.metrics import headline, in_order, per_seed_values, read_detection
-from dgs.analysis.report import markdown_table, plus_minus, render
+from dgs.analysis.metrics import headline, per_seed_values, read_detection, unique
+from dgs.analysis.report import COMPARED, markdown_table, plus_minus, render
 from dgs.analysis.tuning import RULES, choices
 from dgs.atomic import replacing_file
 from dgs.errors import UserError
@@ -38,14 +39,10 @@ SUBJECT, BASELINE, PAPERS = "dgs_plus", "lora", "dgs"
 PARTS = ("poe_swad",)  # of the subject, so no rivals of it
 GOALS = {0.9: 15.0, 0.75: 6.6, 0.5: 0.0}  # points above lora on unseen generators that were asked of the subject
 KEPT = 0.95  # share of the frozen tower's abilities that was asked of it
-UNSEEN = "balanced_acc_unseen"
+UNSEEN, ABILITIES = "balanced_acc_unseen", ("zero_shot_kept", "retrieval_kept")
 SHOWN = {
-    UNSEEN: "unseen",
-    "worst_generator_balanced_acc": "worst generator",
-    "balanced_acc_seen": "seen",
-    "ap_unseen": "AP, unseen",
-    "zero_shot_kept": "zero-shot kept",
-    "retrieval_kept": "retrieval kept",
+    key: COMPARED[key].label.removeprefix("balanced acc., ")
+    for key in (UNSEEN, "worst_generator_balanced_acc", "balanced_acc_seen", "ap_unseen", *ABILITIES)
 }
 STORE = Path("results/study")  # the tables of all conditions, whose own results folders are not committed
 TABLES = ("detection", "forgetting")
@@ -81,7 +78,7 @@ class Condition:
 
     @property
     def methods(self) -> list[str]:
-        return in_order(self.values["method"])
+        return unique(self.values["method"])
 
 
 def read_tables(root: Path, profile: str) -> dict[str, pd.DataFrame]:
@@ -93,11 +90,9 @@ def read_tables(root: Path, profile: str) -> dict[str, pd.DataFrame]:
     folder = root / "results" / profile
     if (folder / "metrics.json").exists():
         data_hash = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["data_hash"]
-        detection, forgetting = read_detection(folder / "detection.csv"), pd.read_csv(folder / "forgetting.csv")
         labels = pd.DataFrame({"profile": profile, "data_hash": data_hash}, index=[0])
-        return {
-            name: labels.merge(table, how="cross") for name, table in zip(TABLES, (detection, forgetting), strict=True)
-        }
+        detection, forgetting = read_detection(folder / "detection.csv"), pd.read_csv(folder / "forgetting.csv")
+        return {"detection": labels.merge(detection, how="cross"), "forgetting": labels.merge(forgetting, how="cross")}
     found = {name: table[table["profile"] == profile] for name, table in _stored(root).items()}
     if not found or found["detection"].empty:
         raise UserError(f"Expected results of the profile {profile}, found none. Run make repro PROFILE={profile}.")
@@ -115,7 +110,7 @@ def keep_runs(root: Path) -> None:
     profiles = sorted(path.parent.name for path in root.glob("results/study-*/metrics.json"))
     runs, stored = [read_tables(root, profile) for profile in profiles], _stored(root)
     for name in TABLES if runs else ():
-        before = [table[~table["profile"].isin(profiles)] for kind, table in stored.items() if kind == name]
+        before = [stored[name].query("profile not in @profiles")] if name in stored else []
         (root / STORE).mkdir(parents=True, exist_ok=True)
         with replacing_file(root / STORE / f"{name}.parquet") as draft:
             whole = pd.concat([*before, *(run[name] for run in runs)], ignore_index=True)
@@ -145,26 +140,24 @@ def comparison_table(conditions: Sequence[Condition]) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     for condition in conditions:
-        for method in condition.methods:
+        for method, metric in product(condition.methods, SHOWN):
+            values = condition.of(method, metric)
+            if values.empty:
+                continue
             others = [other for other in (BASELINE, PAPERS) if other in condition.methods and other != method]
-            for metric in SHOWN:
-                values = condition.of(method, metric)
-                if values.empty:
-                    continue
-                row: dict[str, Any] = {
-                    "condition": condition.name, "rho": condition.rho, "method": method, "metric": metric,
-                    "n_seeds": len(values), **seed_interval(values.to_numpy())._asdict(),
-                }  # fmt: skip
+            row: dict[str, Any] = {
+                "condition": condition.name, "rho": condition.rho, "method": method, "metric": metric,
+                "n_seeds": len(values), **seed_interval(values.to_numpy())._asdict(),
+            }  # fmt: skip
+            for other in others:
+                gap = condition.gap(method, other, metric)
+                row |= {f"minus_{other}": gap.mean, f"minus_{other}_low": gap.low, f"minus_{other}_high": gap.high}
+            if metric == UNSEEN:
+                row["iqm"] = iqm(condition.cells[method].to_numpy())
                 for other in others:
-                    ends = ("", "_low", "_high")
-                    gap = condition.gap(method, other, metric)
-                    row |= {f"minus_{other}{end}": value for end, value in zip(ends, gap, strict=True)}
-                if metric == UNSEEN:
-                    row["iqm"] = iqm(condition.cells[method].to_numpy())
-                    for other in others:
-                        boot = stratified_bootstrap(condition.cell_gaps(method, other).to_numpy())
-                        row |= {f"minus_{other}_boot_low": boot.low, f"minus_{other}_boot_high": boot.high}
-                rows.append(row)
+                    boot = stratified_bootstrap(condition.cell_gaps(method, other).to_numpy())
+                    row |= {f"minus_{other}_boot_low": boot.low, f"minus_{other}_boot_high": boot.high}
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -212,7 +205,7 @@ def _goals(conditions: Sequence[Condition]) -> str:
     for condition in conditions:
         goal, rival = GOALS.get(condition.rho), best_rival(condition)
         gaps = {other: condition.gap(SUBJECT, other) for other in dict.fromkeys((BASELINE, PAPERS, rival))}
-        measured = [condition.of(SUBJECT, metric) for metric in ("zero_shot_kept", "retrieval_kept")]
+        measured = [condition.of(SUBJECT, metric) for metric in ABILITIES]
         kept = min((values.mean() for values in measured if not values.empty), default=None)
         wanted = "–" if goal is None else rounded_text(goal, sign=True)
         reached = goal is not None and min(gaps[other].mean for other in (BASELINE, PAPERS)) >= goal
@@ -296,6 +289,6 @@ def write_params(root: Path, names: Sequence[str], folder: Path) -> Path:
     """`folder`/params.yaml: each profile's parameters, as they stand now, with the methods it has results of."""
     content = {name: load_params(name, root).model_dump(mode="json") for name in names}
     for name, params in content.items():
-        params["methods"] = in_order(read_tables(root, name)["detection"]["method"])
+        params["methods"] = unique(read_tables(root, name)["detection"]["method"])
     (folder / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return folder / "params.yaml"
