@@ -64,16 +64,19 @@ def to_disk(path: Path) -> None:
     """A file, or a folder with all in it, out of the machine's cache and onto the disk (fsync)."""
     inside = sorted(path.rglob("*"), reverse=True) if path.is_dir() else []
     for each in (*inside, path):
-        if each.is_symlink() or not (each.is_file() or each.is_dir()):
-            continue
-        handle = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # some file systems sync no folders
-                raise
-        finally:
-            os.close(handle)
+        if not each.is_symlink() and (each.is_file() or each.is_dir()):
+            _sync(each)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems sync no folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -129,12 +132,8 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 def to_disk_name(path: Path) -> None:
     """The entry of `path` in its folder onto the disk: a rename that must outlast the machine."""
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            os.fsync(handle)
-    finally:
-        os.close(handle)
+    with suppress(OSError):
+        _sync(path.parent)
 
 
 @contextmanager

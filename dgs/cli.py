@@ -90,13 +90,8 @@ def stage(
         raise UserError(
             "Expected --method for the stage train and for no other. Give it there, leave it out elsewhere."
         )
-    label = name if method is None else f"{name}-{method}"
-    if name == SOURCES:
-        write_sources(params, _say)
-    else:
-        run_stage(name, label, {"method": method} if method else {}, params)
-    if as_json:
-        _print(as_json, {"stage": name, "label": label, "results": f"results/{load_params().profile}"})
+    label = write_sources(params, _say).name if name == SOURCES else run_stage(name, method, params)
+    _print(as_json, {"stage": name, "label": label, "results": f"results/{load_params().profile}"})
 
 
 @app.command()

@@ -113,8 +113,8 @@ def open_stage(name: str, namespace: Mapping[str, Any]) -> Stage:
     Where a notebook's parameters and what was prepared differ, a line says that what was prepared holds.
 
     Args:
-        name: "prepare", "train", "evaluate", "gradient_angles" or "explore".
-        namespace: the notebook's `globals()`, with `params` as its first cell loads them.
+        name: the notebook's, one of `NOTEBOOK_PARAMETERS`.
+        namespace: its `globals()`, with `params` as its first cell loads them.
 
     Raises:
         UserError: a wrong parameter (`with_overrides`), or nothing is prepared.
@@ -139,10 +139,7 @@ def open_stage(name: str, namespace: Mapping[str, Any]) -> Stage:
 
 
 def _assigned_names(cells: list[str]) -> list[str]:
-    """Names set by the parameters cell as it was last run, and by the one that papermill injects after it.
-
-    Earlier runs of the cell do not count: in JupyterLab a mistake is mended by editing the cell and running it again.
-    """
+    """Names set by the parameters cell as it was last run, and by the one that papermill injects after it."""
     marked = [source for source in cells if source.lstrip().lower().startswith("# parameters")]
     own = [index for index, source in enumerate(marked) if source.lstrip().lower().startswith("# parameters:")]
     names: list[str] = []
@@ -158,10 +155,6 @@ def with_overrides(notebook: str, params: Params, namespace: Mapping[str, Any]) 
     """`params` with a notebook's flat names (as edited or injected by papermill) put in their place.
 
     Where the notebook has a method, what is still null becomes the method's own.
-
-    Args:
-        notebook: "prepare", "train", "evaluate", "gradient_angles" or "explore".
-        namespace: the notebook's `globals()`.
 
     Raises:
         UserError: a name that the notebook does not have, or a value that is not of its type.
@@ -234,29 +227,23 @@ def _failure(error: PapermillExecutionError, stage: str, executed: Path) -> str:
     return "\n".join([*error.traceback, f"{where}: {error.ename}: {sentence}"])
 
 
-def _move_into(draft: Path, root: Path) -> None:
-    for path in sorted(draft.rglob("*")):
-        if path.is_file():
-            target = root / path.relative_to(draft)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
-
-
-def run_stage(stage: str, label: str, parameters: dict[str, Any], params_file: Path | None = None) -> None:
+def run_stage(stage: str, method: str | None = None, params_file: Path | None = None) -> str:
     """Execute a notebook as a pipeline stage; its outputs appear in build/ and results/ only if all ended well.
 
     Args:
-        stage: "prepare", "train", "evaluate" or "gradient_angles"; its stripped notebook must have been made.
-        label: name of the executed notebook in results/<profile>/notebooks/.
-        parameters: identity values only (the method); numbers come from the parameter file.
+        stage: one of `STAGES`; its stripped notebook must have been made.
+        method: of the stage train; numbers come from the parameter file.
         params_file: a complete parameter file; None: params.yaml.
+
+    Returns:
+        the name of the executed notebook in results/<profile>/notebooks/: "evaluate", "train-dgs".
 
     Raises:
         UserError: the run stopped; names the cell, and says in one sentence why if the mistake is the user's. Or
             another run of the same stage is going on.
     """
     check_stage(stage)
-    root = find_root()
+    root, label = find_root(), stage if method is None else f"{stage}-{method}"
     # The kernel's progress bars reach this terminal through papermill, but it cannot see how wide it is, nor whether
     # it is one: a log gets a line now and then.
     os.environ.setdefault("TQDM_NCOLS", "90")
@@ -264,10 +251,11 @@ def run_stage(stage: str, label: str, parameters: dict[str, Any], params_file: P
     profile = only_params(params_file).profile
     build = root / "build" / profile
     with alone(build / "locks" / label, f"stage {label}"), explained(build):
-        _run_alone(stage, label, parameters, root, profile)
+        _run_alone(stage, label, {} if method is None else {"method": method}, root, profile)
+    return label
 
 
-def _run_alone(stage: str, label: str, parameters: dict[str, Any], root: Path, profile: str) -> None:
+def _run_alone(stage: str, label: str, parameters: dict[str, str], root: Path, profile: str) -> None:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -298,7 +286,10 @@ def _run_alone(stage: str, label: str, parameters: dict[str, Any], root: Path, p
         except PapermillExecutionError as error:
             raise UserError(f"Stage {label} stopped. {_failure(error, stage, executed)}") from None
         nbformat.write(normalise(nbformat.read(executed, as_version=4)), executed)
-        _move_into(draft, root)
+        for path in [path for path in sorted(draft.rglob("*")) if path.is_file()]:
+            target = root / path.relative_to(draft)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
     shutil.rmtree(build / "unfinished" / label, ignore_errors=True)
 
 

@@ -18,12 +18,12 @@ from dgs.errors import UserError
 MAIN = "mini"  # the profile that params.yaml itself is
 
 
-def find_root(start: Path | None = None) -> Path:
-    """The repository: the nearest folder with params.yaml and dvc.yaml, upwards from `start` (default: here).
+def find_root() -> Path:
+    """The repository: the nearest folder with params.yaml and dvc.yaml, upwards from here.
 
     Falls back to the repository that this package was installed from, so that papermill works from any folder.
     """
-    here = (start or Path.cwd()).resolve()
+    here = Path.cwd().resolve()
     for folder in (here, *here.parents, Path(__file__).resolve().parent.parent):
         if (folder / "params.yaml").exists() and (folder / "dvc.yaml").exists():
             return folder

@@ -116,10 +116,9 @@ def ceiling(params: Params, root: Path, folder: Path) -> pd.DataFrame:
         "train": training_views(prepared, params, seed=0)[0],
         "test": Views(test, prepared.source, params, patches=prepared.patches),
     }
-    size, workers = params.compute.batch_size, params.compute.workers
     with torch.inference_mode():
         features: Mapping[str, Floats] = {
-            name: extract_features(backbone, some, size, workers, device, f"features of {name}").cpu().numpy()
+            name: extract_features(backbone, some, params, f"features of {name}").cpu().numpy()
             for name, some in views.items()
         }
     labels = train["label"].to_numpy(dtype=np.int64)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from clips import write_checkpoint, write_random_clip
+from clips import settings, write_checkpoint, write_random_clip
 from copies import ROOT, copy_repository, run
 from PIL import Image
 
-from dgs.data.manifest import build_manifest
-from dgs.data.prepared import save_prepared
-from dgs.model.clip import encode_texts, load_clip
+from dgs.data.manifest import ImageSource, build_manifest
+from dgs.data.prepared import Prepared, save_prepared
+from dgs.model.clip import Clip, encode_texts, load_clip
 from dgs.params import Params, load_params
 
 ImageTree = Callable[..., Path]
@@ -43,6 +46,32 @@ def _repeatable() -> None:
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random CLIP's folder."""
     return write_random_clip(tmp_path_factory.mktemp("clip") / "clip")
+
+
+@pytest.fixture(scope="session")
+def clip(clip_folder: Path) -> Clip:
+    """It, loaded for images of 32 px; a test that changes it must change it back."""
+    return load_clip(settings(clip_folder).model, Path(), 32)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """20 training and 10 validation images; fakes carry a checkerboard, so there is something to learn."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    board = np.indices((32, 32)).sum(0) % 2 * 60
+    rows = []
+    for index in range(30):
+        label = index % 2
+        pixels = rng.integers(80, 110, 3) + rng.integers(0, 5, (32, 32, 3)) + label * board[..., None]
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, format="PNG")
+        (root / f"{index:02}.png").write_bytes(buffer.getvalue())
+        split, sha = "train" if index < 20 else "val", hashlib.sha256(buffer.getvalue()).hexdigest()
+        rows.append((f"{index:02}", split, "g", label, f"{index:02}.png", -1, sha))
+    captions = rng.normal(size=(30, 24)).astype(np.float32)
+    manifest = pd.DataFrame(rows, columns=["id", "split", "generator", "label", "file", "row", "sha256"])
+    return Prepared(manifest, {"data_hash": "d", "rho": None}, captions, {}, None, ImageSource(root))
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +146,26 @@ def tiny_prepared(tiny: Params, tmp_path_factory: pytest.TempPathFactory) -> Pat
     captions = dict(zip(texts, embeddings, strict=True))
     save_prepared(folder, manifest, {"data_hash": "d", "rho": 0.9, "seen": []}, captions, {}, None, tiny)
     return folder
+
+
+@pytest.fixture(scope="session")
+def _copies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    pristine = copy_repository(tmp_path_factory.mktemp("pristine"), git=False)
+    return pristine, shutil.copytree(pristine, tmp_path_factory.mktemp("copy") / "repo")
+
+
+@pytest.fixture
+def repo(_copies: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of this repository at the tiny size, without git, as the current folder; put back after the test."""
+    pristine, copy = _copies
+    monkeypatch.chdir(copy)
+    yield copy
+    for path in sorted(copy.rglob("*"), reverse=True):
+        before = pristine / path.relative_to(copy)
+        if not before.exists():
+            path.rmdir() if path.is_dir() else path.unlink()
+        elif path.is_file() and path.stat().st_mtime_ns != before.stat().st_mtime_ns:
+            shutil.copy2(before, path)
 
 
 @pytest.fixture(scope="session")

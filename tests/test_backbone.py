@@ -18,19 +18,19 @@ from torch.nn import functional as F
 from dgs.device import choose_device
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
-from dgs.model.clip import LeanQuickGELU, SplitAttention, embed_tokens, encode_prompts, encode_texts, load_clip
+from dgs.model.clip import Clip, LeanQuickGELU, SplitAttention, embed_tokens, encode_prompts, encode_texts, load_clip
 
 LORA = LoraParams(rank=3, alpha=6.0, dropout=0.5)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_clip(tmp_path_factory.mktemp("clip") / "clip")
+@pytest.fixture
+def params(clip_folder: Path) -> ModelParams:
+    return ModelParams(clip=str(clip_folder), image_size=32)
 
 
 @pytest.fixture
-def params(folder: Path) -> ModelParams:
-    return ModelParams(clip=str(folder), image_size=32)
+def clip(params: ModelParams) -> Clip:
+    return load_clip(params, Path(), 32)
 
 
 def images(count: int = 4, size: int = 32) -> Tensor:
@@ -57,9 +57,8 @@ def test_split_attention_equals_multihead_attention_and_keeps_its_precision(seed
         assert torch.allclose(split(x, x, x, attn_mask=attn_mask)[0], expected, rtol=0, atol=1e-13)
 
 
-def test_features_equal_open_clips_own(params: ModelParams, folder: Path) -> None:
-    plain = open_clip.create_model(f"local-dir:{folder}").eval()
-    clip = load_clip(params, Path(), 32)
+def test_features_equal_open_clips_own(clip: Clip, clip_folder: Path) -> None:
+    plain = open_clip.create_model(f"local-dir:{clip_folder}").eval()
     batch = images()
     normalised = (batch / 255 - torch.tensor(clip.mean).view(1, 3, 1, 1)) / torch.tensor(clip.std).view(1, 3, 1, 1)
     with torch.no_grad():
@@ -68,8 +67,7 @@ def test_features_equal_open_clips_own(params: ModelParams, folder: Path) -> Non
     assert clip.mean == (0.5, 0.4, 0.3)
 
 
-def test_new_adapters_change_nothing_and_trained_ones_do(params: ModelParams) -> None:
-    clip = load_clip(params, Path(), 32)
+def test_new_adapters_change_nothing_and_trained_ones_do(clip: Clip) -> None:
     batch = images()
     with torch.no_grad():
         before = Backbone(clip)(batch)
@@ -79,8 +77,8 @@ def test_new_adapters_change_nothing_and_trained_ones_do(params: ModelParams) ->
         assert (backbone(batch) - before).abs().max() > 0.01
 
 
-def test_only_q_k_v_of_every_block_are_adapted_with_the_rank_asked_for(params: ModelParams) -> None:
-    backbone = Backbone(load_clip(params, Path(), 32), LORA)
+def test_only_q_k_v_of_every_block_are_adapted_with_the_rank_asked_for(clip: Clip) -> None:
+    backbone = Backbone(clip, LORA)
     learned = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
     blocks = {(name.split("resblocks.")[1].split(".")[0], name.split("attn.")[1].split(".")[0]) for name in learned}
     assert blocks == {(str(block), f"{part}_proj") for block in range(2) for part in "qkv"}
@@ -88,13 +86,11 @@ def test_only_q_k_v_of_every_block_are_adapted_with_the_rank_asked_for(params: M
     assert len(learned) == 2 * 3 * 2
 
 
-def test_blocks_that_are_not_named_get_no_adapters(params: ModelParams) -> None:
-    clip = load_clip(params, Path(), 32)
-    names = {
-        n for n, p in Backbone(clip, LORA.model_copy(update={"blocks": [1]})).named_parameters() if p.requires_grad
-    }
+def test_blocks_that_are_not_named_get_no_adapters(clip: Clip) -> None:
+    backbone = Backbone(clip, LORA.model_copy(update={"blocks": [1]}))
+    names = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     assert len(names) == 6 and all("resblocks.1.attn." in name for name in names)
-    clip = load_clip(params, Path(), 32)
+    clip.model.visual = backbone.without_adapters()
     with pytest.raises(UserError, match=r"model\.lora\.blocks to be among 0 to 1.*found 2"):
         Backbone(clip, LORA.model_copy(update={"blocks": [0, 2]}))
 
@@ -119,16 +115,16 @@ def test_attention_is_fused_and_bf16_is_used_where_asked(params: ModelParams, mo
     assert 0 < gap < 0.05
 
 
-def test_the_image_side_alone_is_the_same_and_smaller(params: ModelParams) -> None:
-    whole, alone = load_clip(params, Path(), 32), load_clip(params, Path(), 32, text=False)
+def test_the_image_side_alone_is_the_same_and_smaller(params: ModelParams, clip: Clip) -> None:
+    whole, alone = clip, load_clip(params, Path(), 32, text=False)
     assert alone.weights_hash == whole.weights_hash
     assert [name for name, _ in alone.model.named_parameters() if not name.startswith("visual.")] == []
     with torch.no_grad():
         assert torch.equal(Backbone(alone)(images()), Backbone(whole)(images()))
 
 
-def test_the_adapter_adds_alpha_over_root_rank_times_b_a(params: ModelParams) -> None:
-    backbone = Backbone(load_clip(params, Path(), 32), LORA).eval()
+def test_the_adapter_adds_alpha_over_root_rank_times_b_a(clip: Clip) -> None:
+    backbone = Backbone(clip, LORA).eval()
     randomise_adapters(backbone)
     layer = backbone.visual.base_model.model.transformer.resblocks[0].attn.q_proj
     x = torch.randn(5, 32)
@@ -137,8 +133,7 @@ def test_the_adapter_adds_alpha_over_root_rank_times_b_a(params: ModelParams) ->
     assert torch.allclose(layer(x), expected, rtol=0, atol=1e-5)
 
 
-def test_the_teacher_is_the_student_with_adapters_off_exactly(params: ModelParams) -> None:
-    clip = load_clip(params, Path(), 32)
+def test_the_teacher_is_the_student_with_adapters_off_exactly(clip: Clip) -> None:
     batch = images()
     with torch.no_grad():
         before = Backbone(clip)(batch)
@@ -150,8 +145,7 @@ def test_the_teacher_is_the_student_with_adapters_off_exactly(params: ModelParam
     assert not torch.equal(backbone(batch).detach(), before)
 
 
-def test_adapters_come_off_without_a_trace(params: ModelParams) -> None:
-    clip = load_clip(params, Path(), 32)
+def test_adapters_come_off_without_a_trace(clip: Clip) -> None:
     before = {k: v.clone() for k, v in clip.model.state_dict().items()}
     backbone = Backbone(clip, LORA)
     randomise_adapters(backbone)
@@ -169,8 +163,8 @@ def test_equal_seeds_give_equal_adapters(params: ModelParams) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(weights(1), weights(2), strict=True))
 
 
-def test_another_image_size_interpolates_positions_only(params: ModelParams) -> None:
-    small, large = load_clip(params, Path(), 32), load_clip(params, Path(), 40)
+def test_another_image_size_interpolates_positions_only(params: ModelParams, clip: Clip) -> None:
+    small, large = clip, load_clip(params, Path(), 40)
     assert large.model.visual.positional_embedding.shape[0] == 26
     assert small.weights_hash == large.weights_hash
     assert Backbone(large)(images(size=40)).shape == (4, 24)
@@ -209,8 +203,7 @@ def test_lean_quick_gelu_is_quick_gelu_and_keeps_less() -> None:
     assert (kept["lean"], kept["plain"]) == (1, 3)
 
 
-def test_text_embeddings_do_not_depend_on_the_batch(params: ModelParams) -> None:
-    clip = load_clip(params, Path(), 32)
+def test_text_embeddings_do_not_depend_on_the_batch(clip: Clip) -> None:
     texts = ["a red circle", "a photo of a blue square on the left", "x"]
     together = encode_texts(clip, texts)
     assert together.shape == (3, 24) and together.dtype == np.float32
@@ -218,8 +211,7 @@ def test_text_embeddings_do_not_depend_on_the_batch(params: ModelParams) -> None
     assert np.allclose(together, alone, rtol=0, atol=1e-5)
 
 
-def test_prompt_vectors_are_unit_means(params: ModelParams) -> None:
-    clip = load_clip(params, Path(), 32)
+def test_prompt_vectors_are_unit_means(clip: Clip) -> None:
     values, vectors = encode_prompts(clip, {"red": ["a red thing", "something red"], "blue": ["a blue thing"]})
     assert values == ["red", "blue"]
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, rtol=0, atol=1e-6)
@@ -227,15 +219,13 @@ def test_prompt_vectors_are_unit_means(params: ModelParams) -> None:
     assert np.allclose(vectors[1], alone / np.linalg.norm(alone), rtol=0, atol=1e-5)
 
 
-def test_the_weights_hash_tells_weights_apart(params: ModelParams, tmp_path: Path) -> None:
-    other = write_random_clip(tmp_path / "other", seed=9)
-    assert (
-        load_clip(params, Path(), 32).weights_hash != load_clip(ModelParams(clip=str(other)), Path(), 32).weights_hash
-    )
+def test_the_weights_hash_tells_weights_apart(clip: Clip, tmp_path: Path) -> None:
+    other = ModelParams(clip=str(write_random_clip(tmp_path / "other", seed=9)))
+    assert clip.weights_hash != load_clip(other, Path(), 32).weights_hash
 
 
-def test_imagenet_constants_on_request(folder: Path) -> None:
-    clip = load_clip(ModelParams(clip=str(folder), normalize="imagenet"), Path(), 32)
+def test_imagenet_constants_on_request(clip_folder: Path) -> None:
+    clip = load_clip(ModelParams(clip=str(clip_folder), normalize="imagenet"), Path(), 32)
     assert clip.mean == (0.485, 0.456, 0.406) and clip.std == (0.229, 0.224, 0.225)
 
 

@@ -125,8 +125,8 @@ def test_a_tower_that_is_read_at_earlier_levels_has_the_same_blocks(
 ) -> None:
     views = Views(prepared.split("val"), prepared.source, params)
     plain, read = Backbone(clip).eval(), Backbone(clip, levels=(0, 2)).eval()
-    blocks = block_means(plain, views, params, CPU, "blocks")
-    again = block_means(read, views, params, CPU, "blocks")
+    blocks = block_means(plain, views, params, "blocks")
+    again = block_means(read, views, params, "blocks")
     assert [part.shape for part in blocks] == [(len(views), clip.model.visual.positional_embedding.shape[1])] * len(
         blocks
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -57,10 +58,13 @@ def outputs(repo: Path) -> dict[str, bytes]:
     return made | {f"build/{name}": data for name, data in snapshot(repo / "build").items()}
 
 
-def copy_of(undisturbed: Path, target: Path) -> Path:
-    """The same repository with nothing made yet."""
+def copy_of(undisturbed: Path, target: Path, but: str = "") -> Path:
+    """The same repository with nothing made yet, or with all of build/mini but one folder."""
     made = shutil.ignore_patterns("build", "results", "dvc.lock", "tmp", "cache")
     shutil.copytree(undisturbed, target, ignore=made)
+    if but:
+        shutil.copytree(undisturbed / "build", target / "build")
+        shutil.rmtree(target / "build/mini" / but)
     return target
 
 
@@ -125,23 +129,20 @@ def test_a_killed_repro_goes_on_and_ends_with_the_same_bytes(
 def test_a_killed_stage_leaves_nothing_half_written_and_the_same_command_ends_it(
     undisturbed: Path, tmp_path: Path, moments: random.Random, kills: int, stage: list[str]
 ) -> None:
-    repo = copy_of(undisturbed, tmp_path / "repo")
-    shutil.copytree(undisturbed / "build", repo / "build")
-    target = repo / "build/mini" / ("train/dgs" if stage[0] == "train" else stage[0])
-    shutil.rmtree(target)
+    made_here = "train/dgs" if stage[0] == "train" else stage[0]
+    repo = copy_of(undisturbed, tmp_path / "repo", but=made_here)
     whole = outputs(undisturbed)
     for _ in range(kills):
         process = start(repo, "dgs", "stage", *stage)
         time.sleep(moments.uniform(0.5, 9))
         kill_all(process)
-        left = {name: data for name, data in outputs(repo).items() if "/." not in name and "/unfinished/" not in name}
-        left = {name: data for name, data in left.items() if "/locks/" not in name}
+        left = {name: data for name, data in outputs(repo).items() if not re.search(r"/(\.|unfinished/|locks/)", name)}
         assert all(whole[name] == data for name, data in left.items()), "what is there is whole"
     done = run(repo, "dgs", "stage", *stage)
     assert done.returncode == 0, done.stderr
     made = outputs(repo)
     assert {name: data for name, data in whole.items() if name in made} == made
-    assert target.is_dir()
+    assert (repo / "build/mini" / made_here).is_dir()
 
 
 def test_a_lock_file_that_dvc_had_no_time_to_write_is_removed(undisturbed: Path) -> None:
@@ -157,9 +158,7 @@ def test_a_seed_killed_in_training_goes_on_from_its_snapshot(
     undisturbed: Path, tmp_path: Path, moments: random.Random
 ) -> None:
     """Killed between its first snapshot and its end, several times, it never starts over."""
-    repo = copy_of(undisturbed, tmp_path / "repo")
-    shutil.copytree(undisturbed / "build", repo / "build")
-    shutil.rmtree(repo / "build/mini/train")
+    repo = copy_of(undisturbed, tmp_path / "repo", but="train")
     unfinished = repo / "build/mini/unfinished/train-dgs"
     reached: list[int] = []
     for _ in range(3):

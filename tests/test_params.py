@@ -76,19 +76,16 @@ class TestFiles:
         with pytest.raises(UserError, match=r"Expected the parameter 'train\.batch_size' in params\.yaml, found none"):
             real_validate(content)
 
-    @pytest.mark.parametrize("profile", PROFILES)
+    @pytest.mark.parametrize("profile", ["mini", *PROFILES])
     def test_every_profile_loads_under_its_own_name(self, profile: str) -> None:
         assert load_params(profile, ROOT).profile == profile
+        assert (load_params(profile, ROOT) == load_params(root=ROOT)) == (profile == "mini")
 
     def test_the_canvas_of_patches_is_what_the_model_sees_else_its_own_size_counts(self) -> None:
         params = load_params("paper", ROOT)
         assert params.patches.enabled and params.image_size == 224, "seven by seven patches of 32 px"
         params = validate({"model": {"image_size": 64}, "patches": {"enabled": False, "size": 32, "count": 49}})
         assert params.image_size == 64
-
-    def test_the_main_profile_needs_no_overlay(self) -> None:
-        assert load_params(root=ROOT).profile == "mini"
-        assert load_params("mini", ROOT) == load_params(root=ROOT)
 
     def test_an_overlay_changes_only_what_it_names_at_any_depth(self, tmp_path: Path) -> None:
         root = repository(tmp_path / "r", own="seeds: [5]\ntrain:\n  stage2: {lr: 0.5}\n")
@@ -224,13 +221,12 @@ class TestNull:
 
 
 class TestEnvironment:
-    def test_dgs_profile_names_the_overlay(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("DGS_PROFILE", "tiny")
-        assert load_params(root=ROOT) == load_params("tiny", ROOT)
-
-    def test_an_empty_dgs_profile_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("DGS_PROFILE", "")
-        assert load_params(root=ROOT).profile == "mini"
+    @pytest.mark.parametrize(("value", "profile"), [("tiny", "tiny"), ("", "mini")])
+    def test_dgs_profile_names_the_overlay_if_it_is_not_empty(
+        self, monkeypatch: pytest.MonkeyPatch, value: str, profile: str
+    ) -> None:
+        monkeypatch.setenv("DGS_PROFILE", value)
+        assert load_params(root=ROOT) == load_params(profile, ROOT)
 
     def test_dgs_params_is_taken_as_it_is_whatever_the_profile(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -378,9 +374,7 @@ class TestOverrides:
         assert (params.patches.enabled, params.patches.size, params.data.limit) == (True, 16, 4)
         params = with_overrides("train", validate({}), {"lr": "1e-3", "epochs": "2", "order": "paper"})
         assert (params.train.stage2.lr, params.train.stage2.epochs, params.train.surgery.order) == (1e-3, 2, "paper")
-
-    def test_none_unsets_what_may_be_unset(self) -> None:
-        assert with_overrides("prepare", validate({}), {"rho": None}).data.rho is None
+        assert with_overrides("prepare", validate({}), {"rho": None}).data.rho is None, "None unsets"
 
     @pytest.mark.parametrize(("name", "value"), [("lr", "fast"), ("epochs", 0), ("order", "none"), ("seeds", "0,1")])
     def test_a_wrong_value_names_the_parameter_and_the_notebook(self, name: str, value: Any) -> None:

@@ -38,10 +38,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def many(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20,000 images: some seconds' work."""
-    return links(tmp_path / "many", 20_000)
+    return links(tmp_path_factory.mktemp("images") / "many", 20_000)
 
 
 def links(folder: Path, count: int) -> Path:

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from settings import validate
 from test_disk import full_disk  # noqa: F401
-from test_train import SETTINGS, clip, prepared  # noqa: F401  # fixtures
+from test_train import settings
 from torch import Tensor
 
 from dgs.data.prepared import Prepared
@@ -30,8 +30,7 @@ STEPS = 6  # two epochs of three
 @pytest.fixture
 def params() -> Params:
     """Dropout and an odd last batch: whatever draws random numbers must go on with the next one."""
-    model = {**SETTINGS["model"], "lora": {"rank": 2, "dropout": 0.5}}
-    return validate({**SETTINGS, "model": model, "train": {**SETTINGS["train"], "stage2": {"epochs": 2, "lr": 0.01}}})
+    return settings(stage2={"epochs": 2, "lr": 0.01}).replaced({"model.lora.dropout": 0.5})
 
 
 class Killed(BaseException):
@@ -63,6 +62,15 @@ def train_until(
     return *found[0], made
 
 
+def assert_same(clip: Clip, prepared: Prepared, params: Params, kept: Snapshot, method: str = "dgs") -> int:
+    """A run that goes on in `kept` ends as an undisturbed one does, to the bit; returns the steps that it made."""
+    whole, notes, _ = train_until(None, method, clip, prepared, params, Snapshot())
+    again, noted, made = train_until(None, method, clip, prepared, params, kept)
+    assert whole and [name for name in whole if not torch.equal(whole[name], again[name])] == []
+    assert json.dumps(noted) == json.dumps(notes), "the journal has every record once"
+    return made
+
+
 def kept_step(folder: Path) -> int:
     """How far the snapshot in `folder` is."""
     return torch.load(folder / "snapshot.pt", weights_only=True)["step"]
@@ -72,43 +80,30 @@ def kept_step(folder: Path) -> int:
 def test_broken_off_after_any_step_it_ends_with_the_same_bits(
     method: str, clip: Clip, prepared: Prepared, params: Params, tmp_path: Path
 ) -> None:
-    whole, notes, _ = train_until(None, method, clip, prepared, params, Snapshot())
     for step in range(2, STEPS + 1):
         folder = tmp_path / str(step)
         train_until(step, method, clip, prepared, params, Snapshot(folder, 0.0))
         assert kept_step(folder) == step - 1
         torch.rand(step)  # another process's random numbers stand elsewhere
-        again, noted, _ = train_until(None, method, clip, prepared, params, Snapshot(folder, 0.0))
-        assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
-        assert json.dumps(noted) == json.dumps(notes), "the journal has every record once"
+        assert_same(clip, prepared, params, Snapshot(folder, 0.0), method)
 
 
 def test_killed_again_and_again_it_still_arrives(
     clip: Clip, prepared: Prepared, params: Params, tmp_path: Path
 ) -> None:
-    whole, notes, _ = train_until(None, "dgs", clip, prepared, params, Snapshot())
     for step in range(2, STEPS + 1):  # each run makes one step more
         assert train_until(step, "dgs", clip, prepared, params, Snapshot(tmp_path, 0.0))[2] == step
-    again, noted, _ = train_until(None, "dgs", clip, prepared, params, Snapshot(tmp_path, 0.0))
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
-    assert json.dumps(noted) == json.dumps(notes)
+    assert_same(clip, prepared, params, Snapshot(tmp_path, 0.0))
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: b"", lambda content: b"no archive"])
 def test_a_damaged_snapshot_is_as_good_as_none(
-    clip: Clip,
-    prepared: Prepared,
-    params: Params,
-    tmp_path: Path,
-    damage,  # type: ignore[no-untyped-def]
+    clip: Clip, prepared: Prepared, params: Params, tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
-    whole, _, _ = train_until(None, "dgs", clip, prepared, params, Snapshot())
     train_until(4, "dgs", clip, prepared, params, Snapshot(tmp_path, 0.0))
     file = tmp_path / "snapshot.pt"
     file.write_bytes(damage(file.read_bytes()))
-    again, _, made = train_until(None, "dgs", clip, prepared, params, Snapshot(tmp_path, 0.0))
-    assert made == STEPS
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert assert_same(clip, prepared, params, Snapshot(tmp_path, 0.0)) == STEPS
 
 
 def test_a_snapshot_that_does_not_fit_on_the_disk_stops_with_a_sentence_and_the_one_before_stays(
@@ -123,9 +118,7 @@ def test_a_snapshot_that_does_not_fit_on_the_disk_stops_with_a_sentence_and_the_
         train_until(None, "dgs", clip, prepared, params, kept)
     assert kept_step(full_disk / "seed") == 2
     (full_disk / "other").unlink()
-    whole, _, _ = train_until(None, "dgs", clip, prepared, params, Snapshot())
-    again, _, _ = train_until(None, "dgs", clip, prepared, params, kept)
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert_same(clip, prepared, params, kept)
 
 
 def test_without_a_time_to_wait_no_snapshot_is_made(
@@ -161,20 +154,20 @@ def test_whatever_a_result_depends_on_changes_the_key_and_nothing_else_does(para
     def key(changed: Params = params, method: str = "dgs", seed: int = 0, weights: str = "w") -> str:
         return run_key(method, seed, changed, folder, weights, cpu)
 
-    def with_(group: str, **values: object) -> Params:
-        return params.model_copy(update={group: getattr(params, group).model_copy(update=values)})
+    def with_(name: str, value: object) -> Params:
+        return params.replaced({name: value})
 
     first = key()
-    for free in ({"jobs": 7}, {"workers": 3}, {"keep_mb": 1}, {"snapshot_seconds": None}):
-        assert key(with_("compute", **free)) == first
+    for name, free in (("jobs", 7), ("workers", 3), ("keep_mb", 1), ("snapshot_seconds", None)):
+        assert key(with_(f"compute.{name}", free)) == first
     others = {
         key(method="lora"),
         key(seed=1),
         key(weights="v"),
-        key(with_("compute", threads=2)),
-        key(with_("train", processes=2)),
-        key(with_("train", batch_size=5)),
-        key(with_("data", limit=3)),
+        key(with_("compute.threads", 2)),
+        key(with_("train.processes", 2)),
+        key(with_("train.batch_size", 5)),
+        key(with_("data.limit", 3)),
         run_key("dgs", 0, params, folder, "w", torch.device("cuda")),
     }
     (folder / "data.json").write_text("{ }")

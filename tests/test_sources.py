@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from copies import copy_repository
 
 from dgs.errors import UserError
 from dgs.params import Params
@@ -116,13 +115,6 @@ class TestStages:
 
 
 class TestWritten:
-    @pytest.fixture
-    def repo(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        folder = copy_repository(tmp_path / "repo", git=False)
-        monkeypatch.chdir(folder)
-        monkeypatch.setenv("DGS_PARAMS", "")  # set below: take it back after the test
-        return folder
-
     def test_a_folder_for_each_stage_changes_with_the_code_it_runs_alone(self, repo: Path) -> None:
         def written() -> dict[str, str]:
             folder = write_sources(None, print)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from clips import precomputed, write_random_clip
+from clips import precomputed
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,13 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgs.analysis.angles import degrees
-from dgs.data.manifest import ImageSource
 from dgs.data.prepared import Prepared
 from dgs.data.views import Views, batch_order, batches
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import load_heads, save_checkpoint
-from dgs.model.clip import Clip, load_clip
+from dgs.model.clip import Clip
 from dgs.model.detector import Detector
 from dgs.model.methods.averaging import Averaging
 from dgs.model.methods.constraints import adapters
@@ -50,42 +47,7 @@ SETTINGS = {
 
 
 def settings(**train_params: object) -> Params:
-    merged = {**SETTINGS, "train": {**SETTINGS["train"], **train_params}}
-    return validate(merged)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
-    folder = write_random_clip(tmp_path_factory.mktemp("clip") / "clip")
-    return load_clip(settings().model.model_copy(update={"clip": str(folder)}), Path(), 32)
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """20 training and 10 validation images; fakes carry a checkerboard, so there is something to learn."""
-    root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    board = np.indices((32, 32)).sum(0) % 2 * 60
-    rows = []
-    for index in range(30):
-        label = index % 2
-        pixels = rng.integers(80, 110, 3) + rng.integers(0, 5, (32, 32, 3)) + label * board[..., None]
-        buffer = io.BytesIO()
-        Image.fromarray(pixels.astype(np.uint8)).save(buffer, format="PNG")
-        (root / f"{index:02}.png").write_bytes(buffer.getvalue())
-        rows.append(
-            {
-                "id": f"{index:02}",
-                "split": "train" if index < 20 else "val",
-                "generator": "g",
-                "label": label,
-                "file": f"{index:02}.png",
-                "row": -1,
-                "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
-            }
-        )
-    captions = rng.normal(size=(30, 24)).astype(np.float32)
-    return Prepared(pd.DataFrame(rows), {"data_hash": "d", "rho": None}, captions, {}, None, ImageSource(root))
+    return validate({**SETTINGS, "train": {**SETTINGS["train"], **train_params}})
 
 
 def run(
@@ -107,9 +69,7 @@ def run(
 @pytest.mark.parametrize("scale", ["release", "per_sample"])
 def test_a_dgs_step_equals_autograd_through_every_head(order: str, scale: str) -> None:
     """The closed-form step against a transcription that takes each gradient by autograd."""
-    params = validate(
-        {**SETTINGS, "train": {**SETTINGS["train"], "surgery": {"order": order, "scale": scale, "lam": 0.7}}}
-    )
+    params = settings(surgery={"order": order, "scale": scale, "lam": 0.7})
     torch.manual_seed(0)
     count, width = 6, 10
     heads = {name: nn.Linear(width, 1).double() for name in ("image", "text", "teacher")}
@@ -152,7 +112,7 @@ def test_a_dgs_step_equals_autograd_through_every_head(order: str, scale: str) -
 
 def directions_seen(count: int, scale: str) -> dict[str, Tensor]:
     """What a step of dgs sends into the tower for the first sample, in a batch of `count`."""
-    params = validate({**SETTINGS, "train": {**SETTINGS["train"], "surgery": {"scale": scale, "lam": 1.0}}})
+    params = settings(surgery={"scale": scale, "lam": 1.0})
     generator = torch.Generator().manual_seed(0)
     heads = {name: nn.Linear(7, 1).double().requires_grad_(name != "teacher") for name in ("image", "text", "teacher")}
     for head in heads.values():
@@ -222,9 +182,10 @@ def test_parts_see_fewer_images_at_a_time(clip: Clip, prepared: Prepared, monkey
 
 
 def test_views_kept_in_memory_change_nothing(clip: Clip, prepared: Prepared) -> None:
+    params = settings(stage2={"epochs": 2}, views=2)
     kept, decoded = (
-        run("dgs", clip, prepared, settings(stage2={"epochs": 2}, views=2).model_copy(update={"compute": compute}))[0]
-        for compute in (settings().compute, settings().compute.model_copy(update={"keep_mb": 0}))
+        run("dgs", clip, prepared, params.replaced({"compute.keep_mb": size}))[0]
+        for size in (params.compute.keep_mb, 0)
     )
     assert all(torch.equal(kept[name], decoded[name]) for name in kept)
 
@@ -276,17 +237,6 @@ def test_the_threshold_that_decides_verdicts_is_the_best_on_validation(
     assert (alarms[0]["count"], alarms[0]["of"]) == ((logits[truth == 0] > threshold).sum(), (truth == 0).sum())
 
 
-def test_lora_sends_the_task_gradient_untouched() -> None:
-    torch.manual_seed(0)
-    heads = {name: nn.Linear(4, 1) for name in ("image", "text", "teacher")}
-    known = precomputed(torch.tensor([0.0, 1, 0, 1, 1]), torch.randn(5, 4), torch.randn(5))
-    applied, losses, gradients = surgery_step(
-        METHODS["lora"], torch.randn(5, 4), heads, known, torch.randn(5, 4), settings()
-    )
-    assert torch.equal(applied, gradients["task"])
-    assert losses["loss_alignment"] == 0.0
-
-
 def test_dgs_without_surgery_is_lora_to_the_bit(clip: Clip, prepared: Prepared) -> None:
     """lambda 0 and an epsilon so large that nothing is projected: the methods differ in the surgery alone."""
     off = settings(surgery={"lam": 0.0, "eps": 1e30})
@@ -297,7 +247,7 @@ def test_dgs_without_surgery_is_lora_to_the_bit(clip: Clip, prepared: Prepared) 
 
 
 def test_a_second_run_is_bitwise_equal_and_another_seed_is_not(clip: Clip, prepared: Prepared) -> None:
-    params = validate({**SETTINGS, "model": {**SETTINGS["model"], "lora": {"rank": 2, "dropout": 0.5}}})
+    params = settings().replaced({"model.lora.dropout": 0.5})
     first, second, other = (run("dgs", clip, prepared, params, seed)[0] for seed in (0, 0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
@@ -314,13 +264,12 @@ def test_stage_2_learns_adapters_image_head_and_text_head_and_nothing_else(clip:
     start = Backbone(clip, settings().model.lora, 0)
     initial = {n: p.detach().clone() for n, p in start.named_parameters()}
     clip.model.visual = start.without_adapters()
-    learned, trained = run("dgs", clip, prepared, settings())
+    learned, _ = run("dgs", clip, prepared, settings())
     adapters = [n for n in learned if "lora_" in n]
     assert adapters and not all(torch.equal(learned[n], initial[n]) for n in adapters)
     assert not torch.equal(learned["image.weight"], new_head(24, 1_000, torch.device("cpu")).weight)
     assert not torch.equal(learned["text.weight"], new_head(24, 2_000, torch.device("cpu")).weight)
-    with_grad = {n for n, p in trained.backbone.named_parameters() if p.requires_grad}
-    assert all("lora_" in n for n in with_grad)
+    assert {name.partition(".")[0] for name in set(learned) - set(adapters)} == {"image", "text", "teacher"}
 
 
 def test_cached_stage_1_equals_training_through_the_tower(clip: Clip, prepared: Prepared) -> None:
@@ -329,7 +278,7 @@ def test_cached_stage_1_equals_training_through_the_tower(clip: Clip, prepared: 
     rows = prepared.split("train")
     labels = torch.tensor(rows["label"].to_numpy(), dtype=torch.float32)
     views = training_views(prepared, params, 3)
-    cached = stage1(frozen_features(backbone, views, params, torch.device("cpu")), labels, params, 3)
+    cached = stage1(frozen_features(backbone, views, params), labels, params, 3)
     head = new_head(24, 3, torch.device("cpu"))
     optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
     for epoch in range(2):
@@ -522,7 +471,7 @@ def test_an_image_with_features_that_are_no_numbers_is_named(
 def test_a_checkpoint_scores_as_the_run_that_made_it(
     method: str, clip: Clip, prepared: Prepared, tmp_path: Path
 ) -> None:
-    params = settings().model_copy(update={"model": settings().model.model_copy(update={"clip": clip.name})})
+    params = settings().replaced({"model.clip": clip.name})
     files = [prepared.source.root / name for name in prepared.split("val")["file"]]
     expected: list[np.ndarray] = []
 

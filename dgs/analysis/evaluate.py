@@ -141,19 +141,17 @@ def check_fits(
             )
 
 
-def image_features(backbone: Backbone, views: Views, params: Params, device: torch.device, label: str) -> Features:
+def image_features(backbone: Backbone, views: Views, params: Params, label: str) -> Features:
     """Features of evaluation views: (N, D)."""
-    with torch.no_grad():
-        size, workers = params.compute.batch_size, params.compute.workers
-        return extract_features(backbone, views, size, workers, device, label).cpu().numpy()
+    return extract_features(backbone, views, params, label).cpu().numpy()
 
 
-def block_means(backbone: Backbone, views: Views, params: Params, device: torch.device, label: str) -> list[Features]:
+def block_means(backbone: Backbone, views: Views, params: Params, label: str) -> list[Features]:
     """The mean patch token of each image after each vision block: `depth` arrays (N, W), the first block's first."""
     levels, depth = backbone.levels, len(backbone.visual.transformer.resblocks)
     backbone.levels = tuple(range(1, depth + 1))
     try:
-        found = image_features(backbone, views, params, device, label)
+        found = image_features(backbone, views, params, label)
     finally:
         backbone.levels = levels
     return np.split(found[:, backbone.widths[0] :], 2 * depth, axis=1)[::2]  # the others are standard deviations
@@ -208,7 +206,7 @@ class _Reader:
         """(N, D): what the head of `backbone` reads."""
         if not tuned and backbone.levels in self._frozen:
             return self._frozen[backbone.levels]
-        found = image_features(backbone, self.views, self.job.params, self.job.device, label)
+        found = image_features(backbone, self.views, self.job.params, label)
         if not tuned:
             self._frozen[backbone.levels] = found
         return found
@@ -273,7 +271,7 @@ def evaluate(
     plain = Backbone(clip).to(device).eval()
     features = reader.features(plain, False, "frozen features")
     width, captions = features.shape[1], prepared.caption_embeddings[tested.index]
-    blocks = block_means(plain, few.views, params, device, "frozen blocks")
+    blocks = block_means(plain, few.views, params, "frozen blocks")
     frozen = Tower(tested, captions, prepared.prompts, params.evaluate.retrieval_pool, features[test], blocks)
     shown = tsne_rows(tested, params.evaluate.tsne_images)
     at = tested.index.get_indexer(shown.index)
@@ -285,7 +283,7 @@ def evaluate(
         with _opened(method, folder, job) as (backbone, head, tuned):
             features = reader.features(backbone, tuned, label)
             if tuned:
-                blocks = block_means(backbone, few.views, params, device, f"{label}, blocks")
+                blocks = block_means(backbone, few.views, params, f"{label}, blocks")
         scores.append(reader.scores(method, seed, head, features))
         if not np.isfinite(features).all():
             raise UserError(

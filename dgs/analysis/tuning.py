@@ -84,7 +84,7 @@ def train_and_score(
             rows = prepared.split(split)
             if not rows.empty:
                 views = Views(rows, prepared.source, params, patches=prepared.patches)
-                logits = validation_logits(trained.backbone, trained.heads["image"], views, params, device)
+                logits = validation_logits(trained.backbone, trained.heads["image"], views, params)
                 found[split] = (rows["label"].to_numpy(), logits)
 
     train(get_method(name), clip, prepared, params, seed, device, done)

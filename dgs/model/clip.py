@@ -29,6 +29,7 @@ from dgs.workspace import no_such_clip, weights_twice
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # the release's constants
 RANDOM = "random"  # model.pretrained: seeded random weights, for tests of geometry
+TEXTS = 256  # a batch
 
 
 class ConvStem(nn.Module):
@@ -189,7 +190,7 @@ def _from_folder(folder: Path, image_size: int) -> tuple[Any, dict[str, Any]]:
     return model, config.get("preprocess_cfg", {})
 
 
-def _from_name(params: ModelParams, image_size: int, seed: int) -> tuple[Any, dict[str, Any]]:
+def _from_name(params: ModelParams, image_size: int) -> tuple[Any, dict[str, Any]]:
     names = open_clip.list_models()
     if params.clip not in names:
         raise no_such_clip(params.clip, did_you_mean(params.clip, names))
@@ -201,7 +202,7 @@ def _from_name(params: ModelParams, image_size: int, seed: int) -> tuple[Any, di
             f"activation and wrong features. Set model.clip: {params.clip}-quickgelu."
         )
     if params.pretrained == RANDOM:
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model: Any = open_clip.create_model(params.clip, pretrained=None, force_image_size=image_size)
     else:
         try:
@@ -225,13 +226,12 @@ def _drop_text(model: Any) -> None:
         delattr(model, name)
 
 
-def load_clip(params: ModelParams, root: Path, image_size: int, seed: int = 0, text: bool = True) -> Clip:
+def load_clip(params: ModelParams, root: Path, image_size: int, text: bool = True) -> Clip:
     """A frozen CLIP by open_clip name or from a folder, for images of `image_size` px (positions interpolated).
 
     Args:
         params: clip, pretrained, normalize and precision are used.
         root: folder that a relative model.clip is looked up in.
-        seed: of the weights where pretrained is "random".
         text: False leaves the text side out of memory: captions are embedded once, when data are prepared.
 
     Raises:
@@ -244,7 +244,7 @@ def load_clip(params: ModelParams, root: Path, image_size: int, seed: int = 0, t
         model, preprocess = _from_folder(folder, image_size)
         source = f"local-dir:{folder}"
     else:
-        model, preprocess = _from_name(params, image_size, seed)
+        model, preprocess = _from_name(params, image_size)
         source = params.clip
     tokenizer = open_clip.get_tokenizer(source) if text else None  # one that a folder names could bring code
     weights_hash = _tensors_hash({k: v for k, v in model.state_dict().items() if "positional_embedding" not in k})
@@ -277,12 +277,12 @@ def embed_tokens(model: Any, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_texts(clip: Clip, texts: Sequence[str], batch_size: int = 256) -> NDArray[np.float32]:
+def encode_texts(clip: Clip, texts: Sequence[str]) -> NDArray[np.float32]:
     """Unnormalised caption embeddings t of the frozen text tower: N texts to (N, D) float32."""
     device = next(clip.model.parameters()).device
-    starts = range(0, len(texts), batch_size)
+    starts = range(0, len(texts), TEXTS)
     parts = [
-        embed_tokens(clip.model, clip.tokenizer(list(texts[i : i + batch_size])).to(device)).float().cpu().numpy()
+        embed_tokens(clip.model, clip.tokenizer(list(texts[i : i + TEXTS])).to(device)).float().cpu().numpy()
         for i in tqdm(starts, desc="captions", unit="batch", disable=len(starts) < 2)
     ]
     return np.concatenate(parts).astype(np.float32)

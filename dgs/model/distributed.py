@@ -8,7 +8,6 @@ batch. That needs a sum, and only that.
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import signal
@@ -17,41 +16,39 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import get_context, parent_process
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from dgs.errors import UserError
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
 T = TypeVar("T")
 TIMEOUT = 1800.0  # seconds that a process waits for the others
+AGAIN = "Run the same command again: it goes on from the last snapshot."
+DIED = f"{AGAIN} If memory was short, lower train.processes, train.batch_size or compute.jobs."
 
 
-def _group() -> Any:
-    """torch.distributed if this process is in a group, else None."""
-    loaded = sys.modules.get("torch.distributed")
-    return loaded if loaded is not None and loaded.is_available() and loaded.is_initialized() else None
+def in_group() -> bool:
+    """True if several processes share the run."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
     """This process's number, from 0."""
-    group = _group()
-    return 0 if group is None else int(group.get_rank())
+    return dist.get_rank() if in_group() else 0
 
 
 def count() -> int:
     """How many processes share the run."""
-    group = _group()
-    return 1 if group is None else int(group.get_world_size())
+    return dist.get_world_size() if in_group() else 1
 
 
 def shard(items: Sequence[T]) -> Sequence[T]:
@@ -62,11 +59,10 @@ def shard(items: Sequence[T]) -> Sequence[T]:
 
 def all_gather(value: T) -> list[T]:
     """The `value` of every process, in their order."""
-    group = _group()
-    if group is None:
+    if not in_group():
         return [value]
     values: list[Any] = [None] * count()
-    group.all_gather_object(values, value)
+    dist.all_gather_object(values, value)
     return values
 
 
@@ -91,37 +87,29 @@ def all_reduce_sum(values: Mapping[str, float]) -> dict[str, float]:
 
 def all_gather_rows(rows: Tensor) -> Tensor:
     """(n, ...) rows of each process to the (N, ...) rows of all, in their order, on every process."""
-    import torch
-
-    group = _group()
-    if group is None:
+    if not in_group():
         return rows
     lengths = all_gather(len(rows))
     padded = rows.new_zeros(max(lengths), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in lengths]
-    group.all_gather(parts, padded)
+    dist.all_gather(parts, padded)
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
 def all_reduce(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The sum over processes of each tensor, the same bits on each; shapes must agree."""
-    import torch
-
-    group = _group()
-    if group is None:
+    if not in_group():
         return list(tensors)
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    group.all_reduce(flat)
+    dist.all_reduce(flat)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Every parameter's gradient becomes the sum over processes, the same bits on each; no gradient counts as zero."""
-    import torch
-
-    if _group() is None:
+    if not in_group():
         return
     given = list(parameters)
     sums = all_reduce([torch.zeros_like(p) if p.grad is None else p.grad for p in given])
@@ -135,8 +123,6 @@ def own_device(device: torch.device) -> torch.device:
     Raises:
         UserError: fewer GPUs than processes on this machine.
     """
-    import torch
-
     if device.type != "cuda" or device.index is not None or count() == 1:
         return device
     local = int(os.environ.get("LOCAL_RANK", rank()))
@@ -163,9 +149,6 @@ def end_with_parent() -> None:
 
 
 def _init_group(timeout: float, here_alone: bool, **where: Any) -> None:
-    import torch
-    import torch.distributed as dist
-
     if here_alone and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on this machine, which may have no network
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
@@ -175,39 +158,130 @@ def _init_group(timeout: float, here_alone: bool, **where: Any) -> None:
 def join_torchrun() -> None:
     """Join the group of a `torchrun` that started this process; without one, nothing happens."""
     everywhere = int(os.environ.get("WORLD_SIZE", "1"))
-    if everywhere > 1 and _group() is None:
+    if everywhere > 1 and not in_group():
         _init_group(TIMEOUT, int(os.environ.get("LOCAL_WORLD_SIZE", everywhere)) == everywhere)
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """What is started in this block ignores Ctrl-C from its first moment, so that it writes no traceback on loading."""
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other set this
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of `count` processes as the one that started them sees it: each answer is (good, what it says)."""
+
+    number: int
+    count: int
+    process: BaseProcess
+    line: Connection
+
+    def recv(self, task: str, after_death: str) -> Any:
+        """What it says next.
+
+        Args:
+            task: what the processes do together, for the error: "train".
+            after_death: sentences on what to do if it died.
+
+        Raises:
+            UserError: the one that stopped it, or that it died.
+            RuntimeError: another error stopped it.
+        """
+        try:
+            good, said = self.line.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode or 0
+            how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            raise UserError(
+                f"Expected {self.count} processes to {task} together, found that process {self.number} died ({how}). "
+                f"{after_death}"
+            ) from None
+        if good:
+            return said
+        raise (
+            said
+            if isinstance(said, UserError)
+            else RuntimeError(f"Process {self.number} of {self.count} stopped. {said}")
+        )
+
+
+def _work(target: Callable[..., None], number: int, arguments: tuple[Any, ...], line: Connection) -> None:
+    """What each process does: `target`, whose error goes along the line."""
+    end_with_parent()
+    try:
+        target(number, *arguments, line)
+    except BaseException as error:
+        with suppress(Exception):
+            line.send((False, error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"))
+    sys.stderr.flush()
+    os._exit(0)  # its threads may wait for ever, and nobody waits for them
+
+
+@contextmanager
+def started(count: int, target: Callable[..., None], *arguments: Any, daemon: bool = True) -> Iterator[list[Member]]:
+    """So many processes of this machine, each with a line to this one; at the end of the block all end.
+
+    Ctrl-C is for this process alone. They end with this one even if the block is never left.
+
+    Args:
+        target: called in each as target(number, *arguments, line), where its error goes too; importable, as are its
+            arguments picklable.
+        daemon: they may start no processes themselves.
+    """
+    context = get_context("spawn")
+    members: list[Member] = []
+    try:
+        with _deaf_to_interrupts():
+            for number in range(count):
+                mine, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(target, number, arguments, theirs), daemon=daemon)
+                process.start()
+                theirs.close()
+                members.append(Member(number, count, process, mine))
+        yield members
+    finally:
+        for member in members:
+            member.process.kill()
+        for member in members:
+            member.process.join()
 
 
 def _member(
     number: int,
     processes: int,
-    folder: Path,
+    folder: str,
     timeout: float,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
+    line: Connection,
 ) -> None:
-    """What each process of `run` does; results and errors are files in `folder`."""
-    import torch.distributed as dist
-
-    end_with_parent()
-    code = 0
+    """What each process of `run` does; `folder` is for meeting the others."""
     try:
-        store = dist.FileStore(str(folder / "rendezvous"), processes)
+        store = dist.FileStore(f"{folder}/rendezvous", processes)
         _init_group(timeout, True, store=store, rank=number, world_size=processes)
         result = function(*arguments)
-        if number == 0:
-            (folder / "result").write_bytes(pickle.dumps(result))
         store.set(f"done-{number}", "")
         store.wait([f"done-{other}" for other in range(processes)])  # to the others, leaving early looks like dying
-    except BaseException as error:
-        said = error if isinstance(error, UserError) else RuntimeError(f"{type(error).__name__}: {error}")
-        (folder / f"error-{number}").write_bytes(pickle.dumps(said))
-        if said is not error:
+    except Exception as error:
+        if "imed out" in str(error) or "imeout" in str(error):
+            raise UserError(
+                f"Expected {processes} processes to keep step, found that process {number} waited too long for another "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}). {AGAIN}"
+            ) from None
+        if not isinstance(error, UserError):
             time.sleep(1.0)  # if another process died, its end is noticed before the complaint about it
-        code = 1
-    sys.stderr.flush()
-    os._exit(code)  # threads of the group may wait for others for ever
+        raise
+    # Pickled here: the line would hand tensors over as shared memory, which ends with this process.
+    line.send((True, pickle.dumps(result if number == 0 else None)))
 
 
 def run(processes: int, function: Callable[..., T], *arguments: Any, timeout: float = TIMEOUT) -> T:
@@ -225,104 +299,14 @@ def run(processes: int, function: Callable[..., T], *arguments: Any, timeout: fl
     """
     if processes == 1:
         return function(*arguments)
-    from torch.multiprocessing.spawn import ProcessExitedException, start_processes
-
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # how it ends them is no user's concern
-    with tempfile.TemporaryDirectory(prefix="dgs-") as folder:
-        given = (processes, Path(folder), timeout, function, arguments)
-        with _deaf_to_interrupts():
-            group = start_processes(_member, given, processes, join=False)
-        try:
-            while not group.join(grace_period=2.0):
-                pass
-            return pickle.loads((Path(folder) / "result").read_bytes())
-        except ProcessExitedException as first:
-            raise _failure(Path(folder), processes, first.error_index, first.exit_code) from None
-        finally:
-            for process in group.processes:
-                process.kill()
-                process.join()
-
-
-def _failure(folder: Path, processes: int, number: int, code: int) -> Exception:
-    """The most telling of what went wrong, given the first process that ended badly."""
-    errors = {file.name: pickle.loads(file.read_bytes()) for file in sorted(folder.glob("error-*"))}
-    for error in errors.values():
-        if isinstance(error, UserError):
-            return error
-    error = errors.get(f"error-{number}")
-    if error is None:
-        return UserError(
-            f"Expected {processes} processes to train together, found that process {number} died "
-            f"({exit_reason(code)}). Run the same command again: it goes on from the last snapshot. If memory was "
-            f"short, lower train.processes, train.batch_size or compute.jobs."
-        )
-    if "imed out" in str(error) or "imeout" in str(error):
-        return UserError(
-            f"Expected {processes} processes to keep step, found that process {number} waited too long for another "
-            f"({str(error).splitlines()[0]}). Run the same command again: it goes on from the last snapshot."
-        )
-    return RuntimeError(f"Process {number} of {processes} stopped. {error}")
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """What is started in this block ignores Ctrl-C from its first moment, so that it writes no traceback on loading."""
-    if threading.current_thread() is not threading.main_thread():  # Python lets no other set this
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def exit_reason(code: int) -> str:
-    """How a process ended, in words, from its exit code."""
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-
-
-@dataclass(frozen=True)
-class Member:
-    """One of several processes as the one that started it sees it."""
-
-    number: int
-    process: BaseProcess
-    line: Connection
-
-    def recv(self) -> tuple[bool, Any]:
-        """What it says next, which begins with whether that is good; once it has died, (False, its exit code)."""
-        try:
-            good, said = self.line.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            return False, self.process.exitcode
-        return good, said
-
-
-@contextmanager
-def started(count: int, target: Callable[..., None], *arguments: Any) -> Iterator[list[Member]]:
-    """So many processes of this machine, each with a line to this one; at the end of the block all end.
-
-    Ctrl-C is for this process alone. They end with this one even if the block is never left, and may start none.
-
-    Args:
-        target: called in each as target(number, *arguments, line); importable, as are its arguments picklable.
-    """
-    context = get_context("spawn")
-    members: list[Member] = []
-    try:
-        with _deaf_to_interrupts():
-            for number in range(count):
-                mine, theirs = context.Pipe()
-                process = context.Process(target=target, args=(number, *arguments, theirs), daemon=True)
-                process.start()
-                theirs.close()
-                members.append(Member(number, process, mine))
-        yield members
-    finally:
-        for member in members:
-            member.process.kill()
-        for member in members:
-            member.process.join()
+    results: dict[int, bytes] = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="dgs-") as folder,
+        started(processes, _member, processes, folder, timeout, function, arguments, daemon=False) as members,
+    ):
+        waiting: dict[Any, Member] = {member.line: member for member in members}
+        while waiting:
+            for line in wait(list(waiting)):
+                member = waiting.pop(line)
+                results[member.number] = member.recv("train", DIED)
+    return pickle.loads(results[0])

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
-from dgs.data.prepared import TRAINING, Prepared, load_training
+from dgs.data.prepared import TRAINING, load_training
 from dgs.errors import UserError
 from dgs.model import distributed
 from dgs.model.methods.registry import get_method
@@ -20,7 +20,6 @@ from dgs.model.training_log import TrainingLog
 from dgs.params import Params
 
 if TYPE_CHECKING:
-    from dgs.model.clip import Clip
     from dgs.model.train import Trained
 
 _steps: Any = None  # in a worker: the counter it shares with the parent
@@ -41,15 +40,12 @@ def _count() -> None:
 @contextmanager
 def _silent_workers() -> Iterator[None]:
     """Processes started in this block show no bars of their own: the parent shows one for all seeds."""
-    before = os.environ.get("TQDM_DISABLE")
+    before = os.environ.get("TQDM_DISABLE", "")
     os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported, so the parent's bar is not affected
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = before
+        os.environ["TQDM_DISABLE"] = before
 
 
 def train_seed(
@@ -76,7 +72,12 @@ def train_seed(
     device = distributed.own_device(choose_device(params.compute.device))
     clip = load_clip(params.model, root, params.image_size, text=False)
     prepared = load_training(prepared_folder, root)
-    _require_same_clip(prepared, clip)
+    said = prepared.info.get("clip", clip.weights_hash)
+    if said != clip.weights_hash:
+        raise UserError(
+            f"Expected the CLIP that captions were embedded by, with weights {said[:12]}, found {clip.name} with "
+            f"{clip.weights_hash[:12]}. Run prepare again."
+        )
     key = run_key(method, seed, params, prepared_folder / TRAINING, clip.weights_hash, device)
     snapshot = Snapshot(unfinished / key, params.compute.snapshot_seconds)
 
@@ -89,15 +90,6 @@ def train_seed(
     if not snapshot.is_done:
         train(chosen, clip, prepared, params, seed, device, done, _count, snapshot)
     return snapshot.publish(method, seed, folder / f"seed-{seed}") if distributed.rank() == 0 else None
-
-
-def _require_same_clip(prepared: Prepared, clip: Clip) -> None:
-    said = prepared.info.get("clip", clip.weights_hash)
-    if said != clip.weights_hash:
-        raise UserError(
-            f"Expected the CLIP that captions were embedded by, with weights {said[:12]}, found {clip.name} with "
-            f"{clip.weights_hash[:12]}. Run prepare again."
-        )
 
 
 def train_by_torchrun(
@@ -116,16 +108,14 @@ def train_by_torchrun(
     return distributed.rank() == 0
 
 
-def _train_counted(counter: Any, *arguments: Any) -> TrainingLog | None:
+def _train_counted(counter: Any, *arguments: Any) -> TrainingLog:
     _share(counter)
-    return train_seed(*arguments)
+    return cast(TrainingLog, train_seed(*arguments))  # of the first process, whose log alone is looked at
 
 
 def _train_together(processes: int, *arguments: Any) -> TrainingLog:
     """`train_seed` in so many processes that share every batch."""
-    log = distributed.run(processes, _train_counted, _steps, *arguments)
-    assert log is not None
-    return log
+    return distributed.run(processes, _train_counted, _steps, *arguments)
 
 
 def train_seeds(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,6 +37,11 @@ from dgs.workspace import find_root
 INDEX = "views.jsonl"
 # Batches that a process has at a time: those it decodes ahead, the one its tower works on, and one on the way.
 AT_A_TIME = AHEAD + 2
+# What workers do, and what to do if one dies.
+TOGETHER = (
+    "score",
+    "What was printed until then is right. Run the same command again; if memory was short, with fewer --processes.",
+)
 
 Row = dict[str, Any]
 
@@ -86,7 +90,7 @@ def score_files(
             settings = (processes, folder, threshold, batch_size, explain is not None)
             workers = stack.enter_context(distributed.started(processes, _work, *settings))
             for worker in workers:
-                _hear(worker, processes)  # that it is ready
+                worker.recv(*TOGETHER)  # that it is ready
             batches = _shared(workers, files, batch_size)
         if explain is not None:
             _make_empty(explain)
@@ -204,13 +208,13 @@ def _shared(workers: Sequence[Member], files: Iterator[Path], size: int) -> Iter
         if not batch:
             break
         if len(waiting) == AT_A_TIME * len(workers):
-            yield _hear(waiting.popleft(), len(workers))
+            yield waiting.popleft().recv(*TOGETHER)
         _tell(worker, batch)
         waiting.append(worker)
     for worker in workers:
         _tell(worker, None)
     while waiting:
-        yield _hear(waiting.popleft(), len(workers))
+        yield waiting.popleft().recv(*TOGETHER)
 
 
 def _tell(worker: Member, batch: list[Path] | None) -> None:
@@ -218,38 +222,16 @@ def _tell(worker: Member, batch: list[Path] | None) -> None:
         worker.line.send(batch)
 
 
-def _hear(worker: Member, count: int) -> Any:
-    good, said = worker.recv()
-    if good:
-        return said
-    if isinstance(said, UserError):
-        raise said
-    if isinstance(said, int):
-        raise UserError(
-            f"Expected {count} processes to score together, found that process {worker.number} died "
-            f"({distributed.exit_reason(said)}). What was printed until then is right. Run the same command again; if "
-            f"memory was short, with fewer --processes."
-        )
-    raise RuntimeError(f"Process {worker.number} of {count} stopped. {said}")
-
-
 def _work(
     number: int, count: int, folder: Path, threshold: float, size: int, with_views: bool, line: Connection
 ) -> None:
     """What each worker does: open the checkpoint, say so, then answer batches of files with batches of rows."""
-    distributed.end_with_parent()
-    try:
-        torch.set_num_threads(max(1, torch.get_num_threads() // count))
-        detector = Detector.load(folder, device=own_device(number))
-        line.send((True, None))
-        threads = max(1, (os.cpu_count() or 1) // count)
-        for batch in score_batches(detector, threshold, _received(line), size, threads):
-            line.send((True, batch if with_views else [ScoredFile(row, None) for row, _ in batch]))
-    except BaseException as error:
-        with suppress(Exception):
-            line.send((False, error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"))
-    sys.stderr.flush()
-    os._exit(0)  # threads may still be decoding, and nobody waits for them
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    detector = Detector.load(folder, device=own_device(number))
+    line.send((True, None))
+    threads = max(1, (os.cpu_count() or 1) // count)
+    for batch in score_batches(detector, threshold, _received(line), size, threads):
+        line.send((True, batch if with_views else [ScoredFile(row, None) for row, _ in batch]))
 
 
 def own_device(number: int) -> str:

@@ -61,11 +61,10 @@ def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Adam:
 
 
 @torch.no_grad()
-def extract_features(
-    backbone: Backbone, views: Views, batch_size: int, workers: int, device: torch.device, label: str
-) -> Tensor:
-    """Features of views in the tower as it stands: (N, D) float32 on `device`; processes share the work."""
-    mine = batches(views, batch_size, workers, distributed.shard(range(len(views))))
+def extract_features(backbone: Backbone, views: Views, params: Params, label: str) -> Tensor:
+    """Features of views in the tower as it stands: (N, D) float32 on its device; processes share the work."""
+    device, shard = backbone.mean.device, distributed.shard(range(len(views)))
+    mine = batches(views, params.compute.batch_size, params.compute.workers, shard)
     parts = [backbone(images.to(device)).float() for images, _ in tqdm(mine, desc=label, unit="batch", leave=False)]
     empty = torch.zeros(0, backbone.widths[1], device=device)
     return distributed.all_gather_rows(torch.cat(parts) if parts else empty)
@@ -78,23 +77,12 @@ def training_views(prepared: Prepared, params: Params, seed: int) -> list[Views]
     return [Views(rows, prepared.source, params, seed, view, prepared.patches, keep) for view in range(count)]
 
 
-def validation_views(prepared: Prepared, params: Params) -> Views:
-    """The views that thresholds are chosen on, kept in memory where they fit."""
-    rows = prepared.split("val")
-    keep = worth_keeping(len(rows), params)
-    return Views(rows, prepared.source, params, patches=prepared.patches, keep=keep)
-
-
-def frozen_features(backbone: Backbone, views: list[Views], params: Params, device: torch.device) -> Tensor:
+def frozen_features(backbone: Backbone, views: list[Views], params: Params) -> Tensor:
     """The frozen tower's features of every training view, once: (views, N, D)."""
-    size, workers = params.compute.batch_size, params.compute.workers
+    labels = [f"frozen features {number}/{len(views)}" for number in range(1, len(views) + 1)]
     with backbone.frozen():
-        return torch.stack(
-            [
-                extract_features(backbone, some, size, workers, device, f"frozen features {number}/{len(views)}")
-                for number, some in enumerate(views, start=1)
-            ]
-        )
+        found = [extract_features(backbone, some, params, label) for some, label in zip(views, labels, strict=True)]
+    return torch.stack(found)
 
 
 def _diverged(loss: str, step: int, names: list[str], stage: int) -> UserError:
@@ -177,14 +165,11 @@ def stage1(
     return (head if feature_map is None else feature_map.fold_into(head)).requires_grad_(False)
 
 
-def validation_logits(
-    backbone: Backbone, head: nn.Module, views: Views, params: Params, device: torch.device
-) -> NDArray[np.float32]:
+def validation_logits(backbone: Backbone, head: nn.Module, views: Views, params: Params) -> NDArray[np.float32]:
     """Logits of the validation views, (N,)."""
     training = backbone.training
     backbone.eval()
-    size, workers = params.compute.batch_size, params.compute.workers
-    features = extract_features(backbone, views, size, workers, device, "validation")
+    features = extract_features(backbone, views, params, "validation")
     backbone.train(training)
     with torch.no_grad():
         return head(features).squeeze(1).cpu().numpy()
@@ -197,22 +182,6 @@ def teacher_residuals(teacher: nn.Linear, frozen: Tensor, labels: Tensor) -> Ten
     `frozen`: (..., N, D) features of the frozen tower, `labels`: (N,); returns (..., N).
     """
     return torch.sigmoid(teacher(frozen).squeeze(-1)) - labels
-
-
-def precompute(
-    teacher: nn.Linear, frozen: Tensor, captions: Tensor, labels: Tensor, expert: Tensor, weight: Tensor
-) -> list[Precomputed]:
-    """What stage 2 knows of the training images, a view each.
-
-    Args:
-        frozen: (views, N, D) features of the frozen tower.
-        captions: (N, T) embeddings.
-        labels, expert, weight: (N,) as in `Precomputed`.
-    """
-    residuals = teacher_residuals(teacher, frozen, labels)
-    norms = frozen[..., : captions.shape[1]].square().sum(2).mean(1, keepdim=True).expand_as(residuals)
-    views = zip(frozen, norms, residuals, strict=True)
-    return [Precomputed(labels, captions, *view, expert, weight) for view in views]
 
 
 def method_captions(method: Method, prepared: Prepared, seed: int) -> NDArray[np.float32]:
@@ -254,9 +223,9 @@ def stage2(
     names: list[str],
     log: TrainingLog,
     validate: Validate,
-    feature_map: Affine | None = None,
-    on_step: Callable[[], None] = _nothing,
-    snapshot: Snapshot | None = None,
+    feature_map: Affine | None,
+    on_step: Callable[[], None],
+    snapshot: Snapshot,
 ) -> tuple[dict[str, nn.Linear], NDArray[np.float32]]:
     """Stage 2: Adam on the adapters, the image head and the text head; the gradient into the features is operated on.
 
@@ -274,7 +243,6 @@ def stage2(
     Returns:
         heads on features as they are; logits of the validation images.
     """
-    snapshot = snapshot or Snapshot()
     device, width = teacher.weight.device, teacher.in_features
     image, text = new_head(width, 1_000 + seed, device), new_head(known[0].clip_dim, 2_000 + seed, device)
     if method.init_head_from_probe:
@@ -346,20 +314,21 @@ def train(
     set_determinism(params.compute.threads)
     params = method.of(params)
     clip.model.to(device)
-    log, rows = TrainingLog(method.name, seed), prepared.split("train")
-    validation, truth = validation_views(prepared, params), prepared.split("val")["label"].to_numpy()
+    log, rows, val = TrainingLog(method.name, seed), prepared.split("train"), prepared.split("val")
+    truth, keep = val["label"].to_numpy(), worth_keeping(len(val), params)
+    validation = Views(val, prepared.source, params, patches=prepared.patches, keep=keep)
     levels = params.model.levels if method.levels else ()
     backbone = Backbone(clip, params.model.lora if method.adapters else None, seed, levels).to(device)
 
     def validate(head: nn.Module, epoch: int, step: int) -> NDArray[np.float32]:
-        logits = validation_logits(backbone, head, validation, params, device)
+        logits = validation_logits(backbone, head, validation, params)
         log.loss(epoch, step, val_balanced_acc=balanced_accuracy(Scored.of(truth, logits)))
         return logits
 
     try:
         backbone.eval()
         views = training_views(prepared, params, seed)
-        frozen = snapshot.features(lambda: frozen_features(backbone, views, params, device)).to(device)
+        frozen = snapshot.features(lambda: frozen_features(backbone, views, params)).to(device)
         _require_finite(frozen, rows)
         names = rows["id"].tolist()
         labels = torch.tensor(rows["label"].to_numpy(dtype=np.float32), device=device)
@@ -369,11 +338,12 @@ def train(
         feature_map = None if fit is None else fit(frozen[0], captions, params.train.surgery)
         terms = expert_terms(method.text_expert, embeddings, labels, seed)
         if method.adapters:
-            expert, weight = terms if method.init_head_from_probe else (None, None)
-            teacher = stage1(
-                frozen, labels, params, seed, expert=expert, weight=weight, feature_map=feature_map, names=names
-            )
-            known = precompute(teacher, frozen, captions, labels, *terms)
+            own: tuple[Tensor | None, Tensor | None] = terms if method.init_head_from_probe else (None, None)
+            teacher = stage1(frozen, labels, params, seed, None, _nothing, *own, feature_map, names)
+            residuals = teacher_residuals(teacher, frozen, labels)
+            norms = frozen[..., : captions.shape[1]].square().sum(2).mean(1, keepdim=True).expand_as(residuals)
+            of_view = zip(frozen, norms, residuals, strict=True)
+            known = [Precomputed(labels, captions, *facts, *terms) for facts in of_view]
             rest = (params, seed, names, log, validate, feature_map, on_step, snapshot)
             heads, logits = stage2(method, backbone, teacher, known, views, *rest)
         else:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dgs.errors import UserError
 from dgs.model.methods.erasure import Affine
 from dgs.model.surgery import alignment_loss, split_signs, suppress
-from dgs.params import Params, SurgeryParams, validate
+from dgs.params import Params, SurgeryParams
 
 
 @dataclass(frozen=True)
@@ -201,11 +201,8 @@ class Method:
                 f"Expected train.accumulate and train.processes to be 1 for {self.name}, which takes the gradients of "
                 f"a batch as one vector, found {parts[0]} and {parts[1]}. Set both to 1."
             )
-        if not self.settings:
-            return params
-        content = params.model_dump()
-        content["train"]["surgery"] |= self.settings
-        return validate(content, f"the settings of {self.name}")
+        own = {f"train.surgery.{name}": value for name, value in self.settings.items()}
+        return params.replaced(own, f"the settings of {self.name}") if own else params
 
     def steps(self, images: int, params: Params) -> int:
         """Optimiser steps of a run: of stage 2, or of stage 1 where the tower stays frozen."""
