@@ -8,14 +8,7 @@ from typing import Any
 
 from dgs.errors import UserError, did_you_mean
 from dgs.model.methods.registry import METHODS, get_method
-from dgs.params import (
-    Params,
-    dotted,
-    merged_params,
-    only_params,
-    read_overlay,
-    validate,
-)
+from dgs.params import Params, dotted, merged_params, only_params, read_overlay, validate
 from dgs.workspace import (
     external_checkpoints,
     find_root,
@@ -25,7 +18,7 @@ from dgs.workspace import (
     require_data_root,
     weights_twice,
     yaml_text,
-)
+)  # fmt: skip
 
 UNWATCHED = "scratch"  # in .dvcignore: what notebooks by hand leave there should not look like a change
 
@@ -44,11 +37,11 @@ def _inputs(params: Params, root: Path) -> dict[str, list[str]]:
 
 def _check_robustness(params: Params) -> None:
     asked = params.evaluate.robustness
-    pairs: list[tuple[str, Sequence[Any] | None, Sequence[Any]]] = [
+    tested: list[tuple[str, Sequence[Any] | None, Sequence[Any]]] = [
         ("methods", asked.methods, [*params.methods, *params.evaluate.checkpoints]),
         ("seeds", asked.seeds, params.seeds),
     ]
-    for name, chosen, known in pairs:
+    for name, chosen, known in tested:
         for value in chosen or ():
             if value not in known:
                 hint = did_you_mean(str(value), map(str, known))
@@ -58,14 +51,21 @@ def _check_robustness(params: Params) -> None:
                 )
 
 
-def _check_watched(params: Params, root: Path) -> None:
-    given = {"data.root": params.data.root, "data.captions": params.data.captions, "model.clip": params.model.clip,
-             "model.pretrained": params.model.pretrained}  # fmt: skip
-    given |= {f"evaluate.checkpoints.{name}": path for name, path in params.evaluate.checkpoints.items()}
-    for name, path in given.items():
-        if path and (root / path).absolute().is_relative_to((root / UNWATCHED).absolute()):
+def _check_places(params: Params, root: Path) -> None:
+    own = f"build/{params.profile}"
+    checkpoints = {f"evaluate.checkpoints.{name}": path for name, path in params.evaluate.checkpoints.items()}
+    inputs = {"data.root": params.data.root, "model.clip": params.model.clip, **checkpoints}
+    for name, path in inputs.items():
+        if (root / path).resolve().is_relative_to((root / own).resolve()):
             raise UserError(
-                f"Expected {name} = {path} to lie outside {UNWATCHED}/, which DVC does not look into: a change to it "
+                f"Expected {name} = {path} to lie outside {own}, where this profile's outputs go. "
+                f"Move it, for example to build/inputs/."
+            )
+    optional = {"data.captions": params.data.captions, "model.pretrained": params.model.pretrained}
+    for name, given in {**inputs, **optional}.items():
+        if given and (root / given).absolute().is_relative_to((root / UNWATCHED).absolute()):
+            raise UserError(
+                f"Expected {name} = {given} to lie outside {UNWATCHED}/, which DVC does not look into: a change to it "
                 f"would rerun nothing. Move it, for example to build/inputs/."
             )
 
@@ -83,16 +83,7 @@ def check_params(params: Params, root: Path) -> None:
     if missing := [method for method in params.methods if method not in params.tuned]:
         raise UserError(f"Expected numbers of {missing[0]}, found none. Add to tuned: {missing[0]}: {{}}.")
     _check_robustness(params)
-
-    own = (root / "build" / params.profile).resolve()
-    checkpoints = {f"evaluate.checkpoints.{name}": path for name, path in params.evaluate.checkpoints.items()}
-    for name, given in {"data.root": params.data.root, "model.clip": params.model.clip, **checkpoints}.items():
-        if (root / given).resolve().is_relative_to(own):
-            raise UserError(
-                f"Expected {name} = {given} to lie outside build/{params.profile}, where this profile's outputs go. "
-                f"Move it, for example to build/inputs/."
-            )
-    _check_watched(params, root)
+    _check_places(params, root)
     external_checkpoints(params.evaluate.checkpoints, METHODS, root)
 
     def made_here(path: str) -> bool:  # by the pipeline itself, from data.dvc
@@ -135,7 +126,8 @@ def numbers_in_force(method: str | None, profile: str | None, root: Path | None 
     chosen = get_method(method)
     fixed = {f"train.surgery.{name}" for name in chosen.settings}
     rows = []
-    for name, value in dotted(chosen.of(params.for_method(method)).model_dump(exclude={"tuned"})).items():
+    in_force = chosen.of(params.for_method(method)).model_dump(exclude={"tuned"})
+    for name, value in dotted(in_force).items():
         own = method if name in params.tuned.get(method, {}) else "default"
         tuned = f"{file(f'tuned.{own}.{name}')}: tuned.{own}"
         source = f"the method {method}" if name in fixed else file(name) if given[name] == value else tuned

@@ -25,7 +25,7 @@ from dgs.analysis.angles import (
     read_updates,
     text_head_ranks,
 )
-from dgs.analysis.figures.plane import project_to_plane
+from dgs.analysis.figures.plane import project_to_plane, share_inside
 
 
 class TestCorrelation:
@@ -172,20 +172,15 @@ class TestPlane:
         return {f"{a}.{b}": float(np.dot(x, y)) for a, x in vectors.items() for b, y in vectors.items()}
 
     def test_a_projection_by_hand(self) -> None:
-        row = self.row(
-            task=[3.0, 4.0, 0.0], harmful=[2.0, 0.0, 0.0], applied=[0.0, 4.0, 0.0], beneficial=[-1.0, 0.0, -1.0]
-        )
-        points = project_to_plane(row, ("task", "harmful", "applied", "beneficial"))
-        assert points["task"] == pytest.approx((0.6, 0.8, 0.0))
-        assert points["applied"] == pytest.approx((0.0, 0.8, 0.0))
-        assert points["beneficial"] == pytest.approx((-0.2, 0.0, 0.2)) and points["beneficial"].inside == pytest.approx(
-            0.5
-        )
-        assert points["harmful"].unit == pytest.approx((1.0, 0.0, 0.0))
+        vectors = {"task": [3.0, 4, 0], "harmful": [2.0, 0, 0], "applied": [0.0, 4, 0], "beneficial": [-1.0, 0, -1]}
+        points = project_to_plane(self.row(**vectors), tuple(vectors))
+        expected = {"task": (0.6, 0.8, 0), "harmful": (0.4, 0, 0), "applied": (0, 0.8, 0), "beneficial": (-0.2, 0, 0.2)}
+        assert all(points[name] == pytest.approx(place) for name, place in expected.items())
+        assert share_inside(points["beneficial"]) == pytest.approx(0.5) and share_inside(points["task"]) == 1.0
 
     def test_no_harm_and_no_task_are_drawn_too(self) -> None:
         without = project_to_plane(self.row(task=[0.0, 2.0], harmful=[0.0, 0.0]), ("task", "harmful"))
-        assert without == {"task": (0.0, 1.0, 0.0), "harmful": (0.0, 0.0, 0.0)}
-        assert project_to_plane(self.row(task=[0.0, 0.0], harmful=[1.0, 0.0]), ("harmful",)) == {
-            "harmful": (0.0, 0.0, 0.0)
-        }
+        assert {name: tuple(point) for name, point in without.items()} == {"task": (0, 1, 0), "harmful": (0, 0, 0)}
+        assert share_inside(without["harmful"]) == 1.0
+        none = project_to_plane(self.row(task=[0.0, 0.0], harmful=[1.0, 0.0]), ("harmful",))
+        assert none["harmful"].tolist() == [0, 0, 0]

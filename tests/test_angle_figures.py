@@ -7,15 +7,16 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from test_angles import noted
+from test_figures import title
 
 from dgs.analysis.angles import UNSEEN, WITHIN, angle_table, batch_table, one_sample, text_head_ranks
 from dgs.analysis.figures import angles as figures
 from dgs.analysis.figures.plane import VECTOR_COLOURS, surgery_sketch
 from dgs.analysis.figures.style import FAMILIES, save
 from dgs.model.surgery import suppress
-from dgs.model.training_log import TrainingLog
 
-Logged = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
+Logged = tuple[pd.DataFrame, ...]
 
 
 @pytest.fixture(scope="module")
@@ -24,28 +25,15 @@ def logged() -> Logged:
     journals = []
     for method in ("lora", "dgs"):
         for seed in range(3):
-            journal = TrainingLog(method, seed)
-            for step in range(0, 80, 10):
-                labels = torch.arange(8).remainder(2)
-                radians = torch.deg2rad(80.0 - 20.0 * labels)
-                task = torch.stack([radians.cos(), radians.sin(), torch.zeros(8)], dim=1)
-                harm = torch.tensor([[1.0, 0.0, 0.0]]).repeat(8, 1)
-                applied = suppress(task, harm, eps=0.0) if method == "dgs" else task
-                vectors = {"task": task, "harmful": harm, "beneficial": -harm.roll(1, 1), "applied": applied}
-                journal.gradients(step, list(range(8)), labels, vectors)
-                for layer in ("0.q", "10.v", "2.k"):
-                    flat = {name: vectors[name].flatten()[None] for name in ("task", "harmful", "applied")}
-                    journal.layer(step, layer, flat)
-            journals.append(journal)
-    samples, layers, batches = (
-        pd.concat([getattr(j, name) for j in journals]) for name in ("samples", "layers", "batches")
+            radians = torch.deg2rad(80.0 - 20.0 * torch.arange(8).remainder(2))
+            task = torch.stack([radians.cos(), radians.sin(), torch.zeros(8)], dim=1)
+            harm = torch.tensor([[1.0, 0.0, 0.0]]).repeat(8, 1)
+            applied = suppress(task, harm, eps=0.0) if method == "dgs" else task
+            vectors = {"task": task, "harmful": harm, "beneficial": -harm.roll(1, 1), "applied": applied}
+            journals.append(noted(vectors, method, seed, range(0, 80, 10), ("0.q", "10.v", "2.k")))
+    return tuple(
+        pd.concat([getattr(journal, name) for journal in journals]) for name in ("samples", "layers", "batches")
     )
-    return samples, layers, batches
-
-
-def title(fig: Figure) -> str:
-    suptitle = fig.get_suptitle()
-    return suptitle.replace("\n", " ").replace("\u00a0", " ")
 
 
 def said(fig: Figure) -> str:
@@ -58,9 +46,7 @@ def test_ridges_part_real_from_fake(logged: Logged) -> None:
     left = fig.axes[0]
     assert len(left.collections) == figures.RIDGES == len(left.get_yticks())
     real = left.collections[0].get_paths()[0].vertices
-    assert real[np.argmax(real[:, 1]), 0] == pytest.approx(80, abs=0.6), (
-        "the filled ridge peaks at the real images' angle"
-    )
+    assert real[np.argmax(real[:, 1]), 0] == pytest.approx(80, abs=0.6), "the filled ridge is of real images"
     fake = left.lines[0].get_xydata()
     assert fake[np.argmax(fake[:, 1]), 0] == pytest.approx(60, abs=0.6)
 
@@ -77,6 +63,7 @@ def test_the_sketch_draws_the_sample_it_names(logged: Logged) -> None:
     assert all(text.arrow_patch.shrinkB == 0 for text in fig.axes[0].texts), "an arrow ends where its vector does"
     across, up = (np.diff(axis.get_majorticklocs())[0] for axis in (fig.axes[0].xaxis, fig.axes[0].yaxis))
     assert across == pytest.approx(up), "one unit both ways"
+    assert not set(VECTOR_COLOURS.values()) & set(FAMILIES), "no gradient has the colour of a method"
 
 
 def test_the_layer_map_shows_methods_that_turn_and_orders_blocks_by_number(logged: Logged) -> None:
@@ -102,10 +89,6 @@ def test_a_peak_that_is_cut_is_named(logged: Logged) -> None:
     table.loc[(table["method"] == "dgs") & (table["step"] == 0), "added"] = 3.0
     panel = figures.surgery_over_training(table).axes[1]
     assert panel.get_title(loc="left") == "cut: peaks reach 300 %" and panel.get_ylim()[1] < 300
-
-
-def test_no_gradient_has_the_colour_of_a_method() -> None:
-    assert not set(VECTOR_COLOURS.values()) & set(FAMILIES)
 
 
 def test_ranks_by_head() -> None:

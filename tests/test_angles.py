@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +34,16 @@ def some_gradients(applied: Callable[[Vectors], Tensor], count: int = 8, width: 
     return {**vectors, "applied": applied(vectors)}
 
 
-def noted(vectors: Vectors, method: str = "dgs", seed: int = 0, steps: tuple[int, ...] = (0, 10)) -> TrainingLog:
+def noted(
+    vectors: Vectors, method: str = "dgs", seed: int = 0, steps: Iterable[int] = (0, 10),
+    layers: tuple[str, ...] = ("0.q", "1.v"),
+) -> TrainingLog:  # fmt: skip
     """A journal with the same gradients at some steps."""
     journal = TrainingLog(method, seed)
     count = len(vectors["task"])
     for step in steps:
         journal.gradients(step, list(range(count)), torch.arange(count).remainder(2), vectors)
-        for layer in ("0.q", "1.v"):
+        for layer in layers:
             flat = {name: vectors[name].flatten()[None] for name in ("task", "harmful", "applied")}
             journal.layer(step, layer, flat)
     return journal
@@ -70,11 +73,8 @@ class TestGeometry:
 
     def test_inner_products_keep_each_pair_once(self) -> None:
         found = inner_products({"a": rows([1.0, 2.0], [0.0, 1.0]), "b": rows([3.0, 1.0], [5.0, 0.0])})
-        assert {name: value.tolist() for name, value in found.items()} == {
-            "a.a": [5, 1],
-            "a.b": [5, 0],
-            "b.b": [10, 25],
-        }
+        expected = {"a.a": [5, 1], "a.b": [5, 0], "b.b": [10, 25]}
+        assert {name: value.tolist() for name, value in found.items()} == expected
 
     @given(st.integers(1, 5), st.integers(1, 4))
     def test_k_orthogonal_directions_equally_often_have_effective_rank_k(self, k: int, often: int) -> None:

@@ -41,6 +41,7 @@ RANK_COLUMNS = ["head", "step", "effective_rank", "same_class_angle", "accuracy"
 CORRELATION_COLUMNS = ["rho", "measure", "method", "generator", "runs", "seeds", "r", "low", "high"]
 FEATURES = "features"  # the layer that the surgery acts on
 ROUNDING = 1e-12  # of a difference of energies, as a share of them
+BATCH = 32  # captions a step of a text head, the paper's
 HEADS = ("linear", "MLP")
 MAIN_PAIRS = ("task-harmful", "task-applied")  # that figures and correlations are about
 UNSEEN = "all unseen"  # the mean over generators that training did not see
@@ -69,20 +70,19 @@ def read_logged(folders: Mapping[str, Path], seeds: Sequence[int], table: str) -
     return pd.concat([part for part in parts if not part.empty] or parts[-1:], ignore_index=True)
 
 
-def product(table: pd.DataFrame, a: str, b: str) -> NDArray[np.float64]:
-    """Inner products <a, b>, a row each; the logged tables keep each pair once."""
-    column = f"{a}.{b}" if f"{a}.{b}" in table else f"{b}.{a}"
-    return table[column].to_numpy(dtype=np.float64)
+def product(rows: pd.DataFrame | Mapping[str, Any], a: str, b: str) -> Array:
+    """Inner products <a, b> of logged rows, or of one: each pair is kept once."""
+    return np.asarray(rows[f"{a}.{b}" if f"{a}.{b}" in rows else f"{b}.{a}"], dtype=np.float64)
 
 
-def cosines(table: pd.DataFrame, a: str, b: str) -> NDArray[np.float64]:
+def cosines(table: pd.DataFrame, a: str, b: str) -> Array:
     """Cosine of the angle between two gradients, a row each; NaN where one is zero."""
     lengths = np.sqrt(product(table, a, a)) * np.sqrt(product(table, b, b))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(lengths > 0, np.clip(product(table, a, b) / lengths, -1.0, 1.0), np.nan)
 
 
-def degrees(table: pd.DataFrame, pair: str) -> NDArray[np.float64]:
+def degrees(table: pd.DataFrame, pair: str) -> Array:
     """Angles of a pair such as "task-harmful", in degrees, a row each; NaN where one of the two is zero."""
     first, _, second = pair.partition("-")
     return np.degrees(np.arccos(cosines(table, first, second)))
@@ -229,6 +229,12 @@ def random_mean_angle(size: int, rank: int) -> float:
     return float(np.mean([principal_angles(*rng.normal(size=(2, size, rank))).mean() for _ in range(200)]))
 
 
+def depth(layer: str) -> tuple[int, int]:
+    """Where a layer stands in the tower, to sort by: its block, then its projection."""
+    block, _, projection = layer.partition(".")
+    return int(block), "qkv".index(projection)
+
+
 def read_updates(checkpoint: Path) -> dict[str, Update]:
     """LoRA matrices of a checkpoint folder by layer, "<block>.<q, k or v>"; empty for a method without adapters."""
     if not json.loads((checkpoint / "dgs.json").read_text())["adapter"]:
@@ -237,8 +243,7 @@ def read_updates(checkpoint: Path) -> dict[str, Update]:
     for name, value in load_file(checkpoint / "adapter_model.safetensors").items():
         if found := _MATRIX.search(name):
             matrices.setdefault(f"{found[1]}.{found[2]}", {})[found[3]] = value.astype(np.float64)
-    ordered = sorted(matrices, key=lambda layer: (int(layer.split(".")[0]), "qkv".index(layer[-1])))
-    return {layer: (matrices[layer]["A"], matrices[layer]["B"]) for layer in ordered}
+    return {layer: (matrices[layer]["A"], matrices[layer]["B"]) for layer in sorted(matrices, key=depth)}
 
 
 def compare_updates(runs: Mapping[tuple[str, int], Mapping[str, Update]], rho: float | None) -> pd.DataFrame:
@@ -272,7 +277,7 @@ def compare_updates(runs: Mapping[tuple[str, int], Mapping[str, Update]], rho: f
 
 
 def text_head_ranks(
-    captions: NDArray[np.float32], labels: NDArray[np.int64], seed: int, batch_size: int = 32, steps: int = 100
+    captions: NDArray[np.float32], labels: NDArray[np.int64], seed: int, steps: int = 100
 ) -> pd.DataFrame:
     """Harmful directions under a linear and an MLP text head that learn the same captions: columns `RANK_COLUMNS`.
 
@@ -283,12 +288,11 @@ def text_head_ranks(
     Args:
         captions: (N, D) embeddings, brought to unit variance for this.
         labels: (N,) 0 real, 1 fake.
-        batch_size: samples a step, and in the batch that is looked at; 32 is the paper's.
     """
     given = torch.from_numpy(captions - captions.mean(0)) / float(captions.std() or 1.0)
     truth = torch.from_numpy(labels.astype(np.float32))
     rng = np.random.default_rng(seed)
-    order = [torch.from_numpy(rng.permutation(len(given))[:batch_size]) for _ in range(steps + 1)]
+    order = [torch.from_numpy(rng.permutation(len(given))[:BATCH]) for _ in range(steps + 1)]
     rows = []
     for kind in HEADS:
         head = _new_text_head(kind, given.shape[1], seed)
@@ -322,9 +326,9 @@ def _same_class_angle(harmful: Tensor, labels: Tensor) -> float:
 
 
 def correlation(
-    x: np.ndarray, y: np.ndarray, groups: np.ndarray | None = None, seeds: np.ndarray | None = None, level: float = 0.95
+    x: np.ndarray, y: np.ndarray, groups: np.ndarray | None = None, seeds: np.ndarray | None = None
 ) -> Interval:
-    """Pearson's r with Fisher's z interval; with groups, r of the deviations from each group's mean.
+    """Pearson's r with Fisher's 95 % z interval; with groups, r of the deviations from each group's mean.
 
     Groups keep a difference between methods (dgs turns gradients and lora does not) from passing for a correlation; one
     whose x does not vary says nothing and is left out. Runs of one seed share weights to begin with, captions and the
@@ -340,9 +344,8 @@ def correlation(
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if x.shape != y.shape or x.ndim != 1:
         raise ValueError(f"expected two 1-D arrays of one length, found shapes {x.shape} and {y.shape}")
-    labels = np.zeros(len(x)) if groups is None else np.asarray(groups)
-    runs = np.arange(len(x)) if seeds is None else np.asarray(seeds)
-    table = pd.DataFrame({"x": x, "y": y, "group": labels, "seed": runs})
+    own = {"group": 0 if groups is None else groups, "seed": np.arange(len(x)) if seeds is None else seeds}
+    table = pd.DataFrame({"x": x, "y": y, **own})
     varied = table.groupby("group")["x"].transform(lambda own: np.ptp(own) > VARIES * np.abs(own).max())
     table = table[varied.astype(bool)]
     a, b = (table[name] - table.groupby("group")[name].transform("mean") for name in "xy")
@@ -354,8 +357,7 @@ def correlation(
     count = table["seed"].nunique()
     if count < FEWEST or abs(r) == 1.0:
         return Interval(r, math.nan, math.nan)
-    half = float(norm.ppf((1.0 + level) / 2.0)) / math.sqrt(count - 3)
-    z = math.atanh(r)
+    z, half = math.atanh(r), float(norm.ppf((1.0 + 0.95) / 2.0)) / math.sqrt(count - 3)
     return Interval(r, math.tanh(z - half), math.tanh(z + half))
 
 

@@ -195,8 +195,7 @@ def confident_mistakes(scores: pd.DataFrame, method: str, seed: int, most: int =
     Returns:
         columns group (a generator's name, or "real"), id, label, logit; the most confident first.
     """
-    rows = scores[(scores["method"] == method) & (scores["seed"] == seed) & (scores["split"] == "test")]
-    rows = rows[rows["condition"] == "native"]
+    rows = scores.query("method == @method and seed == @seed and split == 'test' and condition == 'native'")
     wrong = rows[(rows["logit"] > 0) != (rows["label"] == 1)]
     wrong = wrong.assign(group=wrong["generator"].where(wrong["label"] == 1, "real"), sure=wrong["logit"].abs())
     chosen = wrong.sort_values(["sure", "id"], ascending=[False, True]).groupby("group").head(most)
@@ -279,10 +278,8 @@ class Workbench:
             seed = self.runs.get(method, [0])[0]
         if image is None:
             mistakes = self.mistakes(method, seed)
-            if mistakes.empty:
-                image = str(self.images["id"].iloc[-1])
-            else:
-                image = str(mistakes["id"].iloc[int(mistakes["logit"].abs().to_numpy().argmax())])
+            surest = self.images[-1:] if mistakes.empty else mistakes.loc[[mistakes["logit"].abs().idxmax()]]
+            image = str(surest["id"].iloc[0])
         return method, seed, image
 
     def pictures(self, ids: Sequence[str]) -> list[Array]:
@@ -368,14 +365,13 @@ def sweeps(subject: Subject, values: dict[str, Sequence[float]]) -> pd.DataFrame
 
     Columns setting, value, turned (degrees), removed, added (shares); empty for a subject without gradients.
     """
-    if subject.sample is None:
-        return pd.DataFrame(columns=["setting", "value", "turned", "removed", "added"])
-    rows = []
-    for name, options in values.items():
-        for value in options:
-            _, found = measure(*operate(subject.sample, **{name: value}))  # type: ignore[arg-type]
-            rows.append({"setting": name, "value": value, **{k: found[k] for k in ("turned", "removed", "added")}})
-    return pd.DataFrame(rows)
+    columns, sample = ["setting", "value", "turned", "removed", "added"], subject.sample
+    tried = [(name, value) for name, options in values.items() for value in options] if sample is not None else []
+    rows = [
+        {"setting": name, "value": value, **measure(*operate(sample, **{name: value}))[1]}  # type: ignore[arg-type]
+        for name, value in tried
+    ]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def surgery_plane(subject: Subject, **settings: Any) -> Figure:

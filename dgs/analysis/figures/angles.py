@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import gaussian_filter1d
 
-from dgs.analysis.angles import HEADS, UNSEEN, WITHIN, degrees, over_seeds
+from dgs.analysis.angles import HEADS, UNSEEN, WITHIN, degrees, depth, over_seeds
 from dgs.analysis.figures import style as look
 from dgs.analysis.figures.style import colour, marker, plain, short_names, style, subject_of
 from dgs.analysis.metrics import one_rho
@@ -134,7 +134,7 @@ def layer_heatmap(angles: pd.DataFrame) -> Figure:
     methods = [m for m in rows["method"].unique() if rows.loc[rows["method"] == m, "mean"].max() > TURNED]
     if not methods:
         return look.nothing("No method here turns the gradient of a layer (or layers were not logged).")
-    layers = sorted(rows["layer"].unique(), key=lambda name: (int(name.split(".")[0]), "qkv".index(name[-1])))
+    layers = sorted(rows["layer"].unique(), key=depth)
     means = rows.pivot_table(index=["method", "layer"], columns="step", values="mean")
     tables = {m: means.loc[m].reindex(layers).rename(lambda name: name.replace(".", " ")) for m in methods}
     top = max(float(table.max().max()) for table in tables.values())

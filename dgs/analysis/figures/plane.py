@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator
+from numpy.typing import NDArray
 
-from dgs.analysis.angles import cosines, degrees, one_sample
+from dgs.analysis.angles import cosines, degrees, one_sample, product
 from dgs.analysis.figures import style as look
 from dgs.analysis.figures.style import plain, style
 from dgs.stats import rounded_text
@@ -24,38 +25,11 @@ _VECTOR_NAMES = {
     "beneficial": "beneficial direction (image)",
     "applied": "applied gradient",
 }
+_DIRECTIONS = ("harmful", "beneficial")  # drawn dashed, with length 1
 _SETTINGS = {"lam": "Alignment weight λ", "eps": "Epsilon", "rank": "Rank (directions)"}
 
 
-class Point(NamedTuple):
-    """A gradient in the plane, lengths in those of the task gradient.
-
-    x: along the harmful direction. y: across it, the task gradient's side is above. off: length out of the plane.
-    """
-
-    x: float
-    y: float
-    off: float
-
-    @property
-    def inside(self) -> float:
-        """Share of the gradient's energy that lies in the plane; 1 for none at all."""
-        whole = self.x**2 + self.y**2 + self.off**2
-        return (self.x**2 + self.y**2) / whole if whole > 0 else 1.0
-
-    @property
-    def unit(self) -> Point:
-        """The same direction with length 1, as directions are drawn."""
-        whole = math.hypot(self.x, self.y, self.off)
-        return Point(self.x / whole, self.y / whole, self.off / whole) if whole > 0 else self
-
-
-def product(row: Mapping[str, Any], a: str, b: str) -> float:
-    """<a, b> of a row that keeps each pair once."""
-    return float(row[f"{a}.{b}"] if f"{a}.{b}" in row else row[f"{b}.{a}"])
-
-
-def project_to_plane(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Point]:
+def project_to_plane(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
     """Where a sample's gradients lie in the plane of "task" and "harmful", from their inner products alone.
 
     Without a harmful direction x is 0 for all; without a part of the task across it, y is. A task gradient of length 0
@@ -64,20 +38,29 @@ def project_to_plane(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     Args:
         row: {"a.b": <a, b>} for all pairs of names, each pair once.
         names: which to place.
+
+    Returns:
+        by name (x, y, off): along the harmful direction, across it with the task gradient's side above, and the length
+        out of the plane; in lengths of the task gradient.
     """
-    task, harm = product(row, "task", "task"), product(row, "harmful", "harmful")
+    task, harm = (float(product(row, name, name)) for name in ("task", "harmful"))
     if task <= 0:
-        return {name: Point(0.0, 0.0, 0.0) for name in names}
-    unit = math.sqrt(task)
-    along = product(row, "task", "harmful") / math.sqrt(harm) if harm > 0 else 0.0
+        return {name: np.zeros(3) for name in names}
+    along = float(product(row, "task", "harmful")) / math.sqrt(harm) if harm > 0 else 0.0
     across = math.sqrt(max(task - along**2, 0.0))
     points = {}
     for name in names:
-        x = product(row, name, "harmful") / math.sqrt(harm) if harm > 0 else 0.0
-        y = (product(row, name, "task") - x * along) / across if across > 1e-9 * unit else 0.0
-        off = math.sqrt(max(product(row, name, name) - x**2 - y**2, 0.0))
-        points[name] = Point(x / unit, y / unit, off / unit)
+        x = float(product(row, name, "harmful")) / math.sqrt(harm) if harm > 0 else 0.0
+        y = (product(row, name, "task") - x * along) / across if across > 1e-9 * math.sqrt(task) else 0.0
+        off = math.sqrt(max(float(product(row, name, name)) - x**2 - y**2, 0.0))
+        points[name] = np.array([x, y, off]) / math.sqrt(task)
     return points
+
+
+def share_inside(point: NDArray[np.float64]) -> float:
+    """Share of the gradient's energy that lies in the plane; 1 for none at all."""
+    whole = float(point @ point)
+    return 1.0 - float(point[2]) ** 2 / whole if whole > 0 else 1.0
 
 
 @style()
@@ -92,23 +75,24 @@ def plane_figure(row: Mapping[str, Any], title: str) -> Figure:
     """
     names = [name for name in VECTOR_COLOURS if f"{name}.{name}" in row]
     points = project_to_plane(row, names)
-    shown = {name: point.unit if name in ("harmful", "beneficial") else point for name, point in points.items()}
+    drawn = {
+        name: point / (np.linalg.norm(point) or 1.0) if name in _DIRECTIONS else point for name, point in points.items()
+    }
     fig = Figure(figsize=(look.WIDTH, 5.4))
     ax = fig.add_axes((0.13, 0.34, 0.82, 0.54))
     handles = []
-    for name, point in shown.items():
-        its = {"color": VECTOR_COLOURS[name], "linestyle": "--" if name in ("harmful", "beneficial") else "-"}
+    for name, (x, y, _) in drawn.items():
+        its = {"color": VECTOR_COLOURS[name], "linestyle": "--" if name in _DIRECTIONS else "-"}
         arrow = {"arrowstyle": "-|>", "lw": 2.2, "shrinkA": 0, "shrinkB": 0, **its}
-        ax.annotate("", (point.x, point.y), (0, 0), arrowprops=arrow)
-        inside = points[name].inside
+        ax.annotate("", (x, y), (0, 0), arrowprops=arrow)
+        inside = share_inside(points[name])
         note = "" if inside > 0.995 else f", {rounded_text(100 * inside, 0)} % in this plane"
         handles.append(look.handle(_VECTOR_NAMES[name] + note, **its))
-    ends = [(shown[name].x, shown[name].y) for name in ("task", "applied")]
-    ax.plot(*zip(*ends, strict=True), color="#666666", linewidth=1.0, linestyle=":")
+    xs, ys, _ = np.stack([drawn["task"], drawn["applied"]], axis=1)
+    ax.plot(xs, ys, color="#666666", linewidth=1.0, linestyle=":")
     ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1)
-    xs, ys = ([getattr(point, axis) for point in shown.values()] for axis in "xy")
-    ax.set_xlim(min(-0.3, *xs) - 0.1, max(1.0, *xs) + 0.15)
-    ax.set_ylim(min(-0.3, *ys) - 0.1, max(1.0, *ys) + 0.15)
+    (left, low), (right, high) = (end([*drawn.values()], axis=0)[:2] for end in (np.min, np.max))
+    ax.set(xlim=(min(-0.3, left) - 0.1, max(1.0, right) + 0.15), ylim=(min(-0.3, low) - 0.1, max(1.0, high) + 0.15))
     ax.set_aspect("equal")
     widest = max(np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim()))
     step = float(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(0.0, widest)[1])
