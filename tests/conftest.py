@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +21,9 @@ from dgs.data.manifest import ImageSource, build_manifest
 from dgs.data.prepared import Prepared, save_prepared
 from dgs.model.clip import Clip, encode_texts, load_clip
 from dgs.params import Params, load_params
+
+hypothesis.settings.register_profile("dgs", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("dgs")
 
 ImageTree = Callable[..., Path]
 SPLITS: Mapping[str, tuple[str, ...]] = {
