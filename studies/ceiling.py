@@ -143,7 +143,5 @@ def write_ceiling(params: Params, root: Path, folder: Path, out: Path) -> dict[s
     rows = ceiling(params, root, folder)
     with replacing_file(out) as draft:
         rows.round(6).to_csv(draft, index=False)
-    return {
-        str(head): float(mean)
-        for head, mean in rows[~rows["seen"]].groupby("head", sort=False)["balanced_acc"].mean().round(4).items()
-    }
+    means = rows[~rows["seen"]].groupby("head", sort=False)["balanced_acc"].mean().round(4)
+    return {str(head): float(mean) for head, mean in means.items()}

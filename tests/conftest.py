@@ -102,36 +102,36 @@ def structured_image(seed: int, width: int = 40, height: int = 36) -> Image.Imag
     return Image.fromarray(np.clip(np.stack(channels, axis=2), 0, 255).astype(np.uint8))
 
 
+def write_images(
+    root: Path,
+    splits: Mapping[str, tuple[str, ...]] = SPLITS,
+    real: int = 3,
+    fake: int = 3,
+    level: str = "",
+    seed: int = 0,
+    size: tuple[int, int] = (40, 36),
+) -> Path:
+    """`<root>/<split>/<generator>/{0_real,1_fake}` folders; all images differ, JPEG and PNG alternate.
+
+    splits: a split's generators. level: a class folder in between.
+    """
+    number = seed * 100_000
+    for split, generators in splits.items():
+        for generator in generators:
+            for label, count in (("0_real", real), ("1_fake", fake)):
+                folder = root / split / generator / level / label
+                folder.mkdir(parents=True)
+                for index in range(count):
+                    number += 1
+                    suffix = ".jpg" if number % 2 else ".png"
+                    structured_image(number, *size).save(folder / f"{index:03d}{suffix}")
+    return root
+
+
 @pytest.fixture
 def image_tree(tmp_path: Path) -> ImageTree:
-    """A factory of `<root>/<split>/<generator>/{0_real,1_fake}` folders; all images differ, JPEG and PNG alternate.
-
-    image_tree(splits, real=3, fake=3, level="", seed=0, name="images") -> root; `splits` maps a split to its
-    generators (default: train and val of alpha and beta, test of gamma too); `level` is a class folder in between.
-    """
-
-    def make(
-        splits: Mapping[str, tuple[str, ...]] = SPLITS,
-        real: int = 3,
-        fake: int = 3,
-        level: str = "",
-        seed: int = 0,
-        name: str = "images",
-    ) -> Path:
-        root = tmp_path / name
-        number = seed * 100_000
-        for split, generators in splits.items():
-            for generator in generators:
-                for label, count in (("0_real", real), ("1_fake", fake)):
-                    folder = root / split / generator / level / label
-                    folder.mkdir(parents=True)
-                    for index in range(count):
-                        number += 1
-                        suffix = ".jpg" if number % 2 else ".png"
-                        structured_image(number).save(folder / f"{index:03d}{suffix}")
-        return root
-
-    return make
+    """`write_images` into a folder of the test's own, "images" unless `name` says otherwise."""
+    return lambda *args, name="images", **more: write_images(tmp_path / name, *args, **more)
 
 
 @pytest.fixture(scope="session")

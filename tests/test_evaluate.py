@@ -5,89 +5,83 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from clips import write_random_clip
-from conftest import ImageTree
+from conftest import write_images
 from PIL import Image
 from settings import validate
+from trees import prepare, train_into
 
 from dgs.analysis.evaluate import block_means, checkpoints, evaluate, settings, tsne_rows
 from dgs.analysis.figures.detection import robustness_curves
 from dgs.analysis.metrics import RATES, SCORES, detection_table, summary
 from dgs.analysis.report import write_report
 from dgs.conditions import parse_condition
-from dgs.data.manifest import build_manifest, data_hash, open_image
+from dgs.data.manifest import open_image
 from dgs.data.perturbations import perturb
-from dgs.data.prepared import Prepared, load_prepared, save_prepared
+from dgs.data.prepared import Prepared, load_prepared
 from dgs.data.views import Views
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
-from dgs.model.checkpoint import save_checkpoint
-from dgs.model.clip import Clip, encode_texts, load_clip
+from dgs.model.clip import Clip, load_clip
 from dgs.model.detector import Detector
-from dgs.model.methods.registry import get_method
-from dgs.model.train import Trained, train
 from dgs.params import Params
 from dgs.workspace import Workspace
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def params(image_tree: ImageTree, tmp_path: Path) -> Params:
-    return validate(
+NAMES = ("probe", "dgs", "levels_probe", "levels_poe")
+
+
+class Run(NamedTuple):
+    """A run on a random CLIP and folders of images: what it was given and what it trained."""
+
+    clip: Clip
+    prepared: Prepared
+    params: Params
+    found: dict[tuple[str, int], Path]
+
+    def evaluated(self, *names: str, **values: Any) -> tuple[pd.DataFrame, pd.DataFrame, Any]:
+        """`evaluate` of some of what was trained, with some values of evaluate.robustness."""
+        asked = self.params.replaced({f"evaluate.robustness.{name}": value for name, value in values.items()})
+        return evaluate({(name, 0): self.found[name, 0] for name in names}, self.clip, self.prepared, asked, CPU)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Run:
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    params = validate(
         {
             "seeds": [0],
-            "data": {"layout": "folders", "root": str(image_tree()), "rho": None},
-            "model": {
-                "clip": str(write_random_clip(tmp_path / "clip")),
-                "image_size": 32,
-                "lora": {"rank": 2, "dropout": 0.0},
-            },
+            "data": {"layout": "folders", "root": str(write_images(folder / "images")), "rho": None},
+            "model": {"clip": str(clip_folder), "image_size": 32, "lora": {"rank": 2, "dropout": 0.0}},
             "train": {"batch_size": 6, "stage1": {"lr": 0.01}, "stage2": {"lr": 0.01}},
             "evaluate": {"retrieval_pool": 4},
         }
     )
+    clip = load_clip(params.model, Path(), params.image_size)
+    prepared = load_prepared(prepare(folder / "prepare", params, clip, ["alpha", "beta"]), Path())
+    found = {(name, 0): train_into(folder / name, name, clip, prepared, params) for name in NAMES}
+    return Run(clip, prepared, params, found)
 
 
-@pytest.fixture
-def clip(params: Params) -> Clip:
-    return load_clip(params.model, Path(), params.image_size)
-
-
-@pytest.fixture
-def prepared(params: Params, clip: Clip, tmp_path: Path) -> Prepared:
-    folder = tmp_path / "scratch/build/mini/prepare"
-    folder.mkdir(parents=True)
-    manifest = build_manifest(Path(params.data.root), params.data)
-    texts = sorted(manifest["caption"].unique())
-    info = {"data_hash": data_hash(manifest), "rho": None, "seen": ["alpha", "beta"]}
-    captions = dict(zip(texts, encode_texts(clip, texts), strict=True))
-    save_prepared(folder, manifest, info, captions, {}, None, params)
-    return load_prepared(folder, Path())
-
-
-def trained(method: str, clip: Clip, prepared: Prepared, params: Params, folder: Path) -> Path:
-    def keep(run: Trained) -> None:
-        data = prepared.info["training_hash"]
-        save_checkpoint(folder, run.backbone, run.heads, clip, params, method, 0, run.thresholds, data)
-
-    train(get_method(method), clip, prepared, params, 0, CPU, keep)
-    return folder
+@pytest.fixture(scope="module")
+def evaluated(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, Any]:
+    return run.evaluated(*NAMES)
 
 
 def test_scores_are_those_of_the_detector_on_the_same_files(
-    params: Params, clip: Clip, prepared: Prepared, tmp_path: Path
+    run: Run, evaluated: tuple[pd.DataFrame, pd.DataFrame, Any]
 ) -> None:
-    names = ("probe", "dgs", "levels_probe", "levels_poe")
-    found = {(name, 0): trained(name, clip, prepared, params, tmp_path / name) for name in names}
-    scores, forgetting, panels = evaluate(found, clip, prepared, params, CPU)
-    rows = prepared.manifest[prepared.manifest["split"] != "train"]
-    assert len(scores) == len(names) * len(rows)
+    scores, forgetting, panels = evaluated
+    rows = run.prepared.manifest[run.prepared.manifest["split"] != "train"]
+    assert len(scores) == len(NAMES) * len(rows)
     assert (
         ",".join(scores)
         == ",".join(SCORES)
@@ -96,12 +90,12 @@ def test_scores_are_those_of_the_detector_on_the_same_files(
     assert {name: str(scores[name].dtype) for name, kind in SCORES.items() if kind != "str"} == {
         "label": "int64", "rho": "float64", "logit": "float32", "seed": "int64",
     }  # fmt: skip
-    assert set(scores["profile"]) == {params.profile} and set(scores["split"]) == {"val", "test"}
-    assert scores["sha256"].tolist() == len(names) * rows["sha256"].tolist()
-    for name in names:
+    assert set(scores["profile"]) == {run.params.profile} and set(scores["split"]) == {"val", "test"}
+    assert scores["sha256"].tolist() == len(NAMES) * rows["sha256"].tolist()
+    for name in NAMES:
         own = scores[scores["method"] == name]
         assert own["id"].tolist() == rows["id"].tolist()
-        expected = Detector.load(found[name, 0]).score([Path(params.data.root) / file for file in rows["file"]])
+        expected = Detector.load(run.found[name, 0]).score([Path(run.params.data.root) / file for file in rows["file"]])
         assert np.allclose(1 / (1 + np.exp(-own["logit"].to_numpy())), expected, rtol=0, atol=1e-6)
     drift = forgetting[forgetting["measure"] == "cosine_drift"].set_index("method")["after"]
     for frozen, tuned in (("probe", "dgs"), ("levels_probe", "levels_poe")):
@@ -120,9 +114,8 @@ def test_scores_are_those_of_the_detector_on_the_same_files(
     assert (unmoved["before"] == unmoved["after"]).all()
 
 
-def test_a_tower_that_is_read_at_earlier_levels_has_the_same_blocks(
-    params: Params, clip: Clip, prepared: Prepared
-) -> None:
+def test_a_tower_that_is_read_at_earlier_levels_has_the_same_blocks(run: Run) -> None:
+    clip, prepared, params, _ = run
     views = Views(prepared.split("val"), prepared.source, params)
     plain, read = Backbone(clip).eval(), Backbone(clip, levels=(0, 2)).eval()
     blocks = block_means(plain, views, params, "blocks")
@@ -141,25 +134,21 @@ def test_a_tower_that_is_read_at_earlier_levels_has_the_same_blocks(
 
 
 def test_changed_images_are_scored_as_the_detector_scores_them(
-    params: Params, clip: Clip, prepared: Prepared, tmp_path: Path
+    run: Run, evaluated: tuple[pd.DataFrame, pd.DataFrame, Any], tmp_path: Path
 ) -> None:
     """End to end: scores under conditions, their table, the report and the figure."""
-    found = {(name, 0): trained(name, clip, prepared, params, tmp_path / name) for name in ("probe", "dgs")}
-    robustness = {"conditions": ["jpeg:50", "noise:16", "png"], "methods": ["dgs"]}
-    asked = validate({**params.model_dump(), "evaluate": {"retrieval_pool": 4, "robustness": robustness}})
-    scores, forgetting, _ = evaluate(found, clip, prepared, asked, CPU)
-
-    native = scores["condition"] == "native"
-    plain, _, _ = evaluate(found, clip, prepared, params, CPU)
-    pd.testing.assert_frame_equal(scores[native].reset_index(drop=True), plain)
+    scores, forgetting, _ = run.evaluated("probe", "dgs", conditions=["jpeg:50", "noise:16", "png"], methods=["dgs"])
+    native, plain = scores["condition"] == "native", evaluated[0]
+    plain = plain[plain["method"].isin(["probe", "dgs"])]
+    pd.testing.assert_frame_equal(scores[native].reset_index(drop=True), plain.reset_index(drop=True))
     changed = scores[~native]
     assert set(changed["method"]) == {"dgs"} and set(changed["split"]) == {"test"}
-    rows = prepared.split("test")
-    detector = Detector.load(found["dgs", 0])
+    rows = run.prepared.split("test")
+    detector = Detector.load(run.found["dgs", 0])
     for name, own in changed.groupby("condition"):
         assert own["id"].tolist() == rows["id"].tolist()
         images = [
-            Image.fromarray(perturb(open_image(prepared.source, file, row), parse_condition(str(name)), sha))
+            Image.fromarray(perturb(open_image(run.prepared.source, file, row), parse_condition(str(name)), sha))
             for file, row, sha in zip(rows["file"], rows["row"], rows["sha256"], strict=True)
         ]
         expected = detector.score(images)
@@ -177,59 +166,38 @@ def test_changed_images_are_scored_as_the_detector_scores_them(
     assert len(robustness_curves(detection).axes) == 2
 
 
-def test_changed_images_without_a_checkpoint_asked_for_are_an_error(
-    params: Params, clip: Clip, prepared: Prepared, tmp_path: Path
-) -> None:
-    found = {("probe", 0): trained("probe", clip, prepared, params, tmp_path / "probe")}
-    robustness = {"conditions": ["jpeg:50"], "methods": ["dgs"]}
-    asked = validate({**params.model_dump(), "evaluate": {"retrieval_pool": 4, "robustness": robustness}})
+def test_changed_images_without_a_checkpoint_asked_for_are_an_error(run: Run) -> None:
     with pytest.raises(UserError, match=r"name a checkpoint among probe seed 0; found methods \['dgs'\]"):
-        evaluate(found, clip, prepared, asked, CPU)
+        run.evaluated("probe", conditions=["jpeg:50"], methods=["dgs"])
 
 
-def test_a_checkpoint_of_other_data_is_refused(params: Params, clip: Clip, prepared: Prepared, tmp_path: Path) -> None:
-    found = {("probe", 0): trained("probe", clip, prepared, params, tmp_path / "probe")}
-    prepared.info["training_hash"] = "another"
-    with pytest.raises(UserError, match=r"was trained on other data .*Train on this"):
-        evaluate(found, clip, prepared, params, CPU)
-
-
-def test_a_checkpoint_that_saw_images_otherwise_is_refused_and_leaves_the_clip_as_it_was(
-    params: Params, clip: Clip, prepared: Prepared, tmp_path: Path
+@pytest.mark.parametrize(
+    ("params", "others", "message"),
+    [
+        ({}, {"prepared": {"info": {"training_hash": "x"}}}, r"was trained on other data .*Train on this"),
+        ({"data.fit": "resize"}, {}, "saw images with fit crop, prepared is resize"),
+        ({}, {"clip": {"mean": (0.1, 0.2, 0.3)}}, "saw images with mean"),
+        ({"model.precision": "bf16"}, {}, r"trained in fp32, model.precision is bf16.*Set it to fp32"),
+    ],
+    ids=["data", "fit", "mean", "precision"],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_leaves_the_clip_as_it_was(
+    run: Run, params: dict[str, str], others: dict[str, dict[str, Any]], message: str
 ) -> None:
-    found = {("dgs", 0): trained("dgs", clip, prepared, params, tmp_path / "dgs")}
-    before = {name: value.clone() for name, value in clip.model.state_dict().items()}
-    resized = params.model_copy(update={"data": params.data.model_copy(update={"fit": "resize"})})
-    with pytest.raises(UserError, match="saw images with fit crop, prepared is resize"):
-        evaluate(found, clip, prepared, resized, CPU)
-    normalised = dataclasses.replace(clip, mean=(0.1, 0.2, 0.3))
-    with pytest.raises(UserError, match="saw images with mean"):
-        evaluate(found, normalised, prepared, params, CPU)
-    after = clip.model.state_dict()
+    before = {name: value.clone() for name, value in run.clip.model.state_dict().items()}
+    changed = {name: dataclasses.replace(getattr(run, name), **values) for name, values in others.items()}
+    with pytest.raises(UserError, match=message):
+        run._replace(params=run.params.replaced(params), **changed).evaluated("dgs")
+    after = run.clip.model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_a_checkpoint_of_another_precision_is_refused(
-    params: Params, clip: Clip, prepared: Prepared, tmp_path: Path
-) -> None:
-    found = {("probe", 0): trained("probe", clip, prepared, params, tmp_path / "probe")}
-    half = params.model_copy(update={"model": params.model.model_copy(update={"precision": "bf16"})})
-    with pytest.raises(UserError, match=r"trained in fp32, model.precision is bf16.*Set it to fp32"):
-        evaluate(found, clip, prepared, half, CPU)
-
-
-def test_settings_are_what_each_method_was_trained_with_not_what_the_file_says_now(
-    params: Params, clip: Clip, prepared: Prepared, tmp_path: Path
-) -> None:
-    stage2 = params.train.stage2.model_copy(update={"lr": 0.05})
-    by_hand = params.model_copy(update={"train": params.train.model_copy(update={"stage2": stage2})})
-    found = {
-        ("probe", 0): trained("probe", clip, prepared, params, tmp_path / "probe"),
-        ("dgs", 0): trained("dgs", clip, prepared, by_hand, tmp_path / "dgs"),
-    }
-    now = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"tsne_images": 3})})
-    chosen = settings(found, now)
-    assert {method: own["train"]["stage2"]["lr"] for method, own in chosen.items()} == {"probe": 0.01, "dgs": 0.05}
+def test_settings_are_what_each_method_was_trained_with_not_what_the_file_says_now(run: Run, tmp_path: Path) -> None:
+    by_hand = run.params.replaced({"train.stage2.lr": 0.05})
+    found = {**run.found, ("lora", 0): train_into(tmp_path, "lora", run.clip, run.prepared, by_hand)}
+    chosen = settings(found, run.params.replaced({"evaluate.tsne_images": 3}))
+    rates = {method: own["train"]["stage2"]["lr"] for method, own in chosen.items()}
+    assert rates == {**dict.fromkeys(NAMES, 0.01), "lora": 0.05}
     assert all(own["evaluate"]["tsne_images"] == 3 for own in chosen.values())
 
 
@@ -237,11 +205,6 @@ class TestWhichCheckpoints:
     @pytest.fixture
     def workspace(self, tmp_path: Path) -> Workspace:
         return Workspace(tmp_path / "repo", tmp_path / "scratch", "own")
-
-    @staticmethod
-    def make(base: Path, method: str, *seeds: int) -> None:
-        for seed in seeds:
-            (base / "build/own/train" / method / f"seed-{seed}").mkdir(parents=True)
 
     def test_the_newer_of_scratch_and_pipeline_is_taken(self, workspace: Workspace) -> None:
         for newer, older in ((workspace.out, workspace.root), (workspace.root, workspace.out)):
@@ -251,7 +214,8 @@ class TestWhichCheckpoints:
             assert checkpoints(workspace, ["lora"], [0])["lora", 0].is_relative_to(newer)
 
     def test_a_method_that_was_not_trained_is_left_out_a_missing_seed_is_an_error(self, workspace: Workspace) -> None:
-        self.make(workspace.root, "lora", 0, 1)
+        for seed in (0, 1):
+            (workspace.root / f"build/own/train/lora/seed-{seed}").mkdir(parents=True)
         assert list(checkpoints(workspace, ["probe", "lora"], [1])) == [("lora", 1)]
         with pytest.raises(UserError, match="lora with seed 7, found seeds 0, 1"):
             checkpoints(workspace, ["lora"], [7])

@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 import torch
 from clips import write_checkpoint, write_random_clip
-from conftest import structured_image
+from conftest import write_images
 from settings import validate
+from trees import prepare, train_into
 
 from dgs.analysis import metrics, report
 from dgs.analysis.evaluate import evaluate, evaluate_from_disk, settings
@@ -22,14 +23,12 @@ from dgs.analysis.figures import detection as figures
 from dgs.analysis.figures import forgetting as memory
 from dgs.analysis.figures.images import tsne, tsne_panels
 from dgs.analysis.figures.style import save
-from dgs.data.manifest import ImageSource, build_manifest, data_hash
-from dgs.data.prepared import compute_patches, load_prepared, load_training, save_prepared
+from dgs.data.prepared import load_prepared, load_training
 from dgs.errors import UserError
-from dgs.model.checkpoint import import_release, read_info, save_checkpoint
-from dgs.model.clip import Clip, encode_texts, load_clip
+from dgs.model.checkpoint import import_release, read_info
+from dgs.model.clip import Clip, load_clip
 from dgs.model.detector import Detector
-from dgs.model.methods.registry import METHODS, get_method
-from dgs.model.train import Trained, train
+from dgs.model.methods.registry import METHODS
 from dgs.params import Params
 from dgs.workspace import external_checkpoints
 
@@ -46,17 +45,6 @@ class Run(NamedTuple):
     imported: Path
 
 
-def write_images(root: Path) -> Path:
-    number = 0
-    for split, generators in {"train": "ab", "val": "ab", "test": "abc"}.items():
-        for folder in (root / split / name / label for name in generators for label in ("0_real", "1_fake")):
-            folder.mkdir(parents=True)
-            for _ in range(3):
-                number += 1
-                structured_image(number, 70, 64).save(folder / f"{number}.png")
-    return root
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("run")
@@ -67,11 +55,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         model.step(torch.randn(4, 3, 224, 224), tokens, torch.tensor([0.0, 1.0, 0.0, 1.0]))
     torch.save(model.eval().state_dict(), folder / "step2.pth")
     import_release(folder / "step2.pth", out=folder / "imported")
+    splits = {"train": ("a", "b"), "val": ("a", "b"), "test": ("a", "b", "c")}
+    images = write_images(folder / "images", splits, real=2, fake=2, size=(70, 64))
     params = validate(
         {
             "methods": ["probe", "lora"],
             "seeds": [0, 1],
-            "data": {"layout": "folders", "root": str(write_images(folder / "images")), "rho": None},
+            "data": {
+                "layout": "folders",
+                "root": str(images),
+                "rho": None,
+            },
             "patches": {"enabled": True, "size": 32, "count": 49},
             "model": {"clip": str(folder / "imported/clip"), "image_size": 224, "normalize": "imagenet"},
             "train": {"batch_size": 6, "stage1": {"lr": 0.01}, "stage2": {"lr": 0.001}},
@@ -79,23 +73,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         }
     )
     clip = load_clip(params.model, Path(), params.image_size)
-    (folder / "prepare").mkdir()
-    manifest = build_manifest(Path(params.data.root), params.data)
-    patches = compute_patches(manifest, ImageSource(Path(params.data.root)), params)
-    texts = sorted(manifest["caption"].unique())
-    captions = dict(zip(texts, encode_texts(clip, texts), strict=True))
-    info = {"data_hash": data_hash(manifest), "rho": None, "seen": ["a", "b"]}
-    save_prepared(folder / "prepare", manifest, info, captions, {}, patches, params)
-    found, training = {}, load_training(folder / "prepare", Path())
-    for method in params.methods:
-        for seed in params.seeds:
-            found[method, seed] = folder / f"{method}-{seed}"
-
-            def keep(done: Trained, method: str = method, seed: int = seed) -> None:
-                decided = (done.thresholds, training.info["training_hash"])
-                save_checkpoint(found[method, seed], done.backbone, done.heads, clip, params, method, seed, *decided)
-
-            train(get_method(method), clip, training, params, seed, CPU, keep)
+    training = load_training(prepare(folder / "prepare", params, clip, ["a", "b"]), Path())
+    found = {
+        (method, seed): train_into(folder / f"{method}-{seed}", method, clip, training, params, seed)
+        for method in params.methods
+        for seed in params.seeds
+    }
     return Run(params, clip, folder / "prepare", found, folder / "imported")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -330,13 +331,10 @@ def _(tower: Tower) -> float:
     return class_silhouette(tower.features[tower.sample], tower.rows["label"].to_numpy()[tower.sample])
 
 
-@measure("cka_block", unmoved=1.0)  # after how many blocks
-def _(tower: Tower) -> dict[str, float]:
+def _by_block(compare: Callable[[Features, Features], float], tower: Tower) -> dict[str, float]:
     pairs = zip(tower.frozen.blocks, tower.blocks, strict=True)
-    return {str(k): linear_cka(*pair) for k, pair in enumerate(pairs, 1)}
+    return {str(k): compare(*pair) for k, pair in enumerate(pairs, 1)}
 
 
-@measure("cosine_drift_block", unmoved=0.0)
-def _(tower: Tower) -> dict[str, float]:
-    pairs = zip(tower.frozen.blocks, tower.blocks, strict=True)
-    return {str(k): cosine_drift(*pair) for k, pair in enumerate(pairs, 1)}
+measure("cka_block", unmoved=1.0)(partial(_by_block, linear_cka))  # after how many blocks
+measure("cosine_drift_block", unmoved=0.0)(partial(_by_block, cosine_drift))

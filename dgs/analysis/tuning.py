@@ -101,10 +101,6 @@ def _score(_: str, name: str, candidate: str, seed: int, params: Params, root: P
     return row
 
 
-def _trial(run: Callable[..., dict[str, Any]], what: dict[str, Any], rest: tuple[Any, ...]) -> dict[str, Any]:
-    return {**what, **run(*what.values(), *rest)}
-
-
 def trials(
     run: Callable[..., dict[str, Any]],
     todo: Sequence[dict[str, Any]],
@@ -130,7 +126,8 @@ def trials(
         done = pd.read_csv(out, dtype=str)[list(todo[0])].to_numpy().tolist()
     left = [what for what in todo if [str(value) for value in what.values()] not in done]
     out.parent.mkdir(parents=True, exist_ok=True)
-    for row in Parallel(jobs, return_as="generator_unordered")(delayed(_trial)(run, what, rest) for what in left):
+    trial = delayed(lambda what: {**what, **run(*what.values(), *rest)})
+    for row in Parallel(jobs, return_as="generator_unordered")(map(trial, left)):
         pd.DataFrame([row]).reindex(columns=columns).to_csv(out, mode="a", header=not out.exists(), index=False)
         yield row
 
