@@ -69,6 +69,21 @@ def told() -> list[str]:
     return []
 
 
+@pytest.fixture
+def caption(photos: Path, blip: Blip, told: list[str], tmp_path: Path) -> Callable[..., Coverage]:
+    """caption(load=..., out="c.jsonl", ...) captions the photos into a file beside them."""
+
+    def go(load: Callable[[], Blip] = lambda: blip, out: str = "c.jsonl", **options: int) -> Coverage:
+        return caption_folder(photos, tmp_path / out, load, told.append, **options)
+
+    return go
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "c.jsonl"
+
+
 def sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -81,11 +96,14 @@ def no_model() -> Blip:
     raise AssertionError("a model was loaded where there was nothing to caption")
 
 
+Go = Callable[..., Coverage]
+
+
 class TestCaptions:
     def test_each_image_gets_what_the_model_says_of_it_alone(
-        self, photos: Path, blip: Blip, blip_folder: Path, tmp_path: Path
+        self, photos: Path, caption: Go, blip_folder: Path, file: Path
     ) -> None:
-        coverage = caption_folder(photos, tmp_path / "c.jsonl", lambda: blip, batch_size=3)
+        coverage = caption(batch_size=3)
         assert coverage == Coverage(images=7, distinct=7, captioned=7, unreadable=0, missing=0)
         assert coverage.complete
         model = BlipForConditionalGeneration.from_pretrained(blip_folder).eval()
@@ -95,56 +113,49 @@ class TestCaptions:
             inputs = processor(images=Image.open(path), return_tensors="pt")
             tokens = model.generate(**inputs, max_new_tokens=MAX_TOKENS)
             expected[sha(path)] = processor.decode(tokens[0], skip_special_tokens=True)
-        assert read_captions(tmp_path / "c.jsonl") == expected
+        assert read_captions(file) == expected
         assert len(set(expected.values())) == 7, "images that all get one caption would show nothing"
+        for size in (1, 50):
+            caption(out=f"{size}.jsonl", batch_size=size)
+            assert file.with_name(f"{size}.jsonl").read_bytes() == file.read_bytes()
 
-    @pytest.mark.parametrize("batch_size", [1, 50])
-    def test_the_batch_size_changes_no_line(self, photos: Path, blip: Blip, tmp_path: Path, batch_size: int) -> None:
-        caption_folder(photos, tmp_path / "three.jsonl", lambda: blip, batch_size=3)
-        caption_folder(photos, tmp_path / "other.jsonl", lambda: blip, batch_size=batch_size)
-        assert (tmp_path / "other.jsonl").read_bytes() == (tmp_path / "three.jsonl").read_bytes()
-
-    def test_copies_are_captioned_once_and_all_count_as_captioned(
-        self, photos: Path, blip: Blip, tmp_path: Path
-    ) -> None:
+    def test_copies_are_captioned_once_and_all_count_as_captioned(self, photos: Path, caption: Go, file: Path) -> None:
         shutil.copy(photos / "0.png", photos / "more" / "copy.png")
-        coverage = caption_folder(photos, tmp_path / "c.jsonl", lambda: blip)
-        assert coverage == Coverage(images=8, distinct=7, captioned=8, unreadable=0, missing=0)
-        assert len(lines(tmp_path / "c.jsonl")) == 7
+        assert caption() == Coverage(images=8, distinct=7, captioned=8, unreadable=0, missing=0)
+        assert len(lines(file)) == 7
 
     def test_each_unreadable_image_is_one_line_and_stops_nothing(
-        self, photos: Path, blip: Blip, tmp_path: Path, told: list[str]
+        self, photos: Path, caption: Go, told: list[str]
     ) -> None:
         (photos / "0.jpg").write_bytes(b"no image")
         (photos / "copy.jpg").write_bytes(b"no image")
         (photos / "empty.png").touch()
         (photos / "half.png").write_bytes((photos / "1.png").read_bytes()[:800])
         (photos / "gone.png").symlink_to(photos / "nowhere.png")
-        coverage = caption_folder(photos, tmp_path / "c.jsonl", lambda: blip, told.append)
+        coverage = caption()
         assert coverage == Coverage(images=12, distinct=7, captioned=7, unreadable=5, missing=0)
         assert not coverage.complete
         assert len(told) == 5 and not any("\n" in line for line in told)
         for name in ("0.jpg", "copy.jpg", "empty.png", "half.png", "gone.png"):
             assert sum(f"{name}:" in line for line in told) == 1, told
 
-    def test_images_of_a_few_pixels_have_captions_too(self, tmp_path: Path, blip: Blip) -> None:
-        (tmp_path / "photos").mkdir()
+    def test_images_of_a_few_pixels_have_captions_too(self, tmp_path: Path, blip: Blip, file: Path) -> None:
+        (tmp_path / "small").mkdir()
         shapes = [(1, 1), (3, 3), (1, 3), (3, 50), (200, 1)]
         for shape in shapes:
-            Image.new("RGB", shape, "red").save(tmp_path / "photos" / f"{shape}.png")
-        assert caption_folder(tmp_path / "photos", tmp_path / "c.jsonl", lambda: blip).captioned == len(shapes)
+            Image.new("RGB", shape, "red").save(tmp_path / "small" / f"{shape}.png")
+        assert caption_folder(tmp_path / "small", file, lambda: blip).captioned == len(shapes)
 
     def test_an_image_without_words_is_missing_and_gets_no_line(
-        self, photos: Path, blip_folder: Path, tmp_path: Path, told: list[str]
+        self, caption: Go, blip_folder: Path, file: Path, told: list[str]
     ) -> None:
         speechless = load_blip(str(blip_folder), "cpu")
         predictions = speechless.model.text_decoder.cls.predictions
         with torch.no_grad():
             predictions.bias[speechless.processor.tokenizer.sep_token_id] = 1e4  # it ends every sentence at once
-        coverage = caption_folder(photos, tmp_path / "c.jsonl", lambda: speechless, told.append)
-        assert coverage == Coverage(images=7, distinct=7, captioned=0, unreadable=0, missing=7)
+        assert caption(lambda: speechless) == Coverage(images=7, distinct=7, captioned=0, unreadable=0, missing=7)
         assert sum("no words for" in line for line in told) == 7
-        assert not (tmp_path / "c.jsonl").exists()
+        assert not file.exists()
 
 
 class TestFolder:
@@ -165,50 +176,37 @@ class TestFolder:
 
 
 class TestGoingOn:
-    def test_a_second_run_needs_no_model_and_changes_nothing(self, photos: Path, blip: Blip, tmp_path: Path) -> None:
-        first = caption_folder(photos, tmp_path / "c.jsonl", lambda: blip)
-        content = (tmp_path / "c.jsonl").read_bytes()
-        assert caption_folder(photos, tmp_path / "c.jsonl", no_model) == first
-        assert (tmp_path / "c.jsonl").read_bytes() == content
-
-    def test_new_images_are_added_below_the_lines_that_are_there(
-        self, photos: Path, blip: Blip, tmp_path: Path
+    def test_a_second_run_needs_no_model_and_new_images_are_added_below(
+        self, photos: Path, caption: Go, file: Path
     ) -> None:
-        caption_folder(photos, tmp_path / "c.jsonl", lambda: blip)
-        content = (tmp_path / "c.jsonl").read_bytes()
-        structured_image(50).save(photos / "0-first-by-name.png")
-        caption_folder(photos, tmp_path / "c.jsonl", lambda: blip)
-        assert (tmp_path / "c.jsonl").read_bytes().startswith(content)
-        assert len(lines(tmp_path / "c.jsonl")) == 8
-
-    def test_a_moved_image_keeps_its_caption(self, photos: Path, blip: Blip, tmp_path: Path) -> None:
-        caption_folder(photos, tmp_path / "c.jsonl", lambda: blip)
+        first = caption()
+        content = file.read_bytes()
+        assert caption(no_model) == first
+        assert file.read_bytes() == content
         (photos / "0.png").rename(photos / "more" / "renamed.png")
-        assert caption_folder(photos, tmp_path / "c.jsonl", no_model).complete
+        assert caption(no_model).complete, "a moved image keeps its caption"
+        structured_image(50).save(photos / "0-first-by-name.png")
+        caption()
+        assert file.read_bytes().startswith(content) and len(lines(file)) == 8
 
-    def test_what_the_user_captioned_by_path_is_left_to_the_user(
-        self, photos: Path, blip: Blip, tmp_path: Path
-    ) -> None:
+    def test_what_the_user_captioned_by_path_is_left_to_the_user(self, photos: Path, caption: Go, file: Path) -> None:
         own = json.dumps({"path": "more/6.png", "caption": "a hill"})
-        (tmp_path / "c.jsonl").write_text(own)  # without a newline at its end
-        assert caption_folder(photos, tmp_path / "c.jsonl", lambda: blip).complete
-        assert lines(tmp_path / "c.jsonl")[0] == own
-        assert len(lines(tmp_path / "c.jsonl")) == 7
-        assert sha(photos / "more/6.png") not in read_captions(tmp_path / "c.jsonl")
+        file.write_text(own)  # without a newline at its end
+        assert caption().complete
+        assert lines(file)[0] == own and len(lines(file)) == 7
+        assert sha(photos / "more/6.png") not in read_captions(file)
 
-    @pytest.mark.parametrize("lost", [1, 2, 80, 200])
-    def test_wherever_a_run_broke_off_the_next_one_ends_with_the_same_lines(
-        self, photos: Path, blip: Blip, tmp_path: Path, lost: int
-    ) -> None:
-        caption_folder(photos, tmp_path / "whole.jsonl", lambda: blip, batch_size=2)
-        content = (tmp_path / "whole.jsonl").read_bytes()
-        (tmp_path / "broken.jsonl").write_bytes(content[:-lost])
-        assert caption_folder(photos, tmp_path / "broken.jsonl", lambda: blip, batch_size=2).complete
-        assert sorted(lines(tmp_path / "broken.jsonl")) == sorted(lines(tmp_path / "whole.jsonl"))
+    def test_wherever_a_run_broke_off_the_next_one_ends_with_the_same_lines(self, caption: Go, file: Path) -> None:
+        caption(batch_size=2)
+        content, whole = file.read_bytes(), sorted(lines(file))
+        for lost in (1, 2, 80, 200):
+            file.write_bytes(content[:-lost])
+            assert caption(batch_size=2).complete
+            assert sorted(lines(file)) == whole
 
     @pytest.mark.slow
     def test_a_killed_process_leaves_a_file_that_the_same_command_completes(
-        self, tmp_path: Path, blip_folder: Path
+        self, tmp_path: Path, file: Path, blip_folder: Path
     ) -> None:
         root = tmp_path / "photos"
         root.mkdir()
@@ -221,8 +219,7 @@ class TestGoingOn:
 
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command("undisturbed.jsonl"), env=env, check=True, capture_output=True)
-        file = tmp_path / "killed.jsonl"
-        found = []
+        found: list[int] = []
         for more in (2, 20):
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             process = subprocess.Popen(command(file.name), env=env, **quiet)
@@ -249,16 +246,13 @@ class TestGoingOn:
 class TestLog:
     @pytest.fixture
     def file(self, tmp_path: Path, told: list[str]) -> Path:
+        captions = {SHAS[0]: "a dog", SHAS[1]: 'ein "Schloß"\nam See', SHAS[2]: "{"}
         with open_log(tmp_path / "c.jsonl", told.append) as log:
-            log.append({SHAS[0]: "a dog", SHAS[1]: 'ein "Schloß"\nam See', SHAS[2]: "{"})
-        assert read_captions(tmp_path / "c.jsonl") == log.captions
+            for number, (sha256, caption) in enumerate(captions.items(), 1):
+                log.append({sha256: caption})
+                assert len(read_captions(tmp_path / "c.jsonl")) == number, "it can be read as soon as it was added"
+        assert read_captions(tmp_path / "c.jsonl") == log.captions == captions
         return tmp_path / "c.jsonl"
-
-    def test_a_batch_can_be_read_as_soon_as_it_was_added(self, tmp_path: Path, told: list[str]) -> None:
-        with open_log(tmp_path / "c.jsonl", told.append) as log:
-            for number, sha256 in enumerate(SHAS, 1):
-                log.append({sha256: "a dog"})
-                assert len(read_captions(tmp_path / "c.jsonl")) == number
 
     def test_cut_at_any_byte_it_keeps_every_whole_line_and_no_other(self, file: Path, told: list[str]) -> None:
         content = file.read_bytes()
@@ -342,11 +336,9 @@ class TestOwnFile:
 
         return write
 
-    def test_it_may_name_images_by_path_and_by_hash(self, photos: Path, own: Callable[..., Path]) -> None:
+    def test_it_may_name_images_by_path_or_for_copies_too_by_hash(self, photos: Path, own: Callable[..., Path]) -> None:
         file = own(("path", "0.png"), ("path", r"more\5.png"), ("sha256", sha(photos / "1.png")))
         assert check_own(photos, file) == Coverage(images=7, distinct=7, captioned=3, unreadable=0, missing=4)
-
-    def test_a_hash_covers_copies_and_a_path_does_not(self, photos: Path, own: Callable[..., Path]) -> None:
         shutil.copy(photos / "0.png", photos / "copy.png")
         assert check_own(photos, own(("path", "0.png"))).captioned == 1
         assert check_own(photos, own(("sha256", sha(photos / "0.png")))).captioned == 2
@@ -405,32 +397,31 @@ class TestModel:
         assert "--local-dir FOLDER" in message and "--model FOLDER" in message and "--captions FILE" in message
         assert not (photos / "captions.jsonl").exists()
 
-    def test_another_kind_of_model_is_refused(self, photos: Path, tmp_path: Path) -> None:
-        CLIPConfig().save_pretrained(tmp_path / "clip")
-        message = one_sentence(run("caption", photos, "--model", tmp_path / "clip"))
-        assert "found a model of type clip" in message and "Salesforce/blip-image-captioning-base" in message
-
-    def test_a_blip_without_a_decoder_is_refused_rather_than_filled_with_noise(
-        self, photos: Path, tmp_path: Path, blip_folder: Path
-    ) -> None:
-        shutil.copytree(blip_folder, tmp_path / "retrieval")
-        config = BlipConfig.from_pretrained(blip_folder)
-        BlipForImageTextRetrieval(config).save_pretrained(tmp_path / "retrieval")
-        message = one_sentence(run("caption", photos, "--model", tmp_path / "retrieval"))
-        assert "found none for text_decoder.bert.encoder" in message and "others" in message
-
-    @pytest.mark.parametrize("damage", ["model.safetensors", "config.json", "empty"])
-    def test_a_damaged_folder_is_one_sentence(
-        self, photos: Path, tmp_path: Path, blip_folder: Path, damage: str
+    @pytest.mark.parametrize(
+        ("damage", "facts"),
+        [
+            ("another kind", ("found a model of type clip", "Salesforce/blip-image-captioning-base")),
+            ("no decoder", ("found none for text_decoder.bert.encoder", "others")),  # and no noise in its place
+            ("model.safetensors", ("/damaged", "Restore it, or give another --model.")),
+            ("config.json", ("/damaged", "Restore it, or give another --model.")),
+            ("empty", ("/damaged", "Restore it, or give another --model.")),
+        ],
+    )
+    def test_a_folder_without_a_captioning_blip_is_one_sentence(
+        self, photos: Path, tmp_path: Path, blip_folder: Path, damage: str, facts: tuple[str, ...]
     ) -> None:
         folder = tmp_path / "damaged"
-        if damage == "empty":
-            folder.mkdir()
-        else:
-            shutil.copytree(blip_folder, folder)
+        folder.mkdir()
+        if damage == "another kind":
+            CLIPConfig().save_pretrained(folder)
+        elif damage != "empty":
+            shutil.copytree(blip_folder, folder, dirs_exist_ok=True)
+        if damage == "no decoder":
+            BlipForImageTextRetrieval(BlipConfig.from_pretrained(blip_folder)).save_pretrained(folder)
+        if (folder / damage).is_file():
             (folder / damage).write_bytes((folder / damage).read_bytes()[:200])
         message = one_sentence(run("caption", photos, "--model", folder))
-        assert str(folder) in message and "Restore it, or give another --model." in message
+        assert not [fact for fact in facts if fact not in message], message
 
 
 class TestCommand:
@@ -449,19 +440,17 @@ class TestCommand:
         counts = {"images": 7, "distinct": 7, "captioned": 7, "unreadable": 0, "missing": 0, "strangers": []}
         assert json.loads(caption("--json").stdout) == {"file": str(file), **counts}
 
-    def test_an_image_that_cannot_be_read_exits_with_1(self, caption: Callable[..., object], photos: Path) -> None:
+    def test_an_image_that_cannot_be_read_or_was_removed_since_exits_with_1(
+        self, caption: Callable[..., object], photos: Path
+    ) -> None:
         (photos / "bad.png").write_bytes(b"no image")
         result = caption()
         assert result.exit_code == 1
         assert "7 captioned, 1 unreadable" in result.stdout and "bad.png" in result.stderr
-
-    def test_an_image_removed_since_exits_with_1_as_the_pipeline_would_refuse_its_caption(
-        self, caption: Callable[..., object], photos: Path
-    ) -> None:
-        caption()
+        (photos / "bad.png").unlink()
         gone = sha(photos / "0.png")
         (photos / "0.png").unlink()
-        result = caption()
+        result = caption()  # the pipeline would refuse its caption
         assert result.exit_code == 1 and f"No image for the caption of '{gone}'" in result.stderr
 
     @pytest.mark.parametrize(
