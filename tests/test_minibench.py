@@ -350,6 +350,15 @@ def test_sinusoids_leave_the_class_token_and_tell_every_place_apart() -> None:
     assert float(distance.min()) > 1
 
 
+@pytest.fixture(scope="module")
+def whole_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP that was pre-trained without a break."""
+    folder = tmp_path_factory.mktemp("clip")
+    with clip.one_thread():
+        pretrain.pretrain(folder / "out", TINY_CLIP, folder / "scratch", progress=False)
+    return folder / "out"
+
+
 @pytest.fixture
 def break_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     """break_at(n) interrupts pre-training when it draws its n-th batch, once; gives the list of steps drawn."""
@@ -367,23 +376,6 @@ def break_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
         return steps
 
     return arm
-
-
-def test_pretraining_resumes_to_the_same_weights(tmp_path: Path, break_at: Callable[[int], list[int]]) -> None:
-    def run(name: str) -> None:
-        pretrain.pretrain(tmp_path / name, TINY_CLIP, tmp_path / f"{name}-scratch", progress=False)
-
-    run("whole")
-    for broken_at in (3, 4):  # within the first cosine, and at the start of the second
-        parts = tmp_path / f"broken-{broken_at}"
-        break_at(broken_at)
-        with pytest.raises(KeyboardInterrupt):
-            run(parts.name)
-        assert not parts.exists()
-        run(parts.name)
-        assert (tmp_path / "whole" / clip.WEIGHTS).read_bytes() == (parts / clip.WEIGHTS).read_bytes()
-        assert pd.read_csv(parts / "curve.csv").samples.tolist() == [16, 24, 32, 40]
-        clip.load(parts)
 
 
 @pytest.fixture(scope="module")
@@ -469,15 +461,24 @@ def test_a_fresh_test_set_for_the_shipped_training_sets(tmp_path: Path) -> None:
     assert not scenes_of[0] & scenes_of[1]
 
 
-def test_a_broken_pretraining_goes_on_where_it_stopped(tmp_path: Path, break_at: Callable[[int], list[int]]) -> None:
-    steps = break_at(4)
+@pytest.mark.parametrize(
+    ("broken_at", "drawn"),  # steps are measured, and kept, in pairs and at the end of a cosine
+    [(3, [0, 1, 2, 2, 3, 4]), (4, [0, 1, 2, 3, 3, 4])],  # within the first cosine, and at the start of the second
+)
+def test_a_broken_pretraining_goes_on_where_it_stopped_to_the_same_weights(
+    tmp_path: Path, break_at: Callable[[int], list[int]], whole_clip: Path, broken_at: int, drawn: list[int]
+) -> None:
+    steps = break_at(broken_at)
     with pytest.raises(KeyboardInterrupt):
         built(tmp_path / "out", clip="train", clip_recipe=TINY_CLIP)
     assert [path.name for path in tmp_path.iterdir()] == [".out-pretraining"]
     built(tmp_path / "out", clip="train", clip_recipe=TINY_CLIP)
-    assert steps == [0, 1, 2, 3, 3, 4]  # measured after the third step: the fourth comes again, the first three do not
+    assert steps == drawn
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out" / "clip" / "curve.csv").exists()
+    made = tmp_path / "out" / "clip"
+    assert (made / clip.WEIGHTS).read_bytes() == (whole_clip / clip.WEIGHTS).read_bytes()
+    assert pd.read_csv(made / "curve.csv").samples.tolist() == [16, 24, 32, 40]
+    clip.load(made)
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
