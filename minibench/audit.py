@@ -23,11 +23,11 @@ from tqdm import tqdm
 from dgs.data.manifest import content_hash, training_set
 from dgs.data.tree import MINIBENCH
 from dgs.errors import UserError
-from dgs.stats import Interval, share_interval
+from dgs.stats import Interval, rounded, share_interval
 from minibench import clip, scenes, trivial_detectors
 from minibench.near_duplicates import near_duplicates
 from minibench.splits import REAL
-from minibench.trivial_detectors import Bytes, Floats, Samples, ends, rounded
+from minibench.trivial_detectors import Bytes, Floats, Samples, ends
 
 CONTENT = ("shape", "colour", "background")
 AMONG = 200  # captions that one retrieval chooses from
@@ -206,7 +206,7 @@ def statistics(packs: dict[str, Samples], fairest: str) -> dict[str, Any]:
     }
 
 
-def _compare(some: Samples) -> dict[str, dict[str, float]]:
+def _compare(some: Samples) -> dict[str, dict[str, Any]]:
     fake = some.labels == 1
     rows = {}
     for names, feature in _NUMBERS.items():
@@ -219,7 +219,7 @@ def _compare(some: Samples) -> dict[str, dict[str, float]]:
     return rows
 
 
-def _means(values: Floats, fake: NDArray[np.bool_]) -> dict[str, float]:
+def _means(values: Floats, fake: NDArray[np.bool_]) -> dict[str, Any]:
     real, made = values[~fake], values[fake]
     pooled = math.sqrt((real.var() + made.var()) / 2)
     difference = float(made.mean() - real.mean())

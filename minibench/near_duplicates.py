@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from minibench.trivial_detectors import Bytes, Floats, Samples, rounded
+from dgs.stats import rounded
+from minibench.trivial_detectors import Bytes, Floats, Samples
 
 BLOCK = 512  # images on each side of one block of distances: 50 MB of floats
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
@@ -83,7 +84,7 @@ def _psnr(distance: Floats) -> Floats:
     return np.minimum(10 * np.log10(255**2 / np.maximum(distance, 1e-12)), 80.0)
 
 
-def _quantiles(values: Floats) -> dict[str, float] | None:
+def _quantiles(values: Floats) -> dict[str, float | None] | None:
     if not len(values):
         return None
     named = {f"q{round(100 * q):02d}": rounded(np.quantile(values, q)) for q in QUANTILES}

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from dgs.data.checks import jpeg_quality as quality_of_table
 from dgs.errors import UserError
-from dgs.stats import Interval
+from dgs.stats import Interval, Scored, balanced_accuracy, rounded
 from minibench.degradations import decode
 from minibench.splits import REAL
 
@@ -34,7 +34,6 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]
 Labels = NDArray[np.int64]
 
-DECIMALS = 6  # of an audit's numbers
 DRAWS = 10_000  # of the bootstrap
 BLOCK = 500  # images handled at once where float copies would fill memory
 EDGE = 4  # outer rings of pixels
@@ -86,12 +85,7 @@ def join(parts: Sequence[Samples]) -> Samples:
     )
 
 
-def rounded(value: Any) -> float:
-    """As a Python float of `DECIMALS` digits."""
-    return round(float(value), DECIMALS)
-
-
-def ends(interval: Interval) -> dict[str, float]:
+def ends(interval: Interval) -> dict[str, float | None]:
     """An interval as {"mean", "low", "high"}, rounded."""
     return {name: rounded(value) for name, value in interval._asdict().items()}
 
@@ -286,16 +280,6 @@ DETECTORS: dict[str, Detector] = CUES | TRACES
 # --- judging -----------------------------------------------------------------------------------------------------
 
 
-def balanced_accuracy(labels: Labels, logits: Floats) -> float:
-    """Mean of the shares of reals with logit <= 0 and of fakes with logit > 0. Raises UserError for a missing class."""
-    reals, fakes = logits[labels == 0], logits[labels == 1]
-    if not len(reals) or not len(fakes):
-        raise UserError(
-            f"Expected real and fake images, found {len(reals)} real and {len(fakes)} fake. Build a larger benchmark."
-        )
-    return float((np.mean(reals <= 0) + np.mean(fakes > 0)) / 2)
-
-
 def by_generator(table: pd.DataFrame, logits: Floats, seed: int = 0) -> tuple[dict[str, Interval], Interval]:
     """Balanced accuracy of each generator against the shared reals, and their mean, with 95 % bootstrap intervals.
 
@@ -337,7 +321,7 @@ def judge(
     generators, mean = by_generator(test.table, score(test), seed)
     sets = {"train": train, **others}
     return {
-        **{name: rounded(balanced_accuracy(some.labels, score(some))) for name, some in sets.items()},
+        **{name: rounded(balanced_accuracy(Scored.of(some.labels, score(some)))) for name, some in sets.items()},
         "test": {name: ends(value) for name, value in generators.items()},
         "test_mean": ends(mean),
     }

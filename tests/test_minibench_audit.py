@@ -220,13 +220,6 @@ def test_the_quality_of_a_file_is_the_one_it_was_saved_at_and_only_jpeg_files_ha
         trivial_detectors.jpeg_quality(trivial_detectors.samples(some.table.head(1).assign(image=[buffer.getvalue()])))
 
 
-def test_balanced_accuracy_by_hand() -> None:
-    labels, logits = np.array([0, 0, 0, 0, 1, 1]), np.array([-1.0, -1.0, -1.0, 1.0, 1.0, 0.0])
-    assert trivial_detectors.balanced_accuracy(labels, logits) == (0.75 + 0.5) / 2  # a logit of 0 is no alarm
-    with pytest.raises(UserError, match="0 fake"):
-        trivial_detectors.balanced_accuracy(labels[:4], logits[:4])
-
-
 def test_bootstrap_intervals_have_the_width_of_their_images() -> None:
     count, share = 400, 0.7
     right = np.arange(count) < share * count

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dgs.data.images import FORMATS, UnreadableImage, decode, read
 from dgs.data.suites import full_name
-from dgs.data.tree import FAKE, FEW, LABELS, REAL, Finding, Tree, count_suffixes, find_missing, rows_of
+from dgs.data.tree import FAKE, FEW, LABELS, REAL, Finding, Tree, count_suffixes, find_missing, passed_over, rows_of
 
 WORTH_A_POOL = 500  # with fewer images, starting other processes takes longer than reading
 LIMIT = 0.6  # balanced accuracy above which a rule is worth a warning
@@ -283,16 +283,12 @@ def _report(tree: Tree, added: Iterable[dict[str, Any]], findings: list[Finding]
     names = ["suite", "split", "generator", "column", "pool", "real", "fake"]
     records: list[Any] = tree.groups[names].to_dict("records")
     rows = [record | more for record, more in zip(records, added, strict=True)]
-    passed_over = count_suffixes(tree.files.loc[~tree.files["is_image"], "path"])
-    said = list(tree.notes)
-    if passed_over:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in passed_over.items())
-        said.append(f"Files passed over, not images that can be read here: {kinds}.")
+    others = passed_over(count_suffixes(tree.files.loc[~tree.files["is_image"], "path"]))
     by_kind = Counter(finding.kind for finding in findings)
     what = ", ".join(f"{count} {kind}" for kind, count in by_kind.items()) or "nothing amiss"
     groups = "1 group" if len(rows) == 1 else f"{len(rows)} groups"
     result = f"{tree.root}: {tree.files['is_image'].sum():,} images in {groups}, {what}.{end}"
-    return Report(rows, findings, [*said, *notes, result])
+    return Report(rows, findings, [*tree.notes, *others, *notes, result])
 
 
 def listing(tree: Tree) -> Report:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dgs.data.captions import assign_captions, read_captions, template_caption
 from dgs.data.images import UnreadableImage, decode, read
 from dgs.data.suites import SHARED_REALS, SUITES, full_name, is_seen, parted
-from dgs.data.tree import LABELS, MINIBENCH, SPLITS, ignored_files, read_rows
+from dgs.data.tree import LABELS, MINIBENCH, SPLITS, ignored_files, passed_over, read_rows
 from dgs.errors import UserError
 from dgs.params import DataParams
 from dgs.workspace import Workspace, require_data_root
@@ -285,9 +285,7 @@ def cautions(manifest: pd.DataFrame, ignored: Mapping[str, int]) -> list[str]:
     if several := duplicates_across_splits(manifest):
         notes.append(f"{several} images occur in several splits: test numbers will flatter.")
     notes += _incomplete(set(manifest.loc[manifest["split"] == "test", "generator"]))
-    if ignored:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in ignored.items())
-        notes.append(f"Files passed over, not images that can be read here: {kinds}.")
+    notes += passed_over(ignored)
     if manifest["caption"].nunique() < 2:
         notes.append("All images have the same caption: the text side has nothing to reveal, so surgery has no use.")
     smallest = int(manifest[manifest["split"] == "val"].groupby("label").size().reindex([0, 1], fill_value=0).min())

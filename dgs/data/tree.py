@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -207,6 +207,12 @@ def scan_tree(root: Path) -> Tree:
 def count_suffixes(files: Iterable[Path]) -> dict[str, int]:
     """Files by suffix, or by name where there is none, in the order of names: {".heic": 3}."""
     return dict(sorted(Counter(path.suffix.lower() or path.name for path in files).items()))
+
+
+def passed_over(files: Mapping[str, int]) -> list[str]:
+    """A sentence on files that are no images here, counted by suffix; none where there are none."""
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in files.items())
+    return [f"Files passed over, not images that can be read here: {kinds}."] if files else []
 
 
 def _split_or_suite(name: str) -> str:
