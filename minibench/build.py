@@ -72,7 +72,7 @@ def make(
                 "generator": row.generator,
                 "label": int(row.generator != splits.REAL),
                 "caption": captions.caption(s.attributes, told),
-                **s.attributes.as_dict(),
+                **s.attributes._asdict(),
                 "image": data,
             }
         )

@@ -79,9 +79,8 @@ def shoot(seed: int, split: str, index: int, margin: int = 0) -> tuple[scenes.Sc
     return s, photograph(scenes.render(s, margin), scenes.stream(seed, split, index, "camera"))
 
 
-def _chunk(seed: int, split: str, indices: Sequence[int], margin: int) -> tuple[list[scenes.Scene], list[Bytes]]:
-    found = [shoot(seed, split, index, margin) for index in indices]
-    return [scene for scene, _ in found], [image for _, image in found]
+def _chunk(seed: int, split: str, indices: Sequence[int], margin: int) -> list[tuple[scenes.Scene, Bytes]]:
+    return [shoot(seed, split, index, margin) for index in indices]
 
 
 def photographs(
@@ -98,9 +97,10 @@ def photographs(
     side = scenes.SIZE + 2 * margin
     images = np.empty((len(indices), side, side, 3), np.uint8)
     with tqdm(total=len(indices), desc=f"photographs of {split} scenes", disable=not progress) as bar:
-        for some, part in made:
-            images[len(found) : len(found) + len(some)] = part
-            found.extend(some)
+        for some in made:
+            for scene, image in some:
+                images[len(found)] = image
+                found.append(scene)
             bar.update(len(some))
     return found, images
 

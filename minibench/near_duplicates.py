@@ -87,5 +87,5 @@ def _psnr(distance: Floats) -> Floats:
 def _quantiles(values: Floats) -> dict[str, float | None] | None:
     if not len(values):
         return None
-    named = {f"q{round(100 * q):02d}": rounded(np.quantile(values, q)) for q in QUANTILES}
+    named = {f"q{round(100 * q):02d}": rounded(float(np.quantile(values, q))) for q in QUANTILES}
     return {"min": rounded(values.min()), **named, "max": rounded(values.max())}

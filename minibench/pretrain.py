@@ -14,7 +14,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,10 @@ def draw(images: Bytes, attributes: Sequence[scenes.Attributes], recipe: Recipe,
         image, known = images[index], attributes[index]
         if rng.random() < 0.5:
             image = image[:, ::-1]
-            known = replace(known, position=_MIRROR.get(known.position, known.position))
+            known = known._replace(position=_MIRROR.get(known.position, known.position))
         medium = captions.MEDIA[rng.integers(len(captions.MEDIA))]
         out[i] = augment(image, medium, recipe.shift, rng)
-        truth = (*known.as_dict().values(), medium)
+        truth = (*known, medium)
         codes.append([values.index(value) for values, value in zip(VALUES, truth, strict=True)])
         names = [name for name, say in zip(captions.ATTRIBUTES[:5], told[i], strict=False) if say]
         texts.append(captions.caption(known, rng, names, medium if told[i, 5] else None))

@@ -6,8 +6,8 @@ One shaded object with a shadow on a textured background, drawn at 128 px and bo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,19 +48,14 @@ _PLACE = {"left": (-0.42, 0.0), "right": (0.42, 0.0), "top": (0.0, -0.42), "bott
 _RADIUS = {"small": 0.27, "large": 0.46}  # of half the image
 
 
-@dataclass(frozen=True)
-class Attributes:
-    """What a caption can say about a scene: one value of each entry of `VOCABULARY`."""
+class Attributes(NamedTuple):
+    """What a caption can say about a scene: one value of each entry of `VOCABULARY`, in its order."""
 
     shape: str
     colour: str
     background: str
     position: str
     size: str
-
-    def as_dict(self) -> dict[str, str]:
-        """{attribute: value}, in the order of `VOCABULARY`."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -75,8 +70,8 @@ class Scene:
     rotation: float
     light: float
     ambient: float
-    colour: tuple[float, float, float]  # linear light
-    base: tuple[float, float, float]  # background, linear light
+    colour: tuple[float, ...]  # three, linear light
+    base: tuple[float, ...]  # three, of the background, linear light
     contrast: float
     frequency: float
     texture_angle: float
@@ -134,8 +129,8 @@ def scene(seed: int, split: str, index: int) -> Scene:
         rotation=rng.uniform(-0.3, 0.3),
         light=rng.uniform(0, 2 * np.pi),
         ambient=rng.uniform(0.85, 1.1),
-        colour=(float(colour[0]), float(colour[1]), float(colour[2])),
-        base=(float(base[0]), float(base[1]), float(base[2])),
+        colour=tuple(colour.tolist()),
+        base=tuple(base.tolist()),
         contrast=rng.uniform(0.35, 0.6),
         frequency=rng.uniform(0.85, 1.2),
         texture_angle=rng.uniform(-0.35, 0.35),

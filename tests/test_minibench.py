@@ -74,7 +74,7 @@ def test_a_scene_is_a_pure_function_of_seed_split_and_index() -> None:
 
 
 def test_attributes_are_uniform_and_every_value_occurs() -> None:
-    found = pd.DataFrame([scenes.scene(1, "train", i).attributes.as_dict() for i in range(2000)])
+    found = pd.DataFrame([scenes.scene(1, "train", i).attributes._asdict() for i in range(2000)])
     for name, values in scenes.VOCABULARY.items():
         shares = found[name].value_counts(normalize=True)
         bound = 4.5 * math.sqrt((1 - 1 / len(values)) / len(values) / len(found))
@@ -111,7 +111,7 @@ def test_a_caption_names_what_it_is_told_and_nothing_else_and_fits_the_context()
     for i in range(300):
         known = scenes.scene(0, "train", i).attributes
         text = captions.caption(known, scenes.stream(0, "train", i, "caption"), medium=captions.MEDIA[i % 6])
-        for value in (*known.as_dict().values(), captions.MEDIA[i % 6]):
+        for value in (*known, captions.MEDIA[i % 6]):
             assert any(word in text for word in captions.words(value)), (value, text)
         assert int((tokenize([text]) != 0).sum()) <= clip.MODEL["text_cfg"]["context_length"]
     known = scenes.Attributes("heart", "cyan", "brick", "top", "large")
@@ -132,7 +132,7 @@ def test_prompts_cover_the_vocabulary_without_overlap() -> None:
 
 def planned(rows: list[splits.Row], seed: int = 3) -> pd.DataFrame:
     """The rows of a split with what their scenes show; label 1 is fake."""
-    shown = [scenes.scene(seed, row.split, row.index).attributes.as_dict() for row in rows]
+    shown = [scenes.scene(seed, row.split, row.index).attributes._asdict() for row in rows]
     return pd.DataFrame(shown).assign(
         index=[row.index for row in rows], maker=[row.generator for row in rows], sets=[row.sets for row in rows],
         label=[int(row.generator != splits.REAL) for row in rows],

@@ -101,7 +101,7 @@ def table(
                 "generator": GENERATOR if label else REAL,
                 "label": label,
                 "caption": captions.caption(attributes, rng),
-                **attributes.as_dict(),
+                **attributes._asdict(),
                 "image": encode(made, quality(label, drawn) if quality else drawn),
             }
         )

@@ -38,29 +38,23 @@ def read_captions(path: Path) -> dict[str, str]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        where = f"{path.name}, line {number}:"
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path.name}, line {number}: not JSON ({error.msg}). Expected one object a line."
-            ) from None
+            raise UserError(f"{where} not JSON ({error.msg}). Expected one object a line.") from None
         if not isinstance(entry, dict):
-            raise UserError(f"{path.name}, line {number}: expected an object, found {type(entry).__name__}.")
-        unknown = sorted(set(entry) - {"path", "sha256", "caption"})
-        if unknown:
+            raise UserError(f"{where} expected an object, found {type(entry).__name__}.")
+        if unknown := sorted(set(entry) - {"path", "sha256", "caption"}):
             hint = did_you_mean(unknown[0], ["path", "sha256", "caption"])
-            raise UserError(
-                f"{path.name}, line {number}: unknown key '{unknown[0]}'.{hint} Expected caption and path or sha256."
-            )
+            raise UserError(f"{where} unknown key '{unknown[0]}'.{hint} Expected caption and path or sha256.")
         key = entry.get("path") or entry.get("sha256")
         caption = entry.get("caption")
         if not isinstance(key, str) or not isinstance(caption, str) or not caption.strip():
-            raise UserError(
-                f"{path.name}, line {number}: expected a 'caption' and a 'path' or 'sha256', found {sorted(entry)}."
-            )
+            raise UserError(f"{where} expected a 'caption' and a 'path' or 'sha256', found {sorted(entry)}.")
         key = key.replace("\\", "/")
         if captions.setdefault(key, caption.strip()) != caption.strip():
-            raise UserError(f"{path.name}, line {number}: a second, different caption for '{key}'. Keep one of them.")
+            raise UserError(f"{where} a second, different caption for '{key}'. Keep one of them.")
     return captions
 
 

@@ -59,16 +59,6 @@ def content_hash(images: pd.DataFrame) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _require_content(root: Path, images: pd.DataFrame) -> None:
-    promised = json.loads((root / MINIBENCH).read_text(encoding="utf-8"))["content_hash"]
-    found = content_hash(images)
-    if found != promised:
-        raise UserError(
-            f"Expected the images of {root} to have the content hash {promised[:12]} that {MINIBENCH} gives, found "
-            f"{found[:12]}: they were changed. Make the folder again, or use data.layout: folders for your own images."
-        )
-
-
 def training_set(rho: float | None, shortcut: str = "background") -> str:
     """The column that marks a training set: (0.9, "background") -> "rho_0.90", (0.9, "object") -> "object_rho_0.90".
 
@@ -87,13 +77,15 @@ def _minibench(root: Path, rho: float | None, shortcut: str) -> pd.DataFrame:
                 f"Expected the embedded benchmark's {path.name} in {root}, found none. Run dvc repro data.dvc."
             )
         table = pq.read_table(path)
-        images = table.column("image")
+        hashes = [hashlib.sha256(image.as_py()).hexdigest() for image in table.column("image")]
         frame = table.drop_columns(["image"]).to_pandas()
-        frame["row"] = range(len(frame))
-        frame["file"] = path.name
-        frame["sha256"] = [hashlib.sha256(image.as_py()).hexdigest() for image in images]
-        frames[split] = frame
-    _require_content(root, pd.concat(frames.values()))
+        frames[split] = frame.assign(row=range(len(frame)), file=path.name, sha256=hashes)
+    promised = json.loads((root / MINIBENCH).read_text(encoding="utf-8"))["content_hash"]
+    if (found := content_hash(pd.concat(frames.values()))) != promised:
+        raise UserError(
+            f"Expected the images of {root} to have the content hash {promised[:12]} that {MINIBENCH} gives, found "
+            f"{found[:12]}: they were changed. Make the folder again, or use data.layout: folders for your own images."
+        )
     column = training_set(rho, shortcut)
     for split in ("train", "val"):
         if column not in frames[split]:
@@ -103,9 +95,7 @@ def _minibench(root: Path, rho: float | None, shortcut: str) -> pd.DataFrame:
                 f"Expected data.rho to be one of {', '.join(choices)} with data.shortcut: {shortcut}, found {rho}."
             )
         frames[split] = frames[split][frames[split][column]]
-    manifest = pd.concat(frames.values(), ignore_index=True)
-    manifest["caption_source"] = "file"
-    return manifest
+    return pd.concat(frames.values(), ignore_index=True).assign(caption_source="file")
 
 
 def _cut_val(manifest: pd.DataFrame, fraction: float) -> pd.DataFrame:
@@ -298,12 +288,8 @@ def cautions(manifest: pd.DataFrame, ignored: Mapping[str, int]) -> list[str]:
 
 def counts(manifest: pd.DataFrame) -> pd.DataFrame:
     """Images a split and generator: columns split, generator, seen, real, fake."""
-    table = manifest.pivot_table(
-        index=["split", "generator", "seen"], columns="label", values="id", aggfunc="count", fill_value=0
-    )
-    table = table.reindex(columns=[0, 1], fill_value=0).rename(columns={0: "real", 1: "fake"})
-    table.columns.name = None
-    return table.reset_index()
+    counted = manifest.assign(real=manifest["label"] == 0, fake=manifest["label"] == 1)
+    return counted.groupby(["split", "generator", "seen"])[["real", "fake"]].sum().reset_index()
 
 
 def open_image(source: ImageSource, file: str, row: int) -> NDArray[np.uint8]:

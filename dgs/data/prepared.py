@@ -154,24 +154,22 @@ def load_prepared(folder: Path, root: Path) -> Prepared:
         folder: build/<profile>/prepare.
         root: the repository, which a relative data.root is relative to.
     """
-    info = _read_json(folder / "data.json")
-    names = _read_json(folder / "prompts.json")
-    prompts = load_file(folder / "prompts.safetensors") if names else {}
-    return _load(folder, list(PARTS), root, info, {name: (names[name], prompts[name]) for name in names})
+    return _load(folder, root, list(PARTS))
 
 
 def load_training(folder: Path, root: Path) -> Prepared:
     """Open what training depends on: as `load_prepared`, but for test images, prompts and what tells of them."""
-    return _load(folder, [TRAINING], root, {}, {})
+    return _load(folder, root, [TRAINING])
 
 
-def _load(
-    folder: Path,
-    parts: list[str],
-    root: Path,
-    info: Mapping[str, Any],
-    prompts: dict[str, tuple[list[str], NDArray[np.float32]]],
-) -> Prepared:
+def _load(folder: Path, root: Path, parts: list[str]) -> Prepared:
+    info = _read_json(folder / TRAINING / "data.json")
+    prompts: dict[str, tuple[list[str], NDArray[np.float32]]] = {}
+    if parts != [TRAINING]:
+        info |= _read_json(folder / "data.json")
+        if names := _read_json(folder / "prompts.json"):
+            embedded = load_file(folder / "prompts.safetensors")
+            prompts = {name: (values, embedded[name]) for name, values in names.items()}
     manifests, embeddings = [], []
     patches: dict[str, NDArray[np.int32]] = {}
     for part in parts:
@@ -183,7 +181,6 @@ def _load(
             table = load_file(folder / part / "patches.safetensors")["indices"]
             hashes = sorted(manifest["sha256"].unique())
             patches |= {sha: line[line >= 0] for sha, line in zip(hashes, table, strict=True)}
-    info = {**_read_json(folder / TRAINING / "data.json"), **info}
     return Prepared(
         manifest=pd.concat(manifests, ignore_index=True),
         info=info,
