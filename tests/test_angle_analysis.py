@@ -27,6 +27,8 @@ from dgs.analysis.angles import (
 )
 from dgs.analysis.figures.plane import project_to_plane, share_inside
 
+LAYERS = ("features", "0.q")
+
 
 class TestCorrelation:
     def test_r_and_interval_are_scipys(self) -> None:
@@ -75,24 +77,16 @@ class TestCorrelation:
         rng = np.random.default_rng(5)
         runs = [(method, seed) for method in ("lora", "dgs") for seed in range(5)]
         angle = {run: 80 + rng.normal() for run in runs}
-        angles = pd.DataFrame(
-            [
-                {"method": m, "seed": s, "layer": layer, "pair": "task-harmful", "mean": angle[m, s] + bias}
-                for m, s in runs
-                for layer, bias in (("features", 0.0), ("0.q", rng.normal()))
-            ]
-        )
-        shares = {"conflict_harmful": 0.0, "conflict_beneficial": 0.0, "removed": 0.0, "added": 0.0}
-        batches = pd.DataFrame([{"rho": 0.9, "method": m, "seed": s, **shares} for m, s in runs])
-        detection = pd.DataFrame(
-            [
-                {"rho": 0.9, "method": m, "seed": s, "generator": g, "seen": g == "a", "condition": "native",
-                 "applied_to": "both", "threshold_rule": "0.5",
-                 "balanced_acc": 0.5 + angle[m, s] / 400 if g == "c" else rng.uniform(0.6, 0.8)}
-                for m, s in runs
-                for g in ("a", "b", "c")
-            ]
-        )  # fmt: skip
+        means = [(*run, layer, angle[run] + rng.normal() * (layer != "features")) for run in runs for layer in LAYERS]
+        angles = pd.DataFrame(means, columns=["method", "seed", "layer", "mean"]).assign(pair="task-harmful")
+        nothing = dict.fromkeys(("conflict_harmful", "conflict_beneficial", "removed", "added"), 0.0)
+        batches = pd.DataFrame(runs, columns=["method", "seed"]).assign(rho=0.9, **nothing)
+        rates = [(*run, name, rng.uniform(0.6, 0.8)) for run in runs for name in ("a", "b", "c")]
+        detection = pd.DataFrame(rates, columns=["method", "seed", "generator", "balanced_acc"])
+        predicted = pd.Series([0.5 + angle[run] / 400 for run in runs for _ in "abc"])
+        detection["balanced_acc"] = detection["balanced_acc"].mask(detection["generator"] == "c", predicted)
+        detection = detection.assign(seen=detection["generator"] == "a", rho=0.9, threshold_rule="0.5")
+        detection = detection.assign(condition="native", applied_to="both")
         table = correlations(angles, batches, detection)
         assert set(table["measure"]) == {"angle task-harmful"}, "nothing was removed in any run"
         assert set(table["method"]) == {"lora", "dgs", WITHIN} and set(table["generator"]) == {"a", "b", "c", UNSEEN}
@@ -100,11 +94,12 @@ class TestCorrelation:
         assert np.allclose(c["r"], 1.0), "features alone, not layers"
         within = table[table["method"] == WITHIN].iloc[0]
         assert (within["runs"], within["seeds"]) == (10, 5)
-        changed = [
-            detection.assign(condition="jpeg:75", balanced_acc=rng.uniform(size=len(detection))),
-            detection.assign(condition="jpeg:75", applied_to="real", balanced_acc=rng.uniform(size=len(detection))),
-            detection.assign(threshold_rule="oracle", balanced_acc=rng.uniform(size=len(detection))),
-        ]
+        others = (
+            {"condition": "jpeg:75"},
+            {"condition": "jpeg:75", "applied_to": "real"},
+            {"threshold_rule": "oracle"},
+        )
+        changed = [detection.assign(**own, balanced_acc=rng.uniform(size=len(detection))) for own in others]
         again = correlations(angles, batches, pd.concat([changed[0], detection, *changed[1:]], ignore_index=True))
         pd.testing.assert_frame_equal(again, table)
 

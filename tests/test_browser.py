@@ -42,13 +42,9 @@ def lab(finished: Path, tmp_path: Path) -> Iterator[str]:
         json.dumps({"ServerApp": server, "IdentityProvider": {"token": ""}})
     )
     env = {
-        **os.environ,
-        "CONDA_DEFAULT_ENV": "dgs",
-        "CONDA_PREFIX": sys.prefix,
-        "PYTHONPATH": str(finished),
-        "JUPYTER_CONFIG_DIR": str(config),
-        "DGS_OUT": str(tmp_path / "scratch"),
-    }
+        **os.environ, "CONDA_DEFAULT_ENV": "dgs", "CONDA_PREFIX": sys.prefix, "PYTHONPATH": str(finished),
+        "JUPYTER_CONFIG_DIR": str(config), "DGS_OUT": str(tmp_path / "scratch"),
+    }  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     with (tmp_path / "lab.log").open("w") as log:
         process = subprocess.Popen(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import structured_image
 from settings import validate
+from test_figures import title
 from torch import Tensor, nn
 
 from dgs.analysis.angles import energies
@@ -55,9 +56,8 @@ def some_sample(width: int = 96, directions: int = 4, params: Params | None = No
     heads = {name: nn.Linear(width, 1) for name in ("image", "text", "teacher")}
     features, captions, frozen = torch.randn(3, 1, width)
     known = known_of(LABELS[1:], captions, frozen, heads["teacher"])
-    return Sample(
-        features, heads, known, torch.randn(directions - 1, width), params or load_params().for_method("default")
-    )
+    params = params or load_params().for_method("default")
+    return Sample(features, heads, known, torch.randn(directions - 1, width), params)
 
 
 def some_subject(**more: Any) -> Subject:
@@ -126,11 +126,10 @@ def test_what_more_directions_take_off_is_removed_not_added() -> None:
 
 def test_alignment_comes_after_every_direction_in_the_papers_order_and_before_them_in_the_releases() -> None:
     sample = some_sample()
-    for order, along in (("release", 0.0), ("paper", None)):
+    for order, share in (("release", 0.0), ("paper", 1.0)):
         vectors, directions = operate(sample, 3, lam=5.0, eps=0.0, order=order)
-        inside = directions @ vectors["applied"][0]
-        expected = directions @ (5.0 * vectors["beneficial"][0] / sample.params.train.batch_size)
-        assert torch.allclose(inside, torch.zeros(3) if along is not None else expected, atol=1e-6)
+        aligned = directions @ (5.0 * vectors["beneficial"][0] / sample.params.train.batch_size)
+        assert torch.allclose(directions @ vectors["applied"][0], share * aligned, atol=1e-6)
 
 
 def test_the_second_direction_is_the_other_classes_and_completes_a_linear_heads_batch() -> None:
@@ -157,28 +156,18 @@ def test_each_setting_is_swept_alone() -> None:
     assert table["value"].tolist() == [0.0, 50.0, 1, 2, 3, 4]
     assert table["turned"].diff()[1:2].item() > 1
     _, said = measure(*operate(subject.sample, 3))
-    assert table.loc[4, ["turned", "removed", "added"]].to_dict() == pytest.approx(
-        {name: said[name] for name in ("turned", "removed", "added")}
-    )
+    assert all(table.loc[4, name] == pytest.approx(said[name]) for name in ("turned", "removed", "added"))
     frozen = replace(subject, sample=None)
     assert frozen.ranks == [] and sweeps(frozen, {"lam": [0.0]}).empty
 
 
 def test_mistakes_are_the_surest_ones_of_one_checkpoint_on_test_images() -> None:
-    rows = [
-        ("a", 1, -3.0, "test", "dgs", 0, "native"),
-        ("a", 1, -5.0, "test", "dgs", 0, "native"),
-        ("a", 1, -4.0, "test", "dgs", 0, "native"),
-        ("a", 1, 9.0, "test", "dgs", 0, "native"),  # right
-        ("shared", 0, 2.0, "test", "dgs", 0, "native"),
-        ("a", 1, -9.0, "val", "dgs", 0, "native"),
-        ("a", 1, -9.0, "test", "lora", 0, "native"),
-        ("a", 1, -9.0, "test", "dgs", 1, "native"),
-        ("a", 1, -9.0, "test", "dgs", 0, "jpeg"),
-    ]
-    columns = ["generator", "label", "logit", "split", "method", "seed", "condition"]
-    scores = pd.DataFrame(rows, columns=columns)
-    scores["id"] = [f"i{number}" for number in range(len(rows))]
+    right = ("a", 1, 9.0)
+    rows = [("a", 1, -3.0), ("a", 1, -5.0), ("a", 1, -4.0), right, ("shared", 0, 2.0), *4 * [("a", 1, -9.0)]]
+    scores = pd.DataFrame(rows, columns=["generator", "label", "logit"])
+    scores = scores.assign(id=[f"i{i}" for i in scores.index], split="test", method="dgs", seed=0, condition="native")
+    for row, other in enumerate(({"split": "val"}, {"method": "lora"}, {"seed": 1}, {"condition": "jpeg"}), start=5):
+        scores.loc[row, list(other)] = list(other.values())
     found = confident_mistakes(scores, "dgs", 0, most=2)
     assert found["id"].tolist() == ["i1", "i2", "i4"] and found["group"].tolist() == ["a", "a", "real"]
     fig = mistakes_sheet(found, [np.zeros((4, 4, 3), np.uint8)] * 3)
@@ -188,9 +177,7 @@ def test_mistakes_are_the_surest_ones_of_one_checkpoint_on_test_images() -> None
 def test_the_portrait_names_score_caption_and_patches() -> None:
     subject = some_subject()
     fig = subject.portrait
-    assert fig.get_suptitle().replace("\n", " ").replace("\u00a0", " ") == (
-        "A fake image, called real, wrongly: probability of being generated 11.9 %"
-    )
+    assert title(fig) == "A fake image, called real, wrongly: probability of being generated 11.9 %"
     assert len(fig.axes[0].patches) == 49
     (legend,) = fig.legends
     assert legend.get_title().get_text() == "“a red boat”"
@@ -240,9 +227,8 @@ def test_where_widgets_cannot_run_the_picture_stands_in_their_place() -> None:
 
 
 def test_nothing_trained_yet_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"nothing is trained yet\. Run dvc repro train@probe, or notebooks/train\.ipynb"
-    ):
+    how = r"nothing is trained yet\. Run dvc repro train@probe, or notebooks/train\.ipynb"
+    with pytest.raises(UserError, match=how):
         Workbench(Workspace(tmp_path, tmp_path / "scratch", "mini"), load_params())
 
 
@@ -279,13 +265,13 @@ class TestWorkbench:
         assert torch.allclose(mine.sample.further, theirs.sample.further, rtol=1e-3, atol=1e-6)
 
     def test_mistakes_of_a_user_are_named(self, bench: Workbench, tmp_path: Path) -> None:
-        image = bench.choose(None, None, None)[2]
-        with pytest.raises(UserError, match=r"No checkpoint of 'dsg'\. Did you mean 'dgs'\?"):
-            bench.look("dsg", 0, image)
-        with pytest.raises(UserError, match=r"No checkpoint of dgs with seed 4\. There are seeds 0\."):
-            bench.look("dgs", 4, image)
-        with pytest.raises(UserError, match="No test image or file 'nothing'"):
-            bench.open("dgs", 0, "nothing")
-        structured_image(3).save(tmp_path / "a.png")
-        with pytest.raises(UserError, match=r"Expected label = 0 \(real\) or 1 \(fake\)"):
-            bench.open("dgs", 0, str(tmp_path / "a.png"))
+        image, mine = bench.choose(None, None, None)[2], tmp_path / "a.png"
+        structured_image(3).save(mine)
+        for what, said in {
+            ("dsg", 0, image): r"No checkpoint of 'dsg'\. Did you mean 'dgs'\?",
+            ("dgs", 4, image): r"No checkpoint of dgs with seed 4\. There are seeds 0\.",
+            ("dgs", 0, "nothing"): "No test image or file 'nothing'",
+            ("dgs", 0, str(mine)): r"Expected label = 0 \(real\) or 1 \(fake\)",
+        }.items():
+            with pytest.raises(UserError, match=said):
+                bench.open(*what)

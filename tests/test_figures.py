@@ -537,7 +537,7 @@ class TestReliability:
 class TestForgetting:
     def test_measures_are_of_memory_alone(self) -> None:
         assert labels(forgetting_measures(make_forgetting()).axes[0]) == [
-            "zero-shot shape", "zero-shot background", "linear probe shape", "caption retrieval at 1", "CKA to frozen",
+            "zero-shot shape", "zero-shot background", "linear probe, shape", "caption retrieval at 1", "CKA to frozen",
         ]  # fmt: skip
 
     def test_blocks_are_a_line_a_method(self) -> None:

@@ -39,6 +39,7 @@ SCORES = {
 NEEDED = ["split", "generator", "label", "condition", "applied_to", "logit", "method", "seed"]  # by `detection_table`
 RUN = ["rho", "method", "seed"]
 VALIDATION = ("val", "val_unbiased")  # the second without the training set's shortcut, where the data has one
+BLOCK = "_block:"  # in the name of a forgetting measure of a single vision block
 ORACLE = "oracle"  # the threshold rule that looks at the test scores
 
 
@@ -309,6 +310,14 @@ def by_suite(detection: pd.DataFrame) -> dict[str, pd.DataFrame]:
             ranks = rows["generator"].map({column: rank for rank, column in enumerate(order)})
             parts[suite] = rows.iloc[np.argsort(ranks.to_numpy(), kind="stable")]
     return parts
+
+
+def measure_words(measure: str) -> str:
+    """A measure of forgetting in words: "zero_shot:shape" -> "zero-shot shape"."""
+    words = measure.replace("zero_shot:", "zero-shot ").replace("linear_probe:", "linear probe, ")
+    words = words.replace("retrieval_", "caption retrieval_").replace("knn_", "kNN_").replace("cka_", "CKA_")
+    words = words.replace("silhouette", "silhouette, real against fake").replace(BLOCK, ", block ")
+    return words.replace("principal_angle:", "principal angle, ").replace("_", " ")
 
 
 def unique(names: Iterable[Any]) -> list[str]:

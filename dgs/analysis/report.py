@@ -15,7 +15,17 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from dgs.analysis.metrics import ORACLE, generators_in_order, headline, metrics_of, native_rows, per_seed_values, unique
+from dgs.analysis.metrics import (
+    BLOCK,
+    ORACLE,
+    generators_in_order,
+    headline,
+    measure_words,
+    metrics_of,
+    native_rows,
+    per_seed_values,
+    unique,
+)
 from dgs.analysis.robustness import changes, conditions_of, format_conditions, means_over_generators, readings
 from dgs.conditions import NATIVE
 from dgs.params import dotted
@@ -39,7 +49,6 @@ NOT_OF_TRAINING = (
 )  # fmt: skip
 RUN = ["method", "seed"]
 OF_METHODS = ("settings", "tuned")  # groups of settings that have a method's own below its name
-BLOCK = "_block:"  # in the name of a measure of a single vision block
 FEW_SEEDS = 3  # fewer say next to nothing about how far a number would move
 READINGS = {
     "fragile": "fragile under",
@@ -294,16 +303,9 @@ def _measures(forgetting: pd.DataFrame, blocks: bool) -> str:
     for measure in unique(forgetting["measure"]):
         if (BLOCK in measure) == blocks:
             own = forgetting[forgetting["measure"] == measure].set_index(RUN)
-            rows.append([_measure_text(measure), percent_text(own["before"].mean()), *cells(own["after"], methods)])
+            before, words = percent_text(own["before"].mean()), f"{measure_words(measure)} (`{measure}`)"
+            rows.append([words, before, *cells(own["after"], methods)])
     return markdown_table(["measure", "before", *(f"`{method}`" for method in methods)], rows)
-
-
-def _measure_text(measure: str) -> str:
-    """A measure in words, with its key: "zero-shot shape (`zero_shot:shape`)"."""
-    words = measure.replace("zero_shot:", "zero-shot ").replace("linear_probe:", "linear probe, ")
-    words = words.replace("retrieval_", "caption retrieval_").replace("knn_", "kNN_").replace("cka_", "CKA_")
-    words = words.replace("silhouette", "silhouette, real against fake").replace(BLOCK, ", block ")
-    return f"{words.replace('principal_angle:', 'principal angle, ').replace('_', ' ')} (`{measure}`)"
 
 
 def _span(counts: pd.Series) -> str:

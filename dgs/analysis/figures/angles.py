@@ -81,20 +81,19 @@ def angles_over_training(angles: pd.DataFrame) -> Figure:
 
 
 @style(axes__grid=False)
-def angle_ridges(samples: pd.DataFrame, pair: str = HARMFUL) -> Figure:
-    """Distribution of an angle (degrees) over samples as training goes on: a panel a method, a ridge some steps.
+def angle_ridges(samples: pd.DataFrame) -> Figure:
+    """Angles to harm (degrees) of samples as training goes on: a panel a method, a ridge some steps.
 
     Real images filled, fakes outlined: under linear heads each class has one direction a step. All seeds together,
     smoothed by 3 degrees; ridges have equal heights. `samples`: the logged table.
     """
     if samples.empty:
         return look.nothing("No gradients were logged: there are no angles.")
-    rows = samples[["method", "seed", "step", "label"]].assign(angle=degrees(samples, pair)).dropna()
+    rows = samples[["method", "seed", "step", "label"]].assign(angle=degrees(samples, HARMFUL)).dropna()
     methods, steps = list(rows["method"].unique()), np.sort(rows["step"].unique())
     parts = np.array_split(steps, min(RIDGES, len(steps)))
     spans = [f"{part[0]}" if len(part) == 1 else f"{part[0]}–{part[-1]}" for part in parts]
-    first, _, second = pair.partition("-")
-    labels = {"x": f"{first} to {second} (°)", "y": "Optimiser steps"}
+    labels = {"x": "task to harmful (°)", "y": "Optimiser steps"}
     columns = 2 if len(methods) == 4 else 3
     fig, axes = look.panels(len(methods), 1.0, 2.7, columns, **labels, sharex=True, sharey=True)
     for ax, method in zip(axes, methods, strict=True):
@@ -119,7 +118,7 @@ def angle_ridges(samples: pd.DataFrame, pair: str = HARMFUL) -> Figure:
     named = subject_of(methods)
     means = rows[rows["method"] == named].groupby("label")["angle"].mean().reindex([0, 1])
     apart = (rounded_text(mean, 0) + "°" if np.isfinite(mean) else "unknown" for mean in means)
-    text = f"In {plain(named)}, {first} and {second} are {{}} apart for real images, {{}} for fakes".format(*apart)
+    text = "In {}, task and harmful are {} apart for real images, {} for fakes".format(plain(named), *apart)
     return look.finish(fig, text, f"all seeds, smoothed by {KERNEL:.0f}° (standard deviation)", more=handles)
 
 
@@ -213,12 +212,12 @@ def rank_figure(ranks: pd.DataFrame) -> Figure:
 
 
 @style()
-def correlation_forest(table: pd.DataFrame, measure: str = "angle task-harmful") -> Figure:
-    """Correlation of a measure with balanced accuracy over runs, a row a generator, with 95 % intervals.
+def correlation_forest(table: pd.DataFrame) -> Figure:
+    """Correlation of the angle to harm with balanced accuracy over runs, a row a generator, with 95 % intervals.
 
     Runs of all methods, each method's mean taken off. `table`: that of `angles.correlations`.
     """
-    rows = table[(table["measure"] == measure) & (table["method"] == WITHIN)].reset_index(drop=True)
+    rows = table[(table["measure"] == f"angle {HARMFUL}") & (table["method"] == WITHIN)].reset_index(drop=True)
     known = rows.dropna(subset=["low"])
     if known.empty:
         return look.nothing("Too few runs for a correlation with an interval: train more seeds.")
@@ -232,11 +231,9 @@ def correlation_forest(table: pd.DataFrame, measure: str = "angle task-harmful")
     runs, seeds = (int(rows[name].iloc[0]) for name in ("runs", "seeds"))
     ax.set_xlabel(f"Correlation with balanced accuracy\n({runs} runs of {seeds} seeds, within methods)")
     sure = ((known["low"] > 0) | (known["high"] < 0)).sum()
-    name = measure.removeprefix("angle ").replace("-", " to ")
-    subject = f"The {name} angle" if measure.startswith("angle ") else name.capitalize()
     whole = known.loc[known["generator"] == UNSEEN, "r"]
     average = "" if whole.empty else f"; on all unseen r = {rounded_text(whole.iloc[0], 2)}"
-    return look.finish(fig, f"{subject}: {sure} of {len(known)} intervals exclude zero{average}")
+    return look.finish(fig, f"The task to harmful angle: {sure} of {len(known)} intervals exclude zero{average}")
 
 
 @style()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -9,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dgs.analysis.figures import style as look
 from dgs.analysis.figures.style import colour, marker, plain, short_names, style, takeaway
-from dgs.analysis.metrics import one_rho, per_seed_values
+from dgs.analysis.metrics import BLOCK, measure_words, one_rho, per_seed_values
 from dgs.errors import UserError
 
 ROOM = 5.0  # points that the plane's detection axis spans at least: closer up, noise would look like a gap
@@ -32,7 +34,7 @@ def forgetting_measures(forgetting: pd.DataFrame) -> Figure:
     one_rho(forgetting, "forgetting table")
     known = forgetting.groupby("measure", sort=False)["before"].transform(lambda before: (before != 0).any())
     name = forgetting["measure"].astype(str)
-    rows = forgetting[known.astype(bool) & ~name.str.contains("_block:") & (name != "silhouette")]
+    rows = forgetting[known.astype(bool) & ~name.str.contains(BLOCK) & (name != "silhouette")]
     if rows.empty:
         raise UserError("The forgetting table has no measure to draw: `before` is 0 or there are no rows.")
     shown, methods = rows["measure"].map(_measure_name), list(rows["method"].unique())
@@ -101,7 +103,7 @@ def forgetting_blocks(forgetting: pd.DataFrame) -> Figure:
     Raises UserError where there are none, or for mixed rho.
     """
     one_rho(forgetting, "forgetting table")
-    rows = forgetting[forgetting["measure"].astype(str).str.contains("_block:")]
+    rows = forgetting[forgetting["measure"].astype(str).str.contains(BLOCK)]
     if rows.empty:
         raise UserError("The forgetting table has no measures of single blocks (cka_block:1, ...) to draw.")
     parts = rows["measure"].str.split(":", expand=True)
@@ -120,15 +122,7 @@ def forgetting_blocks(forgetting: pd.DataFrame) -> Figure:
 
 
 def _measure_name(measure: str) -> str:
-    kind, _, attribute = measure.rpartition(":")
-    shown = f"{kind}:{short_names([attribute])[attribute]}"
-    for old, new in (
-        ("zero_shot:", "zero-shot\n"),
-        ("linear_probe:", "linear probe\n"),
-        ("knn_", "kNN "),
-        ("retrieval_", "caption\nretrieval "),
-        ("cka_", "CKA "),
-        ("_", " "),
-    ):
-        shown = shown.removeprefix(":").replace(old, new)
-    return shown
+    """`measure_words` in lines; the name of an attribute stays whole, or is cut where it is long."""
+    kind, colon, attribute = measure.partition(":")
+    words = measure_words(kind + colon + plain(short_names([attribute])[attribute]))
+    return "\n".join(textwrap.wrap(words, 14, break_on_hyphens=False, break_long_words=False))
