@@ -205,13 +205,11 @@ class Member:
                 f"Expected {self.count} processes to {task} together, found that process {self.number} died ({how}). "
                 f"{after_death}"
             ) from None
-        if good:
-            return said
-        raise (
-            said
-            if isinstance(said, UserError)
-            else RuntimeError(f"Process {self.number} of {self.count} stopped. {said}")
-        )
+        if not good and not isinstance(said, UserError):
+            raise RuntimeError(f"Process {self.number} of {self.count} stopped. {said}")
+        if not good:
+            raise said
+        return said
 
 
 def _work(target: Callable[..., None], number: int, arguments: tuple[Any, ...], line: Connection) -> None:
@@ -271,14 +269,15 @@ def _member(
         result = function(*arguments)
         store.set(f"done-{number}", "")
         store.wait([f"done-{other}" for other in range(processes)])  # to the others, leaving early looks like dying
+    except UserError:
+        raise
     except Exception as error:
         if "imed out" in str(error) or "imeout" in str(error):
             raise UserError(
                 f"Expected {processes} processes to keep step, found that process {number} waited too long for another "
                 f"({type(error).__name__}: {str(error).splitlines()[0]}). {AGAIN}"
             ) from None
-        if not isinstance(error, UserError):
-            time.sleep(1.0)  # if another process died, its end is noticed before the complaint about it
+        time.sleep(1.0)  # if another process died, its end is noticed before the complaint about it
         raise
     # Pickled here: the line would hand tensors over as shared memory, which ends with this process.
     line.send((True, pickle.dumps(result if number == 0 else None)))
