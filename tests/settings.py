@@ -6,69 +6,35 @@ from collections.abc import Mapping
 from typing import Any
 
 from dgs import params as real
+from dgs.workspace import read_yaml_text
 
-BASE: dict[str, Any] = {
-    "profile": "mini",
-    "methods": ["probe", "lora", "dgs"],
-    "seeds": [0, 1, 2, 3, 4],
-    "data": {
-        "layout": "minibench",
-        "root": "data",
-        "rho": 0.9,
-        "shortcut": "background",
-        "captions": None,
-        "val_fraction": 0.1,
-        "limit": None,
-        "fit": "crop",
-    },
-    "patches": {"enabled": False, "size": 8, "count": 49},
-    "model": {
-        "clip": "data/clip",
-        "pretrained": None,
-        "image_size": 64,
-        "normalize": "clip",
-        "precision": "fp32",
-        "lora": {"rank": 6, "alpha": 6.0, "dropout": 0.8, "rslora": True, "blocks": None},
-        "levels": [0],
-    },
-    "train": {
-        "batch_size": 32,
-        "accumulate": 1,
-        "processes": 1,
-        "views": 1,
-        "stage1": {"epochs": 3, "lr": 1e-4},
-        "stage2": {"epochs": 1, "lr": 1e-4},
-        "surgery": {
-            "lam": 0.2,
-            "distill": 1.0,
-            "eps": 1e-6,
-            "decay": 0.01,
-            "mix": 0.5,
-            "directions": 16,
-            "order": "release",
-            "scale": "release",
-        },
-        "log_every": 10,
-        "log_gradients": True,
-    },
-    "tuned": {},
-    "compute": {
-        "device": "auto",
-        "jobs": 2,
-        "threads": 1,
-        "workers": 0,
-        "batch_size": 256,
-        "keep_mb": 512,
-        "snapshot_seconds": 60.0,
-    },
-    "evaluate": {
-        "retrieval_pool": 200,
-        "tsne_images": 100,
-        "robustness": {"conditions": [], "methods": None, "seeds": None},
-        "checkpoints": {},
-    },
-    "gradient_angles": {"pairs": ["task-harmful", "task-beneficial", "task-applied"]},
-}
+BASE: dict[str, Any] = read_yaml_text(
+    """
+profile: mini
+methods: [probe, lora, dgs]
+seeds: [0, 1, 2, 3, 4]
+data: {layout: minibench, root: data, rho: 0.9, shortcut: background, captions: null, val_fraction: 0.1, limit: null,
+       fit: crop}
+patches: {enabled: false, size: 8, count: 49}
+model: {clip: data/clip, pretrained: null, image_size: 64, normalize: clip, precision: fp32, levels: [0],
+        lora: {rank: 6, alpha: 6.0, dropout: 0.8, rslora: true, blocks: null}}
+train:
+  batch_size: 32
+  accumulate: 1
+  processes: 1
+  views: 1
+  stage1: {epochs: 3, lr: 1e-4}
+  stage2: {epochs: 1, lr: 1e-4}
+  surgery: {lam: 0.2, distill: 1.0, eps: 1e-6, decay: 0.01, mix: 0.5, directions: 16, order: release, scale: release}
+  log_every: 10
+  log_gradients: true
+tuned: {}
+compute: {device: auto, jobs: 2, threads: 1, workers: 0, batch_size: 256, keep_mb: 512, snapshot_seconds: 60.0}
+evaluate: {retrieval_pool: 200, tsne_images: 100, robustness: {conditions: [], methods: null, seeds: null},
+           checkpoints: {}}
+gradient_angles: {pairs: [task-harmful, task-beneficial, task-applied]}
+"""
+)
 
 
 def validate(content: Mapping[str, Any], source: str = "params.yaml") -> real.Params:
