@@ -226,19 +226,15 @@ class EvaluateParams(_Group):
     checkpoints: dict[Name, PathName]  # more of them, by the name that tables give them; trained elsewhere
 
 
+Pair = Literal[
+    "task-harmful", "task-beneficial", "task-applied", "harmful-beneficial", "applied-harmful", "applied-beneficial"
+]
+
+
 class GradientAnglesParams(_Group):
     """The gradient-angle analysis."""
 
-    pairs: list[
-        Literal[
-            "task-harmful",
-            "task-beneficial",
-            "task-applied",
-            "harmful-beneficial",
-            "applied-harmful",
-            "applied-beneficial",
-        ]
-    ]
+    pairs: list[Pair]
 
 
 class ImageParams(_Group):
@@ -358,14 +354,6 @@ def merged(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any
     return found
 
 
-def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    model: Any = Params
-    for part in location[:-1]:
-        field = getattr(model, "model_fields", {}).get(part)
-        model = field.annotation if field else None
-    return list(getattr(model, "model_fields", {}))
-
-
 def validate(content: Mapping[str, Any], source: str = "params.yaml") -> Params:
     """Plain data to `Params`; the first mistake becomes one sentence.
 
@@ -385,7 +373,10 @@ def validate_as(kind: type[Group], content: Mapping[str, Any], source: str) -> G
     if first["type"] == "missing":
         raise UserError(f"Expected the parameter '{name}' in {source}, found none. Add it.")
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"])
+        group: Any = Params
+        for part in first["loc"][:-1]:
+            group = group.model_fields[part].annotation
+        known = list(group.model_fields)
         hint = did_you_mean(str(first["loc"][-1]), known)
         raise UserError(f"Unknown parameter '{name}' in {source}.{hint} Known here: {', '.join(known)}.")
     raise UserError(

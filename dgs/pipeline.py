@@ -242,6 +242,9 @@ def run_stage(stage: str, method: str | None = None, params_file: Path | None = 
         UserError: the run stopped; names the cell, and says in one sentence why if the mistake is the user's. Or
             another run of the same stage is going on.
     """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
     check_stage(stage)
     root, label = find_root(), stage if method is None else f"{stage}-{method}"
     # The kernel's progress bars reach this terminal through papermill, but it cannot see how wide it is, nor whether
@@ -251,46 +254,40 @@ def run_stage(stage: str, method: str | None = None, params_file: Path | None = 
     profile = only_params(params_file).profile
     build = root / "build" / profile
     with alone(build / "locks" / label, f"stage {label}"), explained(build):
-        _run_alone(stage, label, {} if method is None else {"method": method}, root, profile)
-    return label
-
-
-def _run_alone(stage: str, label: str, parameters: dict[str, str], root: Path, profile: str) -> None:
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
-    build = root / "build" / profile
-    for leftover in build.glob(f".{label}-*"):  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    notebook = build / "sources" / stage / "notebook.ipynb"
-    if not notebook.exists():
-        raise UserError(f"Expected the stripped notebook {notebook}, found none. Run the stage by dvc repro {stage}.")
-    with tempfile.TemporaryDirectory(prefix=f".{label}-", dir=build) as folder:
-        draft = Path(folder)
-        os.environ["DGS_OUT"] = folder
-        executed = draft / "results" / profile / "notebooks" / f"{label}.ipynb"
-        executed.parent.mkdir(parents=True)
-        try:
-            papermill.execute_notebook(
-                str(notebook),
-                str(executed),
-                parameters=parameters,
-                kernel_name=KERNEL,
-                language="python",
-                cwd=str(root),
-                progress_bar=False,
-                extra_arguments=["--IPKernelApp.log_level=40"],  # or each kernel warns that it talks over TCP
-                stdout_file=sys.stderr,
-                stderr_file=sys.stderr,
+        for leftover in build.glob(f".{label}-*"):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        notebook = build / "sources" / stage / "notebook.ipynb"
+        if not notebook.exists():
+            raise UserError(
+                f"Expected the stripped notebook {notebook}, found none. Run the stage by dvc repro {stage}."
             )
-        except PapermillExecutionError as error:
-            raise UserError(f"Stage {label} stopped. {_failure(error, stage, executed)}") from None
-        nbformat.write(normalise(nbformat.read(executed, as_version=4)), executed)
-        for path in [path for path in sorted(draft.rglob("*")) if path.is_file()]:
-            target = root / path.relative_to(draft)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
-    shutil.rmtree(build / "unfinished" / label, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f".{label}-", dir=build) as folder:
+            draft = Path(folder)
+            os.environ["DGS_OUT"] = folder
+            executed = draft / "results" / profile / "notebooks" / f"{label}.ipynb"
+            executed.parent.mkdir(parents=True)
+            try:
+                papermill.execute_notebook(
+                    str(notebook),
+                    str(executed),
+                    parameters={} if method is None else {"method": method},
+                    kernel_name=KERNEL,
+                    language="python",
+                    cwd=str(root),
+                    progress_bar=False,
+                    extra_arguments=["--IPKernelApp.log_level=40"],  # or each kernel warns that it talks over TCP
+                    stdout_file=sys.stderr,
+                    stderr_file=sys.stderr,
+                )
+            except PapermillExecutionError as error:
+                raise UserError(f"Stage {label} stopped. {_failure(error, stage, executed)}") from None
+            nbformat.write(normalise(nbformat.read(executed, as_version=4)), executed)
+            for path in [path for path in sorted(draft.rglob("*")) if path.is_file()]:
+                target = root / path.relative_to(draft)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
+        shutil.rmtree(build / "unfinished" / label, ignore_errors=True)
+    return label
 
 
 def check_stage(stage: str) -> str:

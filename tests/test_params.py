@@ -14,15 +14,7 @@ import yaml
 from settings import BASE, validate
 
 from dgs.errors import UserError
-from dgs.params import (
-    TUNABLE,
-    Params,
-    dotted,
-    leaves,
-    load_params,
-    merged,
-    merged_params,
-)
+from dgs.params import TUNABLE, Params, dotted, leaves, load_params, merged, merged_params
 from dgs.params import validate as real_validate
 from dgs.pipeline import NOTEBOOK_PARAMETERS, with_overrides
 from dgs.workspace import read_yaml_text, yaml_text

@@ -97,18 +97,6 @@ def test_a_run_makes_every_result(repo: Path) -> None:
         assert (results / "figures" / "evaluate" / f"{name}.png").stat().st_size > 5_000
 
 
-def test_checkpoints_are_folders_of_safetensors_and_json(repo: Path) -> None:
-    folder = repo / "build" / "mini" / "train" / "dgs" / "seed-0"
-    assert {path.name for path in folder.iterdir()} == {
-        "README.md",
-        "SHA256SUMS",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "dgs.json",
-        "heads.safetensors",
-    }
-
-
 def test_a_second_repro_is_a_no_op_and_dvc_shows_the_metrics(repo: Path) -> None:
     again = run(repo, "dvc", "repro")
     assert ran(again.stdout) == []

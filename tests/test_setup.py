@@ -19,10 +19,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-ASKED = [
-    *PYPROJECT["dependencies"],
-    *[line for extra in PYPROJECT["optional-dependencies"].values() for line in extra],
-]
+ASKED = [*PYPROJECT["dependencies"], *[line for extra in PYPROJECT["optional-dependencies"].values() for line in extra]]
 LINES = [
     line.partition(" #")[0].strip()
     for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()

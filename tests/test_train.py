@@ -28,15 +28,7 @@ from dgs.model.methods.averaging import Averaging
 from dgs.model.methods.constraints import adapters
 from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.step import surgery_step
-from dgs.model.train import (
-    Trained,
-    frozen_features,
-    new_head,
-    stage1,
-    teacher_residuals,
-    train,
-    training_views,
-)
+from dgs.model.train import Trained, frozen_features, new_head, stage1, teacher_residuals, train, training_views
 from dgs.params import Params
 
 SETTINGS = {

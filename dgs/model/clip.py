@@ -218,14 +218,6 @@ def _from_name(params: ModelParams, image_size: int) -> tuple[Any, dict[str, Any
     return model, dict(open_clip.get_model_preprocess_cfg(model))
 
 
-def _drop_text(model: Any) -> None:
-    for name, _ in [*model.named_children()]:
-        if name != "visual":
-            delattr(model, name)
-    for name in [name for name, _ in model.named_parameters(recurse=False)]:
-        delattr(model, name)
-
-
 def load_clip(params: ModelParams, root: Path, image_size: int, text: bool = True) -> Clip:
     """A frozen CLIP by open_clip name or from a folder, for images of `image_size` px (positions interpolated).
 
@@ -249,7 +241,9 @@ def load_clip(params: ModelParams, root: Path, image_size: int, text: bool = Tru
     tokenizer = open_clip.get_tokenizer(source) if text else None  # one that a folder names could bring code
     weights_hash = _tensors_hash({k: v for k, v in model.state_dict().items() if "positional_embedding" not in k})
     if not text:
-        _drop_text(model)
+        for name in [name for name, _ in (*model.named_children(), *model.named_parameters(recurse=False))]:
+            if name != "visual":
+                delattr(model, name)
     split_attention(model.visual)
     model.eval()
     model.requires_grad_(False)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -92,16 +91,6 @@ def _diverged(loss: str, step: int, names: list[str], stage: int) -> UserError:
         f"{loss} at step {step} of stage {stage}; the batch was {files}. Lower train.stage{stage}.lr, or look at those "
         f"images and their captions."
     )
-
-
-def _require_finite(features: Tensor, rows: pd.DataFrame) -> None:
-    """An image with NaN or infinity in its (views, N, D) features would spoil every weight."""
-    bad = (~features.isfinite()).any(2).any(0).nonzero().flatten().tolist()
-    if bad:
-        raise UserError(
-            f"Expected finite features from CLIP, found others for {len(bad)} images, {rows['id'].iloc[bad[0]]} first. "
-            f"Look at those images; with model.precision: bf16 try fp32; else CLIP's weights are damaged."
-        )
 
 
 @torch.no_grad()
@@ -329,8 +318,12 @@ def train(
         backbone.eval()
         views = training_views(prepared, params, seed)
         frozen = snapshot.features(lambda: frozen_features(backbone, views, params)).to(device)
-        _require_finite(frozen, rows)
         names = rows["id"].tolist()
+        if bad := (~frozen.isfinite()).any(2).any(0).nonzero().flatten().tolist():  # one would spoil every weight
+            raise UserError(
+                f"Expected finite features from CLIP, found others for {len(bad)} images, {names[bad[0]]} first. "
+                f"Look at those images; with model.precision: bf16 try fp32; else CLIP's weights are damaged."
+            )
         labels = torch.tensor(rows["label"].to_numpy(dtype=np.float32), device=device)
         embeddings = method_captions(method, prepared, seed)
         captions = torch.tensor(embeddings, device=device)
