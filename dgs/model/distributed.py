@@ -33,7 +33,7 @@ from dgs.errors import UserError
 T = TypeVar("T")
 TIMEOUT = 1800.0  # seconds that a process waits for the others
 AGAIN = "Run the same command again: it goes on from the last snapshot."
-DIED = f"{AGAIN} If memory was short, lower train.processes, train.batch_size or compute.jobs."
+AFTER_DEATH = f"{AGAIN} If memory was short, lower train.processes, train.batch_size or compute.jobs."
 
 
 def in_group() -> bool:
@@ -192,8 +192,8 @@ class Member:
             after_death: sentences on what to do if it died.
 
         Raises:
-            UserError: the one that stopped it, or that it died.
-            RuntimeError: another error stopped it.
+            UserError: what stopped it, or that it died.
+            RuntimeError: a bug that stopped it.
         """
         try:
             good, said = self.line.recv()
@@ -307,5 +307,5 @@ def run(processes: int, function: Callable[..., T], *arguments: Any, timeout: fl
         while waiting:
             for line in wait(list(waiting)):
                 member = waiting.pop(line)
-                results[member.number] = member.recv("train", DIED)
+                results[member.number] = member.recv("train", AFTER_DEATH)
     return pickle.loads(results[0])

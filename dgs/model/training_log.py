@@ -144,13 +144,10 @@ class TrainingLog:
 
     def table(self, name: str) -> pd.DataFrame:
         """One of `TABLES`, with columns method and seed before its own; absent values are NaN."""
-        columns, rows = ["method", "seed", *TABLES[name]], self._rows[name]
+        run, rows = {"method": self.method, "seed": self.seed}, self._rows[name]
         if name != "samples" or not rows:
-            run = {"method": self.method, "seed": self.seed}
-            return pd.DataFrame([{**run, **row} for row in rows], columns=columns)
-        steps = [
-            pd.DataFrame({"method": self.method, "seed": self.seed, **row}) for row in rows
-        ]  # a step's images each
+            return pd.DataFrame([{**run, **row} for row in rows], columns=[*run, *TABLES[name]])
+        steps = [pd.DataFrame({**run, **row}) for row in rows]  # a step's images each
         return pd.concat(steps, ignore_index=True).astype({"label": np.int8})
 
     losses = property(lambda self: self.table("losses"))
