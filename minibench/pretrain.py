@@ -219,13 +219,7 @@ def _resume(
     return saved["curve"], saved["step"], saved["seconds"]
 
 
-def pretrain(
-    out: Path,
-    recipe: Recipe,
-    scratch: Path,
-    workers: int = 1,
-    progress: bool = True,
-) -> None:
+def pretrain(out: Path, recipe: Recipe, scratch: Path, workers: int = 1, progress: bool = True) -> None:
     """Train and write `out`: config, folded float16 weights, curve.csv. Resumes from `scratch`.
 
     An interim export is written to `scratch`/interim at every checkpoint.

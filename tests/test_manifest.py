@@ -39,6 +39,12 @@ from dgs.errors import UserError
 NO_VAL = {"train": ("alpha", "beta"), "test": ("alpha", "gamma")}
 
 
+@pytest.fixture
+def root(image_tree: ImageTree) -> Path:
+    """Images of the default splits; to be read or damaged."""
+    return image_tree()
+
+
 def settings(root: Path, **values: Any) -> DataParams:
     return DataParams(layout="folders", root=str(root), rho=None, **values)
 
@@ -102,8 +108,7 @@ class TestFolders:
         assert set(delta["caption"]) == {"a photo of cat", "a photo of dog"}
         assert set(manifest.loc[manifest["generator"] == "alpha", "caption"]) == {"a photo of golden horse"}
 
-    def test_other_files_and_hidden_folders_are_not_images(self, image_tree: ImageTree) -> None:
-        root = image_tree()
+    def test_other_files_and_hidden_folders_are_not_images(self, root: Path) -> None:
         before = manifest_of(root)
         (root / "README.txt").write_text("notes")
         (root / "train" / "alpha" / "0_real" / "labels.csv").write_text("a,b")
@@ -126,8 +131,7 @@ class TestFolders:
         renamed(root)
         assert set(manifest_of(root, limit=2)["sha256"]) == set(limited["sha256"])
 
-    def test_the_images_of_a_row_can_be_opened(self, image_tree: ImageTree) -> None:
-        root = image_tree()
+    def test_the_images_of_a_row_can_be_opened(self, root: Path) -> None:
         manifest = manifest_of(root)
         source = ImageSource(root)
         row = manifest.iloc[5]
@@ -137,15 +141,13 @@ class TestFolders:
         with pytest.raises(UnreadableImage, match=r"gone\.png"):
             source.read("train/gone.png", -1)
 
-    def test_examples_of_the_test_split_say_what_they_are(self, image_tree: ImageTree) -> None:
-        root = image_tree()
+    def test_examples_of_the_test_split_say_what_they_are(self, root: Path) -> None:
         pictures = examples(manifest_of(root), ImageSource(root), per_row=2)
         names = "alpha, real|beta, real|gamma, real|alpha, seen|beta, seen|gamma, unseen"
         assert list(pictures) == names.split("|")
         assert all(len(images) == 2 and images[0].shape == (36, 40, 3) for images in pictures.values())
 
-    def test_copies_in_several_splits_are_counted_by_content(self, image_tree: ImageTree) -> None:
-        root = image_tree()
+    def test_copies_in_several_splits_are_counted_by_content(self, root: Path) -> None:
         assert duplicates_across_splits(manifest_of(root)) == 0
         first, second, third = sorted((root / "train" / "alpha" / "0_real").iterdir())
         shutil.copy(third, root / "val" / "beta" / "0_real" / f"copy{third.suffix}")
@@ -237,8 +239,7 @@ class TestPhotographsForAllGenerators:
         assert set(table["n_real"]) == {9} and set(table["balanced_acc"]) == {1.0}
 
     @pytest.mark.parametrize("split", ["train", "val", "test"])
-    def test_they_alone_are_no_split(self, image_tree: ImageTree, split: str) -> None:
-        root = image_tree()
+    def test_they_alone_are_no_split(self, root: Path, split: str) -> None:
         (root / split / "alpha").rename(root / split / "real")
         shutil.rmtree(root / split / "real" / "1_fake")
         for generator in set(SPLITS[split]) - {"alpha"}:
@@ -267,8 +268,7 @@ class TestWhatIsFoundInAFolder:
         assert ignored_files(root) == {".heic": 2, ".png": 1, ".txt": 1}
         assert ignored_files(image_tree(name="plain")) == {}
 
-    def test_cautions_name_what_a_reader_should_know(self, image_tree: ImageTree) -> None:
-        root = image_tree()
+    def test_cautions_name_what_a_reader_should_know(self, root: Path) -> None:
         path = next((root / "train" / "alpha" / "0_real").iterdir())
         shutil.copy(path, root / "test" / "alpha" / "0_real" / f"copy{path.suffix}")
         several, passed, same, few = cautions(manifest_of(root).assign(caption="a photo"), {".heic": 2})
@@ -277,8 +277,7 @@ class TestWhatIsFoundInAFolder:
         assert "only 6 images of a label" in few
 
 
-def test_captions_are_given_ones_and_templates_for_the_rest(image_tree: ImageTree) -> None:
-    root = image_tree()
+def test_captions_are_given_ones_and_templates_for_the_rest(root: Path) -> None:
     plain = manifest_of(root)
     first, second = plain.iloc[0], plain.iloc[9]
     entries = {"path": first["file"], "caption": "a red car"}, {"sha256": second["sha256"], "caption": "two cats"}
@@ -355,15 +354,13 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("damage", REFUSALS)
-def test_what_is_wrong_is_one_sentence(image_tree: ImageTree, damage: str) -> None:
-    root = image_tree()
+def test_what_is_wrong_is_one_sentence(root: Path, damage: str) -> None:
     do, facts = REFUSALS[damage]
     do(root)
     says(refusal(root), *facts)
 
 
-def test_a_rho_is_not_for_folders(image_tree: ImageTree) -> None:
-    root = image_tree()
+def test_a_rho_is_not_for_folders(root: Path) -> None:
     with pytest.raises(UserError) as error:
         build_manifest(root, DataParams(layout="folders", root=str(root), rho=0.9))
     says(str(error.value), "data.rho = 0.9", "minibench", "data.rho: null")
@@ -393,16 +390,14 @@ CHANGES: dict[str, tuple[Callable[[Path], object], bool]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_data_hash_depends_on_what_a_result_depends_on(image_tree: ImageTree, change: str) -> None:
-    root = image_tree()
+def test_the_data_hash_depends_on_what_a_result_depends_on(root: Path, change: str) -> None:
     before = data_hash(manifest_of(root))
     do, matters = CHANGES[change]
     do(root)
     assert (data_hash(manifest_of(root)) != before) is matters
 
 
-def test_the_data_hash_depends_on_captions_and_on_no_order_or_place(image_tree: ImageTree) -> None:
-    root = image_tree()
+def test_the_data_hash_depends_on_captions_and_on_no_order_or_place(root: Path) -> None:
     manifest = manifest_of(root)
     before = data_hash(manifest)
     assert data_hash(manifest.sample(frac=1, random_state=0)) == before

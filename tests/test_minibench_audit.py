@@ -147,9 +147,7 @@ def test_a_tiny_network_finds_a_blur_for_itself(shot: Shot) -> None:
     assert judged(longer, packs) > 0.93
 
 
-def test_a_lower_quality_of_fakes_is_found_in_the_file_and_not_in_its_colour(
-    shot: Shot,
-) -> None:
+def test_a_lower_quality_of_fakes_is_found_in_the_file_and_not_in_its_colour(shot: Shot) -> None:
     packs = pair(shot, quality=lambda label, drawn: drawn - 20 * label)
     assert accuracy("jpeg_quality", packs) == 1
     assert accuracy("file_size", packs) > 0.85
@@ -161,9 +159,7 @@ def test_nothing_is_found_where_labels_are_a_coin(detector: str, photographs: di
     assert abs(accuracy(detector, photographs) - 0.5) < chance(photographs)
 
 
-def test_captions_reach_rho_where_they_say_the_background(
-    shot: Shot,
-) -> None:
+def test_captions_reach_rho_where_they_say_the_background(shot: Shot) -> None:
     rho = 0.9
     packs = {split: some.table.copy() for split, some in pair(shot).items()}
     for split, some in packs.items():
@@ -246,10 +242,7 @@ def twins(shot: Shot) -> Samples:
     rows = table("train", some)
     real = rows.assign(label=0, generator=REAL)
     fake = rows.assign(
-        id=rows["id"] + "-fake",
-        label=1,
-        generator=GENERATOR,
-        image=[encode(blurred(image), 92) for image in some[1]],
+        id=rows["id"] + "-fake", label=1, generator=GENERATOR, image=[encode(blurred(image), 92) for image in some[1]]
     )
     return with_features(trivial_detectors.samples(pd.concat([real, fake], ignore_index=True)))
 
@@ -300,9 +293,7 @@ def test_a_file_in_two_packs_is_told_from_a_file_twice_in_one() -> None:
     assert audit.identical_files(packs) == {"identical_files": {"all": 2, "across_packs": 1}}
 
 
-def test_statistics_point_at_what_was_planted_and_say_how_many_tests_there_were(
-    shot: Shot,
-) -> None:
+def test_statistics_point_at_what_was_planted_and_say_how_many_tests_there_were(shot: Shot) -> None:
     packs = pair(shot, fake=darkened, quality=lambda label, drawn: drawn - 3 * label)
     packs["train"].table["rho_0.50"] = True
     found = audit.statistics(packs, "rho_0.50")

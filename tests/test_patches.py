@@ -104,10 +104,7 @@ class TestEntropy:
 
 
 class TestSelection:
-    @given(
-        st.lists(st.integers(0, 40), min_size=1, max_size=120),
-        st.sampled_from([1, 4, 9, 16, 25, 49]),
-    )
+    @given(st.lists(st.integers(0, 40), min_size=1, max_size=120), st.sampled_from([1, 4, 9, 16, 25, 49]))
     def test_the_lowest_then_the_highest_earlier_patches_first_among_equals(
         self, values: list[int], count: int
     ) -> None:

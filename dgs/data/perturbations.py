@@ -29,11 +29,6 @@ def _stored(image: Bytes, kind: str, **options: Any) -> Bytes:
         return np.array(stored.convert("RGB"), dtype=np.uint8)
 
 
-def jpeg(image: Bytes, quality: int) -> Bytes:
-    """The image after a baseline JPEG file, 4:2:0, with libjpeg's tables for `quality` (1 to 100)."""
-    return _stored(image, "JPEG", quality=quality, subsampling="4:2:0")
-
-
 def _rounded(values: NDArray[np.float32]) -> Bytes:
     return np.rint(np.clip(values, 0, 255)).astype(np.uint8)
 
@@ -65,9 +60,10 @@ def noise(image: Bytes, sigma: float, rng: np.random.Generator) -> Bytes:
     return _rounded(image.astype(np.float32) + np.float32(sigma) * grain)
 
 
-# By kind of condition: of an image, the strength, and random numbers of its own.
+# By kind of condition: of an image, the strength, and random numbers of its own. A JPEG is a baseline file, 4:2:0, with
+# libjpeg's tables for a quality of 1 to 100.
 PERTURBATIONS: dict[str, Callable[[Bytes, float, np.random.Generator], Bytes]] = {
-    "jpeg": lambda image, quality, _: jpeg(image, int(quality)),
+    "jpeg": lambda image, quality, _: _stored(image, "JPEG", quality=int(quality), subsampling="4:2:0"),
     "blur": lambda image, sigma, _: blur(image, sigma),
     "resize": lambda image, factor, _: resize(image, factor),
     "noise": noise,

@@ -111,8 +111,7 @@ def save_prepared(
     settled = {group: getattr(params, group).model_dump(exclude=without) for group, without in PREPARED_WITH.items()}
     facts = {name: info[name] for name in TRAINS if name in info}
     _write_json(
-        folder / TRAINING / "data.json",
-        {**facts, "training_hash": data_hash(manifest[trains]), "params": settled},
+        folder / TRAINING / "data.json", {**facts, "training_hash": data_hash(manifest[trains]), "params": settled}
     )
     _write_json(folder / "data.json", {name: value for name, value in info.items() if name not in facts})
     (folder / "prompts.json").write_text(json.dumps({name: values for name, (values, _) in prompts.items()}, indent=1))

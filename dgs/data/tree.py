@@ -60,7 +60,6 @@ class Part(NamedTuple):
 class Group(NamedTuple):
     """One generator in one split, or photographs that several generators are compared with: a row of `Tree.groups`."""
 
-    part: int  # an index into `Tree.parts`
     suite: str  # its name, or ""
     split: str
     generator: str  # the folder's name
@@ -120,7 +119,7 @@ def _scan(root: Path, parts: list[Part], suites: dict[Path, Suite], strangers: l
     groups: list[Group] = []
     files: list[tuple[int, str, Path, bool]] = []
     notes: list[str] = []
-    for number, (suite, split, parent) in enumerate(parts):
+    for suite, split, parent in parts:
         place, is_read = full_name(suite.name, split), not suite.name or split == "test"
         for folder in _folders(parent):
             known, holders, own = suite.generator(folder.name), _holders(folder), folder.name
@@ -133,10 +132,9 @@ def _scan(root: Path, parts: list[Part], suites: dict[Path, Suite], strangers: l
             column = known.column if known else ""
             pool = next((pool for pool in pools_for(suite, own) if (parent / pool).is_dir()), "")
             name, full = f"{place}/{own}", full_name(suite.name, column or own)
-            group = Group(
-                number, suite.name, split, own, column, pool, place, name, full, folder, is_pool(full), is_read
+            groups.append(
+                Group(suite.name, split, own, column, pool, place, name, full, folder, is_pool(full), is_read)
             )
-            groups.append(group)
     for folder in strangers:
         notes.append(f"{folder} is neither a split nor a suite: not looked at.{_split_or_suite(folder.name)}")
     table = pd.DataFrame(files, columns=["group", "label", "path", "is_image"]).astype({"is_image": bool})

@@ -123,16 +123,12 @@ def batch_order(size: int, seed: int, epoch: int) -> list[int]:
     return [int(i) for i in np.random.default_rng([seed, epoch, 7]).permutation(size)]
 
 
-def _part_of_each(batch: Sequence[int]) -> Sequence[int]:
-    return batch
-
-
 def batches(
     views: Views,
     batch_size: int,
     workers: int = 0,
     order: Sequence[int] | None = None,
-    part: Callable[[Sequence[int]], Sequence[int]] = _part_of_each,
+    part: Callable[[Sequence[int]], Sequence[int]] = lambda batch: batch,
 ) -> DataLoader[Any]:
     """Batches of views, in `order` or as they stand; the last one may be smaller.
 
