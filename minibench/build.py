@@ -13,20 +13,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dgs.data.manifest import PROMPTS, SEMANTICS, content_hash
 from dgs.data.tree import MINIBENCH
 from dgs.errors import UserError
 from minibench import camera, captions, degradations, generators, pretrain, scenes, splits, train_generators
+from minibench.camera import Bytes
 from minibench.clip import one_thread
-
-Bytes = NDArray[np.uint8]
 
 Source = Literal["shipped", "train"]  # of a network
 

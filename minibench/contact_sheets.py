@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from PIL import Image
 
 from dgs.analysis.figures.images import picture_grid
@@ -17,11 +16,10 @@ from dgs.analysis.figures.style import style
 from dgs.errors import UserError, did_you_mean
 from dgs.stats import rounded_text
 from minibench import audit, camera, generators, trivial_detectors
+from minibench.camera import Bytes
 from minibench.degradations import decode, encode
 from minibench.splits import REAL
 from minibench.train_generators import psnr
-
-Bytes = NDArray[np.uint8]
 
 ZOOM = 2
 LABELS = 160  # pixels left of the cells

@@ -12,11 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from minibench.camera import blur
+from minibench.camera import Bytes, blur
 
 QUALITY = (90, 97)  # inclusive
-
-Bytes = NDArray[np.uint8]
 
 
 def draw_quality(rng: np.random.Generator, low: int = QUALITY[0], high: int = QUALITY[1]) -> int:

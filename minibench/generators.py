@@ -16,14 +16,13 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minibench import camera, scenes
+from minibench.camera import Bytes
 
-Bytes = NDArray[np.uint8]
 Edges = Literal["zeros", "reflect"]  # what a convolution finds beyond the image
 
 

@@ -30,9 +30,8 @@ from tqdm import tqdm
 
 from dgs.errors import UserError
 from minibench import camera, captions, clip, scenes
+from minibench.camera import Bytes
 from minibench.degradations import degrade
-
-Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from minibench import camera, generators, scenes
-
-Bytes = NDArray[np.uint8]
+from minibench.camera import Bytes
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from torch.nn import functional as F
 from dgs.data.checks import jpeg_quality as quality_of_table
 from dgs.errors import UserError
 from dgs.stats import Interval, Scored, balanced_accuracy, rounded
+from minibench.camera import Bytes
 from minibench.degradations import decode
 from minibench.splits import REAL
 
-Bytes = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]
 Labels = NDArray[np.int64]
 

@@ -34,32 +34,26 @@ def refusal(file: Path) -> str:
 
 
 class TestReading:
-    def test_by_path_by_hash_and_with_blank_lines(self, tmp_path: Path) -> None:
-        file = write(
-            tmp_path,
-            {"path": "train/x/0_real/a.jpg", "caption": " a red car "},
-            "",
-            {"sha256": SHA, "caption": "ein Schloß"},
-        )
-        assert read_captions(file) == {"train/x/0_real/a.jpg": "a red car", SHA: "ein Schloß"}
-
-    def test_windows_separators(self, tmp_path: Path) -> None:
-        file = write(tmp_path, {"path": r"train\x\0_real\a.jpg", "caption": "a"})
-        assert read_captions(file) == {"train/x/0_real/a.jpg": "a"}
-
-    def test_the_same_caption_twice_is_no_conflict(self, tmp_path: Path) -> None:
-        line = {"path": "a.jpg", "caption": "a"}
-        assert read_captions(write(tmp_path, line, line)) == {"a.jpg": "a"}
+    @pytest.mark.parametrize(
+        ("lines", "expected"),
+        [
+            (  # by path, by hash, and with blank lines
+                [{"path": "train/x/0_real/a.jpg", "caption": " a red car "}, "", {"sha256": SHA, "caption": "Schloß"}],
+                {"train/x/0_real/a.jpg": "a red car", SHA: "Schloß"},
+            ),
+            ([{"path": r"train\x\0_real\a.jpg", "caption": "a"}], {"train/x/0_real/a.jpg": "a"}),  # Windows separators
+            ([{"path": "a.jpg", "caption": "a"}] * 2, {"a.jpg": "a"}),  # the same caption twice is no conflict
+            ([{"path": "a.jpg", "caption": "a boat\u2028on"}], {"a.jpg": "a boat\u2028on"}),  # JSON allows it bare
+        ],
+    )
+    def test_what_a_file_may_hold(self, tmp_path: Path, lines: list[Any], expected: dict[str, str]) -> None:
+        assert read_captions(write(tmp_path, *lines)) == expected
 
     @given(caption=st.text(min_size=1).filter(lambda text: text.strip()))
     @settings(max_examples=40, deadline=None)
     def test_any_text_may_be_a_caption(self, tmp_path_factory: pytest.TempPathFactory, caption: str) -> None:
         folder = tmp_path_factory.mktemp("captions")
         assert read_captions(write(folder, {"path": "a.jpg", "caption": caption})) == {"a.jpg": caption.strip()}
-
-    def test_a_line_separator_inside_a_caption_ends_no_line(self, tmp_path: Path) -> None:
-        caption = "a boat\u2028on a lake"  # JSON allows it bare
-        assert read_captions(write(tmp_path, {"path": "a.jpg", "caption": caption})) == {"a.jpg": caption}
 
     def test_a_missing_file_says_which_parameter_to_set(self, tmp_path: Path) -> None:
         message = refusal(tmp_path / "captions.jsonl")
