@@ -67,18 +67,11 @@ def _score(_: str, name: str, generator: str, seed: int, params: Params, root: P
 def leave_one_generator_out(
     names: Iterable[str], params: Params, root: Path, folder: Path, out: Path, seeds: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Train each method without each generator in turn, `compute.jobs` at a time, with its settings in `params`.
+    """Train each method without each generator in turn, with its settings in `params`, as `tuning.trials` does.
 
-    Images are weighed so that captions tell nothing (`ipw_weights`). What `out` holds for the same training and
-    validation images is not run again; remove it after a change of settings or code.
-
-    Args:
-        folder: what the prepare stage made.
-        out: the table: balanced_acc (threshold 0.5) and auroc on the fakes of the generator left out and photographs
-            not trained on, balanced_acc_trained_on on validation images of the other generators.
-
-    Yields:
-        the new rows.
+    Columns of `out`: balanced_acc (threshold 0.5) and auroc on the fakes of the generator left out and photographs not
+    trained on, balanced_acc_trained_on on validation images of the other generators, all weighed so that captions tell
+    nothing (`ipw_weights`). After a change of settings or code remove `out`. `folder`: what prepare made.
 
     Raises:
         UserError: training fakes are of one generator.

@@ -21,8 +21,6 @@ from dgs.stats import (
     stratified_bootstrap,
 )
 
-rates = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=10)
-
 
 def test_three_seeds_by_hand() -> None:
     mean, low, high = seed_interval([1.0, 2.0, 3.0])
@@ -38,10 +36,6 @@ def test_one_seed_has_a_mean_and_no_interval() -> None:
     assert interval.spans_zero, "what is not known cannot exclude zero"
 
 
-def test_seeds_that_agree_give_a_point() -> None:
-    assert tuple(seed_interval([0.5, 0.5, 0.5])) == (0.5, 0.5, 0.5)
-
-
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     covered = [low <= 0.0 <= high for _, low, high in (seed_interval(rng.normal(size=5)) for _ in range(2000))]
@@ -51,16 +45,13 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 def test_a_paired_difference_cancels_what_the_seeds_share() -> None:
     shared = np.array([0.1, 0.5, 0.9])
     assert tuple(paired_difference(shared + 0.02, shared)) == pytest.approx((0.02, 0.02, 0.02))
+    assert tuple(seed_interval([0.5, 0.5, 0.5])) == (0.5, 0.5, 0.5), "seeds that agree give a point"
 
 
-@given(rates)
-def test_a_higher_level_is_never_narrower(values: list[float]) -> None:
+@given(st.lists(st.floats(0.0, 1.0), min_size=2, max_size=10))
+def test_a_higher_level_is_never_narrower_and_swapping_the_methods_mirrors(values: list[float]) -> None:
     narrow, wide = seed_interval(values, 0.8), seed_interval(values, 0.99)
     assert wide.low <= narrow.low <= narrow.mean <= narrow.high <= wide.high
-
-
-@given(rates)
-def test_swapping_the_methods_mirrors_the_difference(values: list[float]) -> None:
     other = np.linspace(0.0, 1.0, len(values))
     there, back = paired_difference(values, other), paired_difference(other, values)
     assert (there.mean, there.low, there.high) == pytest.approx((-back.mean, -back.high, -back.low))
@@ -70,13 +61,14 @@ def test_swapping_the_methods_mirrors_the_difference(values: list[float]) -> Non
 def test_values_that_make_no_sense_are_refused(values: list[float]) -> None:
     with pytest.raises(ValueError, match="expected"):
         seed_interval(values)
-
-
-def test_unequal_seeds_and_odd_levels_are_refused() -> None:
     with pytest.raises(ValueError, match="same seeds"):
         paired_difference([0.1, 0.2], [0.1])
     with pytest.raises(ValueError, match="level"):
         seed_interval([0.1, 0.2], level=95)
+    with pytest.raises(ValueError, match="finite"):
+        rounded_text(math.nan)
+    with pytest.raises(ValueError, match="finite"):
+        iqm(np.array([1.0, np.nan]))
 
 
 class TestPrinting:
@@ -113,15 +105,9 @@ class TestPrinting:
     def test_by_hand(self, value: float, digits: int, sign: bool, text: str) -> None:
         assert rounded_text(value, digits, sign) == text
 
-    def test_what_is_no_number_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="finite"):
-            rounded_text(math.nan)
-
 
 def test_the_interquartile_mean_leaves_out_the_outer_quarters() -> None:
     assert iqm(np.array([[0.0, 1.0, 2.0, 100.0], [1.0, 2.0, -50.0, 3.0]])) == pytest.approx((1 + 1 + 2 + 2) / 4)
-    with pytest.raises(ValueError, match="finite"):
-        iqm(np.array([1.0, np.nan]))
 
 
 @given(st.lists(st.floats(-1.0, 1.0), min_size=1, max_size=30))

@@ -32,28 +32,23 @@ from dgs.params import load_params
 
 ROOT = Path(__file__).parents[1]
 SHIFT = {"lora": 0.5, "dgs": 0.1, "distillation": 1.5, "dgs_plus": 3.0, "poe_swad": 3.2}
+FEW = {name: SHIFT[name] for name in ("lora", "dgs", "dgs_plus")}
 KEPT = {"lora": 0.6, "dgs": 0.2, "distillation": 0.99, "dgs_plus": 0.97, "poe_swad": 0.7}
 
 
 def write_results(root: Path, name: str, rho: float, shift: dict[str, float] = SHIFT) -> None:
     """A profile's tables: logits of fakes lie `shift` above those of reals."""
     rng = np.random.default_rng(0)
+    images = pd.DataFrame({"generator": np.repeat(["real", "seen", "new", "other"], 200)})
+    images["label"] = (images["generator"] != "real").astype(int)
     parts = []
     for seed in range(3):
         for method, by in shift.items():
-            for generator, label in (("real", 0), ("seen", 1), ("new", 1), ("other", 1)):
-                logits = rng.normal(label * by - by / 2, 1.0, 200)
-                parts.append(
-                    pd.DataFrame(
-                        {
-                            "id": [f"{generator}{i}" for i in range(200)], "split": "test", "generator": generator,
-                            "label": label, "condition": "native", "applied_to": "both", "logit": logits,
-                            "method": method, "seed": seed, "rho": rho,
-                        }
-                    )
-                )  # fmt: skip
+            logits = rng.normal(images["label"] * by - by / 2, 1.0)
+            parts.append(images.assign(method=method, seed=seed, logit=logits))
+    scores = pd.concat(parts).assign(split="test", condition="native", applied_to="both", rho=rho)
     folder = root / "results" / name
-    write_detection(detection_table(pd.concat(parts), {"seen"}), folder / "detection.csv")
+    write_detection(detection_table(scores, {"seen"}), folder / "detection.csv")
     rows = [
         {"rho": rho, "method": method, "seed": seed, "measure": measure, "before": 1.0, "after": KEPT[method]}
         for method in shift
@@ -64,11 +59,18 @@ def write_results(root: Path, name: str, rho: float, shift: dict[str, float] = S
     (folder / "metrics.json").write_text(json.dumps({"data_hash": "0123456789abcdef"}))
 
 
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("both")
+    write_results(root, "strong", 0.9)
+    write_results(root, "none", 0.5, {**SHIFT, "dgs_plus": -0.5})
+    return root
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    write_results(tmp_path, "strong", 0.9)
-    write_results(tmp_path, "none", 0.5, {**SHIFT, "dgs_plus": -0.5})
-    return tmp_path
+def root(both: Path, tmp_path: Path) -> Path:
+    """A repository with the results of two conditions."""
+    return shutil.copytree(both, tmp_path / "root")
 
 
 def test_differences_are_paired_and_in_points(root: Path) -> None:
@@ -83,12 +85,9 @@ def test_differences_are_paired_and_in_points(root: Path) -> None:
     assert table.loc["dgs_plus", "zero_shot_kept"]["mean"] == pytest.approx(0.97)
 
 
-def test_parts_of_the_subject_are_no_rivals_of_it(root: Path) -> None:
-    assert best_rival(read_condition(root, "strong")) == "distillation"
-
-
-def test_the_order_of_methods_is_compared_between_conditions(root: Path) -> None:
+def test_parts_of_the_subject_are_no_rivals_of_it_and_orders_are_compared(root: Path) -> None:
     strong, none = read_condition(root, "strong"), read_condition(root, "none")
+    assert best_rival(strong) == "distillation"
     assert agreement(strong, strong) == pytest.approx(1)
     assert agreement(strong, none) < 0.9
 
@@ -127,17 +126,15 @@ def test_the_report_names_the_settings_that_each_rule_chose(root: Path) -> None:
 def test_the_parts_that_are_there_are_found_the_fullest_first(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Expected results of a profile study-\*, found none. Run make study"):
         finished_conditions(tmp_path)
-    few = {name: SHIFT[name] for name in ("lora", "dgs", "dgs_plus")}
     for name, rho in (("study-50", 0.5), ("study-9", 0.9), ("mini", 0.9)):
-        write_results(tmp_path, name, rho, few)
+        write_results(tmp_path, name, rho, FEW)
     write_results(tmp_path, "study-75", 0.75)
     assert finished_conditions(tmp_path) == ["study-75", "study-9", "study-50"]
 
 
 def test_what_a_run_made_is_kept_without_its_folder_and_a_later_run_takes_its_place(tmp_path: Path) -> None:
-    few = {name: SHIFT[name] for name in ("lora", "dgs", "dgs_plus")}
     for name, rho in (("study-90", 0.9), ("study-50", 0.5)):
-        write_results(tmp_path, name, rho, few)
+        write_results(tmp_path, name, rho, FEW)
     names = finished_conditions(tmp_path)
     before = [read_condition(tmp_path, name) for name in names]
     keep_runs(tmp_path)
@@ -168,8 +165,7 @@ def test_gaps_by_generator_have_the_mean_of_gaps_by_seed(root: Path) -> None:
 
 
 def test_the_forest_draws_what_each_condition_ran(root: Path) -> None:
-    few = {name: SHIFT[name] for name in ("lora", "dgs", "dgs_plus")}
-    write_results(root, "few", 0.5, few)
+    write_results(root, "few", 0.5, FEW)
     figure = study_forest(generator_gaps([read_condition(root, name) for name in ("strong", "few")]))
     strong, short = figure.axes
     assert (strong.get_title(loc="left") or strong.get_title(), len(strong.get_yticklabels())) == ("strong", 4)
@@ -181,7 +177,7 @@ def test_the_forest_draws_what_each_condition_ran(root: Path) -> None:
 
 
 def test_folders_of_images_have_no_shortcut_and_no_abilities_to_keep(tmp_path: Path) -> None:
-    write_results(tmp_path, "mine", float("nan"), {name: SHIFT[name] for name in ("lora", "dgs", "dgs_plus")})
+    write_results(tmp_path, "mine", float("nan"), FEW)
     forgetting = tmp_path / "results/mine/forgetting.csv"
     rows = pd.read_csv(forgetting)
     rows[~rows["measure"].str.contains("zero_shot|retrieval")].to_csv(forgetting, index=False)

@@ -64,13 +64,11 @@ class TestTable:
         found = AIGC_DETECT_BENCHMARK.generator(name)
         assert (found.column if found else None) == column
 
-    def test_a_suite_is_known_by_its_folders_name(self) -> None:
+    def test_a_suite_is_known_by_its_folders_name_or_by_half_of_its_generators_and_not_by_fewer(self) -> None:
         assert suite_named("aigi-bench") is AIGI_BENCH
         assert suite_named("AIGCDetectBenchMark") is AIGC_DETECT_BENCHMARK
         assert suite_named("diffusion_datasets") is UNIVERSAL_FAKE_DETECT
         assert suite_named("images") is None
-
-    def test_a_suite_is_known_by_half_of_its_generators_and_not_by_fewer(self) -> None:
         names = [generator.folder for generator in UNIVERSAL_FAKE_DETECT.generators]
         assert suite_holding(names[:4]) is UNIVERSAL_FAKE_DETECT
         assert suite_holding(names[:3]) is None

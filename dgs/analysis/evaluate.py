@@ -306,10 +306,7 @@ def evaluate_from_disk(
 ) -> tuple[pd.DataFrame, pd.DataFrame, Panels]:
     """`evaluate`, in `train.processes` processes with a share of the images each; the rows are the same, in order.
 
-    Args:
-        found: what was trained here; the checkpoints of evaluate.checkpoints are added to it.
-        root: repository, for a relative model.clip and data.root.
-        prepared_folder: what the prepare stage made.
+    The checkpoints of evaluate.checkpoints are added to `found`. `root`: of relative paths in `params`.
     """
     found |= external_checkpoints(params.evaluate.checkpoints, METHODS, root)
     return processes.run(params.train.processes, _evaluate_share, found, root, prepared_folder, params)
@@ -341,12 +338,7 @@ def write_tables(
     prepared: Prepared,
     params: Params,
 ) -> Tables:
-    """Write scores.parquet, then detection.csv, forgetting.csv, training.csv and metrics.json.
-
-    Args:
-        found: the checkpoints that were scored.
-        scores, forgetting: as `evaluate` returns them.
-    """
+    """Write scores.parquet, then detection.csv, forgetting.csv, training.csv and metrics.json of what was evaluated."""
     with replacing(workspace.build("evaluate")) as folder:
         scores.to_parquet(folder / "scores.parquet", index=False)
     results, info = workspace.results, prepared.info
@@ -369,22 +361,18 @@ def final_validation(scores: pd.DataFrame, prepared: Prepared) -> pd.DataFrame:
     Returns:
         columns method, seed, images (the kind), balanced_acc.
     """
-    weights = {
-        "as in training": ("val", None),
-        "reweighted": ("val", "captions"),
-        "without shortcut": ("val_unbiased", None),
-    }
+    kinds = {"as in training": "val", "reweighted": "val", "without shortcut": "val_unbiased"}
     rows = []
-    for kind, (split, weighed) in weights.items():
+    for kind, split in kinds.items():
         own, known = scores[scores["split"] == split], prepared.split(split)
         if known["label"].nunique() < 2 or own.empty:
             continue
         labels = known["label"].to_numpy()
-        weight = ipw_weights(caption_probability(prepared, split), labels) if weighed else np.ones(len(known))
-        by_id = dict(zip(known["id"], weight, strict=True))
+        weights = np.ones(len(known))
+        if kind == "reweighted":
+            weights = ipw_weights(caption_probability(prepared, split), labels)
+        own = own.assign(weight=own["id"].map(dict(zip(known["id"], weights, strict=True))))
         for (method, seed), run in own.groupby(["method", "seed"], sort=False):
-            rate = weighted_balanced_accuracy(
-                run["label"].to_numpy(), run["logit"].to_numpy(), run["id"].map(by_id).to_numpy()
-            )
-            rows.append((method, seed, kind, rate))
+            columns = [run[name].to_numpy() for name in ("label", "logit", "weight")]
+            rows.append((method, seed, kind, weighted_balanced_accuracy(*columns)))
     return pd.DataFrame(rows, columns=["method", "seed", "images", "balanced_acc"])

@@ -109,17 +109,14 @@ def trials(
     out: Path,
     columns: list[str],
 ) -> Iterator[dict[str, Any]]:
-    """Call `run` for each of `todo` in `jobs` processes; rows are written to `out` as they are found.
+    """Call `run` for each of `todo` in `jobs` processes; a row is written to `out`, and yielded, as it is found.
 
-    What the table holds already is not tried again.
+    What the table holds already is not tried again, so that a broken search goes on.
 
     Args:
-        run: (**one of todo, then `rest` in order) to what was found; the row is both together.
+        run: (values of one of todo, then `rest`) to what was found; the row is both together.
         todo: what identifies a row, each with the same keys, which are columns of `out`.
         out: a table (CSV) with `columns`; made where it is not there.
-
-    Yields:
-        the new rows.
     """
     done: list[list[str]] = []
     if out.exists() and todo:
@@ -135,19 +132,10 @@ def trials(
 def tune(
     names: Iterable[str], params: Params, root: Path, folder: Path, out: Path, seeds: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Try every candidate of every method, `compute.jobs` at a time; a row is written to `out` as it is found.
+    """Try every candidate of every method but those that take another's settings, as `trials` does.
 
-    What `out` already holds for the same data is not tried again, so that a broken search goes on.
-
-    Args:
-        names: methods; those that take another's settings are passed over.
-        folder: what the prepare stage made.
-        out: the table, columns data_hash (of training and validation images: settings found on them hold whatever the
-            test images are), method, candidate (JSON), seed, and a balanced accuracy for
-            each of `RULES`.
-
-    Yields:
-        the new rows.
+    Columns of `out`: data_hash (of training and validation images: settings found on them hold whatever the test images
+    are), method, candidate (JSON), seed, and a balanced accuracy for each of `RULES`. `folder`: what prepare made.
     """
     images = load_training(folder, root).info["training_hash"]
     todo = [
