@@ -11,8 +11,7 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -83,13 +82,13 @@ def settings(side: int, precision: str = "fp32", batch: int = 16) -> Params:
 class Student:
     """dgs's side: a tower with the release's weights, its heads, and a step."""
 
-    def __init__(self, release: Release, params: Params, folder: Path, device: torch.device, whole: bool) -> None:
-        self.params, self.device, self.method = params, device, get_method("dgs")
-        write_clip(release, folder / "clip")
-        clip = load_clip(params.model, folder, params.image_size, text=whole)
-        clip.model.to(device)
-        self.clip = clip
-        self.backbone: Backbone = adapt(clip, release, params).train().to(device)
+    def __init__(self, release: Release, params: Params, device: str = "cpu", whole: bool = False) -> None:
+        self.params, self.method = params, get_method("dgs")
+        with tempfile.TemporaryDirectory() as folder:
+            write_clip(release, Path(folder, "clip"))
+            self.clip = load_clip(params.model, Path(folder), params.image_size, text=whole)
+        self.clip.model.to(device)
+        self.backbone: Backbone = adapt(self.clip, release, params).train().to(device)
         self.heads = {n: h.to(device).requires_grad_(n != "teacher") for n, h in release.heads.items()}
         learned = [p for n in ("image", "text") for p in self.heads[n].parameters()]
         self.optimizer = torch.optim.Adam([*self.backbone.adapter_parameters(), *learned], lr=LR)
@@ -106,10 +105,14 @@ class Student:
         features = self.backbone(images)
         features.backward(torch.ones_like(features))
 
-    def prepare(self, images: Tensor, tokens: Tensor, labels: Tensor, batch: int) -> Precomputed:
-        """What is computed once: frozen features, caption embeddings, teacher residuals."""
+    def frozen(self, images: Tensor, batch: int) -> Tensor:
+        """Features of the tower without adapters."""
         with self.backbone.frozen():
-            frozen = torch.cat([self.backbone(part) for part in images.split(batch)])
+            return torch.cat([self.backbone(part) for part in images.split(batch)])
+
+    def known(self, frozen: Tensor, tokens: Tensor, labels: Tensor, batch: int) -> Precomputed:
+        """What is computed once beside frozen features: caption embeddings, teacher residuals."""
+        with torch.no_grad():
             captions = torch.cat([embed_tokens(self.clip.model, part) for part in tokens.split(batch)])
         residual, ones = teacher_residuals(self.heads["teacher"], frozen, labels), torch.ones_like(labels)
         return Precomputed(labels, captions, frozen, ones, residual, torch.zeros_like(labels), ones)
@@ -138,14 +141,12 @@ def arbitrary(labels: Tensor, width: int) -> Precomputed:
     return Precomputed(labels, captions, teacher, ones, torch.rand_like(labels) - 0.5, torch.zeros_like(labels), ones)
 
 
-@contextmanager
-def both(geometry: oracle.Geometry, batch: int) -> Iterator[tuple[oracle.Release, Student]]:
+def both(geometry: oracle.Geometry, batch: int) -> tuple[oracle.Release, Student]:
     """Both sides with the same weights."""
     torch.manual_seed(0)
     theirs = oracle.Release(geometry, dropout=0.8, lr=LR)
-    with tempfile.TemporaryDirectory() as scratch:
-        release = take_apart(theirs.state_dict(), Path("oracle"))
-        yield theirs, Student(release, settings(geometry.image, batch=batch), Path(scratch), torch.device("cpu"), True)
+    release = take_apart(theirs.state_dict(), Path("oracle"))
+    return theirs, Student(release, settings(geometry.image, batch=batch), whole=True)
 
 
 def row(what: str, timed: Timed, required: float, stretch: float | None = None) -> Row:
@@ -160,17 +161,16 @@ def bench_step(name: str, batch: int, rounds: int, required: float, stretch: flo
     """Time of a stage-2 step, and its overhead over the student's own forward and backward."""
     geometry = GEOMETRIES[name]
     images, tokens, labels = data(geometry, batch)
-    with both(geometry, batch) as (theirs, mine):
-        known = mine.prepare(images, tokens, labels, batch)
-        pixels = normalised(images)
-        timed = interleave(
-            {
-                "release": lambda: theirs.step(pixels, tokens, labels),
-                "dgs": lambda: mine.step(images, known),
-                "student": lambda: mine.forward_and_backward(images),
-            },
-            rounds,
-        )
+    theirs, mine = both(geometry, batch)
+    known, pixels = mine.known(mine.frozen(images, batch), tokens, labels, batch), normalised(images)
+    timed = interleave(
+        {
+            "release": lambda: theirs.step(pixels, tokens, labels),
+            "dgs": lambda: mine.step(images, known),
+            "student": lambda: mine.forward_and_backward(images),
+        },
+        rounds,
+    )
     over, low, high = timed.ratio("dgs", "student")
     what = f"stage-2 step, {name}, B {batch}"
     overhead = Row(f"{what}: overhead over the student's forward + backward", "s", timed.median("student"),
@@ -183,43 +183,38 @@ def bench_stages(name: str, images_count: int, batch: int, rounds: int) -> list[
     geometry = GEOMETRIES[name]
     images, tokens, labels = data(geometry, images_count)
     order = [torch.arange(images_count).roll(epoch).split(batch) for epoch in range(EPOCHS_1 + 1)]
-    with both(geometry, batch) as (theirs, mine):
-        frozen_clip = theirs.clip_model_frozen.clip_model_frozen
-        head = theirs.clip_model_frozen.img_frozen_fc.requires_grad_()
+    theirs, mine = both(geometry, batch)
+    frozen_clip = theirs.clip_model_frozen.clip_model_frozen
+    head = theirs.clip_model_frozen.img_frozen_fc.requires_grad_()
 
-        def release_stage_1() -> None:
-            optimizer = torch.optim.Adam(head.parameters(), lr=LR)
-            for epoch in range(EPOCHS_1):
-                for part in order[epoch]:
-                    with torch.no_grad():
-                        features = frozen_clip.visual(normalised(images[part]))
-                    loss = nn.functional.binary_cross_entropy_with_logits(head(features).squeeze(1), labels[part])
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
+    def release_stage_1() -> None:
+        optimizer = torch.optim.Adam(head.parameters(), lr=LR)
+        for epoch in range(EPOCHS_1):
+            for part in order[epoch]:
+                with torch.no_grad():
+                    features = frozen_clip.visual(normalised(images[part]))
+                loss = nn.functional.binary_cross_entropy_with_logits(head(features).squeeze(1), labels[part])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
 
-        def release_both() -> None:
-            release_stage_1()
-            for part in order[EPOCHS_1]:
-                theirs.step(normalised(images[part]), tokens[part], labels[part])
+    def release_both() -> None:
+        release_stage_1()
+        for part in order[EPOCHS_1]:
+            theirs.step(normalised(images[part]), tokens[part], labels[part])
 
-        def dgs_stage_1() -> Tensor:
-            with mine.backbone.frozen():
-                frozen = torch.cat([mine.backbone(part) for part in images.split(batch)])
-            stage1(frozen[None], labels, mine.params, 0)
-            return frozen
+    def dgs_stage_1() -> Tensor:
+        frozen = mine.frozen(images, batch)
+        stage1(frozen[None], labels, mine.params, 0)
+        return frozen
 
-        def dgs_both() -> None:
-            frozen = dgs_stage_1()
-            with torch.no_grad():
-                captions = torch.cat([embed_tokens(mine.clip.model, part) for part in tokens.split(batch)])
-            residual, ones = teacher_residuals(mine.heads["teacher"], frozen, labels), torch.ones_like(labels)
-            known = Precomputed(labels, captions, frozen, ones, residual, torch.zeros_like(labels), ones)
-            for part in order[EPOCHS_1]:
-                mine.step(images[part], known[part])
+    def dgs_both() -> None:
+        known = mine.known(dgs_stage_1(), tokens, labels, batch)
+        for part in order[EPOCHS_1]:
+            mine.step(images[part], known[part])
 
-        first = interleave({"release": release_stage_1, "dgs": dgs_stage_1}, rounds)
-        whole = interleave({"release": release_both, "dgs": dgs_both}, rounds)
+    first = interleave({"release": release_stage_1, "dgs": dgs_stage_1}, rounds)
+    whole = interleave({"release": release_both, "dgs": dgs_both}, rounds)
     size = f"{name}, {images_count} images"
     return [row(f"stage 1, {EPOCHS_1} epochs, {size}", first, 2.7), row(f"both stages, {size}", whole, 2.3)]
 
@@ -257,9 +252,7 @@ def measure_memory(side: str, name: str, batch: int) -> dict[str, float]:
         task: Callable[[], object] = lambda: [model.step(pixels, tokens, labels) for _ in range(3)]  # noqa: E731
     else:
         release = take_apart(oracle.Release(geometry, dropout=0.8).state_dict(), Path("oracle"))
-        with tempfile.TemporaryDirectory() as scratch:
-            params = settings(geometry.image, batch=batch)
-            mine = Student(release, params, Path(scratch), torch.device("cpu"), whole=False)
+        mine = Student(release, settings(geometry.image, batch=batch))
         del release
         known = arbitrary(labels, geometry.embed)
         modules = [mine.clip.model, *mine.heads.values()]
@@ -288,9 +281,7 @@ def bench_gpu(rounds: int) -> list[dict[str, Any]]:
         geometry = GEOMETRIES[name]
         release = take_apart(oracle.Release(geometry).state_dict(), Path("oracle"))
         for precision in ("fp32", "bf16"):
-            with tempfile.TemporaryDirectory() as scratch:
-                params = settings(geometry.image, precision, batch)
-                mine = Student(release, params, Path(scratch), torch.device("cuda"), whole=False)
+            mine = Student(release, settings(geometry.image, precision, batch), "cuda")
             images, _, labels = (part.cuda() for part in data(geometry, batch))
             known = arbitrary(labels, geometry.embed)
             timed = interleave({"dgs": lambda: mine.step(images, known)}, rounds)  # noqa: B023

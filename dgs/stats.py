@@ -21,6 +21,7 @@ from scipy.special import expit
 from dgs.errors import UserError
 
 BINS = 15  # of probability, equally wide, for the calibration error
+DRAWS = 2_000  # of a bootstrap
 DECIMALS = 6  # that files keep: far below what any test set can resolve, far above the noise of summation order
 
 
@@ -66,19 +67,17 @@ def seed_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> 
     return Interval(mean, mean - half, mean + half)
 
 
-def share_interval(count: int, of: int, level: float = 0.95) -> Interval:
-    """A share with its interval after Wilson (1927), which stays in [0, 1] and says something for 0 of n too.
+def share_interval(count: int, of: int) -> Interval:
+    """A share with its 95 % interval after Wilson (1927), which stays in [0, 1] and says something for 0 of n too.
 
     Raises ValueError unless 0 <= count <= of and of > 0.
     """
-    ends = stats.binomtest(count, of).proportion_ci(level, method="wilson")
+    ends = stats.binomtest(count, of).proportion_ci(method="wilson")
     return Interval(count / of, float(ends.low), float(ends.high))
 
 
-def paired_difference(
-    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, level: float = 0.95
-) -> Interval:
-    """Mean of `a - b` over seeds with the paired Student t interval: what the seeds share cancels out.
+def paired_difference(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> Interval:
+    """Mean of `a - b` over seeds with the paired 95 % Student t interval: what the seeds share cancels out.
 
     `a`, `b`: (n,) floats of the same seeds in the same order. Raises ValueError for unequal lengths, and as
     `seed_interval` does.
@@ -86,7 +85,7 @@ def paired_difference(
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"expected the same seeds in both, found shapes {first.shape} and {second.shape}")
-    return seed_interval(first - second, level)
+    return seed_interval(first - second)
 
 
 def iqm(values: np.ndarray) -> float:
@@ -99,14 +98,8 @@ def iqm(values: np.ndarray) -> float:
     return float(ordered[cut : sample.size - cut].mean())
 
 
-def stratified_bootstrap(
-    values: np.ndarray,
-    statistic: Callable[[np.ndarray], float] = iqm,
-    level: float = 0.95,
-    draws: int = 2_000,
-    seed: int = 0,
-) -> Interval:
-    """A statistic of (seeds, tasks) values with its percentile interval: seeds are drawn anew within each task.
+def stratified_bootstrap(values: np.ndarray, statistic: Callable[[np.ndarray], float] = iqm) -> Interval:
+    """A statistic of (seeds, tasks) values with its 95 % percentile interval: seeds are drawn anew within each task.
 
     As Agarwal et al. (2021) do; it takes the tasks (here generators) as given. Where the tasks of a seed share one
     training, as here, drawing them apart makes the interval too narrow: read it beside the paired t interval.
@@ -118,9 +111,9 @@ def stratified_bootstrap(
         raise ValueError(f"expected finite values of shape (seeds, tasks), found {table.shape}")
     if len(table) == 1:
         return Interval(float(statistic(table)), math.nan, math.nan)
-    chosen = np.random.default_rng(seed).integers(0, len(table), (draws, *table.shape))
+    chosen = np.random.default_rng(0).integers(0, len(table), (DRAWS, *table.shape))
     found = [statistic(np.take_along_axis(table, rows, axis=0)) for rows in chosen]
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(found, [(1 - 0.95) / 2, (1 + 0.95) / 2])
     return Interval(float(statistic(table)), float(low), float(high))
 
 

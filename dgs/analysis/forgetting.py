@@ -61,32 +61,23 @@ def zero_shot_accuracy(image_features: Features, prompt_features: Features, labe
 
 
 def retrieval_at_1(
-    image_features: Features,
-    text_features: Features,
-    pool: int = 200,
-    seed: int = 0,
-    captions: Sequence[str] | None = None,
+    image_features: Features, text_features: Features, captions: Sequence[str], pool: int = 200, seed: int = 0
 ) -> float:
     """Image-to-text recall@1: how often an image's most similar caption in a random pool is one of its own words.
 
     `image_features`, `text_features`: (N, D), row i of both is pair i. The pairs are shuffled by `seed` and cut into
     pools of `pool` pairs; the rest that fills no pool is left out, and fewer than `pool` pairs make one pool of all.
-    Two pairs with the same caption are interchangeable: by `captions` (N strings) where given, else by text features
-    that agree to 1e-6 after normalisation. Raises ValueError for shapes that do not fit or a pool below 2.
+    Two pairs with the same of `captions` (N strings) are interchangeable. Raises ValueError for shapes that do not fit
+    or a pool below 2.
     """
     images, texts = _unit_rows(image_features, "image_features"), _unit_rows(text_features, "text_features")
     if images.shape != texts.shape:
         raise ValueError(f"expected one text an image, found {images.shape} and {texts.shape}")
     if pool < 2:
         raise ValueError(f"expected a pool of at least 2 pairs, found {pool}")
-    if captions is not None and len(captions) != len(images):
+    if len(captions) != len(images):
         raise ValueError(f"expected {len(images)} captions, found {len(captions)}")
-    if captions is None:
-        _, same = np.unique(np.round(texts, 6), axis=0, return_inverse=True)
-    else:
-        _, same = np.unique(np.asarray(captions, dtype=object).astype(str), return_inverse=True)
-    same = same.reshape(-1)
-    size = min(pool, len(images))
+    same, size = np.asarray(captions, dtype=object).astype(str), min(pool, len(images))
     shuffled = np.random.default_rng(seed).permutation(len(images))
     hits: list[np.ndarray] = []
     for start in range(0, len(images) - size + 1, size):
@@ -296,7 +287,7 @@ def _(tower: Tower) -> float | None:
     if own.sum() < tower.pool:
         return None
     words = tower.rows.loc[own, "caption"].tolist()
-    return retrieval_at_1(tower.features[own], tower.captions[own], tower.pool, captions=words)
+    return retrieval_at_1(tower.features[own], tower.captions[own], words, tower.pool)
 
 
 @measure("cka_to_frozen", unmoved=1.0)

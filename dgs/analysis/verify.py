@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from dgs.errors import UserError
+from dgs.params import dotted
 
 SIDES = ("committed", "reproduced")
 METRICS = "metrics.json"
@@ -26,17 +27,6 @@ DEGREES = 180.0  # angles are compared as fractions of a half turn
 SHOWN = 20  # differences listed for one table
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}[{index}]")
-    else:
-        yield path, value
-
-
 def _kept(path: str, seeds: Collection[int] | None) -> bool:
     """Whether a leaf of metrics.json is compared: with `seeds`, of a method's metrics the values of these alone."""
     parts = path.split(".")
@@ -51,17 +41,21 @@ def _read(name: str, kind: str, folders: Sequence[Path], read: Callable[[Path], 
     for folder, side in zip(folders, SIDES, strict=True):
         try:
             contents.append(read(folder / name))
-        except ValueError as error:  # empty, no text, or lines of unequal length
+        except (TypeError, ValueError) as error:  # empty, no text, or lines of unequal length
             return [], [f"{name}: the {side} file is no {kind} ({' '.join(str(error).split()).rstrip('.')})"]
     return contents, []
 
 
 def _metrics(folders: Sequence[Path], tolerance: float, seeds: Collection[int] | None) -> Iterator[str]:
-    contents, wrong = _read(METRICS, "JSON", folders, lambda path: json.loads(path.read_text(encoding="utf-8")))
+    def read(path: Path) -> dict[str, Any]:
+        values = dotted(dict(json.loads(path.read_text(encoding="utf-8"))))
+        return {name: value for name, value in values.items() if _kept(name, seeds)}
+
+    contents, wrong = _read(METRICS, "JSON", folders, read)
     if wrong:
         yield from wrong
         return
-    old, new = ({path: value for path, value in _leaves(content) if _kept(path, seeds)} for content in contents)
+    old, new = contents
     for name in sorted(set(old) ^ set(new)):
         yield f"{METRICS} {name}: only in the {SIDES[name in new]} file"
     for name in sorted(set(old) & set(new)):
