@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -187,22 +188,15 @@ def clip_features(some: Samples) -> Floats:
 # --- detectors ---------------------------------------------------------------------------------------------------
 
 
-def linear(feature: Feature) -> Detector:
-    """Logistic regression (L2, C = 1, to convergence) on a feature standardised by the training set alone."""
+def linear(feature: Callable[[Samples], Any], preprocess: Callable[[], Any] = StandardScaler) -> Detector:
+    """Logistic regression (L2, C = 1, to convergence) on a feature, preprocessed as the training set alone says."""
 
     def fit(train: Samples, seed: int) -> Scorer:
-        model = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-8, max_iter=10_000))
+        model = make_pipeline(preprocess(), LogisticRegression(tol=1e-8, max_iter=10_000))
         model.fit(feature(train), train.labels)
         return lambda some: cast(Floats, model.decision_function(feature(some)))
 
     return fit
-
-
-def caption_only(train: Samples, seed: int) -> Scorer:
-    """Logistic regression on which words a caption holds; the vocabulary is that of the training captions."""
-    model = make_pipeline(CountVectorizer(binary=True), LogisticRegression(tol=1e-8, max_iter=10_000))
-    model.fit(train.table["caption"].tolist(), train.labels)
-    return lambda some: cast(Floats, model.decision_function(some.table["caption"].tolist()))
 
 
 class TinyCNN(nn.Module):
@@ -266,7 +260,8 @@ CUES: dict[str, Detector] = {  # a fair benchmark leaves all of these at chance
     "colour_spread": linear(colour_spread),
     "file_size": linear(file_size),
     "jpeg_quality": linear(jpeg_quality),
-    "caption_only": caption_only,
+    # Which words a caption holds, of those in the training captions.
+    "caption_only": linear(lambda some: some.table["caption"].tolist(), partial(CountVectorizer, binary=True)),
     "border": linear(border),  # padding is how small networks meet small images, not how images are made
 }
 TRACES: dict[str, Detector] = {  # may find what a generator leaves behind

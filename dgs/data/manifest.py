@@ -309,14 +309,11 @@ def examples(manifest: pd.DataFrame, source: ImageSource, per_row: int = 6) -> d
 
     Photographs for all generators of the split are "real", and all of a suite's are "<suite>, real".
     """
-    pictures: dict[str, list[NDArray[np.uint8]]] = {}
     test = manifest[manifest["split"] == "test"].sort_values(
         ["label", "seen", "generator"], ascending=[True, False, True]
     )
     kinds = [_kind(*row) for row in test[["generator", "label", "seen"]].itertuples(index=False, name=None)]
-    for name, rows in test.groupby(kinds, sort=False):
-        pictures[str(name)] = [
-            open_image(source, file, row)
-            for file, row in zip(rows["file"][:per_row], rows["row"][:per_row], strict=True)
-        ]
-    return pictures
+    return {
+        str(name): [open_image(source, file, row) for file, row in rows[["file", "row"]].head(per_row).to_numpy()]
+        for name, rows in test.groupby(kinds, sort=False)
+    }

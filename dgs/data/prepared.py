@@ -82,10 +82,8 @@ def compute_patches(manifest: pd.DataFrame, source: ImageSource, params: Params)
     if not params.patches.enabled:
         return None
     indices: dict[str, NDArray[np.int32]] = {}
-    rows = manifest.drop_duplicates("sha256")
-    for file, row, sha in tqdm(
-        zip(rows["file"], rows["row"], rows["sha256"], strict=True), total=len(rows), desc="patch entropy", unit="image"
-    ):
+    distinct = manifest.drop_duplicates("sha256")[["file", "row", "sha256"]].to_numpy().tolist()
+    for file, row, sha in tqdm(distinct, desc="patch entropy", unit="image"):
         try:
             image = open_image(source, file, row)
             indices[sha] = select_indices(patch_entropy(image, params.patches.size), params.patches.count)
