@@ -12,11 +12,8 @@ from dgs.errors import UserError
 def choose_device(name: str, setting: str = "compute.device") -> torch.device:
     """ "auto" is the first GPU if there is one, else the CPU; any other name is torch's.
 
-    Args:
-        setting: how an error calls what the user set.
-
     Raises:
-        UserError: a device that this machine does not have.
+        UserError: a device that this machine does not have; calls what the user set `setting`.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -40,13 +40,7 @@ def _with_packages(module: str) -> Iterator[str]:
 
 def imported(source: str, folder: Path, root: Path) -> set[str]:
     """Files of the repository that `source` uses: modules it imports, in functions too, and files beside it that it
-    names in full ("suites.yaml"; of a folder of templates, all).
-
-    Args:
-        folder: where the source lies.
-
-    Returns:
-        POSIX paths relative to `root`.
+    names in full ("suites.yaml"; of a folder of templates, all). As POSIX paths relative to `root`.
     """
     used: set[str] = set()
     for node in ast.walk(ast.parse(source)):
@@ -109,10 +103,7 @@ def stage_files(stage: str, root: Path) -> list[str]:
 
 
 def write_sources(params_file: Path | None, warn: Callable[[str], None]) -> Path:
-    """Check the parameters, then write build/<profile>/sources/<stage>/{notebook.ipynb, code.txt}.
-
-    Args:
-        params_file, warn: as `check_file` takes them.
+    """Check the parameters as `check_file`, then write build/<profile>/sources/<stage>/{notebook.ipynb, code.txt}.
 
     Returns:
         the folder of sources, written whole or not at all.

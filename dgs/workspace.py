@@ -141,7 +141,6 @@ def external_checkpoints(given: Mapping[str, str], methods: Collection[str], roo
     Args:
         given: `evaluate.checkpoints`: folders by name.
         methods: names that are taken, as "frozen" is: tables call the CLIP itself so.
-        root: repository, for relative folders.
 
     Raises:
         UserError: a name that is taken, or a folder that is no checkpoint's.

@@ -47,27 +47,20 @@ def write_tensors(file: Path) -> None:
 
 @pytest.mark.parametrize("write", [write_plainly, write_tensors])
 def test_a_full_disk_is_one_sentence_and_what_was_there_stays(full_disk: Path, write: Callable[[Path], None]) -> None:
-    target = full_disk / "seed-0"
-    with replacing(target) as draft:
-        (draft / "weights").write_text("good")
-    with pytest.raises(UserError) as caught, replacing(target) as draft:
-        write(draft / "weights")
-    message = str(caught.value)
-    assert message.startswith(f"Expected to write to {target}, found that ")
-    assert "no space is left" in message or "larger than this process may write" in message
-    assert "Make room" in message and "\n" not in message
-    assert (target / "weights").read_text() == "good"
-    assert [path.name for path in full_disk.iterdir()] == ["seed-0"], "the half-written draft takes no room"
-
-
-@pytest.mark.parametrize("write", [write_plainly, write_tensors])
-def test_a_file_that_does_not_fit_leaves_the_one_before(full_disk: Path, write: Callable[[Path], None]) -> None:
-    target = full_disk / "snapshot.pt"
-    target.write_text("good")
-    with pytest.raises(UserError, match="Expected to write to"), replacing_file(target) as draft:
-        write(draft)
-    assert target.read_text() == "good"
-    assert [path.name for path in full_disk.iterdir()] == ["snapshot.pt"]
+    folder, file = full_disk / "seed-0", full_disk / "snapshot.pt"
+    for replace, target, name in ((replacing, folder, "weights"), (replacing_file, file, "")):
+        with replace(target) as draft:
+            (draft / name).write_text("good")
+        with pytest.raises(UserError) as caught, replace(target) as draft:
+            write(draft / name)
+        message = str(caught.value)
+        assert message.startswith("Expected to write to ") and "\n" not in message
+        assert "no space is left" in message or "larger than this process may write" in message
+        assert "Make room" in message and str(folder if replace is replacing else full_disk) in message
+        assert (target / name).read_text() == "good"
+    assert {path.name for path in full_disk.iterdir()} == {"seed-0", "snapshot.pt"}, (
+        "a half-written draft takes no room"
+    )
 
 
 def test_a_read_only_disk_is_one_sentence(tmp_path: Path) -> None:

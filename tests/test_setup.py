@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -74,33 +73,24 @@ class TestLock:
 
 
 class TestProject:
-    def test_the_package_and_its_console_script(self) -> None:
-        assert PYPROJECT["name"] == "dgs"
-        assert PYPROJECT["scripts"]["dgs"] == "dgs.cli:main"
-
-    def test_it_asks_for_python_3_11(self) -> None:
+    def test_the_package_its_console_script_and_its_python(self) -> None:
+        assert PYPROJECT["name"] == "dgs" and PYPROJECT["scripts"]["dgs"] == "dgs.cli:main"
         allowed = Requirement(f"python{PYPROJECT['requires-python']}").specifier
-        assert allowed.contains("3.11.0") and allowed.contains("3.11.99")
-        assert not allowed.contains("3.10.9") and not allowed.contains("3.12.0")
+        found = {version: allowed.contains(version) for version in ("3.10.9", "3.11.0", "3.11.99", "3.12.0")}
+        assert found == {"3.10.9": False, "3.11.0": True, "3.11.99": True, "3.12.0": False}
 
     @pytest.mark.parametrize("name", ["pytest", "hypothesis", "ruff", "mypy"])
     def test_what_the_tests_need_is_in_the_dev_extra(self, name: str) -> None:
         assert name in {Requirement(line).name for line in PYPROJECT["optional-dependencies"]["dev"]}
 
 
-class TestConda:
-    @pytest.fixture
-    def environment(self) -> dict[str, Any]:
-        return yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
-
-    def test_it_is_named_dgs_with_python_3_11(self, environment: dict[str, Any]) -> None:
-        assert environment["name"] == "dgs"
-        conda = [line for line in environment["dependencies"] if isinstance(line, str)]
-        assert "python=3.11" in conda and {"make", "git", "pip"} <= set(conda)
-
-    def test_its_packages_come_from_the_lock(self, environment: dict[str, Any]) -> None:
-        (pip,) = [line["pip"] for line in environment["dependencies"] if isinstance(line, dict)]
-        assert pip == ["-r requirements.lock", "-e ."]
+def test_the_conda_environment_is_named_dgs_with_python_3_11_and_the_locks_packages() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert environment["name"] == "dgs"
+    conda = [line for line in environment["dependencies"] if isinstance(line, str)]
+    assert "python=3.11" in conda and {"make", "git", "pip"} <= set(conda)
+    (pip,) = [line["pip"] for line in environment["dependencies"] if isinstance(line, dict)]
+    assert pip == ["-r requirements.lock", "-e ."]
 
 
 def dry_run(target: str, *variables: str, folder: Path = ROOT, **environment: str) -> str:

@@ -170,9 +170,7 @@ def deciding_rule(info: dict[str, Any], folder: Path) -> tuple[str, float]:
 def card(info: dict[str, Any], stem: bool = False) -> str:
     """The model card (model_card.md.j2) for the content of dgs.json: how to load it without this package, its limits.
 
-    Args:
-        info: dgs.json's content; the same gives the same text.
-        stem: whether the CLIP has the embedded one's convolutional stem.
+    `stem`: whether the CLIP has the embedded one's convolutional stem. The same content gives the same text.
     """
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -222,7 +222,6 @@ def load_clip(params: ModelParams, root: Path, image_size: int, text: bool = Tru
     """A frozen CLIP by open_clip name or from a folder, for images of `image_size` px (positions interpolated).
 
     Args:
-        params: clip, pretrained, normalize and precision are used.
         root: folder that a relative model.clip is looked up in.
         text: False leaves the text side out of memory: captions are embedded once, when data are prepared.
 

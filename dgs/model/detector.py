@@ -113,7 +113,6 @@ class Detector:
         """Open a checkpoint folder.
 
         Args:
-            path: the folder, with dgs.json.
             root: where a relative CLIP folder is looked up (default: the repository).
 
         Raises:
@@ -203,14 +202,7 @@ class Detector:
             yield batch, self.logits(np.stack(seen)) if seen else np.zeros(0, np.float32)
 
     def score(self, images: Iterable[str | Path | Image.Image], batch_size: int = BATCH) -> NDArray[np.float64]:
-        """Probability that each image is generated, (N,) float64 in 0..1.
-
-        Args:
-            images: paths or PIL images.
-
-        Raises:
-            UserError: as `view`.
-        """
+        """Probability that each image (a path or a PIL image) is generated: (N,) float64 in 0..1; raises as `view`."""
         parts = [np.zeros(0, np.float32)]
         for batch, logits in self.batches(images, batch_size):
             for _, view in batch:

@@ -124,7 +124,6 @@ def train_seeds(
     """Train one method with every seed of `params`, `compute.jobs` at a time; the results do not depend on how many.
 
     Args:
-        root: repository, for a relative model.clip and data.root.
         prepared_folder: what the prepare stage made.
         folder: gets one checkpoint folder a seed.
         unfinished: as in `train_seed`; to be removed once the results are in place.

@@ -111,12 +111,7 @@ def score_files(
 def score_batches(
     detector: Detector, threshold: float, files: Iterable[Path], size: int, threads: int | None = None
 ) -> Iterator[list[ScoredFile]]:
-    """Every file, scored or refused, in order and `size` at a time; the last batch may be shorter.
-
-    Args:
-        threshold: on the logit; above it is "generated".
-        files, threads: as `Detector.batches`.
-    """
+    """Every file, scored or refused, as `Detector.batches`; a logit above `threshold` is "generated"."""
     for batch, logits in detector.batches(files, size, threads):
         exact = logits.astype(np.float64)
         scores = iter(zip(exact > threshold, probability(exact), strict=True))

@@ -111,14 +111,9 @@ def stage1(
     Args:
         features: (views, N, D), view e mod views is used in epoch e.
         labels: (N,) float, 0 real, 1 fake.
-        log: where the losses go, if anywhere.
         expert: (N,) logits that are added to the head's while it learns.
         weight: (N,) of images in the loss; all alike without.
         feature_map: what the head reads features through while it learns; the head returned reads them as they are.
-        names: of the images, for errors.
-
-    Returns:
-        the head, D -> 1.
 
     Raises:
         UserError: the loss is NaN or infinite.
@@ -223,10 +218,8 @@ def stage2(
     use it, so that angles can be compared; it does not touch them.
 
     Args:
-        backbone: with adapters.
         teacher: the stage-1 head.
         known: of the training images, a view each.
-        names: of the training images, for errors.
         snapshot: where snapshots go, and where an earlier one may lie to go on with.
 
     Returns:

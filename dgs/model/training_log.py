@@ -38,11 +38,7 @@ TABLES = {"losses": _LOSSES, "samples": _SAMPLES, "layers": _LAYERS, "batches": 
 
 
 def inner_products(vectors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
-    """All inner products of named gradients, sample by sample: {"a.b": (B,) float64}, "a.a" the squared length.
-
-    Args:
-        vectors: {name: (B, D)}, of one shape.
-    """
+    """All inner products of named (B, D) gradients by sample: {"a.b": (B,) float64}, "a.a" the squared length."""
     names = list(vectors)
     stacked = torch.stack([vectors[name].detach().double() for name in names], dim=1)
     gram = (stacked @ stacked.mT).cpu().numpy()
@@ -66,13 +62,8 @@ def effective_rank(directions: Tensor) -> float:
     """How many directions a batch's rows really take: `spectrum_rank` of their squared singular values.
 
     Rows are brought to unit length first, since suppression does so; zero rows are left out. 1: all on one line, k: k
-    orthogonal directions equally often. Rows of a linear head (two orthogonal half-vectors) have at most 2.
-
-    Args:
-        directions: (B, D).
-
-    Returns:
-        between 1 and min(B, D); NaN where every row is zero.
+    orthogonal directions equally often. Rows of a linear head (two orthogonal half-vectors) have at most 2. Of (B, D)
+    directions, between 1 and min(B, D); NaN where every row is zero.
     """
     rows = directions.detach().double()
     norms = rows.norm(dim=1)
@@ -191,12 +182,7 @@ class LayerGradients:
         self._sums: dict[str, list[Tensor]] = {}
 
     def take(self, features: Tensor, gradients: Mapping[str, Tensor]) -> None:
-        """Before the real backward pass of a batch, or of one of its parts (parts add up).
-
-        Args:
-            features: (B, D), with their graph, which is kept.
-            gradients: {name: (B, D)} at the features.
-        """
+        """Before the real backward pass of (B, D) features, whose graph is kept; parts of a batch add up."""
         wanted = list(self._parameters.values())
         for name in AT_LAYERS[:-1]:  # "applied" is what the real pass leaves in .grad
             found = torch.autograd.grad(features, wanted, gradients[name], retain_graph=True)

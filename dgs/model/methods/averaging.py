@@ -18,10 +18,7 @@ class Averaging:
 
     Differs from SWAD: the window is the last two thirds of the steps, not found by the validation loss, since those
     images are of the generators that are trained on. An adapter's two factors are averaged, not their product.
-
-    Args:
-        parameters: to average, always in the same order.
-        steps: of the whole run.
+    `steps`: of the whole run.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], steps: int) -> None:

@@ -47,10 +47,7 @@ def leace(features: Tensor, captions: Tensor, params: SurgeryParams) -> Affine:
     """Least-squares concept erasure (Belrose et al. 2023): afterwards no linear map of features predicts captions.
 
     Differs from LEACE on the captions themselves: it erases their `params.directions` components of largest variance,
-    since all of them would leave nothing. In float64.
-
-    Args:
-        features, captions: (N, D) of the same images.
+    since all of them would leave nothing. Of (N, D) features and captions, in float64.
     """
     from concept_erasure import LeaceEraser  # here: the registry of methods is read where nothing is trained
 

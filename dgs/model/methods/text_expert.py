@@ -55,11 +55,7 @@ def ipw_weights(probability: NDArray[np.float64], labels: NDArray[np.int64]) -> 
     """Weights under which captions tell nothing of labels: 1 / P(label | caption), at most 20.
 
     Inverse propensity weighting with the text expert's propensity: images that contradict the shortcut count for
-    more, and nobody needs to know what the shortcut is.
-
-    Args:
-        probability: (N,) of a fake, from captions alone.
-        labels: (N,) 0 real, 1 fake.
+    more, and nobody needs to know what the shortcut is. `probability`: (N,) of a fake, from captions alone.
     """
     return 1 / np.clip(np.where(labels == 1, probability, 1 - probability), 0.05, 1)
 
@@ -67,13 +63,7 @@ def ipw_weights(probability: NDArray[np.float64], labels: NDArray[np.int64]) -> 
 def expert_terms(
     use: Literal["add", "reweight"] | None, captions: NDArray[np.float32], labels: Tensor, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """What a text expert brings into a method's loss.
-
-    Args:
-        use: `Method.text_expert`.
-        captions: (N, D) embeddings.
-        labels: (N,) float, 0 real, 1 fake.
-        seed: of the folds.
+    """What a `text_expert` brings into a method's loss, from (N, D) captions and (N,) float labels.
 
     Returns:
         (N,) logits to add, zero unless `use` is "add"; (N,) weights of images, 1 on average, all 1 unless it is
