@@ -23,12 +23,11 @@ from dgs.workspace import MAIN, read_yaml
 
 
 @pytest.fixture
-def stripped(repo: Path) -> Path:
+def notebook(repo: Path) -> Path:
     """The prepare notebook, which is committed without outputs, where its stage looks for it."""
-    notebook = repo / "build/mini/sources/prepare/notebook.ipynb"
-    notebook.parent.mkdir(parents=True)
-    shutil.copy(ROOT / "notebooks/prepare.ipynb", notebook)
-    return notebook
+    path = repo / "build/mini/sources/prepare/notebook.ipynb"
+    path.parent.mkdir(parents=True)
+    return shutil.copy(ROOT / "notebooks/prepare.ipynb", path)
 
 
 def change(repo: Path, name: str, value: object, file: str = "params.yaml") -> None:
@@ -44,7 +43,7 @@ def change(repo: Path, name: str, value: object, file: str = "params.yaml") -> N
 
 
 def test_a_stage_leaves_its_outputs_and_an_executed_notebook_without_run_dependent_traces(
-    repo: Path, stripped: Path
+    repo: Path, notebook: Path
 ) -> None:
     """The first time with a parameter file of another name, which alone counts then."""
     main = (repo / "params.yaml").rename(repo / "mine.yaml")
@@ -53,24 +52,19 @@ def test_a_stage_leaves_its_outputs_and_an_executed_notebook_without_run_depende
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {"stage": "prepare", "label": "prepare", "results": "results/mini"}
     main.rename(repo / "params.yaml")
-    assert {p.name for p in (repo / "build/mini/prepare").iterdir()} == {
-        "data.json",
-        "prompts.json",
-        "prompts.safetensors",
-        "test",
-        "training",
-    }
+    made = sorted(path.name for path in (repo / "build/mini/prepare").iterdir())
+    assert made == ["data.json", "prompts.json", "prompts.safetensors", "test", "training"]
     first = snapshot(repo / "results")
     assert {"mini/notebooks/prepare.ipynb", "mini/figures/prepare/images.png"} <= set(first)
-    notebook = json.loads(first["mini/notebooks/prepare.ipynb"])
-    text = json.dumps(notebook)
-    assert "papermill" not in json.dumps(notebook["metadata"]) and '"name": "stderr"' not in text
+    executed = json.loads(first["mini/notebooks/prepare.ipynb"])
+    text = json.dumps(executed)
+    assert "papermill" not in json.dumps(executed["metadata"]) and '"name": "stderr"' not in text
     assert str(repo) not in text, "an executed notebook must not carry this machine's paths"
     run_stage("prepare")
     assert snapshot(repo / "results") == first
 
 
-def test_a_users_mistake_stops_a_stage_with_one_sentence_and_no_outputs(repo: Path, stripped: Path) -> None:
+def test_a_users_mistake_stops_a_stage_with_one_sentence_and_no_outputs(repo: Path, notebook: Path) -> None:
     change(repo, "data.rho", 0.6)
     before = set(snapshot(repo / "build"))
     with pytest.raises(UserError) as caught:
