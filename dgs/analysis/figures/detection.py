@@ -74,7 +74,7 @@ def detection_by_generator(detection: pd.DataFrame, suite: str = "") -> Figure:
     x = "Balanced accuracy (%); dashed: chance"
     fig, axes = look.panels(len(groups), height, columns=1, x=x, sharex=True, height_ratios=counts)
     for ax, (title, part) in zip(axes, groups.items(), strict=True):
-        look.dots(ax, part, "value", "generator", methods)
+        look.dots(ax, part, "generator", methods)
         ax.set_title(title)
         ax.axvline(CHANCE, **look.LINE)
     where, part = list(groups.items())[-1]
@@ -141,8 +141,8 @@ def difference_forest(detection: pd.DataFrame, forgetting: pd.DataFrame | None =
     if BASELINE not in wide or wide.shape[1] == 1:
         return look.nothing(f"No method can be compared with {BASELINE} here.")
     gaps = wide.drop(columns=BASELINE).sub(wide[BASELINE], axis=0)
-    gaps = gaps.melt(ignore_index=False, value_name="gap").dropna().reset_index()
-    known = {key: seed_interval(part.to_numpy()) for key, part in gaps.groupby(["metric", "method"])["gap"]}
+    gaps = gaps.melt(ignore_index=False, value_name="value").dropna().reset_index()
+    known = {key: seed_interval(part.to_numpy()) for key, part in gaps.groupby(["metric", "method"])["value"]}
     gaps["sure"] = [not known[key].spans_zero for key in zip(gaps["metric"], gaps["method"], strict=True)]
     labels = {metric.key: metric.label[:1].upper() + metric.label[1:] for metric in METRICS}
     shown = [metric for metric in COMPARED if (gaps["metric"] == metric).any()]
@@ -151,7 +151,7 @@ def difference_forest(detection: pd.DataFrame, forgetting: pd.DataFrame | None =
     for ax, metric in zip(axes, shown, strict=True):
         for sure, part in gaps[gaps["metric"] == metric].groupby("sure"):
             its = {"markersize": 8} if sure else {"markersize": 8, "markerfacecolor": "white"}
-            look.dots(ax, part, "gap", "method", methods, rows=methods, cut=(-np.inf, np.inf), **its)
+            look.dots(ax, part, "method", methods, cut=(-np.inf, np.inf), **its)
         ax.axvline(0.0, **look.LINE | {"linestyle": "-"})
         ax.set_yticks(range(len(methods)), [plain(method) for method in methods])
         ax.set_title(labels[metric])

@@ -40,7 +40,7 @@ def forgetting_measures(forgetting: pd.DataFrame) -> Figure:
     shown, methods = rows["measure"].map(_measure_name), list(rows["method"].unique())
     before = 100.0 * rows.groupby("measure", sort=False)["before"].mean()
     fig, (ax,) = look.panels(1, 1.1, max(0.45, 0.12 * len(methods)) * len(before))
-    look.dots(ax, rows.assign(value=100.0 * rows["after"], shown=shown), "value", "shown", methods)
+    look.dots(ax, rows.assign(value=100.0 * rows["after"], shown=shown), "shown", methods)
     at = np.arange(len(before))
     ax.vlines(before, at - 0.45, at + 0.45, "black", lw=2.2)
     ax.set_xlim(-2.0, max(102.0, float(100.0 * rows["before"].max()) + 1.0))

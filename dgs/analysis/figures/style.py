@@ -250,27 +250,19 @@ def by_method(methods: Sequence[str], column: str = "method") -> dict[str, Any]:
 
 
 def dots(
-    ax: Axes,
-    table: pd.DataFrame,
-    value: str,
-    row: str,
-    methods: Sequence[str],
-    rows: Sequence[str] | None = None,
-    cut: tuple[float, float] = (0.0, 100.0),
-    **look: Any,
+    ax: Axes, table: pd.DataFrame, row: str, methods: Sequence[str], cut: tuple[float, float] = (0, 100), **look: Any
 ) -> None:
-    """Rows of dots, one a method: mean over seeds with its 95 % interval, faint dots the single seeds.
+    """Rows of dots, one a method: mean of "value" over seeds with its 95 % interval, faint dots the single seeds.
 
     Args:
-        value: column of what is drawn along x, one row of the table a seed.
+        table: one row a seed.
         row: column of what is told apart along y; "method": each method has a row of its own.
-        rows: from top to bottom; as in the table where not given.
         cut: where whiskers end at the latest.
         look: further keywords for the means.
     """
-    names = list(table[row].unique()) if rows is None else list(rows)
+    names = methods if row == "method" else list(table[row].unique())
     beside = row != "method" and len(methods) > 1
-    common = {"data": table, "x": value, "y": row, "order": names, "orient": "h", "ax": ax, **by_method(methods)}
+    common = {"data": table, "x": "value", "y": row, "order": names, "orient": "h", "ax": ax, **by_method(methods)}
     labels: dict[str, Any] = {"xlabel": ax.get_xlabel(), "ylabel": ax.get_ylabel()}
     sns.stripplot(**common, dodge=beside, jitter=False, size=3, alpha=0.55, zorder=2)
     sns.pointplot(

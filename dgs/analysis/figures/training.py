@@ -40,7 +40,7 @@ def training_curves(training: pd.DataFrame, validation: pd.DataFrame | None = No
     table = training.assign(done=done, val=100.0 * training["val_balanced_acc"])
     width = 100.0 / POINTS
     binned = table.assign(done=(np.ceil(done / width) - 0.5) * width) if table["step"].nunique() > POINTS else table
-    rho = float(table["rho"].iloc[0]) if "rho" in table else np.nan
+    rho = float(table["rho"].max()) if "rho" in table else np.nan
     shown = [name for name in _LABELS if name in table and (name == "loss_task" or table[name].notna().any())]
     fig, axes = look.panels(len(shown) + (validation is not None), 1.0, 2.3)
     for ax, name in zip(axes, shown, strict=False):
@@ -56,7 +56,7 @@ def training_curves(training: pd.DataFrame, validation: pd.DataFrame | None = No
     if validation is not None:
         kinds = {kind: "\n".join(kind.rsplit(" ", 1)) for kind in validation["images"].unique()}
         percent = validation.assign(value=100.0 * validation["balanced_acc"], kind=validation["images"].map(kinds))
-        look.dots(axes[-1], percent, "value", "kind", methods)
+        look.dots(axes[-1], percent, "kind", methods)
         axes[-1].set_xlabel("Final bal. accuracy (%)")
     return look.finish(fig, _takeaway(table, validation), look.BANDS, methods)
 
