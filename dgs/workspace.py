@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,14 @@ class Workspace:
         raise UserError(
             f"Expected {paths[0]}, found nothing there. Run the stage before it first: {self.to_make(made_by)}."
         )
+
+    def trained(self, methods: Iterable[str]) -> dict[str, Path]:
+        """What training made of those of `methods` that were trained, by method."""
+        found = {}
+        for method in methods:
+            with suppress(UserError):
+                found[method] = self.find("train", method, made_by=f"train@{method}")
+        return found
 
     def to_make(self, stage: str) -> str:
         """How a user makes what `stage` makes."""

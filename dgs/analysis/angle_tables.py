@@ -29,11 +29,9 @@ class Logged(NamedTuple):
 
 def open_logged(workspace: Workspace, methods: Sequence[str], seeds: Sequence[int]) -> Logged:
     """What was logged of `methods`; one that was not trained is named and left out."""
-    folders = {}
+    folders = workspace.trained(methods)
     for name in methods:
-        try:
-            folders[name] = workspace.find("train", name, made_by=f"train@{name}")
-        except UserError:
+        if name not in folders:
             print("not trained, left out:", name)
     return Logged(folders, *(angles.read_logged(folders, seeds, table) for table in ("samples", "layers", "batches")))
 

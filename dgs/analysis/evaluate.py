@@ -52,12 +52,7 @@ def checkpoints(workspace: Workspace, methods: Sequence[str], seeds: Sequence[in
         UserError: none of the methods is trained, or a trained one lacks a seed.
     """
     found: dict[tuple[str, int], Path] = {}
-    for method in methods:
-        get_method(method)
-        try:
-            folder = workspace.find("train", method, made_by=f"train@{method}")
-        except UserError:
-            continue
+    for method, folder in workspace.trained([get_method(method).name for method in methods]).items():
         for seed in seeds:
             path = folder / f"seed-{seed}"
             if not path.exists():

@@ -209,15 +209,9 @@ def trained(workspace: Workspace, methods: Sequence[str]) -> dict[str, list[int]
     Raises:
         UserError: none at all; says how to make some.
     """
-    found: dict[str, list[int]] = {}
-    for method in methods:
-        try:
-            folder = workspace.find("train", method, made_by=f"train@{method}")
-        except UserError:
-            continue
-        seeds = sorted(int(path.parent.name.removeprefix("seed-")) for path in folder.glob("seed-*/dgs.json"))
-        if seeds:
-            found[method] = seeds
+    checkpoints = {method: folder.glob("seed-*/dgs.json") for method, folder in workspace.trained(methods).items()}
+    seeds = {m: sorted(int(path.parent.name.removeprefix("seed-")) for path in own) for m, own in checkpoints.items()}
+    found = {method: own for method, own in seeds.items() if own}
     if not found:
         how = workspace.to_make(f"train@{methods[0]}")
         raise UserError(
