@@ -300,6 +300,7 @@ FIGURES: dict[str, tuple[Callable[[], Figure], str]] = {
     "blocks, nine methods": (lambda: forgetting_blocks(make_forgetting(MANY, 2)), "*"),
     "blocks, one method and seed": (lambda: forgetting_blocks(make_forgetting(**ONE)), "*"),
     "t-SNE": (lambda: tsne_panels(make_points()), "*"),
+    "t-SNE, nine methods": (lambda: tsne_panels(make_points(MANY)), "*"),
     "t-SNE, one method and generator": (lambda: tsne_panels(make_points(("dgs",), ("mine",))), "*"),
     "t-SNE, long names": (lambda: tsne_panels(make_points(generators=LONG)), "*"),
     "t-SNE, too few images": (lambda: tsne_panels(make_points().assign(x=np.nan, y=np.nan)),

@@ -210,7 +210,8 @@ def tsne_panels(points: pd.DataFrame, seed: int | None = None) -> Figure:
         share = f": {rounded_text(apart[method], 0)} %" if method in apart else ""
         if not share:
             ax.text(0.5, 0.5, f"fewer than\n{FEWEST} images", transform=ax.transAxes, ha="center", va="center")
-        ax.set_title(plain(method) + share, loc="center")
+        named = look.title_lines(method.replace("_", " ") + share, look.WIDTH / columns)
+        ax.set_title("\n".join(named), loc="center")
         ax.set(xticks=[], yticks=[], box_aspect=1.0)
     names = {"real": real} | {short[generator]: its for generator, its in looks.items()}
     handles = [look.handle(name, linestyle="", **its) for name, its in names.items()]
