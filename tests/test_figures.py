@@ -614,7 +614,7 @@ def test_intervals_stay_within_0_and_100_per_cent() -> None:
 
 def test_maps_say_how_far_the_classes_lie_apart() -> None:
     made = tsne_panels(make_points(), seed=3)
-    shares = [ax.get_title("center").replace(":", "") for ax in made.axes]  # "dgs: 70 %"
+    shares = [ax.get_title("center").replace(":", "").replace("\u00a0", " ") for ax in made.axes]  # "dgs: 70 %"
     assert title(made) == f"Neighbours of the same class: {', '.join(shares)} (seed 3)"
     assert shares[0].startswith("frozen ") and shares[2].startswith("dgs ")
     many = title(tsne_panels(make_points(MANY)))
