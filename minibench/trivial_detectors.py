@@ -92,7 +92,6 @@ def ends(interval: Interval) -> dict[str, float | None]:
 
 
 # A detector learns from a training set and a seed and returns a scorer; a scorer gives logits (N,): fake where > 0.
-Feature = Callable[[Samples], Floats]
 Scorer = Callable[[Samples], Floats]
 Detector = Callable[[Samples, int], Scorer]
 
