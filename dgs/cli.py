@@ -266,8 +266,10 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare two results folders: counts exactly, rates within the tolerance; exit 1 if something moved."""
-    from dgs.analysis.verify import compare_results
+    from dgs.analysis.verify import compare_results, rounding_notes
 
+    for note in rounding_notes(committed, reproduced):
+        _say(f"note: {note}")
     moved = compare_results(committed, reproduced, tolerance, seed or None)
     for line in moved:
         _say(f"moved: {line}")

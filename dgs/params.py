@@ -131,9 +131,10 @@ class ModelParams(_Group):
 
 
 class ComputeParams(_Group):
-    """What it runs on; of these only `threads` can change a result, by rounding."""
+    """What it runs on; of these device, threads, gemm and batch_size can change a result, by rounding."""
 
     device: str
+    gemm: Literal["auto", "torch", "onednn"]  # what multiplies matrices where adapters are: dgs.model.gemm
     jobs: Count  # seeds trained side by side
     threads: Count  # CPU threads a job: fixed, since sums in another order round differently
     workers: Natural  # loader processes

@@ -124,7 +124,8 @@ def open_stage(name: str, namespace: Mapping[str, Any]) -> Stage:
 
     params = with_overrides(name, namespace["params"], namespace)
     workspace = Workspace.of(params.profile)
-    set_determinism(params.compute.threads * params.compute.jobs)
+    # What is prepared is trained on: compute.jobs must not change its rounding.
+    set_determinism(params.compute.threads * (1 if name == "prepare" else params.compute.jobs))
     stage = Stage(name, params, workspace)
     if name in ("train", "evaluate", "gradient_angles"):
         folder = workspace.find("prepare", made_by="prepare")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dgs.model.backbone import Backbone
 from dgs.model.clip import IMAGENET, embed_tokens, load_clip
+from dgs.model.gemm import Gemm, has_onednn
 from dgs.model.methods.registry import get_method
 from dgs.model.release import adapt, take_apart, write_clip
 from dgs.model.step import stage2_step
@@ -21,6 +22,7 @@ from dgs.model.train import teacher_residuals
 from dgs.params import Params
 
 STEPS, LR, SURE = 5, 1e-4, 60.0
+needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
 
 
 def settings(side: int, dropout: float, eps: float) -> Params:
@@ -51,7 +53,13 @@ def data(geometry: oracle.Geometry, count: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def require_parity(
-    geometry: oracle.Geometry, batch: int, dropout: float, folder: Path, sure: float = 1.0, eps: float = 1e-6
+    geometry: oracle.Geometry,
+    batch: int,
+    dropout: float,
+    folder: Path,
+    sure: float = 1.0,
+    eps: float = 1e-6,
+    gemm: Gemm = "torch",
 ) -> None:
     """`sure`: factor on the text head's weights at the start, which makes its residuals small."""
     torch.manual_seed(0)
@@ -61,7 +69,7 @@ def require_parity(
     before = {name: head.weight.clone() for name, head in start.heads.items()}
     params = settings(geometry.image, dropout, eps)
     write_clip(start, folder / "clip")
-    clip = load_clip(params.model, folder, geometry.image)
+    clip = load_clip(params.model, folder, geometry.image, gemm=gemm)
     backbone: Backbone = adapt(clip, start, params).train()
     heads = {name: head.requires_grad_(name != "teacher") for name, head in start.heads.items()}
     images, tokens, labels = data(geometry, STEPS * batch)
@@ -94,9 +102,10 @@ def require_parity(
     assert (mine - untrained).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("gemm", ["torch", pytest.param("onednn", marks=needs_onednn)])
 @pytest.mark.parametrize("dropout", [0.0, 0.8])
-def test_five_steps_equal_the_releases(dropout: float, tmp_path: Path) -> None:
-    require_parity(oracle.REDUCED, 8, dropout, tmp_path)
+def test_five_steps_equal_the_releases(dropout: float, gemm: Gemm, tmp_path: Path) -> None:
+    require_parity(oracle.REDUCED, 8, dropout, tmp_path, gemm=gemm)
 
 
 def test_the_epsilon_is_the_releases(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from copies import ROOT
 
 from dgs.analysis.metrics import DETECTION_COLUMNS, RATES, write_detection
-from dgs.analysis.verify import ASIDE, TABLES, compare_results
+from dgs.analysis.verify import ASIDE, TABLES, compare_results, rounding_notes
 from dgs.errors import UserError
 
 METHODS = ("probe", "dgs")
@@ -181,6 +181,16 @@ class TestMetrics:
         (pair[side] / "metrics.json").write_text(json.dumps(content))
         line = only(compare_results(*pair))
         assert "dgs.zero_shot_kept.mean" in line and f"only in the {SIDES[1 - side]}" in line
+
+
+def test_what_rounds_differently_is_a_note_and_no_difference(pair: Pair) -> None:
+    assert rounding_notes(*pair) == []
+    for folder, gemm in zip(pair, ("torch", "onednn"), strict=True):
+        edit_metrics(folder, ("compute",), {"device": "cpu", "threads": 1, "gemm": gemm})
+    note, rest = rounding_notes(*pair)
+    assert note.startswith("compute.gemm was torch for the committed results and onednn for the reproduced ones")
+    assert "jobs" in rest
+    assert compare_results(*pair) == []
 
 
 class TestTables:

@@ -28,6 +28,7 @@ from dgs.model import distributed as processes
 from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import load_checkpoint, read_info
 from dgs.model.clip import Clip, load_clip
+from dgs.model.gemm import resolve
 from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.methods.text_expert import caption_probability, ipw_weights
 from dgs.model.train import extract_features
@@ -311,7 +312,7 @@ def _evaluate_share(
     found: Runs, root: Path, prepared_folder: Path, params: Params
 ) -> tuple[pd.DataFrame, pd.DataFrame, Panels]:
     set_determinism(max(1, params.compute.threads * params.compute.jobs // processes.count()))
-    clip = load_clip(params.model, root, params.image_size, text=False)
+    clip = load_clip(params.model, root, params.image_size, text=False, gemm=resolve(params.compute.gemm))
     device = processes.own_device(choose_device(params.compute.device))
     return evaluate(found, clip, load_prepared(prepared_folder, root), params, device)
 
@@ -343,6 +344,8 @@ def write_tables(
     forgetting.round(6).to_csv(results / "forgetting.csv", index=False)
     training.round(6).to_csv(results / "training.csv", index=False)
     said = summary(detection, forgetting, params.profile, info["data_hash"])
+    device, gemm = choose_device(params.compute.device).type, resolve(params.compute.gemm)
+    said["compute"] = {"device": device, "threads": params.compute.threads, "gemm": gemm}
     (results / "metrics.json").write_text(json.dumps(said, indent=1) + "\n")
     return Tables(detection, forgetting, training, said)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ LOGS = ("training.csv",)  # compared where both have it; without the other table
 ASIDE = ("tuning.csv", "left_out.csv", "ceiling.csv")  # of dgs tune, dgs left-out and dgs ceiling, beside its results
 COUNTS = ("n_real", "n_fake")
 DEGREES = 180.0  # angles are compared as fractions of a half turn
+KEEP_BITS = "Of compute.*, jobs, workers, keep_mb and snapshot_seconds change no bit of a trained checkpoint."
 SHOWN = 20  # differences listed for one table
 
 
@@ -31,7 +33,7 @@ def _kept(path: str, seeds: Collection[int] | None) -> bool:
     """Whether a leaf of metrics.json is compared: with `seeds`, of a method's metrics the values of these alone."""
     parts = path.split(".")
     if seeds is None or parts[0] != "methods":
-        return True
+        return parts[0] != "compute"  # `rounding_notes` tells of that
     return "per_seed" in parts and parts[-1] in map(str, seeds)
 
 
@@ -135,6 +137,24 @@ def _check_seeds(committed: Path, seeds: Collection[int]) -> None:
         raise UserError(
             f"Expected some of the seeds {sorted(found)} that {committed} has, found {sorted(seeds)}. Name others."
         )
+
+
+def rounding_notes(committed: Path, reproduced: Path) -> list[str]:
+    """A sentence for each of compute.* that rounds differently in two results folders, and then what does not."""
+    sides = []
+    for folder in (committed, reproduced):
+        with suppress(OSError, ValueError, AttributeError):
+            sides.append(json.loads((folder / METRICS).read_text(encoding="utf-8")).get("compute", {}))
+    if len(sides) < len(SIDES):
+        return []  # that a file cannot be read is said elsewhere
+    old, new = sides
+    differ = [
+        f"compute.{name} was {old[name]} for the committed results and {new[name]} for the reproduced ones: they "
+        f"differ by rounding."
+        for name in sorted(old.keys() & new.keys())
+        if old[name] != new[name]
+    ]
+    return [*differ, KEEP_BITS] if differ else []
 
 
 def compare_results(

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from dgs.errors import UserError
+from dgs.model import gemm
 from dgs.model.clip import Clip
 from dgs.params import LoraParams
 
@@ -64,7 +65,12 @@ class Backbone(nn.Module):
                 layers_to_transform=lora.blocks,
                 layers_pattern=None if lora.blocks is None else "resblocks",
             )
-            self.visual = get_peft_model(self.visual, config)
+            self.adapt(get_peft_model(self.visual, config), clip)
+
+    def adapt(self, visual: PeftModel, clip: Clip) -> None:
+        """Take the tower with its adapters; its matrices are multiplied by `clip.gemm` until they come off."""
+        self.visual = visual
+        gemm.use(visual, clip.gemm)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 to features (B, D), float32 (float64 for a tower of that dtype).
@@ -125,4 +131,5 @@ class Backbone(nn.Module):
         """Take the adapters off again and return the bare tower: the next run starts from the same CLIP."""
         if isinstance(self.visual, PeftModel):
             self.visual = self.visual.unload()
+            gemm.use(self.visual, "torch")
         return self.visual

@@ -374,7 +374,7 @@ def load_checkpoint(folder: Path, clip: Clip) -> tuple[Backbone, dict[str, nn.Li
             reason = f"expected {name}_head for {width} features, as this CLIP has, found {head.in_features}"
             raise damaged(folder / HEADS, reason)
     if info["adapter"]:
-        backbone.visual = _load_adapter(backbone.visual, folder)
+        backbone.adapt(_load_adapter(backbone.visual, folder), clip)
     return backbone.eval(), heads, info
 
 

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dgs.errors import UserError, did_you_mean
+from dgs.model.gemm import Gemm
 from dgs.params import ModelParams
 from dgs.workspace import no_such_clip, weights_twice
 
@@ -146,6 +147,7 @@ class Clip:
     tokenizer: texts -> (N, context) int64; None without the text side.
     mean, std: normalisation constants for RGB in 0..1.
     precision: what the image tower computes in; weights stay fp32.
+    gemm: what multiplies its matrices where it has adapters.
     name, weights_hash: what a checkpoint records to find and check it again.
     """
 
@@ -156,6 +158,7 @@ class Clip:
     name: str
     weights_hash: str
     precision: torch.dtype = torch.float32
+    gemm: Gemm = "torch"
 
 
 @contextmanager
@@ -218,12 +221,13 @@ def _from_name(params: ModelParams, image_size: int) -> tuple[Any, dict[str, Any
     return model, dict(open_clip.get_model_preprocess_cfg(model))
 
 
-def load_clip(params: ModelParams, root: Path, image_size: int, text: bool = True) -> Clip:
+def load_clip(params: ModelParams, root: Path, image_size: int, text: bool = True, gemm: Gemm = "torch") -> Clip:
     """A frozen CLIP by open_clip name or from a folder, for images of `image_size` px (positions interpolated).
 
     Args:
         root: folder that a relative model.clip is looked up in.
         text: False leaves the text side out of memory: captions are embedded once, when data are prepared.
+        gemm: what is to multiply matrices once the tower has adapters.
 
     Raises:
         UserError: unknown name, missing weights, the wrong activation for OpenAI's weights, another architecture.
@@ -248,7 +252,7 @@ def load_clip(params: ModelParams, root: Path, image_size: int, text: bool = Tru
     model.requires_grad_(False)
     mean, std = IMAGENET if params.normalize == "imagenet" else (preprocess["mean"], preprocess["std"])
     precision = torch.bfloat16 if params.precision == "bf16" else torch.float32
-    return Clip(model, tokenizer, tuple(mean), tuple(std), params.clip, weights_hash, precision)
+    return Clip(model, tokenizer, tuple(mean), tuple(std), params.clip, weights_hash, precision, gemm)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from dgs.errors import UserError
 from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import INFO, damaged, load_checkpoint, read_info, require_unchanged
 from dgs.model.clip import load_clip
+from dgs.model.gemm import resolve
 from dgs.params import ImageParams, merged, validate_as
 from dgs.workspace import find_root
 
@@ -131,7 +132,7 @@ class Detector:
                 raise damaged(folder / "clip", "expected the CLIP that this checkpoint carries, found none")
             require_unchanged(folder, info, carried=True)
             home = folder if carried else root or find_root()
-            clip = load_clip(params.model, home, params.image_size, text=False)
+            clip = load_clip(params.model, home, params.image_size, text=False, gemm=resolve("auto"))
         except UserError:
             raise
         except Exception as error:  # damaged weights and configs fail in many ways

@@ -64,13 +64,16 @@ def train_seed(
     from dgs.device import choose_device
     from dgs.model.checkpoint import save_checkpoint
     from dgs.model.clip import load_clip
+    from dgs.model.gemm import resolve
     from dgs.model.snapshot import Snapshot, run_key
     from dgs.model.train import train
 
     chosen, params = get_method(method), params.for_method(method)
+    gemm = resolve(params.compute.gemm) if chosen.adapters else "torch"
+    params = params.replaced({"compute.gemm": gemm})  # recorded in the checkpoint, and part of the snapshot's key
     own = chosen.of(params)
     device = distributed.own_device(choose_device(params.compute.device))
-    clip = load_clip(params.model, root, params.image_size, text=False)
+    clip = load_clip(params.model, root, params.image_size, text=False, gemm=gemm)
     prepared = load_training(prepared_folder, root)
     said = prepared.info.get("clip", clip.weights_hash)
     if said != clip.weights_hash:
