@@ -61,7 +61,7 @@ class _Linear(torch.autograd.Function):
         return _multiply(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         by_x, by_weight, by_bias = ctx.needs_input_grad
@@ -79,7 +79,7 @@ class OneDnnLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype is torch.float32 and x.device.type == "cpu" and x.numel():
-            return _Linear.apply(x.contiguous(), self.weight, self.bias)  # type: ignore[no-untyped-call]
+            return _Linear.apply(x.contiguous(), self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
