@@ -131,7 +131,7 @@ class ModelParams(_Group):
 
 
 class ComputeParams(_Group):
-    """What it runs on; of these device, threads, gemm and batch_size can change a result, by rounding."""
+    """What it runs on; of these device, threads, gemm, batch_size and prefix_mb can change a result, by rounding."""
 
     device: str
     gemm: Literal["auto", "torch", "onednn"]  # what multiplies matrices where adapters are: dgs.model.gemm
@@ -140,6 +140,7 @@ class ComputeParams(_Group):
     workers: Natural  # loader processes
     batch_size: Count  # images at a time where nothing is trained
     keep_mb: Natural  # views of a set stay in memory up to here
+    prefix_mb: Natural  # of disk, for a seed's tokens below the first adapted block; more is computed at each step
     snapshot_seconds: Weight | None  # between snapshots of a seed; null: none
 
 

@@ -210,17 +210,19 @@ def train_and_die(params: Params, prepared: Path, folder: Path, fatal: int | Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("blocks", [None, [2, 3]], ids=["all blocks", "tokens kept"])
 def test_when_one_of_two_is_killed_both_go_on_from_the_snapshot_to_the_bit(
-    tiny: Params, tiny_prepared: Path, tmp_path: Path
+    blocks: list[int] | None, tiny: Params, tiny_prepared: Path, tmp_path: Path
 ) -> None:
     """With dropout: each process's masks go on where they were."""
-    model = {"lora": {"dropout": 0.5}}
+    model = {"lora": {"dropout": 0.5, "blocks": blocks}}
     params = changed(tiny, train={"batch_size": 12, "stage2": {"epochs": 2}, "processes": 2}, model=model)
     params = params.for_method("dgs")
     whole = processes.run(2, train_and_die, params, tiny_prepared, tmp_path / "whole", None)
     with pytest.raises(UserError, match=r"process 1 died .killed by signal 9.*goes on from the last snapshot"):
         processes.run(2, train_and_die, params, tiny_prepared, tmp_path / "killed", 6)
     assert torch.load(tmp_path / "killed" / "snapshot.pt", weights_only=True)["step"] == 5
+    assert any((tmp_path / "killed").glob("tokens-*.f32")) == (blocks is not None)
     again = processes.run(2, train_and_die, params, tiny_prepared, tmp_path / "killed", None)
     assert whole and all(torch.equal(whole[name], again[name]) for name in whole)
 

@@ -60,7 +60,16 @@ def make_view(
     return view
 
 
-class Views(Dataset[tuple[Tensor, int]]):
+class Inputs(Dataset[tuple[Tensor, int]]):
+    """What a tower takes: a set of numbered items, item i is (what stands for image i, i)."""
+
+    empty: Tensor  # a batch of no items
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class Views(Inputs):
     """The views of a manifest's rows in one epoch: item i is ((3, S, S) uint8, i).
 
     keep: every view is made once and then stays in memory. It is exact, since a view is a pure function.
@@ -83,6 +92,7 @@ class Views(Dataset[tuple[Tensor, int]]):
         self.hashes = rows["sha256"].tolist()
         self.source, self.params, self.seed, self.epoch, self.patches = source, params, seed, epoch, patches
         self.condition = condition
+        self.empty = torch.empty(0, 3, params.image_size, params.image_size, dtype=torch.uint8)
         self._kept: dict[int, Tensor] | None = {} if keep else None
 
     def __len__(self) -> int:
@@ -124,7 +134,7 @@ def batch_order(size: int, seed: int, epoch: int) -> list[int]:
 
 
 def batches(
-    views: Views,
+    views: Inputs,
     batch_size: int,
     workers: int = 0,
     order: Sequence[int] | None = None,
@@ -141,12 +151,12 @@ def batches(
         num_workers=workers,
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
-        collate_fn=partial(_collate, views.params.image_size),
+        collate_fn=partial(_collate, views.empty),
         generator=torch.Generator(),  # or each loader would draw from torch's own, and shift the dropout masks
     )
 
 
-def _collate(side: int, items: list[tuple[Tensor, int]]) -> list[Tensor]:
+def _collate(empty: Tensor, items: list[tuple[Tensor, int]]) -> list[Tensor]:
     if not items:
-        return [torch.empty(0, 3, side, side, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)]
+        return [empty, torch.empty(0, dtype=torch.int64)]
     return [torch.stack([image for image, _ in items]), torch.tensor([index for _, index in items])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Backbone(nn.Module):
         self.visual: Any = clip.model.visual
         self.precision = clip.precision
         self.levels = tuple(levels)
+        self.depth = 0 if lora is None or lora.blocks is None else min(lora.blocks)  # blocks under the adapted ones
         depth = len(self.visual.transformer.resblocks)
         if max(self.levels, default=0) > depth:
             raise UserError(
@@ -72,18 +73,38 @@ class Backbone(nn.Module):
         self.visual = visual
         gemm.use(visual, clip.gemm)
 
+    def _embed(self, images: Tensor) -> Tensor:
+        return self.visual._embeds((images.to(self.mean.dtype) / 255 - self.mean) / self.std)
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        return nullcontext() if self.precision is torch.float32 else torch.autocast(device.type, self.precision)
+
+    def lower(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 to the tokens that block `depth` takes: (B, 1 + L, W), class token first."""
+        with self._autocast(images.device):
+            tokens = self._embed(images)
+            for block in self.visual.transformer.resblocks[: self.depth]:
+                tokens = block(tokens)
+        return tokens
+
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 to features (B, D), float32 (float64 for a tower of that dtype).
 
+        Tokens as `lower` gives them do in place of images; they do not tell of levels below `depth`.
         With levels, D is the tower's width and two numbers for each channel of each level.
         """
-        normalised = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
-        with self._listening() as heard:
-            if self.precision is torch.float32:
-                features = self.visual(normalised)
-            else:
-                with torch.autocast(images.device.type, self.precision):
-                    features = self.visual(normalised).float()
+        tower, heard = self.visual, {}
+        with self._autocast(images.device):
+            start, tokens = (0, self._embed(images)) if images.ndim == 4 else (self.depth, images)
+            for level in range(start, len(tower.transformer.resblocks) + 1):
+                if level > start:
+                    tokens = tower.transformer.resblocks[level - 1](tokens)
+                if level in self.levels:
+                    heard[level] = tokens
+            pooled = tower._pool(tokens)[0]
+            features = pooled if tower.proj is None else pooled @ tower.proj
+        if self.precision is not torch.float32:
+            features = features.float()
         return torch.cat([features, *(token_statistics(heard[level]) for level in self.levels)], 1)
 
     @property
@@ -91,22 +112,6 @@ class Backbone(nn.Module):
         """(T, D): columns of CLIP's own features, and of all that this backbone gives."""
         own = int(self.visual.output_dim)
         return own, own + 2 * len(self.levels) * int(self.visual.positional_embedding.shape[1])
-
-    @contextmanager
-    def _listening(self) -> Iterator[dict[int, Tensor]]:
-        heard: dict[int, Tensor] = {}
-        blocks = self.visual.transformer.resblocks if self.levels else []
-        hooks = [
-            blocks[level - 1].register_forward_hook(lambda block, given, out, level=level: heard.update({level: out}))
-            if level
-            else blocks[0].register_forward_pre_hook(lambda block, given: heard.update({0: given[0]}))
-            for level in self.levels
-        ]
-        try:
-            yield heard
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

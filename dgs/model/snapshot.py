@@ -115,6 +115,11 @@ class Snapshot:
         return self._folder
 
     @property
+    def is_kept(self) -> bool:
+        """True if there is a folder."""
+        return self._folder is not None
+
+    @property
     def checkpoint(self) -> Path:
         """Where the finished checkpoint goes."""
         return self.folder / "checkpoint"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dgs.data.prepared import Prepared
-from dgs.data.views import Views, batch_order, batches, worth_keeping
+from dgs.data.views import Inputs, Views, batch_order, batches, worth_keeping
 from dgs.device import set_determinism
 from dgs.errors import UserError
 from dgs.model import distributed
@@ -24,6 +24,7 @@ from dgs.model.methods.averaging import Averaging, wise_ft
 from dgs.model.methods.base import Method, Precomputed
 from dgs.model.methods.erasure import Affine
 from dgs.model.methods.text_expert import expert_terms
+from dgs.model.prefix import keep_tokens, remove_tokens
 from dgs.model.snapshot import Snapshot, State
 from dgs.model.step import stage2_step
 from dgs.model.training_log import LAYERS_EVERY, LayerGradients, TrainingLog
@@ -60,7 +61,7 @@ def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Adam:
 
 
 @torch.no_grad()
-def extract_features(backbone: Backbone, views: Views, params: Params, label: str) -> Tensor:
+def extract_features(backbone: Backbone, views: Inputs, params: Params, label: str) -> Tensor:
     """Features of views in the tower as it stands: (N, D) float32 on its device; processes share the work."""
     device, shard = backbone.mean.device, distributed.shard(range(len(views)))
     mine = batches(views, params.compute.batch_size, params.compute.workers, shard)
@@ -76,7 +77,7 @@ def training_views(prepared: Prepared, params: Params, seed: int) -> list[Views]
     return [Views(rows, prepared.source, params, seed, view, prepared.patches, keep) for view in range(count)]
 
 
-def frozen_features(backbone: Backbone, views: list[Views], params: Params) -> Tensor:
+def frozen_features(backbone: Backbone, views: Sequence[Inputs], params: Params) -> Tensor:
     """The frozen tower's features of every training view, once: (views, N, D)."""
     labels = [f"frozen features {number}/{len(views)}" for number in range(1, len(views) + 1)]
     with backbone.frozen():
@@ -149,7 +150,7 @@ def stage1(
     return (head if feature_map is None else feature_map.fold_into(head)).requires_grad_(False)
 
 
-def validation_logits(backbone: Backbone, head: nn.Module, views: Views, params: Params) -> NDArray[np.float32]:
+def validation_logits(backbone: Backbone, head: nn.Module, views: Inputs, params: Params) -> NDArray[np.float32]:
     """Logits of the validation views, (N,)."""
     training = backbone.training
     backbone.eval()
@@ -177,12 +178,12 @@ def method_captions(method: Method, prepared: Prepared, seed: int) -> NDArray[np
 
 
 def training_batches(
-    views: list[Views], params: Params, seed: int, done: int
+    views: Sequence[Inputs], params: Params, seed: int, done: int
 ) -> Iterator[tuple[int, list[int], Tensor, Tensor]]:
     """The batches of stage 2 after the first `done`, in the order that all methods visit them.
 
     Yields:
-        (epoch, the whole batch's rows, and of this process's shard: (B, 3, S, S) uint8 images and their rows).
+        (epoch, the whole batch's rows, and of this process's shard: what the tower takes of B images, and their rows).
     """
     size, count = params.train.batch_size, len(views[0])
     an_epoch = -(-count // size)
@@ -201,7 +202,7 @@ def stage2(
     backbone: Backbone,
     teacher: nn.Linear,
     known: list[Precomputed],
-    views: list[Views],
+    views: Sequence[Inputs],
     params: Params,
     seed: int,
     names: list[str],
@@ -298,7 +299,7 @@ def train(
     clip.model.to(device)
     log, rows, val = TrainingLog(method.name, seed), prepared.split("train"), prepared.split("val")
     truth, keep = val["label"].to_numpy(), worth_keeping(len(val), params)
-    validation = Views(val, prepared.source, params, patches=prepared.patches, keep=keep)
+    validation_views = Views(val, prepared.source, params, patches=prepared.patches, keep=keep)
     levels = params.model.levels if method.levels else ()
     backbone = Backbone(clip, params.model.lora if method.adapters else None, seed, levels).to(device)
 
@@ -309,7 +310,8 @@ def train(
 
     try:
         backbone.eval()
-        views = training_views(prepared, params, seed)
+        sets = [*training_views(prepared, params, seed), validation_views]
+        *views, validation = keep_tokens(backbone, sets, params, snapshot.folder if snapshot.is_kept else None)
         frozen = snapshot.features(lambda: frozen_features(backbone, views, params)).to(device)
         names = rows["id"].tolist()
         if bad := (~frozen.isfinite()).any(2).any(0).nonzero().flatten().tolist():  # one would spoil every weight
@@ -337,5 +339,6 @@ def train(
             heads = {"image": head}
             logits = validate(head, params.train.stage1.epochs - 1, method.steps(len(labels), params))
         done(Trained(backbone, heads, log, *calibrate(truth, logits)))
+        remove_tokens([*views, validation])
     finally:
         clip.model.visual = backbone.without_adapters()
