@@ -15,6 +15,7 @@ import pytest
 import torch
 from clips import settings, write_checkpoint, write_random_clip
 from copies import ROOT, copy_repository, run
+from filelock import FileLock
 from PIL import Image
 
 from dgs.data.manifest import ImageSource, build_manifest
@@ -173,9 +174,17 @@ def repo(_copies: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of this repository at the tiny size in which `dvc repro` has run; to be looked at, not changed."""
-    folder = copy_repository(tmp_path_factory.mktemp("finished"))
-    done = run(folder, "dvc", "repro")
-    assert done.returncode == 0, done.stderr + done.stdout
+def finished(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A copy of this repository at the tiny size in which `dvc repro` has run; to be looked at or copied, not changed.
+
+    All workers of pytest-xdist wait for one run: the folder takes its name when it is whole.
+    """
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "finished"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            made = copy_repository(tmp_path_factory.mktemp("unfinished"))
+            done = run(made, "dvc", "repro")
+            assert done.returncode == 0, done.stderr + done.stdout
+            made.rename(folder)
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,8 +30,14 @@ def picture(tmp_path: Path, name: str) -> Path:
     return folder / name
 
 
+@pytest.fixture(scope="module")
+def repo(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished copy of its own: JupyterLab and `make report` write into it."""
+    return shutil.copytree(finished, tmp_path_factory.mktemp("browser") / "repo")
+
+
 @pytest.fixture
-def lab(finished: Path, tmp_path: Path) -> Iterator[str]:
+def lab(repo: Path, tmp_path: Path) -> Iterator[str]:
     """`make lab` in a finished copy, on a free port: its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -42,13 +49,13 @@ def lab(finished: Path, tmp_path: Path) -> Iterator[str]:
         json.dumps({"ServerApp": server, "IdentityProvider": {"token": ""}})
     )
     env = {
-        **os.environ, "CONDA_DEFAULT_ENV": "dgs", "CONDA_PREFIX": sys.prefix, "PYTHONPATH": str(finished),
+        **os.environ, "CONDA_DEFAULT_ENV": "dgs", "CONDA_PREFIX": sys.prefix, "PYTHONPATH": str(repo),
         "JUPYTER_CONFIG_DIR": str(config), "DGS_OUT": str(tmp_path / "scratch"),
     }  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     with (tmp_path / "lab.log").open("w") as log:
         process = subprocess.Popen(
-            ["make", "lab"], cwd=finished, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            ["make", "lab"], cwd=repo, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             for _ in range(120):
@@ -90,8 +97,8 @@ def settle(image: Locator) -> None:
     raise AssertionError("the picture goes on changing")
 
 
-def test_the_explorer_in_jupyterlab_answers_to_a_slider(finished: Path, lab: str, tmp_path: Path) -> None:
-    trained = json.loads((finished / "build/mini/train/dgs/seed-0/dgs.json").read_text())["params"]["train"]
+def test_the_explorer_in_jupyterlab_answers_to_a_slider(repo: Path, lab: str, tmp_path: Path) -> None:
+    trained = json.loads((repo / "build/mini/train/dgs/seed-0/dgs.json").read_text())["params"]["train"]
     with chromium() as seen:
         page = seen.page
         page.goto(f"{lab}/lab/tree/explore.ipynb?reset")
@@ -121,17 +128,17 @@ def test_the_explorer_in_jupyterlab_answers_to_a_slider(finished: Path, lab: str
         assert seen.outside(lab, lab.replace("http", "ws")) == [], "nothing is loaded from outside"
 
 
-def test_the_report_is_pages_that_load_nothing_from_outside(finished: Path, tmp_path: Path) -> None:
+def test_the_report_is_pages_that_load_nothing_from_outside(repo: Path, tmp_path: Path) -> None:
     # Under `make test-slow`, make would add lines about the folders it enters.
     quiet = {"CONDA_DEFAULT_ENV": "dgs", "CONDA_PREFIX": sys.prefix}
-    made = run(finished, "make", "--no-print-directory", "report", **quiet)
+    made = run(repo, "make", "--no-print-directory", "report", **quiet)
     assert made.returncode == 0, made.stderr
-    index = finished / made.stdout.strip().splitlines()[-1]
+    index = repo / made.stdout.strip().splitlines()[-1]
     with chromium() as seen:
         page = seen.page
         page.goto(index.as_uri())
         links = [link.get_attribute("href") for link in page.locator("li a").all()]
-        notebooks = {path.stem for path in (finished / "results/mini/notebooks").glob("*.ipynb")}
+        notebooks = {path.stem for path in (repo / "results/mini/notebooks").glob("*.ipynb")}
         assert set(links) == {f"{name}.html" for name in (*notebooks, "report")}
         for link in links:
             page.goto(index.as_uri())
