@@ -24,6 +24,7 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
+from pydantic_core import PydanticCustomError
 
 from dgs.conditions import parse_condition
 from dgs.errors import UserError, did_you_mean
@@ -205,7 +206,8 @@ def _tuned_numbers(values: dict[str, Any]) -> dict[str, Any]:
             found[name] = TypeAdapter(TUNABLE[name]).validate_python(value)
         except ValidationError as error:
             message = error.errors(include_url=False)[0]["msg"]
-            raise ValueError(f"'{name}': {message[0].lower()}{message[1:]}") from None
+            said = {"message": f"'{name}': {message[0].lower()}{message[1:]}", "found": value}
+            raise PydanticCustomError("tuned", "{message}", said) from None
     return found
 
 
@@ -340,11 +342,16 @@ def merged_params(profile: str | None = None, root: Path | None = None) -> dict[
     """
     root = root or find_root()
     base, overlay = read_yaml(root / "params.yaml"), read_overlay(profile, root)
-    default = (overlay.get("tuned") or {}).get("default") or {}
-    for own in (base.get("tuned") or {}).values():
+    default = _group(_group(overlay.get("tuned")).get("default"))
+    for own in _group(base.get("tuned")).values():
         for name in default:
-            own.pop(name, None)
+            _group(own).pop(name, None)
     return merged(base, overlay)
+
+
+def _group(content: Any) -> dict[str, Any]:
+    """`content`, or nothing where that is no group: `validate` says so."""
+    return content if isinstance(content, dict) else {}
 
 
 def merged(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
@@ -381,9 +388,8 @@ def validate_as(kind: type[Group], content: Mapping[str, Any], source: str) -> G
         known = list(group.model_fields)
         hint = did_you_mean(str(first["loc"][-1]), known)
         raise UserError(f"Unknown parameter '{name}' in {source}.{hint} Known here: {', '.join(known)}.")
-    raise UserError(
-        f"Parameter '{name}' in {source}: {first['msg'][0].lower()}{first['msg'][1:]}; found {first['input']!r}."
-    )
+    found = first.get("ctx", {}).get("found", first["input"])
+    raise UserError(f"Parameter '{name}' in {source}: {first['msg'][0].lower()}{first['msg'][1:]}; found {found!r}.")
 
 
 def load_params(profile: str | None = None, root: Path | None = None) -> Params:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
 
 from dgs.errors import UserError
 
@@ -198,7 +198,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"Cannot read {path} ({error.strerror or error}). Name a parameter file.") from None
     except UnicodeDecodeError:
         raise UserError(f"Expected {path} to be text in UTF-8, found other bytes. Save it as UTF-8.") from None
-    except YAMLError as error:
+    except Exception as error:  # a value that its tag or form does not fit fails in many ways
         reason = " ".join(str(error).partition("To suppress")[0].split())
         raise UserError(f"{path} is not valid YAML: {reason}. Mend that line.") from None
     if not isinstance(content, dict):

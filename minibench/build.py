@@ -147,9 +147,12 @@ def build(
         raise UserError(f"Seed {seed} is that of {shipped}: its test set would not be fresh. Choose another --seed.")
     sizes, rhos = sizes or splits.Sizes(), splits.RHOS if rho is None else (rho,)
     clip_recipe, generator_recipe = clip_recipe or pretrain.Recipe(), generator_recipe or train_generators.Recipe()
-    out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.parent / f".{out.name}-pretraining"
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"Cannot make {out} ({error.strerror or error}). Choose another --out.") from None
     try:
         with one_thread():
             made_generators = _generators(weights, folder, shipped, generator_recipe, workers, progress)

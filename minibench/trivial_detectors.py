@@ -309,11 +309,12 @@ def judge(
         balanced accuracies, fractions: "train", each of `others`, "test" ({generator: {mean, low, high}}) and
         "test_mean", over the generators.
     """
-    if len(np.unique(train.labels)) < 2:
-        raise UserError("Expected real and fake training images, found one class. Build a larger benchmark.")
+    sets = {"train": train, **others}
+    for name, some in {**sets, "test": test}.items():
+        if len(np.unique(some.labels)) < 2:
+            raise UserError(f"Expected real and fake images in {name}, found one class. Build a larger benchmark.")
     score = detector(train, seed)
     generators, mean = by_generator(test.table, score(test), seed)
-    sets = {"train": train, **others}
     return {
         **{name: rounded(balanced_accuracy(Scored.of(some.labels, score(some)))) for name, some in sets.items()},
         "test": {name: ends(value) for name, value in generators.items()},

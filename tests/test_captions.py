@@ -34,6 +34,9 @@ def refusal(file: Path) -> str:
 
 
 class TestReading:
+    def test_a_folder_is_no_caption_file(self, tmp_path: Path) -> None:
+        assert "Expected a caption file at" in refusal(tmp_path)
+
     @pytest.mark.parametrize(
         ("lines", "expected"),
         [

@@ -78,6 +78,7 @@ SETTINGS: list[tuple[str, str, Callable[[dict], object]]] = [
     ("dgs.json of another format", INFO, lambda c: c.update(format=99)),
     ("dgs.json of the format before, unsealed", INFO, lambda c: c.update(format=2)),
     ("dgs.json without the hash of the CLIP", INFO, lambda c: c["clip"].pop("weights_sha256")),
+    ("dgs.json with a number for what was measured", INFO, lambda c: c["calibration"].update(val=3)),
     ("dgs.json with a word for a threshold", INFO, lambda c: c["thresholds"].update(val="0.5")),
 ]
 TEXTS = {"not JSON": "{", "a list": "[]", "an object without keys": "{}", "a format alone": '{"format": 1}'}

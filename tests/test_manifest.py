@@ -350,6 +350,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         misspelled("train/alpha", "real"),
         ("only photographs", "3 in 1_fake", "Rename the folder"),
     ),
+    "no photographs for all": (
+        lambda root: (root / "test/real/0_real").mkdir(parents=True),
+        ("only photographs", "found 0 in 0_real and 0 in 1_fake. Add some, or remove", "/test/real."),
+    ),
 }
 
 

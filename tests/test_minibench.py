@@ -488,6 +488,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     ("out", "options", "sentence"),
     [
         (".", {}, "should not exist yet"),
+        ("mine/out", {}, r"Cannot make .*mine/out \(.*\)\. Choose another --out"),
         ("out", {"rho": 1.5}, "probability"),
         ("out", {"shipped": Path("absent")}, "to reuse"),
         ("out", {"seed": 2, "training": "shipped"}, "would not be fresh"),

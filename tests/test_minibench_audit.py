@@ -172,6 +172,16 @@ def test_captions_reach_rho_where_they_say_the_background(shot: Shot) -> None:
     assert abs(reached - rho) < 4 * math.sqrt(rho * (1 - rho) / COUNT["test"])
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_images_of_one_class_judge_nothing(photographs: dict[str, Samples], split: str) -> None:
+    some = photographs[split]
+    packs = {**photographs, split: some.where(some.labels == 0)}
+    with pytest.raises(
+        UserError, match=rf"real and fake images in {split}, found one class\. Build a larger benchmark"
+    ):
+        accuracy("mean_colour", packs)
+
+
 def test_the_probe_reads_features_alone(photographs: dict[str, Samples]) -> None:
     with pytest.raises(UserError, match="Expected frozen features"):
         accuracy("probe", photographs)

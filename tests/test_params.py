@@ -98,7 +98,8 @@ class TestFiles:
         ],
     )
     def test_a_number_of_a_method_that_is_none_is_one_sentence(self, name: str, value: Any, expected: str) -> None:
-        assert expected in refusal(validate, {"tuned": {"lora": {name: value}}})
+        message = refusal(validate, {"tuned": {"lora": {name: value}}})
+        assert expected in message and ("input" not in expected or message.endswith(f"; found {value!r}."))
 
     def test_the_paper_profile_trains_the_papers_methods_as_the_paper_does(self) -> None:
         params = load_params("paper", ROOT)
@@ -111,6 +112,26 @@ class TestFiles:
         message = refusal(load_params, "own", repository(tmp_path / "r", own="train: {batchsize: 2}\n"))
         assert "profiles/own.yaml" in message and "'train.batchsize'" in message and "'batch_size'" in message
 
+    @pytest.mark.parametrize(
+        ("base", "overlay", "expected"),
+        [
+            (
+                {},
+                "tuned: 5",
+                "'tuned' in params.yaml + profiles/own.yaml: input should be a valid dictionary; found 5.",
+            ),
+            ({}, "tuned: [1]", "'tuned' in params.yaml + profiles/own.yaml: input should be a valid"),
+            ({}, "tuned: {default: 5}", "'tuned.default' in params.yaml + profiles/own.yaml: input should be a valid"),
+            ({"lora": None}, "tuned: {default: {train.stage2.lr: 1}}", "'tuned.lora' in params.yaml + profiles/own"),
+            ({"lora": 5}, "tuned: {default: {train.stage2.lr: 1}}", "'tuned.lora' in params.yaml + profiles/own"),
+            ([1], "seeds: [1]", "'tuned' in params.yaml + profiles/own.yaml: input should be a valid"),
+        ],
+    )
+    def test_tuned_that_is_no_group_is_one_sentence(
+        self, tmp_path: Path, base: Any, overlay: str, expected: str
+    ) -> None:
+        assert expected in refusal(load_params, "own", repository(tmp_path / "r", {"tuned": base}, own=overlay))
+
     def test_an_unknown_profile_lists_the_known_ones(self) -> None:
         message = refusal(load_params, "papr", ROOT)
         assert "profiles/papr.yaml" in message and "Did you mean 'paper'?" in message
@@ -120,6 +141,10 @@ class TestFiles:
         ("content", "expected"),
         [
             (b"seeds: [0, 1\nmethods: [", "mine.yaml is not valid YAML"),
+            (b"seeds: [!!int abc]", "is not valid YAML: invalid literal for int() with base 10: 'abc'. Mend"),
+            (b"seeds: [!!bool abc]", "is not valid YAML: 'abc'. Mend"),
+            (b"seeds: 2024-13-45", "is not valid YAML: month must be in 1..12. Mend"),
+            (b"seeds: " + b"[" * 5000, "is not valid YAML: maximum recursion depth exceeded"),
             (b"- a\n- b\n", "mine.yaml to hold groups of parameters (key: value), found list"),
             (b"", "mine.yaml to hold groups of parameters (key: value), found NoneType"),
             (b"methods: [probe]  # caf\xe9", "mine.yaml to be text in UTF-8, found other bytes. Save it as UTF-8."),

@@ -191,6 +191,10 @@ def shaped(name: str, *shape: int) -> Callable[[dict[str, Tensor]], object]:
     ("change", "sentence"),
     [
         (without, rf"Expected the 1138 tensors of a stage-2 file.*found 1137; 1 missing: {Q}\.w_lora_B\."),
+        (
+            lambda state: {name: value for name, value in state.items() if not name.startswith(FROZEN)},
+            r"tensors of a stage-2 file of the release in .*step2\.pth, found .*missing: clip_model_frozen\.",
+        ),
         (with_more, r"found 1139; 1 not known: module\.extra\."),
         (fine_tuned, r"Expected clip_model\.visual\.ln_post\.bias .* to equal the frozen copy's"),
         (merged_in_part, r"blocks\.3\.attn\.q_proj\.weight .* by nothing or by the adapter .* as every one before it"),
@@ -205,6 +209,8 @@ def shaped(name: str, *shape: int) -> Callable[[dict[str, Tensor]], object]:
         (shaped(f"{FROZEN}visual.positional_embedding", 48, 64), r"visual\.positional_embedding .*\(37, 64\), found"),
         (shaped("img_fc.weight", 1, 23), r"Expected img_fc\.weight in .* of shape \(1, 24\), found \(1, 23\)"),
         (shaped(f"{FROZEN}visual.conv1.weight", 200, 3, 32, 32), r"Expected a CLIP of OpenAI's .*, found other sizes"),
+        (shaped(f"{FROZEN}visual.conv1.weight", 64, 3, 0, 0), r"conv1\.weight in .*, found none: .* \(64, 3, 0, 0\)\."),
+        (shaped(f"{FROZEN}visual.conv1.weight", 0, 3, 8, 8), r"conv1\.weight in .*, found none: .* \(0, 3, 8, 8\)\."),
         (lambda state: {**state, "img_fc.bias": torch.ones(1).to_sparse()}, r"Expected dense real tensors"),
         (lambda state: {**state, "img_fc.bias": torch.ones(1) * 1j}, r"Expected dense real tensors .*complex64"),
         (infinite, r"Expected finite numbers in .*step2\.pth, found others in img_fc\.weight"),

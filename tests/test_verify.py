@@ -174,6 +174,28 @@ class TestMetrics:
         line = only(compare_results(*pair))
         assert name in line and "other" in line and metrics()[name] in line
 
+    def test_numbers_in_lists_have_the_tolerance_too_and_an_empty_one_holds_nothing(self, pair: Pair) -> None:
+        for folder, end, empty in zip(pair, (2.0, 2.001), ({}, []), strict=True):
+            edit_metrics(folder, ("more",), {"curve": [1.0, {"end": end}], "empty": empty})
+        assert compare_results(*pair) == []
+        edit_metrics(pair[1], ("more",), {"curve": [1.0, {"end": 2.02}]})
+        assert only(compare_results(*pair)) == "metrics.json more.curve[1].end: committed 2.0, reproduced 2.02"
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            ("[1]", "expected an object, found list)"),
+            ("null", "expected an object, found null)"),
+            ("[" * 100_000, "maximum recursion depth exceeded"),
+        ],
+    )
+    @either_side
+    def test_json_that_is_no_object(self, pair: Pair, side: int, text: str, reason: str) -> None:
+        (pair[side] / "metrics.json").write_text(text)
+        assert rounding_notes(*pair) == []
+        line = only(compare_results(*pair))
+        assert line.startswith(f"metrics.json: the {SIDES[side]} file is no JSON object ({reason}")
+
     @either_side
     def test_a_metric_that_only_one_file_has(self, pair: Pair, side: int) -> None:
         content = metrics()
@@ -375,3 +397,9 @@ class TestSeeds:
     def test_a_seed_that_was_never_run(self, pair: Pair, seeds: list[int]) -> None:
         with pytest.raises(UserError, match=r"Expected some of the seeds \[0, 1\] .* found .*Name others"):
             compare_results(*pair, seeds=seeds)
+
+    @pytest.mark.parametrize("content", ["", "a,b\n1,2\n"])
+    def test_a_table_without_seeds(self, pair: Pair, content: str) -> None:
+        (pair[0] / "detection.csv").write_text(content)
+        with pytest.raises(UserError, match=r"Expected a column seed in .*detection\.csv, found none\. Name another"):
+            compare_results(*pair, seeds=[0])

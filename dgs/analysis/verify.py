@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 
 from dgs.errors import UserError
-from dgs.params import dotted
 
 SIDES = ("committed", "reproduced")
 METRICS = "metrics.json"
@@ -29,6 +28,18 @@ KEEP_BITS = "Of compute.*, jobs, workers, keep_mb and snapshot_seconds change no
 SHOWN = 20  # differences listed for one table
 
 
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """What nested objects and lists hold, with its place: ("methods.dgs.curve[0]", 0.5)."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
 def _kept(path: str, seeds: Collection[int] | None) -> bool:
     """Whether a leaf of metrics.json is compared: with `seeds`, of a method's metrics the values of these alone."""
     parts = path.split(".")
@@ -43,17 +54,19 @@ def _read(name: str, kind: str, folders: Sequence[Path], read: Callable[[Path], 
     for folder, side in zip(folders, SIDES, strict=True):
         try:
             contents.append(read(folder / name))
-        except (TypeError, ValueError) as error:  # empty, no text, or lines of unequal length
+        except (ValueError, RecursionError) as error:  # empty, no text, too deep, or lines of unequal length
             return [], [f"{name}: the {side} file is no {kind} ({' '.join(str(error).split()).rstrip('.')})"]
     return contents, []
 
 
 def _metrics(folders: Sequence[Path], tolerance: float, seeds: Collection[int] | None) -> Iterator[str]:
     def read(path: Path) -> dict[str, Any]:
-        values = dotted(dict(json.loads(path.read_text(encoding="utf-8"))))
-        return {name: value for name, value in values.items() if _kept(name, seeds)}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, found {'null' if content is None else type(content).__name__}")
+        return {name: value for name, value in _leaves(content) if _kept(name, seeds)}
 
-    contents, wrong = _read(METRICS, "JSON", folders, read)
+    contents, wrong = _read(METRICS, "JSON object", folders, read)
     if wrong:
         yield from wrong
         return
@@ -132,7 +145,10 @@ def _check_seeds(committed: Path, seeds: Collection[int]) -> None:
     table = committed / "detection.csv"
     if not table.is_file():
         return  # that results are missing is said elsewhere
-    found = set(pd.read_csv(table, usecols=["seed"])["seed"].unique().tolist())
+    try:
+        found = set(pd.read_csv(table, usecols=["seed"])["seed"].unique().tolist())
+    except ValueError:
+        raise UserError(f"Expected a column seed in {table}, found none. Name another results folder.") from None
     if not seeds or not set(seeds) <= found:
         raise UserError(
             f"Expected some of the seeds {sorted(found)} that {committed} has, found {sorted(seeds)}. Name others."
@@ -143,8 +159,8 @@ def rounding_notes(committed: Path, reproduced: Path) -> list[str]:
     """A sentence for each of compute.* that rounds differently in two results folders, and then what does not."""
     sides = []
     for folder in (committed, reproduced):
-        with suppress(OSError, ValueError, AttributeError):
-            sides.append(json.loads((folder / METRICS).read_text(encoding="utf-8")).get("compute", {}))
+        with suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
+            sides.append(dict(json.loads((folder / METRICS).read_text(encoding="utf-8")).get("compute", {})))
     if len(sides) < len(SIDES):
         return []  # that a file cannot be read is said elsewhere
     old, new = sides

@@ -24,7 +24,7 @@ def read_captions(path: Path) -> dict[str, str]:
     Raises:
         UserError: no such file, a line that is not such an object, or a key given twice with different captions.
     """
-    if not path.exists():
+    if not path.is_file():
         raise UserError(
             f"Expected a caption file at {path}, found none. Set data.captions to a JSON-lines file, or to null."
         )

@@ -278,10 +278,11 @@ def _defects(groups: pd.DataFrame) -> Iterator[Finding]:
             yield Finding("missing", group.name, message, 1, tuple(map(str, strays[:FEW])))
             continue
         if group.is_pool and (group.fake or not group.real):
+            what_to_do = "Rename the folder if it is a generator's." if group.fake else f"Add some, or remove {folder}."
             message = (
                 f"Expected only photographs, in {REAL}, in {folder} (the name '{group.generator}' stands for what all "
                 f"generators of a split are compared with), found {group.real} in {REAL} and {group.fake} in {FAKE}. "
-                f"Rename the folder if it is a generator's."
+                f"{what_to_do}"
             )
             yield Finding("suspicious" if group.fake else "missing", group.name, message, group.fake or 1)
         for label, other in ((REAL, FAKE), (FAKE, REAL)):

@@ -69,6 +69,7 @@ class _Record(_Strict):
     data_hash: str
     params: dict[str, Any]
     thresholds: dict[str, FiniteFloat]
+    calibration: dict[str, dict[Literal["false_alarm", "caught"], dict[str, FiniteFloat]]] = {}
     files: dict[str, str]  # sha256 by path in the folder
 
 

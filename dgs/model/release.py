@@ -96,10 +96,12 @@ def _below(state: State, prefix: str) -> dict[str, Tensor]:
 def open_clip_config(clip: State) -> dict[str, Any]:
     """`open_clip_config.json` for a CLIP of OpenAI's architecture, read off its tensors' shapes (heads 64 wide).
 
-    A tensor of `SIZED_BY` that is missing or of other dimensions counts as one of length 2 along each.
+    A tensor of `SIZED_BY` that is missing, of other dimensions or empty counts as one of length 2 along each.
     """
     sizes = {
-        name: tuple(clip[name].shape) if name in clip and clip[name].ndim == dimensions else (2,) * dimensions
+        name: tuple(clip[name].shape)
+        if name in clip and clip[name].ndim == dimensions and clip[name].numel()
+        else (2,) * dimensions
         for name, dimensions in SIZED_BY.items()
     }
     width, _, _, patch = sizes["visual.conv1.weight"]
@@ -118,7 +120,8 @@ def open_clip_config(clip: State) -> dict[str, Any]:
 
 
 def _depth(names: Iterable[str], start: str) -> int:
-    return len({name[len(start) :].partition(".")[0] for name in names if name.startswith(start)})
+    # Of none there is one to expect: who compares the names says which tensors are missing.
+    return max(len({name[len(start) :].partition(".")[0] for name in names if name.startswith(start)}), 1)
 
 
 def _expected_clip(clip: State, path: Path) -> dict[str, Tensor]:
@@ -203,6 +206,10 @@ def take_apart(state: State, path: Path) -> Release:
     for name, dimensions in SIZED_BY.items():
         if clip[name].ndim != dimensions:
             raise UserError(f"Expected {name} in {path} to have {dimensions} dimensions, found {clip[name].ndim}.")
+        if not clip[name].numel():
+            raise UserError(
+                f"Expected numbers in {name} in {path}, found none: its shape is {tuple(clip[name].shape)}."
+            )
     if second and (first.ndim != 2 or len(first) < 1):
         shape = tuple(first.shape)
         raise UserError(f"Expected adapters A (r, W), r >= 1, in {path}, found shape {shape} in the first.")
