@@ -15,7 +15,7 @@ from settings import DataParams, validate
 from dgs.conditions import KINDS, Condition, parse_condition
 from dgs.data.checks import jpeg_quality
 from dgs.data.manifest import ImageSource, build_manifest, open_image
-from dgs.data.patches import patch_entropy, select_indices
+from dgs.data.patches import patch_indices
 from dgs.data.perturbations import blur, noise, perturb, resize, scale
 from dgs.data.views import EVALUATION, Views, make_view
 
@@ -162,13 +162,13 @@ class TestViews:
         rows = build_manifest(root, DataParams(layout="folders", root=str(root), rho=None)).head(6)
         params, condition = validate({"patches": {"enabled": True, "size": 8, "count": 4}}), Condition("noise", 40)
         native = {
-            row.sha256: select_indices(patch_entropy(open_image(ImageSource(root), row.file, row.row), 8), 4)
+            row.sha256: patch_indices(open_image(ImageSource(root), row.file, row.row), 8, 4)
             for row in rows.itertuples()
         }
         views, moved = Views(rows, ImageSource(root), params, patches=native, condition=condition), False
         for index, row in enumerate(rows.itertuples()):
             changed = perturb(open_image(ImageSource(root), row.file, row.row), condition, row.sha256)
-            own = select_indices(patch_entropy(changed, 8), 4)
+            own = patch_indices(changed, 8, 4)
             expected = make_view(changed, row.sha256, params, 0, EVALUATION, own)
             assert np.array_equal(views[index][0].permute(1, 2, 0).numpy(), expected)
             moved |= set(own) != set(native[row.sha256])

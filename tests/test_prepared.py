@@ -15,7 +15,7 @@ from settings import DataParams, validate
 
 from dgs.atomic import replacing
 from dgs.data.manifest import ImageSource, build_manifest, data_hash
-from dgs.data.patches import patch_entropy, select_indices
+from dgs.data.patches import patch_indices
 from dgs.data.prepared import TRAINING, Prepared, compute_patches, load_prepared, load_training, save_prepared
 from dgs.errors import UserError
 
@@ -177,7 +177,7 @@ class TestPatches:
         assert patches is not None and set(patches) == set(manifest["sha256"]) and len(patches) == len(manifest) - 1
         large = manifest.loc[manifest["file"].str.endswith("large.png"), "sha256"].iloc[0]
         pixels = np.array(structured_image(555, 64, 56))
-        assert patches[large].tolist() == select_indices(patch_entropy(pixels, 8), 49).tolist()
+        assert patches[large].tolist() == patch_indices(pixels, 8, 49).tolist()
         assert sorted({len(kept) for kept in patches.values()}) == [40, 49]  # 20 patches: 20 lowest + 20 highest
 
     def test_an_image_under_one_patch_is_named(self, root: Path, manifest: pd.DataFrame) -> None:

@@ -16,14 +16,14 @@ from settings import DataParams, validate
 
 from dgs.data.images import fit
 from dgs.data.manifest import ImageSource, build_manifest, open_image
-from dgs.data.patches import patch_entropy, select_indices
+from dgs.data.patches import patch_indices
 from dgs.data.views import EVALUATION, Views, batch_order, batches, make_view
 from dgs.params import Params
 
 FITTED = validate({"model": {"image_size": 16}})
 PATCHED = validate({"patches": {"enabled": True, "size": 8, "count": 49}})
 IMAGE = np.random.default_rng(0).integers(1, 256, (64, 72, 3), dtype=np.uint8)
-KEPT = select_indices(patch_entropy(IMAGE, 8), 49)
+KEPT = patch_indices(IMAGE, 8, 49)
 
 
 def sha(number: int) -> str:

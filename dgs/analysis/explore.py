@@ -28,7 +28,7 @@ from dgs.analysis.figures.plane import plane_figure
 from dgs.analysis.figures.style import subject_of
 from dgs.data.images import decode, read
 from dgs.data.manifest import open_image
-from dgs.data.patches import patch_entropy, select_indices
+from dgs.data.patches import patch_indices
 from dgs.data.prepared import Prepared, load_prepared
 from dgs.data.views import EVALUATION, make_view
 from dgs.errors import UserError, did_you_mean
@@ -324,7 +324,7 @@ class Workbench:
         backbone, heads, params, threshold, others = self._open(method, seed)
         size, count = params.patches.size, params.patches.count
         chosen = params.patches.enabled or min(pixels.shape[:2]) >= size
-        kept = select_indices(patch_entropy(pixels, size), count) if chosen else None
+        kept = patch_indices(pixels, size, count) if chosen else None
         view = make_view(pixels, sha256, params, 0, EVALUATION, kept)
         batch = torch.from_numpy(np.ascontiguousarray(view)).permute(2, 0, 1)[None]
         with torch.no_grad():

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from dgs.data.manifest import ImageSource, data_hash, open_image
-from dgs.data.patches import patch_entropy, select_indices
+from dgs.data.patches import patch_indices
 from dgs.errors import UserError
 from dgs.params import Params, validate
 
@@ -86,7 +86,7 @@ def compute_patches(manifest: pd.DataFrame, source: ImageSource, params: Params)
     for file, row, sha in tqdm(distinct, desc="patch entropy", unit="image"):
         try:
             image = open_image(source, file, row)
-            indices[sha] = select_indices(patch_entropy(image, params.patches.size), params.patches.count)
+            indices[sha] = patch_indices(image, params.patches.size, params.patches.count)
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
     return indices

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from dgs.conditions import Condition
 from dgs.data.images import decode, fit
 from dgs.data.manifest import ImageSource
-from dgs.data.patches import patch_entropy, select_indices, stitch
+from dgs.data.patches import patch_indices, stitch
 from dgs.data.perturbations import perturb
 from dgs.params import ImageParams, Params
 
@@ -42,7 +42,7 @@ def make_view(
         image: (H, W, 3) uint8.
         sha256: of the image file; with `seed` and `epoch` it fixes the view.
         epoch: EVALUATION for test time, where the view does not depend on `seed`.
-        patches: indices from `patches.select_indices`; required where params.patches.enabled.
+        patches: indices from `patches.patch_indices`; required where params.patches.enabled.
 
     Returns:
         (S, S, 3) uint8, S = params.image_size.
@@ -119,8 +119,7 @@ class Views(Inputs):
         if self.condition is None:
             return self.patches[sha]
         # A detector gets the changed image alone, so it would choose by that one's entropies.
-        size, count = self.params.patches.size, self.params.patches.count
-        return select_indices(patch_entropy(image, size), count)
+        return patch_indices(image, self.params.patches.size, self.params.patches.count)
 
 
 def worth_keeping(images: int, params: Params) -> bool:

@@ -21,7 +21,7 @@ from scipy.special import expit
 from torch import nn
 
 from dgs.data.images import MAX_BYTES, MAX_PIXELS, decode, read, size_of, to_rgb
-from dgs.data.patches import patch_entropy, select_indices
+from dgs.data.patches import patch_indices
 from dgs.data.views import EVALUATION, make_view
 from dgs.device import choose_device
 from dgs.errors import UserError
@@ -166,7 +166,7 @@ class Detector:
                     del data
             patches = None
             if self.params.patches.enabled:
-                patches = select_indices(patch_entropy(pixels, self.params.patches.size), self.params.patches.count)
+                patches = patch_indices(pixels, self.params.patches.size, self.params.patches.count)
             return make_view(pixels, sha, self.params, 0, EVALUATION, patches)
 
     @torch.no_grad()
