@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import oracle
 import pytest
@@ -12,6 +14,7 @@ from dgs.data.patches import patch_entropy, patch_indices, select_indices, selec
 from dgs.data.screening import SIZES, bounded, gray, measure, undecided
 
 Image = np.ndarray
+Kind = Callable[[np.random.Generator, int, int, int], Image]
 VARIANTS = 300  # of a texture in an image
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -87,7 +90,7 @@ def ramp(rng: np.random.Generator, rows: int, columns: int, size: int) -> Image:
     return np.repeat(((steps[0] * y + steps[1] * x) % 256).astype(np.uint8)[..., None], 3, axis=2)
 
 
-KINDS = [noise, faint, flats, binary, ties, near_ties, repeated, ramp]
+KINDS: list[Kind] = [noise, faint, flats, binary, ties, near_ties, repeated, ramp]
 
 
 def mixture(rng: np.random.Generator, rows: int, columns: int, size: int) -> Image:
@@ -101,7 +104,7 @@ def mixture(rng: np.random.Generator, rows: int, columns: int, size: int) -> Ima
 class TestSameAsFloat64:
     @given(st.sampled_from(SIZES), SEEDS, st.sampled_from([1, 4, 9, 49, 400]))
     @settings(max_examples=12, deadline=None)
-    def test_the_kept_and_their_order(self, kind, size: int, seed: int, count: int) -> None:
+    def test_the_kept_and_their_order(self, kind: Kind, size: int, seed: int, count: int) -> None:
         rng = np.random.default_rng(seed)
         rows, columns = (int(n) for n in rng.integers(480 // size, 560 // size, 2))  # enough for float32
         image = kind(rng, rows, columns, size)
@@ -110,7 +113,7 @@ class TestSameAsFloat64:
 
     @given(st.sampled_from(SIZES), SEEDS)
     @settings(max_examples=12, deadline=None)
-    def test_no_entropy_is_beyond_its_bound(self, kind, size: int, seed: int) -> None:
+    def test_no_entropy_is_beyond_its_bound(self, kind: Kind, size: int, seed: int) -> None:
         image = kind(np.random.default_rng(seed), 6, 7, size)
         scale = 1 / 255_000 if image.max() > 1 else 1 / 1000
         entropies, bounds = bounded(np.array(measure(as_patches(image, size))[:4]), size, scale)
@@ -123,7 +126,7 @@ class TestSameAsFloat64:
 
 class TestOracle:
     @pytest.mark.parametrize("kind", [noise, flats, near_ties, repeated, ramp])
-    def test_the_canvas_is_the_definitions(self, kind) -> None:
+    def test_the_canvas_is_the_definitions(self, kind: Kind) -> None:
         image = kind(np.random.default_rng(7), 13, 17, 32)
         image = np.pad(image, ((0, 5), (0, 31), (0, 0)))
         order = np.random.default_rng(3).permutation(49)
