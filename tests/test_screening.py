@@ -106,7 +106,7 @@ class TestSameAsFloat64:
     @settings(max_examples=12, deadline=None)
     def test_the_kept_and_their_order(self, kind: Kind, size: int, seed: int, count: int) -> None:
         rng = np.random.default_rng(seed)
-        rows, columns = (int(n) for n in rng.integers(480 // size, 560 // size, 2))  # enough for float32
+        rows, columns = (int(n) for n in rng.integers(512 // size, 580 // size, 2))  # enough for float32
         image = kind(rng, rows, columns, size)
         expected = select_indices(patch_entropy(image, size), count)
         assert np.array_equal(patch_indices(image, size, count), expected)

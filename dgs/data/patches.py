@@ -16,7 +16,7 @@ from torch.fft import rfft2  # this and log2: twice as fast as numpy's on one th
 from dgs.data.screening import PIXELS, SIZES, Pixels, bounded, gray, measure, pieces, undecided
 from dgs.errors import UserError
 
-FEW = 4  # pieces: below, trying float32 on some of them first costs more than it saves
+FEW = 1 << 18  # pixels: below, trying float32 on a part first costs what it saves
 
 
 def patch_entropy(image: NDArray[np.uint8], size: int = 32) -> NDArray[np.float64]:
@@ -52,9 +52,9 @@ def patch_indices(image: NDArray[np.uint8], size: int = 32, count: int = 49) -> 
         UserError: as `patch_entropy`.
     """
     patches, scale = _patches(image, size), _scale(image)
-    plan = list(pieces(patches, 2 * PIXELS))
-    if size not in SIZES or len(plan) < FEW:
+    if size not in SIZES or patches.size // 3 < FEW:
         return select_indices(patch_entropy(image, size), count)
+    plan = list(pieces(patches, min(FEW // 2, patches.size // 12)))  # a quarter of the image at most
     rows, columns = patches.shape[:2]
     measured, step = np.empty((5, rows, columns)), min(8, len(plan))
     for start in range(step):
@@ -67,7 +67,9 @@ def patch_indices(image: NDArray[np.uint8], size: int = 32, count: int = 49) -> 
             if len(np.unique(sample[4, undecided(entropies, bounds, count)])) > len(entropies) // 3:
                 return select_indices(patch_entropy(image, size), count)
     entropies, bounds = bounded(measured[:4].reshape(4, -1), size, scale)
-    _settle(entropies, undecided(entropies, bounds, count), measured[4].reshape(-1), patches, scale)
+    open_ones = undecided(entropies, bounds, count)
+    if len(open_ones):
+        _settle(entropies, open_ones, measured[4].reshape(-1), patches, scale)
     return select_indices(entropies, count)
 
 
