@@ -29,7 +29,7 @@ from timing import Timed, in_own_process, interleave, peak_megabytes, resident_m
 
 from dgs.data.patches import patch_indices, stitch  # noqa: E402
 from dgs.model.backbone import Backbone  # noqa: E402
-from dgs.model.clip import IMAGENET, embed_tokens, load_clip  # noqa: E402
+from dgs.model.clip import IMAGENET, RANDOM, embed_tokens, load_clip  # noqa: E402
 from dgs.model.gemm import resolve  # noqa: E402
 from dgs.model.methods.base import Precomputed  # noqa: E402
 from dgs.model.methods.registry import get_method  # noqa: E402
@@ -228,6 +228,29 @@ def bench_stages(name: str, images_count: int, batch: int, rounds: int) -> list[
     ]
 
 
+def bench_prefix(rounds: int) -> list[Row]:
+    """A stage-2 step at ViT-B/16 with adapters in the last four blocks, from images and from kept tokens."""
+    batch = 16
+    changes = {"model.clip": "ViT-B-16", "model.pretrained": RANDOM, "model.lora.blocks": [8, 9, 10, 11]}
+    params = settings(224, batch=batch).replaced(changes)
+    clip = load_clip(params.model, HERE.parent, params.image_size, text=False, gemm=GEMM)
+    backbone = Backbone(clip, params.model.lora).train()
+    heads = {name: nn.Linear(512, 1).requires_grad_(name != "teacher") for name in ("image", "text", "teacher")}
+    learned = [p for name in ("image", "text") for p in heads[name].parameters()]
+    optimizer = torch.optim.Adam([*backbone.adapter_parameters(), *learned], lr=LR)
+    images, labels = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8), torch.arange(batch) % 2.0
+    known, noise = arbitrary(labels, 512), torch.randn(batch, 512)
+    with backbone.frozen():
+        tokens = backbone.lower(images)
+
+    def step(given: Tensor) -> None:
+        stage2_step(get_method("dgs"), backbone, heads, optimizer, given, known, noise, params)
+
+    timed = interleave({"release": lambda: step(images), "dgs": lambda: step(tokens)}, rounds)
+    what = f"stage-2 step, ViT-B/16, B {batch}, adapters in the last 4 blocks: with tokens kept to without"
+    return [row(what, timed, 2.2)]
+
+
 def bench_patches(rounds: int) -> list[Row]:
     """Patch selection from pixels to canvas; the canvases have to be equal."""
     rows = []
@@ -361,6 +384,7 @@ def main() -> None:
     rows += bench_step("ViT-B/32", 16, rounds) + bench_memory("ViT-B/32", 16)
     rows += bench_step("ViT-L/14", 2, rounds) + bench_memory("ViT-L/14", 2)
     rows += bench_stages("ViT-B/32", 32, 16, max(rounds - 1, 1))
+    rows += bench_prefix(rounds)
     gpu = bench_gpu(rounds) if torch.cuda.is_available() else []
     on = machine()
     content = {"machine": on, "rows": [asdict(r) for r in rows], "gpu": gpu}

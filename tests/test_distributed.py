@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from copies import ROOT
+from conftest import write_images
+from copies import ROOT, snapshot
 from safetensors.torch import load_file
 from torch import nn
 
@@ -31,6 +35,7 @@ from dgs.model.snapshot import Snapshot
 from dgs.model.train import Trained, train
 from dgs.model.training_log import TABLES, TrainingLog
 from dgs.params import Params, dotted
+from dgs.workspace import yaml_text
 
 
 def square(number: int) -> tuple[int, int]:
@@ -243,16 +248,77 @@ def test_two_processes_score_every_image_once_and_in_order(tiny: Params, tiny_pr
         assert list(panels_by_two[name][1]["id"]) == list(rows["id"])
 
 
+def agents(words: list[str], env: dict[str, str]) -> list[subprocess.Popen[str]]:
+    """Two machines' torchrun, both here, each in a session of its own and with one process of `dgs` with `words`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    alike = ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
+    commands = [[*alike, "--node-rank", str(number), "-m", "dgs.cli", *words] for number in range(2)]
+    how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": env}
+    return [subprocess.Popen(command, start_new_session=True, **how) for command in commands]
+
+
+def ended(started: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each."""
+    said = [agent.communicate(timeout=300) for agent in started]
+    return [(agent.returncode, *both) for agent, both in zip(started, said, strict=True)]
+
+
 @pytest.mark.slow
-def test_torchrun_trains_what_one_process_trains(tiny: Params, tiny_prepared: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_prepared, tmp_path / "build" / "tiny" / "prepare")
-    env = {**os.environ, "DGS_OUT": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    words = ["-m", "dgs.cli", "train", "dgs", "--profile", "tiny", "--out"]
-    both = ["torchrun", "--standalone", "--nproc-per-node", "2", *words, str(tmp_path / "two")]
-    for command in ([sys.executable, *words, str(tmp_path / "one")], both):
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
+class TestTwoMachines:
+    """Under torchrun, as in docs/running.md; the machines are two agents on this one."""
+
+    @pytest.fixture
+    def env(self, tiny: Params, tiny_prepared: Path, tmp_path: Path) -> dict[str, str]:
+        shutil.copytree(tiny_prepared, tmp_path / "build" / "tiny" / "prepare")
+        params = changed(tiny, train={"batch_size": 12, "stage2": {"epochs": 20}}, compute={"snapshot_seconds": 0.0})
+        (tmp_path / "params.yaml").write_text(yaml_text(params.model_dump()))
+        own = {"DGS_OUT": str(tmp_path), "DGS_PARAMS": str(tmp_path / "params.yaml"), "PYTHONPATH": str(ROOT)}
+        return {**os.environ, **own, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+    def test_train_what_one_process_trains(self, env: dict[str, str], tmp_path: Path) -> None:
+        words = ["train", "dgs", "--profile", "tiny", "--out"]
+        alone = [sys.executable, "-m", "dgs.cli", *words, str(tmp_path / "one")]
+        done = subprocess.run(alone, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.strip().endswith("seed-0"), done.stdout
-    assert_equal_within_rounding(tensors(tmp_path / "one" / "seed-0"), tensors(tmp_path / "two" / "seed-0"), lr=3e-3)
-    assert read_info(tmp_path / "two" / "seed-0")["params"]["train"]["processes"] == 2
-    assert not (tmp_path / "build" / "tiny" / "unfinished" / "train-dgs-0").exists()
+        (first, out, log), (second, nothing, _) = ended(agents([*words, str(tmp_path / "two")], env))
+        assert (first, second) == (0, 0), log
+        assert out.strip().endswith("seed-0") and not nothing
+        one, two = (tensors(tmp_path / name / "seed-0") for name in ("one", "two"))
+        assert_equal_within_rounding(one, two, lr=3e-3)
+        assert read_info(tmp_path / "two" / "seed-0")["params"]["train"]["processes"] == 2
+        assert not (tmp_path / "build" / "tiny" / "unfinished" / "train-dgs-0").exists()
+
+    def test_when_one_is_killed_the_other_says_so_and_both_go_on_to_the_bit(
+        self, env: dict[str, str], tmp_path: Path
+    ) -> None:
+        words, unfinished = ["train", "dgs", "--out"], tmp_path / "build" / "tiny" / "unfinished"
+        started = agents([*words, str(tmp_path / "killed")], env)
+        deadline = time.monotonic() + 120
+        while not list(unfinished.rglob("snapshot.pt")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        started[0].kill()  # the agent alone, at whose address the others meet: its process notices
+        _, (code, _, log) = ended(started)
+        sentence = [line for line in log.splitlines() if line.startswith("dgs: ")]
+        assert code != 0 and len(sentence) == 1, log
+        assert re.search(r"Expected 2 processes to train .*process 1 lost another .*snapshot\.", sentence[0])
+        assert list(unfinished.rglob("snapshot.pt"))
+        for name in ("killed", "whole"):
+            results = ended(agents([*words, str(tmp_path / name)], env))
+            assert [code for code, _, _ in results] == [0, 0], results[0][2]
+        whole, again = (tensors(tmp_path / name / "seed-0") for name in ("whole", "killed"))
+        assert whole and all(torch.equal(whole[name], again[name]) for name in whole)
+
+    def test_score_what_one_process_scores_in_its_order(
+        self, env: dict[str, str], checkpoint: Path, tmp_path: Path
+    ) -> None:
+        images = write_images(tmp_path / "images", {"test": ("a",)}, real=75, fake=75)
+        words = ["score", str(images), "--checkpoint", str(checkpoint), "--explain"]
+        alone = [sys.executable, "-m", "dgs.cli", *words, str(tmp_path / "one")]
+        done = subprocess.run(alone, cwd=ROOT, env=env, capture_output=True, text=True, check=True, timeout=300)
+        (_, rows, log), (_, nothing, silence) = ended(agents([*words, str(tmp_path / "two")], env))
+        assert rows == done.stdout and rows.count("\n") == 150, log
+        assert not nothing and "checkpoint " not in silence
+        one, two = (snapshot(tmp_path / name) for name in ("one", "two"))
+        assert one == two

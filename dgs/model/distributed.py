@@ -32,6 +32,7 @@ from dgs.errors import UserError
 
 T = TypeVar("T")
 TIMEOUT = 1800.0  # seconds that a process waits for the others
+POLL = 0.5  # seconds between two looks at whether torchrun is still there
 AGAIN = "Run the same command again: it goes on from the last snapshot."
 AFTER_DEATH = f"{AGAIN} If memory was short, lower train.processes, train.batch_size or compute.jobs."
 
@@ -138,12 +139,14 @@ def own_device(device: torch.device) -> torch.device:
 
 def end_with_parent() -> None:
     """From now on this process ends when the one that started it does: nobody waits for its work any more."""
-    parent = parent_process()
+    parent, number = parent_process(), os.getppid()
 
     def watch() -> None:
         if parent is not None:
             parent.join()
-            os._exit(1)
+        while parent is None and os.getppid() == number:  # started by torchrun, say: nothing to wait on
+            time.sleep(POLL)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -155,11 +158,38 @@ def _init_group(timeout: float, here_alone: bool, **where: Any) -> None:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **where)
 
 
-def join_torchrun() -> None:
-    """Join the group of a `torchrun` that started this process; without one, nothing happens."""
+@contextmanager
+def torchrun(task: str, after: str = "") -> Iterator[None]:
+    """In this block the processes that a `torchrun` started, here and elsewhere, are a group; without one, nothing is.
+
+    Args:
+        task: what they do together, for the error: "train".
+        after: how the error ends: what running the command again does.
+
+    Raises:
+        UserError: another process ended or did not answer.
+    """
     everywhere = int(os.environ.get("WORLD_SIZE", "1"))
-    if everywhere > 1 and not in_group():
+    if everywhere == 1:
+        yield
+        return
+    end_with_parent()  # torchrun's agent, killed, leaves its processes behind
+    try:
         _init_group(TIMEOUT, int(os.environ.get("LOCAL_WORLD_SIZE", everywhere)) == everywhere)
+        yield
+        wait_for_all()  # to the others, leaving early looks like dying
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if not (isinstance(error, dist.DistError) or "gloo" in reason.lower()):
+            raise
+        raise UserError(
+            f"Expected {everywhere} processes to {task} together, found that process {os.environ['RANK']} lost another "
+            f"({reason.rpartition('] ')[2].partition('. ')[0]}). Run the same command on every machine again"
+            f"{after}."
+        ) from None
+    finally:
+        if in_group():
+            dist.destroy_process_group()
 
 
 @contextmanager

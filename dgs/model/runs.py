@@ -103,12 +103,11 @@ def train_by_torchrun(
     Returns:
         whether this is the first of them; all have finished.
     """
-    distributed.join_torchrun()
-    params = load_training(prepared_folder, root).with_prepared(params)
-    params = params.replaced({"train.processes": distributed.count()})
-    train_seed(method, seed, params, root, prepared_folder, folder, unfinished)
-    distributed.wait_for_all()
-    return distributed.rank() == 0
+    with distributed.torchrun("train", ": it goes on from the last snapshot"):
+        params = load_training(prepared_folder, root).with_prepared(params)
+        params = params.replaced({"train.processes": distributed.count()})
+        train_seed(method, seed, params, root, prepared_folder, folder, unfinished)
+        return distributed.rank() == 0
 
 
 def _train_counted(counter: Any, *arguments: Any) -> TrainingLog:

@@ -26,6 +26,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dgs.data.images import files_under
+from dgs.device import choose_device
 from dgs.errors import UserError
 from dgs.model import distributed
 from dgs.model.checkpoint import deciding_rule, read_info
@@ -69,7 +70,8 @@ def score_files(
         warn: told of what a verdict is worth.
         explain: a new folder for what the model saw of each image, the selected patches or else the whole view.
         processes: that share the files on this machine; the rows and their order are the same. One is this one. Of
-            several, each takes a GPU of its own while there are enough, and its share of the cores.
+            several, each takes a GPU of its own while there are enough, and its share of the cores. Where torchrun
+            started this process, its processes share the files instead, on all machines; the first one yields.
 
     Yields:
         {"path", "probability", "verdict"} ("generated" or "real", at the threshold chosen on validation images), or
@@ -84,7 +86,12 @@ def score_files(
     info = read_info(folder)
     rule, threshold = deciding_rule(info, folder)
     with ExitStack() as stack:
-        if processes == 1:
+        stack.enter_context(distributed.torchrun("score"))
+        if distributed.in_group():
+            device = distributed.own_device(choose_device("auto"))
+            batches = _in_group(Detector.load(folder, device=str(device)), threshold, files, batch_size)
+            warn, explain = (warn, explain) if distributed.rank() == 0 else (lambda _: None, None)
+        elif processes == 1:
             batches = score_batches(Detector.load(folder), threshold, files, batch_size)
         else:
             settings = (processes, folder, threshold, batch_size, explain is not None)
@@ -193,6 +200,16 @@ def _explain(folder: Path, name: str, row: Row, view: View) -> None:
         Image.fromarray(view).save(folder / name)
         with (folder / INDEX).open("a", encoding="ascii") as index:
             index.write(json.dumps({"view": name, **row}) + "\n")
+
+
+def _in_group(detector: Detector, threshold: float, files: Iterator[Path], size: int) -> Iterator[list[ScoredFile]]:
+    """The batches of `score_batches`, each by the next of torchrun's processes; the first process gets all of them."""
+    batches = enumerate(iter(lambda: list(islice(files, size)), []))
+    own = (batch for number, batch in batches if number % distributed.count() == distributed.rank())
+    scored = score_batches(detector, threshold, chain.from_iterable(own), size)
+    while any(done := distributed.all_gather(next(scored, None))):
+        if distributed.rank() == 0:
+            yield from filter(None, done)
 
 
 def _shared(workers: Sequence[Member], files: Iterator[Path], size: int) -> Iterator[list[ScoredFile]]:
