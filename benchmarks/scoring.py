@@ -1,7 +1,8 @@
-"""Scoring files against the tower alone: `python benchmarks/scoring.py` (two minutes) writes scoring.md beside it.
+"""Scoring files: `python benchmarks/scoring.py` (five minutes) writes scoring.md beside it.
 
-Both sides take turns in one process, the tower on one CPU thread: what is left of its throughput when images are read,
-decoded, cut into patches and put together by threads beside it.
+Against the tower alone, on one CPU thread: what is left of its throughput when images are read, decoded, cut into
+patches and put together by threads beside it. And by ONNX Runtime against torch, on two. All sides of a row take turns
+in one process.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import torch
 from PIL import Image
 from timing import interleave
@@ -22,26 +24,29 @@ from torch import nn
 
 from dgs.model.backbone import Backbone
 from dgs.model.clip import load_clip
-from dgs.model.detector import Detector
+from dgs.model.detector import Detector, TorchTower
+from dgs.model.onnx_engine import OnnxTower
+from dgs.model.onnx_graph import build, float_linear, int8_linear
 from dgs.params import dotted, load_params
 from dgs.workspace import MAIN
 
 HERE = Path(__file__).resolve().parent
 TOWER = "ViT-B-32-quickgelu"
 REQUIRED = 0.9
+ENGINES = {"float32": (float_linear, 1.8), "int8": (int8_linear, 3.5)}  # of ONNX Runtime: times torch's speed, at least
 
 
-def detector(patches: bool) -> Detector:
-    """An adapted ViT-B/32 with random weights and the release's view of an image, or a resized one."""
+def detector(patches: bool, tower: str = TOWER) -> Detector:
+    """An adapted tower with random weights and the release's view of an image, or a resized one."""
     own = {
         "data": {"layout": "folders", "rho": None, "fit": "resize"},
         "patches": {"enabled": patches, "size": 32, "count": 49},
-        "model": {"clip": TOWER, "pretrained": "random", "image_size": 224, "lora": {"rank": 6, "alpha": 6.0}},
+        "model": {"clip": tower, "pretrained": "random", "image_size": 224, "lora": {"rank": 6, "alpha": 6.0}},
         "compute": {"device": "cpu"},
     }
     params = load_params(MAIN, HERE.parent).replaced(dotted(own))
     backbone = Backbone(load_clip(params.model, HERE, params.image_size, text=False), params.model.lora).eval()
-    return Detector(backbone, nn.Linear(backbone.visual.output_dim, 1), params, {})
+    return Detector(TorchTower(backbone, nn.Linear(backbone.visual.output_dim, 1)), params, {})
 
 
 def photographs(folder: Path, count: int, side: int) -> list[Path]:
@@ -56,6 +61,33 @@ def photographs(folder: Path, count: int, side: int) -> list[Path]:
         paths.append(folder / f"{seed}.jpg")
         Image.fromarray(pixels.astype(np.uint8)).save(paths[-1], quality=92)
     return paths
+
+
+def engines(images: int, rounds: int) -> list[str]:
+    """A ViT-B/16 scores JPEGs of 512 px on two threads, decoding and patches included: torch, and exported files."""
+    torch.set_num_threads(2)
+    one = detector(True, "ViT-B-16-quickgelu")
+    sides = {"torch": one}
+    for name, (linear, _) in ENGINES.items():
+        model = build(one.tower.backbone, one.tower.head, linear).SerializeToString()
+        sides[name] = Detector(OnnxTower(model), one.params, {})
+    with tempfile.TemporaryDirectory() as folder:
+        paths = photographs(Path(folder), images, 512)
+        timed = interleave({name: lambda side=side: side.score(paths, 16) for name, side in sides.items()}, rounds)
+    lines = [
+        "",
+        f"`dgs score --engine onnx` on two threads: ViT-B-16-quickgelu, random weights, {images} JPEGs of 512 px, 49 "
+        f"patches; torch {images / timed.median('torch'):.1f} a second, ONNX Runtime {onnxruntime.__version__}.",
+        "",
+        "| exported file | a second | times torch's | required |",
+        "|---|---|---|---|",
+    ]
+    for name, (_, required) in ENGINES.items():
+        ratio, low, high = timed.ratio("torch", name)
+        met = f">= {required}" + ("" if ratio >= required else " **missed**")
+        lines.append(f"| {name} | {images / timed.median(name):.1f} | {ratio:.2f} [{low:.2f}, {high:.2f}] | {met} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return lines
 
 
 def main() -> None:
@@ -93,6 +125,7 @@ def main() -> None:
         met = f">= {REQUIRED}" + ("" if share >= REQUIRED else " **missed**")
         lines.append(f"| {what} | {rates[0]} | {rates[1]} | {share:.2f} [{low:.2f}, {high:.2f}] | {met} |")
         print(lines[-1], file=sys.stderr, flush=True)
+    lines += engines(chosen.images, chosen.rounds)
     chosen.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

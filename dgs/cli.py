@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -53,6 +54,7 @@ OwnSeeds = Annotated[
     list[int] | None, typer.Option(min=0, help="other than those of the results; may be repeated; default 100")
 ]
 Source = Literal["shipped", "train"]  # of the benchmark's networks
+COLUMNS = ("path", "probability", "verdict", "error")  # of dgs score --csv
 
 
 def _print(as_json: bool, record: dict[str, Any], text: str | None = None) -> None:
@@ -279,13 +281,11 @@ def verify(
         raise typer.Exit(1)
 
 
-COLUMNS = ("path", "probability", "verdict", "error")  # of dgs score --csv
-
-
 @app.command()
 def score(
     paths: Annotated[list[Path], typer.Argument(help="image files, or folders: every file in them is tried")],
     checkpoint: Annotated[Path | None, typer.Option(help="checkpoint folder; default: the pipeline's newest")] = None,
+    engine: Annotated[Literal["torch", "onnx"], typer.Option(help="onnx: of a file that dgs export made")] = "torch",
     explain: Annotated[Path | None, typer.Option(help="new folder for what the model saw of each image")] = None,
     processes: Annotated[int, typer.Option(min=1, help="that share the files, each on its own GPU or cores")] = 1,
     as_csv: Annotated[bool, typer.Option("--csv", help="data as CSV, with a line of names first")] = False,
@@ -297,7 +297,8 @@ def score(
     if as_csv and as_json:
         raise UserError("Expected --csv or --json, found both. Leave one of them out.")
     failed, table = 0, csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
-    for number, row in enumerate(score_files(paths, checkpoint, _say, explain=explain, processes=processes)):
+    rows = score_files(paths, checkpoint, _say, explain=explain, processes=processes, engine=engine)
+    for number, row in enumerate(rows):
         failed += "error" in row
         if as_csv:
             if number == 0:
@@ -309,6 +310,20 @@ def score(
         _print(as_json, row, "\t".join([printable(row["path"]), *columns]))
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder")],
+    out: Annotated[Path, typer.Option(help="file *.onnx to make")],
+    int8: Annotated[bool, typer.Option("--int8", help="multiply in 8 bits: faster, and some verdicts differ")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as one ONNX file for dgs score --engine onnx, and compare the two."""
+    from dgs.model.onnx_export import export_checkpoint
+
+    made, text = export_checkpoint(checkpoint, out, int8)
+    _print(as_json, made, text)
 
 
 @app.command()
@@ -326,9 +341,7 @@ def caption(
 
     from dgs.data.captioning import caption_folder, check_own, complaints, load_blip
 
-    def say(message: str) -> None:
-        tqdm.write(message, file=sys.stderr)  # above the progress bar, not through it
-
+    say = partial(tqdm.write, file=sys.stderr)  # above the progress bar, not through it
     if captions is not None and out is not None:
         raise UserError("Expected --captions or --out, found both. --captions writes nothing; leave one of them out.")
     file = captions or out or root / "captions.jsonl"
@@ -403,17 +416,10 @@ def build(
     from minibench import pretrain, train_generators
     from minibench.build import build as build_minibench
 
-    made = build_minibench(
-        out,
-        seed,
-        rho=rho,
-        clip=clip,
-        weights=generators,
-        training=training,
-        clip_recipe=pretrain.Recipe(seed=network_seed),
-        generator_recipe=train_generators.Recipe(seed=network_seed),
-        workers=os.cpu_count() or 1,
-    )
+    recipes = pretrain.Recipe(seed=network_seed), train_generators.Recipe(seed=network_seed)
+    own: dict[str, Any] = {"weights": generators, "training": training, "workers": os.cpu_count() or 1}
+    own |= dict(zip(("clip_recipe", "generator_recipe"), recipes, strict=True))
+    made = build_minibench(out, seed, rho, clip, **own)
     _print(as_json, {"out": str(out), **{key: made[key] for key in ("seed", "rhos", "counts", "content_hash")}})
 
 

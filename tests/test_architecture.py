@@ -23,7 +23,7 @@ LAYERS = (  # from the ground up; a room stands for all modules in it
 )
 TOOLS = LAYERS[-1]  # use the package; the command line alone calls them, where a command needs one
 LINES = 450  # of a file, at most
-FILES = 72  # of dgs/, at most: an issue that adds one says so
+FILES = 75  # of dgs/, at most: an issue that adds one says so
 
 
 def files(*folders: str) -> list[Path]:

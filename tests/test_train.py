@@ -23,7 +23,7 @@ from dgs.errors import UserError
 from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import load_heads, save_checkpoint
 from dgs.model.clip import Clip
-from dgs.model.detector import Detector
+from dgs.model.detector import Detector, TorchTower
 from dgs.model.methods.averaging import Averaging
 from dgs.model.methods.constraints import adapters
 from dgs.model.methods.registry import METHODS, get_method
@@ -468,7 +468,7 @@ def test_a_checkpoint_scores_as_the_run_that_made_it(
     expected: list[np.ndarray] = []
 
     def keep(trained: Trained) -> None:
-        detector = Detector(trained.backbone, trained.heads["image"], params, {})
+        detector = Detector(TorchTower(trained.backbone, trained.heads["image"]), params, {})
         expected.append(detector.score(files))
         heads, folder = trained.heads, tmp_path / "checkpoint"
         save_checkpoint(folder, trained.backbone, heads, clip, params, method, 0, trained.thresholds, "d")

@@ -188,11 +188,12 @@ def seal(folder: Path) -> None:
     """Write SHA256SUMS, as `sha256sum` reads it: every file but the card, which is for people to go on writing."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     sealed = [name for name in sorted(names) if name not in (SUMS, CARD) and not Path(name).name.startswith(".")]
-    lines = [f"{_file_hash(folder / name)}  {name}\n" for name in sealed]
+    lines = [f"{file_hash(folder / name)}  {name}\n" for name in sealed]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -257,7 +258,8 @@ def read_info(folder: Path) -> dict[str, Any]:
     try:
         file.stat()
     except OSError:
-        raise UserError(f"Expected a checkpoint folder (with dgs.json) at {folder}, found none.") from None
+        hint = " An exported file needs --engine onnx." if folder.suffix == ".onnx" else ""
+        raise UserError(f"Expected a checkpoint folder (with dgs.json) at {folder}, found none.{hint}") from None
     info = _read_object(file)
     if info.get("format") == SEALED_IN_INFO:
         said = str(info.get("sha256")).encode()
@@ -287,7 +289,7 @@ def _require_as_saved(folder: Path, info: dict[str, Any], names: Iterable[str]) 
     for name in dict.fromkeys(names):
         file, said = folder / name, info["files"].get(name)
         with _reading(file):
-            found = _file_hash(file)
+            found = file_hash(file)
         if said is None:
             raise damaged(folder / SUMS, f"expected the sha256 of {name}, found none")
         if found != said:
@@ -416,7 +418,7 @@ def import_release(step2: str | Path, step1: str | Path | None = None, *, out: s
         clip = load_clip(params.model, Path(scratch), params.image_size, text=False)
         backbone = adapt(clip, release, params)
         method = "dgs" if release.adapters else "probe"
-        digest = f"release:{_file_hash(path)}"
+        digest = f"release:{file_hash(path)}"
         source = Path(scratch) / "clip"
         heads, thresholds = release.heads, {"0.5": 0.0}
         save_checkpoint(folder, backbone, heads, clip, params, method, None, thresholds, digest, carried=source)

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import INFO, damaged, load_checkpoint, read_info, require_unchanged
 from dgs.model.clip import load_clip
 from dgs.model.gemm import resolve
+from dgs.model.onnx_engine import damaged_export, open_tower, read_export
 from dgs.params import ImageParams, merged, validate_as
 from dgs.workspace import find_root
 
@@ -41,10 +42,16 @@ OLDER = {
 BATCH = 64
 AHEAD = 2  # batches whose views may be waiting while the tower works on another
 
+Engine = Literal["torch", "onnx"]
 View = NDArray[np.uint8]  # (S, S, 3): what the model sees of an image
 T = TypeVar("T")
 R = TypeVar("R")
 AnImage = TypeVar("AnImage", bound=str | Path | Image.Image)
+
+
+def _image_params(info: dict[str, Any]) -> ImageParams:
+    recorded = {name: info["params"][name] for name in USED if name in info["params"]}
+    return validate_as(ImageParams, merged(OLDER, recorded), "params")
 
 
 class MemoryBudget:
@@ -102,28 +109,57 @@ def probability(logits: NDArray[Any]) -> NDArray[np.float64]:
     return expit(np.asarray(logits, dtype=np.float64))
 
 
+class Tower(Protocol):
+    """From views to logits, as `Detector.logits`: all that engines differ in."""
+
+    def logits(self, views: View) -> NDArray[np.float32]: ...
+
+
+class TorchTower:
+    """A checkpoint's tower and its image head, by torch."""
+
+    def __init__(self, backbone: Backbone, head: nn.Linear) -> None:
+        self.backbone, self.head = backbone, head
+
+    @torch.no_grad()
+    def logits(self, views: View) -> NDArray[np.float32]:
+        """As `Detector.logits`."""
+        images = torch.from_numpy(views).permute(0, 3, 1, 2).to(self.backbone.mean.device)
+        return self.head(self.backbone(images).float()).squeeze(1).cpu().numpy()
+
+
+def read_about(path: Path, engine: Engine = "torch") -> dict[str, Any]:
+    """What a checkpoint folder, with the engine "onnx" an exported file, says of itself; raises as `Detector.load`."""
+    return read_info(path) if engine == "torch" else read_export(path)[0]
+
+
 class Detector:
     """Scores images with a trained checkpoint; the same views as the evaluate stage, so the same numbers."""
 
-    def __init__(self, backbone: Backbone, head: nn.Linear, params: ImageParams, info: dict[str, Any]) -> None:
-        self.backbone, self.head, self.params, self.info = backbone, head, params, info
+    def __init__(self, tower: Tower, params: ImageParams, info: dict[str, Any]) -> None:
+        self.tower, self.params, self.info = tower, params, info
         self._bytes, self._pixels = MemoryBudget(MAX_BYTES), MemoryBudget(MAX_PIXELS)  # of all views being made
 
     @classmethod
-    def load(cls, path: str | Path, root: Path | None = None, device: str = "auto") -> Detector:
-        """Open a checkpoint folder.
+    def load(
+        cls, path: str | Path, root: Path | None = None, device: str = "auto", engine: Engine = "torch"
+    ) -> Detector:
+        """Open a checkpoint folder, or an exported file.
 
         Args:
             root: where a relative CLIP folder is looked up (default: the repository).
+            device: of torch; ONNX Runtime computes on the CPU alone.
+            engine: "torch" for a folder, "onnx" for a file of `dgs export`.
 
         Raises:
             UserError: no checkpoint, a damaged one, or its CLIP is not to be had.
         """
+        if engine == "onnx":
+            return cls._load_export(Path(path), device)
         folder = Path(path)
         info = read_info(folder)
         try:
-            recorded = {name: info["params"][name] for name in USED if name in info["params"]}
-            params = validate_as(ImageParams, merged(OLDER, recorded), "params")
+            params = _image_params(info)
         except UserError as error:
             raise damaged(folder / INFO, str(error).rstrip(".")) from None
         try:
@@ -143,7 +179,18 @@ class Detector:
             ) from None
         backbone, heads, info = load_checkpoint(folder, clip)
         chosen = choose_device(device)
-        return cls(backbone.to(chosen), heads["image"].to(chosen), params, info)
+        return cls(TorchTower(backbone.to(chosen), heads["image"].to(chosen)), params, info)
+
+    @classmethod
+    def _load_export(cls, file: Path, device: str) -> Detector:
+        if device not in ("auto", "cpu"):
+            raise UserError(f"Expected device auto or cpu with the engine onnx, found {device}. Use torch on a GPU.")
+        info, model = read_export(file)
+        try:
+            params = _image_params(info)
+        except UserError as error:
+            raise damaged_export(file, str(error).rstrip(".")) from None
+        return cls(open_tower(model, info, params.image_size, file), params, info)
 
     def view(self, image: str | Path | Image.Image) -> View:
         """What the model sees of one image: (S, S, 3) uint8.
@@ -169,11 +216,9 @@ class Detector:
                 patches = patch_indices(pixels, self.params.patches.size, self.params.patches.count)
             return make_view(pixels, sha, self.params, 0, EVALUATION, patches)
 
-    @torch.no_grad()
     def logits(self, views: View) -> NDArray[np.float32]:
         """(B, S, S, 3) uint8 views to (B,) logits; above 0 means generated."""
-        images = torch.from_numpy(views).permute(0, 3, 1, 2).to(self.backbone.mean.device)
-        return self.head(self.backbone(images).float()).squeeze(1).cpu().numpy()
+        return self.tower.logits(views)
 
     def batches(
         self, images: Iterable[AnImage], size: int, threads: int | None = None

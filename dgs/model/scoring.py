@@ -29,9 +29,10 @@ from dgs.data.images import files_under
 from dgs.device import choose_device
 from dgs.errors import UserError
 from dgs.model import distributed
-from dgs.model.checkpoint import deciding_rule, read_info
-from dgs.model.detector import AHEAD, BATCH, Detector, View, newest_checkpoint, probability
+from dgs.model.checkpoint import deciding_rule
+from dgs.model.detector import AHEAD, BATCH, Detector, Engine, View, newest_checkpoint, probability, read_about
 from dgs.model.distributed import Member
+from dgs.model.onnx_engine import caution
 from dgs.stats import percent_text
 from dgs.workspace import find_root
 
@@ -61,12 +62,13 @@ def score_files(
     batch_size: int = BATCH,
     explain: Path | None = None,
     processes: int = 1,
+    engine: Engine = "torch",
 ) -> Iterator[Row]:
     """Every file under `paths`, scored or refused; a few batches of views are in memory at a time.
 
     Args:
         paths: files, or folders: every file in them is tried, whatever its name (but for a dot at its beginning).
-        checkpoint: a checkpoint folder; None: the newest of the pipelines here.
+        checkpoint: a checkpoint folder, or an exported file (engine "onnx"); None: the newest of the pipelines here.
         warn: told of what a verdict is worth.
         explain: a new folder for what the model saw of each image, the selected patches or else the whole view.
         processes: that share the files on this machine; the rows and their order are the same. One is this one. Of
@@ -83,18 +85,18 @@ def score_files(
     """
     files = _files(list(paths), explain)
     folder = checkpoint or newest_checkpoint(find_root())
-    info = read_info(folder)
+    info = read_about(folder, engine)
     rule, threshold = deciding_rule(info, folder)
     with ExitStack() as stack:
         stack.enter_context(distributed.torchrun("score"))
         if distributed.in_group():
-            device = distributed.own_device(choose_device("auto"))
-            batches = _in_group(Detector.load(folder, device=str(device)), threshold, files, batch_size)
+            device = str(distributed.own_device(choose_device("auto"))) if engine == "torch" else "cpu"
+            batches = _in_group(Detector.load(folder, device=device, engine=engine), threshold, files, batch_size)
             warn, explain = (warn, explain) if distributed.rank() == 0 else (lambda _: None, None)
         elif processes == 1:
-            batches = score_batches(Detector.load(folder), threshold, files, batch_size)
+            batches = score_batches(Detector.load(folder, engine=engine), threshold, files, batch_size)
         else:
-            settings = (processes, folder, threshold, batch_size, explain is not None)
+            settings = (processes, folder, engine, threshold, batch_size, explain is not None)
             workers = stack.enter_context(distributed.started(processes, _work, *settings))
             for worker in workers:
                 worker.recv(*TOGETHER)  # that it is ready
@@ -102,6 +104,8 @@ def score_files(
         if explain is not None:
             _make_empty(explain)
         warn(f"checkpoint {folder}: {what_a_verdict_is(info, rule, threshold)}.")
+        if remark := caution(info):
+            warn(f"warning: {remark}.")
         if info["params"].get("data", {}).get("layout") == "minibench":
             warn(
                 f"warning: {folder} was trained on the embedded 64 px benchmark; its verdicts on photographs mean "
@@ -235,11 +239,18 @@ def _tell(worker: Member, batch: list[Path] | None) -> None:
 
 
 def _work(
-    number: int, count: int, folder: Path, threshold: float, size: int, with_views: bool, line: Connection
+    number: int,
+    count: int,
+    folder: Path,
+    engine: Engine,
+    threshold: float,
+    size: int,
+    with_views: bool,
+    line: Connection,
 ) -> None:
     """What each worker does: open the checkpoint, say so, then answer batches of files with batches of rows."""
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    detector = Detector.load(folder, device=own_device(number))
+    detector = Detector.load(folder, device=own_device(number) if engine == "torch" else "cpu", engine=engine)
     line.send((True, None))
     threads = max(1, (os.cpu_count() or 1) // count)
     for batch in score_batches(detector, threshold, _received(line), size, threads):
