@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dgs.device import choose_device
 from dgs.errors import UserError
-from dgs.model.backbone import Backbone
+from dgs.model.backbone import Backbone, pools_class_token
 from dgs.model.clip import Clip, LeanQuickGELU, SplitAttention, embed_tokens, encode_prompts, encode_texts, load_clip
 
 LORA = LoraParams(rank=3, alpha=6.0, dropout=0.5)
@@ -55,6 +55,20 @@ def test_split_attention_equals_multihead_attention_and_keeps_its_precision(seed
     for attn_mask in (None, mask):
         expected = attention(x, x, x, need_weights=False, attn_mask=attn_mask)[0]
         assert torch.allclose(split(x, x, x, attn_mask=attn_mask)[0], expected, rtol=0, atol=1e-13)
+
+
+def test_a_last_block_for_the_class_token_alone_is_the_whole_ones_within_rounding(clip: Clip) -> None:
+    whole, alone = Backbone(clip, LORA, levels=(2,)), Backbone(clip, LORA)
+    given, width = images(), whole.widths[0]
+    block = clip.model.visual.transformer.resblocks[-1]
+    mlp: list[tuple[int, ...]] = []
+    hook = block.mlp.register_forward_hook(lambda module, given, out: mlp.append(tuple(out.shape)))
+    features, found = whole.eval()(given)[:, :width], alone.eval()(given)
+    hook.remove()
+    assert mlp == [(4, 17, 32), (4, 1, 32)]  # where the last level is read, every token is computed
+    assert torch.allclose(features, found, rtol=0, atol=1e-5)
+    clip.model.visual.pool_type = "avg"
+    assert not pools_class_token(clip.model.visual)
 
 
 def test_features_equal_open_clips_own(clip: Clip, clip_folder: Path) -> None:

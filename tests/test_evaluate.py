@@ -128,7 +128,7 @@ def test_a_tower_that_is_read_at_earlier_levels_has_the_same_blocks(run: Run) ->
     last = clip.model.visual.transformer.resblocks[-1]
     hook = last.register_forward_hook(lambda block, given, out: heard.append(out))
     with torch.no_grad():
-        plain(torch.stack([views[i][0] for i in range(len(views))]))
+        read(torch.stack([views[i][0] for i in range(len(views))]))
     hook.remove()
     assert np.allclose(blocks[-1], heard[0][:, 1:].mean(1).numpy(), atol=1e-6)
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from open_clip.transformer import ResidualAttentionBlock
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -20,6 +21,21 @@ def token_statistics(tokens: Tensor) -> Tensor:
     """Mean and standard deviation of each channel over patch tokens: (B, 1 + L, W), class token first, to (B, 2 W)."""
     patches = tokens[:, 1:].float()
     return torch.cat([patches.mean(1), (patches.var(1) + 1e-6).sqrt()], 1)
+
+
+def pools_class_token(visual: Any) -> bool:
+    """True if a tower's output depends on nothing of its last block but the class token."""
+    plain = isinstance(visual.transformer.resblocks[-1], ResidualAttentionBlock)
+    return plain and visual.attn_pool is None and visual.pool_type == "tok"
+
+
+def class_token_after(block: Any, tokens: Tensor) -> Tensor:
+    """What a block makes of the class token alone, within rounding: (B, 1 + L, W) to (B, 1, W).
+
+    Without the other tokens' MLP, two thirds of the block's work: 6 % of a ViT-B's, 3 % of a ViT-L's.
+    """
+    token = (tokens + block.ls_1(block.attention(block.ln_1(tokens))))[:, :1]
+    return token + block.ls_2(block.mlp(block.ln_2(token)))
 
 
 class Backbone(nn.Module):
@@ -93,12 +109,14 @@ class Backbone(nn.Module):
         Tokens as `lower` gives them do in place of images; they do not tell of levels below `depth`.
         With levels, D is the tower's width and two numbers for each channel of each level.
         """
-        tower, heard = self.visual, {}
+        tower, blocks, heard = self.visual, self.visual.transformer.resblocks, {}
+        last = len(blocks) if pools_class_token(tower) and len(blocks) not in self.levels else None
         with self._autocast(images.device):
             start, tokens = (0, self._embed(images)) if images.ndim == 4 else (self.depth, images)
-            for level in range(start, len(tower.transformer.resblocks) + 1):
+            for level in range(start, len(blocks) + 1):
                 if level > start:
-                    tokens = tower.transformer.resblocks[level - 1](tokens)
+                    block = blocks[level - 1]
+                    tokens = class_token_after(block, tokens) if level == last else block(tokens)
                 if level in self.levels:
                     heard[level] = tokens
             pooled = tower._pool(tokens)[0]
