@@ -54,7 +54,7 @@ def patch_indices(image: NDArray[np.uint8], size: int = 32, count: int = 49) -> 
     patches, scale = _patches(image, size), _scale(image)
     if size not in SIZES or patches.size // 3 < FEW:
         return select_indices(patch_entropy(image, size), count)
-    plan = list(pieces(patches, min(FEW // 2, patches.size // 12)))  # a quarter of the image at most
+    plan = list(pieces(patches, min(FEW // 4, patches.size // 12)))  # a quarter of the image at most
     rows, columns = patches.shape[:2]
     measured, step = np.empty((5, rows, columns)), min(8, len(plan))
     for start in range(step):
