@@ -90,13 +90,15 @@ def settings(found: Runs, params: Params) -> dict[str, dict[str, Any]]:
     """What each method was really run with: {method: parameters}.
 
     Those of training come from the checkpoint (a method may have been trained by hand, with others), those of
-    evaluation from `params`.
+    evaluation from `params`, with what "auto" stands for on this machine.
     """
+    auto = {"device": choose_device(params.compute.device).type, "gemm": resolve(params.compute.gemm)}
+    asked = {**params.model_dump(), "compute": {**params.compute.model_dump(), **auto}}
     chosen: dict[str, dict[str, Any]] = {}
     for (method, _), folder in found.items():
         trained = read_info(folder)["params"]
         own = {group: trained[group] for group in TRAINED_WITH if group in trained}
-        chosen.setdefault(method, {**params.model_dump(), **own})
+        chosen.setdefault(method, {**asked, **own})
     return chosen
 
 
@@ -344,8 +346,6 @@ def write_tables(
     forgetting.round(6).to_csv(results / "forgetting.csv", index=False)
     training.round(6).to_csv(results / "training.csv", index=False)
     said = summary(detection, forgetting, params.profile, info["data_hash"])
-    device, gemm = choose_device(params.compute.device).type, resolve(params.compute.gemm)
-    said["compute"] = {"device": device, "threads": params.compute.threads, "gemm": gemm}
     (results / "metrics.json").write_text(json.dumps(said, indent=1) + "\n")
     return Tables(detection, forgetting, training, said)
 

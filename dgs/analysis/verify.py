@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import pandas as pd
 from dgs.errors import UserError
 
 SIDES = ("committed", "reproduced")
-METRICS = "metrics.json"
+METRICS, REPORT = "metrics.json", "REPORT.md"
+ROUNDS = re.compile(r"^\| `compute\.(device|threads|gemm)` \| `([^`]+)` \|$", re.M)  # rows of the report's settings
 TABLES = {
     "detection.csv": ["rho", "method", "seed", "generator", "seen", "condition", "applied_to", "threshold_rule"],
     "forgetting.csv": ["rho", "method", "seed", "measure"],
@@ -44,7 +45,7 @@ def _kept(path: str, seeds: Collection[int] | None) -> bool:
     """Whether a leaf of metrics.json is compared: with `seeds`, of a method's metrics the values of these alone."""
     parts = path.split(".")
     if seeds is None or parts[0] != "methods":
-        return parts[0] != "compute"  # `rounding_notes` tells of that
+        return True
     return "per_seed" in parts and parts[-1] in map(str, seeds)
 
 
@@ -157,13 +158,10 @@ def _check_seeds(committed: Path, seeds: Collection[int]) -> None:
 
 def rounding_notes(committed: Path, reproduced: Path) -> list[str]:
     """A sentence for each of compute.* that rounds differently in two results folders, and then what does not."""
-    sides = []
-    for folder in (committed, reproduced):
-        with suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
-            sides.append(dict(json.loads((folder / METRICS).read_text(encoding="utf-8")).get("compute", {})))
-    if len(sides) < len(SIDES):
-        return []  # that a file cannot be read is said elsewhere
-    old, new = sides
+    sides = [folder / REPORT for folder in (committed, reproduced)]
+    if not all(side.is_file() for side in sides):
+        return []  # that a file is not there is said elsewhere
+    old, new = (dict(ROUNDS.findall(side.read_text(encoding="utf-8", errors="replace"))) for side in sides)
     differ = [
         f"compute.{name} was {old[name]} for the committed results and {new[name]} for the reproduced ones: they "
         f"differ by rounding."
