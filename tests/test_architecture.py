@@ -18,12 +18,13 @@ LAYERS = (  # from the ground up; a room stands for all modules in it
     ("dgs.model",),
     ("dgs.analysis",),
     ("dgs.pipeline", "dgs.profiles", "dgs.sources", "dgs.html_report"),
-    ("dgs.cli",),
+    ("dgs.cli", "dgs.commands"),
     ("minibench", "studies"),
 )
-TOOLS = LAYERS[-1]  # use the package; the command line alone calls them, where a command needs one
+TOOLS = LAYERS[-1]  # use the package; commands alone call them, where one needs them
+CALLER = "dgs.commands.research"
 LINES = 450  # of a file, at most
-FILES = 75  # of dgs/, at most: an issue that adds one says so
+FILES = 80  # of dgs/, at most: an issue that adds one says so
 
 
 def files(*folders: str) -> list[Path]:
@@ -67,16 +68,16 @@ def test_every_module_is_in_one_room() -> None:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_go_down(module: str) -> None:
     upwards = {name for name in IMPORTS[module] if floor(name) > floor(module)}
-    if module == "dgs.cli":
+    if module == CALLER:
         upwards = {name for name in upwards if name.partition(".")[0] not in TOOLS}
     assert upwards == set(), "move the function down to where both can use it"
 
 
-def test_the_command_line_loads_the_tools_in_their_commands_alone() -> None:
-    top = ast.Module(ast.parse(MODULES["dgs.cli"].read_text(encoding="utf-8")).body, [])
+def test_commands_load_the_tools_where_they_are_called_alone() -> None:
+    top = ast.Module(ast.parse(MODULES[CALLER].read_text(encoding="utf-8")).body, [])
     functions = [node for node in top.body if isinstance(node, ast.FunctionDef)]
     lazy = {name for node in functions for name in imported(ast.unparse(node)) if name.partition(".")[0] in TOOLS}
-    assert lazy == {name for name in IMPORTS["dgs.cli"] if name.partition(".")[0] in TOOLS}
+    assert lazy == {name for name in IMPORTS[CALLER] if name.partition(".")[0] in TOOLS}
 
 
 def test_imports_never_go_round() -> None:

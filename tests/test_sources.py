@@ -91,7 +91,13 @@ class TestStages:
         ]
         assert [path for path in files["evaluate"] if path.startswith(FIGURES)]
         for used in files.values():
-            assert not {"dgs/cli.py", "dgs/profiles.py", "dgs/sources.py", "dgs/html_report.py"} & set(used)
+            assert not {
+                "dgs/cli.py",
+                "dgs/commands/images.py",
+                "dgs/profiles.py",
+                "dgs/sources.py",
+                "dgs/html_report.py",
+            } & set(used)
             assert set(used) >= RUNNER
         assert "dgs/model/methods/registry.py" not in files["prepare"]
 

@@ -1,0 +1,64 @@
+"""What every command has: the application, one sentence for a user's mistake, notes on stderr, data on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dgs.errors import UserError
+
+if TYPE_CHECKING:
+    from dgs.params import Params
+    from dgs.workspace import Workspace
+
+
+class _ForUsers(TyperGroup):
+    """A user's mistake in any command becomes one sentence on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            say(f"dgs: {error}")
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_ForUsers,
+    help="Distillation-guided gradient surgery for AI-generated image detection.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+minibench = typer.Typer(help="The embedded benchmark.", no_args_is_help=True)
+app.add_typer(minibench, name="minibench")
+
+Json = Annotated[bool, typer.Option("--json", help="data as JSON, one object a line")]
+ParamsFile = Annotated[Path | None, typer.Option(help="a complete parameter file; default params.yaml")]
+
+
+def say(message: str) -> None:
+    """A note for people, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def show(as_json: bool, record: dict[str, Any], text: str | None = None) -> None:
+    """A command's data on stdout, at once: one JSON object, in ASCII for any terminal; or the text for people."""
+    line = json.dumps(record) if as_json else text
+    if line is not None:
+        print(line, flush=True)
+
+
+def prepared(profile: str | None = None) -> tuple[Params, Workspace, Path]:
+    """A profile's parameters (default: DGS_PROFILE's, or mini's), its workspace, and what was prepared last there."""
+    from dgs.params import load_params
+    from dgs.workspace import Workspace
+
+    params = load_params(profile)
+    workspace = Workspace.of(params.profile)
+    return params, workspace, workspace.find("prepare", made_by="prepare")

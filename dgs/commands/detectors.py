@@ -1,0 +1,76 @@
+"""Commands of trained detectors: score, export, import."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dgs.commands import Json, app, say, show
+from dgs.errors import UserError, printable
+
+COLUMNS = ("path", "probability", "verdict", "error")  # of dgs score --csv
+
+
+@app.command()
+def score(
+    paths: Annotated[list[Path], typer.Argument(help="image files, or folders: every file in them is tried")],
+    checkpoint: Annotated[Path | None, typer.Option(help="checkpoint folder; default: the pipeline's newest")] = None,
+    engine: Annotated[Literal["torch", "onnx"], typer.Option(help="onnx: of a file that dgs export made")] = "torch",
+    explain: Annotated[Path | None, typer.Option(help="new folder for what the model saw of each image")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="that share the files, each on its own GPU or cores")] = 1,
+    as_csv: Annotated[bool, typer.Option("--csv", help="data as CSV, with a line of names first")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score images: path, probability that it is generated, verdict. Exit 1 if some could not be read."""
+    from dgs.model.scoring import score_files
+
+    if as_csv and as_json:
+        raise UserError("Expected --csv or --json, found both. Leave one of them out.")
+    failed, table = 0, csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+    rows = score_files(paths, checkpoint, say, explain=explain, processes=processes, engine=engine)
+    for number, row in enumerate(rows):
+        failed += "error" in row
+        if as_csv:
+            if number == 0:
+                table.writeheader()
+            table.writerow(row)
+            sys.stdout.flush()
+            continue
+        columns = ["-", row["error"]] if "error" in row else [f"{row['probability']:.4f}", row["verdict"]]
+        show(as_json, row, "\t".join([printable(row["path"]), *columns]))
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder")],
+    out: Annotated[Path, typer.Option(help="file *.onnx to make")],
+    int8: Annotated[bool, typer.Option("--int8", help="multiply in 8 bits: faster, and some verdicts differ")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as one ONNX file for dgs score --engine onnx, and compare the two."""
+    from dgs.model.onnx_export import export_checkpoint
+
+    made, text = export_checkpoint(checkpoint, out, int8)
+    show(as_json, made, text)
+
+
+@app.command("import-release")
+def import_release(
+    step2: Annotated[Path, typer.Argument(help="stage-2 file of the authors' release (a stage-1 file: a probe)")],
+    out: Annotated[Path, typer.Option(help="checkpoint folder to make")],
+    step1: Annotated[Path | None, typer.Option(help="stage-1 file, to check that both belong together")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a checkpoint of the authors' release into a checkpoint folder."""
+    from dgs.model.checkpoint import import_release as convert
+
+    made = convert(step2, step1, out=out)
+    adapters = f", adapters of rank {made['rank']}, {'merged' if made['merged'] else 'not merged'}"
+    text = f"{out}: stage {made['stage']}, {made['parameters']:,} numbers{adapters if made['rank'] else ''}"
+    show(as_json, made, text)
