@@ -2,7 +2,7 @@
 # make test           environment + what a contributor runs; make test-slow: the rest
 # make verify         reproduce the committed results elsewhere and compare (SEEDS="0 1": those alone, sooner)
 # make study          all methods under several conditions (hours; broken off, it goes on; STUDY=study-90: one part)
-# make bench          speed and memory against the release's step (13 minutes, a quiet machine)
+# make bench          speed and memory against the release's step (10 minutes, a quiet machine)
 # make report         the executed notebooks as web pages, self-contained
 # make lab            JupyterLab
 # make lock           renew requirements.lock from pyproject.toml
