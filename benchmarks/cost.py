@@ -92,9 +92,7 @@ def figure(table: pd.DataFrame) -> Figure:
         f"with the tower's parameters {slopes[2]:.1f}"
     )
     handles = [look.handle(what, **line) for what, line in LOOKS.items()]
-    return look.finish(
-        fig, claim, f"one thread of {machine()['cpu']}, compute.gemm {GEMM}; powers of the three largest", more=handles
-    )
+    return look.finish(fig, claim, f"One thread, {machine()['cpu']}; powers: upper three points", more=handles)
 
 
 def main() -> None:
