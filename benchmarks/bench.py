@@ -29,12 +29,13 @@ from timing import Timed, in_own_process, interleave, peak_megabytes, resident_m
 
 from dgs.data.patches import patch_indices, stitch  # noqa: E402
 from dgs.model.backbone import Backbone  # noqa: E402
-from dgs.model.clip import IMAGENET, RANDOM, embed_tokens, load_clip  # noqa: E402
+from dgs.model.clip import IMAGENET, RANDOM, load_clip  # noqa: E402
 from dgs.model.gemm import resolve  # noqa: E402
 from dgs.model.methods.base import Precomputed  # noqa: E402
 from dgs.model.methods.registry import get_method  # noqa: E402
 from dgs.model.release import Release, adapt, take_apart, write_clip  # noqa: E402
 from dgs.model.step import stage2_step  # noqa: E402
+from dgs.model.text import embed_tokens  # noqa: E402
 from dgs.model.train import stage1, teacher_residuals  # noqa: E402
 from dgs.params import Params, dotted, load_params  # noqa: E402
 from dgs.workspace import MAIN  # noqa: E402

@@ -20,7 +20,8 @@ from PIL import Image
 
 from dgs.data.manifest import ImageSource, build_manifest
 from dgs.data.prepared import Prepared, save_prepared
-from dgs.model.clip import Clip, encode_texts, load_clip
+from dgs.model.clip import Clip, load_clip
+from dgs.model.text import encode_texts
 from dgs.params import Params, load_params
 
 hypothesis.settings.register_profile("dgs", deadline=None)  # a busy machine is no failure

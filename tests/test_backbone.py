@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from dgs.device import choose_device
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone, pools_class_token
-from dgs.model.clip import Clip, LeanQuickGELU, SplitAttention, embed_tokens, encode_prompts, encode_texts, load_clip
+from dgs.model.clip import Clip, LeanQuickGELU, SplitAttention, load_clip
+from dgs.model.text import embed_tokens, encode_prompts, encode_texts
 
 LORA = LoraParams(rank=3, alpha=6.0, dropout=0.5)
 

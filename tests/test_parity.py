@@ -13,11 +13,12 @@ from settings import validate
 from torch import Tensor
 
 from dgs.model.backbone import Backbone
-from dgs.model.clip import IMAGENET, embed_tokens, load_clip
+from dgs.model.clip import IMAGENET, load_clip
 from dgs.model.gemm import Gemm, has_onednn
 from dgs.model.methods.registry import get_method
 from dgs.model.release import adapt, take_apart, write_clip
 from dgs.model.step import stage2_step
+from dgs.model.text import embed_tokens
 from dgs.model.train import teacher_residuals
 from dgs.params import Params
 

@@ -12,8 +12,9 @@ from dgs.data.manifest import ImageSource, build_manifest, data_hash
 from dgs.data.prepared import Prepared, compute_patches, save_prepared
 from dgs.data.suites import SUITES, UNIVERSAL_FAKE_DETECT, Suite
 from dgs.model.checkpoint import save_checkpoint
-from dgs.model.clip import Clip, encode_texts
+from dgs.model.clip import Clip
 from dgs.model.methods.registry import get_method
+from dgs.model.text import encode_texts
 from dgs.model.train import Trained, train
 from dgs.params import Params
 

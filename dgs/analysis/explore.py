@@ -34,12 +34,13 @@ from dgs.data.views import EVALUATION, make_view
 from dgs.errors import UserError, did_you_mean
 from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import load_checkpoint, load_heads
-from dgs.model.clip import encode_texts, load_clip
+from dgs.model.clip import load_clip
 from dgs.model.detector import probability
 from dgs.model.methods.base import Batch, GradientMap, Precomputed, text_harm
 from dgs.model.methods.registry import get_method
 from dgs.model.step import surgery_step
 from dgs.model.surgery import head_gradients, split_signs, suppress
+from dgs.model.text import encode_texts
 from dgs.model.training_log import inner_products
 from dgs.params import Params, SurgeryParams
 from dgs.stats import rounded_text
