@@ -171,6 +171,7 @@ class TrainParams(_Group):
     batch_size: Count
     accumulate: Count  # a batch goes through the tower in so many parts, one after the other
     processes: Count  # that share every batch of a seed
+    images: Count | None  # so many of the training images, drawn by the seed; null: all
     views: Count  # distinct seeded views an image is seen in; epoch e uses view e mod views
     stage1: StageParams
     stage2: StageParams
@@ -309,11 +310,12 @@ def dotted(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def read_overlay(profile: str | None, root: Path) -> dict[str, Any]:
-    """What profiles/<profile>.yaml lays over params.yaml; nothing for None and for the profile of params.yaml.
+def read_overlays(profile: str | None, root: Path, above: str = "") -> dict[str, dict[str, Any]]:
+    """What is laid over params.yaml for a profile, by name: profiles/<profile>.yaml, after the one that it names by
+    `over`; nothing for None and for the profile of params.yaml.
 
     Raises:
-        UserError: no such profile, or one that calls itself otherwise.
+        UserError: no such profile, one that calls itself otherwise, or a pile of more than two.
     """
     main = read_yaml(root / "params.yaml").get("profile")
     if profile is None or profile == main:
@@ -331,7 +333,14 @@ def read_overlay(profile: str | None, root: Path) -> dict[str, Any]:
             f"Expected profiles/{profile}.yaml to be the profile '{profile}', found profile: {content['profile']} in "
             f"it. Remove that line: the file's name is the profile's."
         )
-    return {"profile": profile, **content}
+    below = content.pop("over", None)
+    if below is not None and above:
+        raise UserError(
+            f"Expected over in profiles/{above}.yaml to name a profile that lies over params.yaml alone, found "
+            f"{profile}, which lies over {below}. Name another."
+        )
+    found = {} if below is None else read_overlays(str(below), root, profile)
+    return {**found, profile: {"profile": profile, **content}}
 
 
 def merged_params(profile: str | None = None, root: Path | None = None) -> dict[str, Any]:
@@ -341,12 +350,14 @@ def merged_params(profile: str | None = None, root: Path | None = None) -> dict[
     params.yaml's data. The overlay's own numbers of single methods stand above both.
     """
     root = root or find_root()
-    base, overlay = read_yaml(root / "params.yaml"), read_overlay(profile, root)
-    default = _group(_group(overlay.get("tuned")).get("default"))
-    for own in _group(base.get("tuned")).values():
-        for name in default:
-            _group(own).pop(name, None)
-    return merged(base, overlay)
+    found = read_yaml(root / "params.yaml")
+    for overlay in read_overlays(profile, root).values():
+        default = _group(_group(overlay.get("tuned")).get("default"))
+        for own in _group(found.get("tuned")).values():
+            for number in default:
+                _group(own).pop(number, None)
+        found = merged(found, overlay)
+    return found
 
 
 def _group(content: Any) -> dict[str, Any]:

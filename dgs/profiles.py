@@ -8,7 +8,7 @@ from typing import Any
 
 from dgs.errors import UserError, did_you_mean
 from dgs.model.methods.registry import METHODS, get_method
-from dgs.params import Params, dotted, merged_params, only_params, read_overlay, validate
+from dgs.params import Params, dotted, merged_params, only_params, read_overlays, validate
 from dgs.workspace import (
     external_checkpoints,
     find_root,
@@ -20,6 +20,7 @@ from dgs.workspace import (
     yaml_text,
 )  # fmt: skip
 
+INPUTS = ("pictures", "matched", "tower")  # in build/<profile>: no stage's outputs, so that inputs may lie there
 UNWATCHED = "scratch"  # in .dvcignore: what notebooks by hand leave there should not look like a change
 
 
@@ -52,11 +53,12 @@ def _check_robustness(params: Params) -> None:
 
 
 def _check_places(params: Params, root: Path) -> None:
-    own = f"build/{params.profile}"
+    own, made = f"build/{params.profile}", (root / "build" / params.profile).resolve()
     checkpoints = {f"evaluate.checkpoints.{name}": path for name, path in params.evaluate.checkpoints.items()}
     inputs = {"data.root": params.data.root, "model.clip": params.model.clip, **checkpoints}
     for name, path in inputs.items():
-        if (root / path).resolve().is_relative_to((root / own).resolve()):
+        given = (root / path).resolve()
+        if given == made or (given.is_relative_to(made) and given.relative_to(made).parts[0] not in INPUTS):
             raise UserError(
                 f"Expected {name} = {path} to lie outside {own}, where this profile's outputs go. "
                 f"Move it, for example to build/inputs/."
@@ -114,11 +116,11 @@ def numbers_in_force(method: str | None, profile: str | None, root: Path | None 
         UserError: no such method or profile, or a parameter that is wrong.
     """
     root = root or find_root()
-    overlay = dotted(read_overlay(profile, root))
+    overlays = {f"profiles/{own}.yaml": dotted(content) for own, content in read_overlays(profile, root).items()}
     params = validate(merged_params(profile, root), f"profiles/{profile}.yaml" if profile else "params.yaml")
 
     def file(name: str) -> str:
-        return f"profiles/{profile}.yaml" if name in overlay else "params.yaml"
+        return next((own for own, content in reversed(overlays.items()) if name in content), "params.yaml")
 
     given = dotted(params.model_dump(exclude={"tuned"}))
     if method is None:

@@ -22,6 +22,7 @@ train:
   batch_size: 32
   accumulate: 1
   processes: 1
+  images: null
   views: 1
   stage1: {epochs: 3, lr: 1e-4}
   stage2: {epochs: 1, lr: 1e-4}

@@ -19,7 +19,7 @@ LAYERS = (  # from the ground up; a room stands for all modules in it
     ("dgs.analysis",),
     ("dgs.pipeline", "dgs.profiles", "dgs.sources", "dgs.html_report"),
     ("dgs.cli", "dgs.commands"),
-    ("minibench", "studies"),
+    ("minibench", "studies", "real"),
 )
 TOOLS = LAYERS[-1]  # use the package; commands alone call them, where one needs them
 CALLER = "dgs.commands.research"
@@ -36,7 +36,7 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-MODULES = {name_of(path): path for path in files("dgs", "minibench", "studies")}
+MODULES = {name_of(path): path for path in files("dgs", "minibench", "studies", "real")}
 
 
 def imported(source: str) -> Iterator[str]:
@@ -90,7 +90,7 @@ def test_the_surgery_needs_torch_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", files("dgs", "minibench", "studies"), ids=lambda path: path.relative_to(ROOT).as_posix()
+    "path", files("dgs", "minibench", "studies", "real"), ids=lambda path: path.relative_to(ROOT).as_posix()
 )
 def test_a_file_is_not_long(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())

@@ -86,6 +86,17 @@ class TestFiles:
         assert params == validate({}).replaced({"profile": "own", "seeds": [5], "train.stage2.lr": 0.5})
         assert load_params(root=root) == validate({}), "the main profile is left alone"
 
+    def test_an_overlay_may_lie_over_another_and_its_values_stand_above(self, tmp_path: Path) -> None:
+        root = repository(tmp_path / "r", own="over: base\nseeds: [5]\n", base="seeds: [6]\ntrain: {batch_size: 8}\n")
+        own, base = load_params("own", root), load_params("base", root)
+        assert (own.profile, own.seeds, own.train.batch_size) == ("own", [5], 8)
+        assert (base.profile, base.seeds, base.train.batch_size) == ("base", [6], 8)
+
+    @pytest.mark.parametrize("below", ["own", "base", "absent"])
+    def test_an_overlay_lies_over_one_other_at_most(self, tmp_path: Path, below: str) -> None:
+        root = repository(tmp_path / "r", own=f"over: {below}\n", base="over: own\n")
+        assert f"profiles/{'absent' if below == 'absent' else 'own'}.yaml" in refusal(load_params, "own", root)
+
     @pytest.mark.parametrize(
         ("name", "value", "expected"),
         [

@@ -199,3 +199,41 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, before: bool) -> None:
         raise KeyboardInterrupt
     assert [path.name for path in target.parent.iterdir()] == (["prepare"] if before else [])
     assert not before or [path.name for path in target.iterdir()] == ["old.txt"]
+
+
+class TestFewerTrainingImages:
+    @pytest.fixture
+    def prepared(self, tmp_path: Path) -> Prepared:
+        cells = {("a", 0): 40, ("a", 1): 40, ("b", 1): 16, ("real", 0): 32}
+        rows = [(*cell, number) for cell, size in cells.items() for number in range(size)]
+        table = pd.DataFrame(rows, columns=["generator", "label", "number"]).assign(split="train")
+        table.loc[table.index[:2], "split"] = ["val", "test"]
+        table["id"] = [f"{row.generator}/{row.label}/{row.number}" for row in table.itertuples()]
+        return Prepared(table, {}, np.zeros((len(table), 3), np.float32), {}, None, ImageSource(tmp_path))
+
+    @staticmethod
+    def drawn(prepared: Prepared, count: int, seed: int = 0) -> set[str]:
+        return set(prepared.with_training_images(count, seed).split("train")["id"])
+
+    def test_draws_of_a_seed_are_nested_and_another_seed_draws_others(self, prepared: Prepared) -> None:
+        few, more = self.drawn(prepared, 16), self.drawn(prepared, 63)
+        assert (len(few), len(more)) == (16, 63) and few < more
+        assert few == self.drawn(prepared, 16) != self.drawn(prepared, 16, seed=1)
+
+    @pytest.mark.parametrize("count", [8, 16, 63])
+    def test_each_generator_and_label_keeps_its_share(self, prepared: Prepared, count: int) -> None:
+        rows = prepared.split("train")
+        whole = rows.groupby(["generator", "label"]).size()
+        kept = rows[rows["id"].isin(self.drawn(prepared, count))].groupby(["generator", "label"]).size()
+        assert (kept - whole * count / len(rows)).abs().max() <= 1
+
+    def test_other_splits_and_embeddings_stay(self, prepared: Prepared) -> None:
+        less = prepared.with_training_images(16, 0)
+        for split in ("val", "test"):
+            pd.testing.assert_frame_equal(less.split(split), prepared.split(split))
+        assert less.caption_embeddings is prepared.caption_embeddings
+        assert prepared.with_training_images(None, 0) is prepared
+
+    def test_more_than_there_are_is_a_sentence(self, prepared: Prepared) -> None:
+        with pytest.raises(UserError, match=r"at most 126, the training images there are, found 127"):
+            prepared.with_training_images(127, 0)

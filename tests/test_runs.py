@@ -54,6 +54,15 @@ def test_a_finished_seed_is_not_trained_again(params: Params, tiny_prepared: Pat
     assert again == {**whole, "seed-1/mark": mark}
 
 
+def test_with_fewer_training_images_a_seed_trains_on_those_alone(
+    params: Params, tiny_prepared: Path, tmp_path: Path
+) -> None:
+    few = params.model_copy(update={"train": params.train.model_copy(update={"images": 8, "batch_size": 4})})
+    journals = train_seeds("lora", few, ROOT, tiny_prepared, tmp_path / "few", tmp_path / "unfinished")
+    steps = {int(journal.losses["step"].max()) for journal in journals}
+    assert steps == {2 * few.train.stage2.epochs}
+
+
 def test_a_mistake_in_a_worker_reaches_the_user_as_its_sentence(
     params: Params, tiny_prepared: Path, tmp_path: Path
 ) -> None:

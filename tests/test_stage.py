@@ -125,6 +125,8 @@ class TestTheCheckBeforeAnyStage:
             ({"methods": ["probe", "dsg"]}, "Unknown method 'dsg'. Did you mean 'dgs'?"),
             ({"data.root": "nowhere"}, "Expected a folder of images at data.root = nowhere, found none."),
             ({"data.root": "build/mini/a"}, "Expected data.root = build/mini/a to lie outside build/mini,"),
+            ({"data.root": "build/mini"}, "Expected data.root = build/mini to lie outside build/mini,"),
+            ({"data.root": "build/mini/pictures"}, "Expected a folder of images at data.root = build/mini/pictures,"),
             ({"data.root": "scratch/a"}, "Expected data.root = scratch/a to lie outside scratch/, which DVC does not"),
             ({"data.captions": "no.jsonl"}, "Expected a caption file at data.captions = no.jsonl, found none."),
             ({"model.clip": "sample/clipp"}, "Expected model.clip to be a folder or an open_clip name, found"),

@@ -130,3 +130,22 @@ def test_a_rule_that_nothing_was_measured_by_chooses_nothing() -> None:
     assert chosen(table({"val": [0.5] * 6}).iloc[:0], "val") == {}, "controls alone are not searched"
     with pytest.raises(UserError, match="Expected values by the rule val_unbiased, found none"):
         chosen(table({"val": [0.5] * 6, "val_unbiased": [float("nan")] * 6}), "val_unbiased")
+
+
+def test_rates_alone_are_tried_with_all_else_in_force_and_chosen_among(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other data than the benchmark's: its strengths are carried over."""
+    rates = [1e-4, 3e-4, 1e-3]
+    assert candidates(METHODS["dgs"], rates) == [{"train.stage2.lr": rate} for rate in rates]
+    assert candidates(METHODS["probe"], rates) == [{"train.stage1.lr": rate} for rate in rates]
+    params = with_candidate(load_params("mini", ROOT), "dgs", {"train.stage2.lr": 1e-4})
+    assert (params.train.stage2.lr, params.train.surgery.lam) == (1e-4, 1.0)
+    monkeypatch.setattr(tuning, "load_training", lambda *_: SimpleNamespace(info={"training_hash": "d"}))
+    monkeypatch.setattr(
+        tuning, "_score", lambda _, name, text, *rest: {"val": float("3e-4" in text or "0.0003" in text)}
+    )
+    out = tmp_path / "tuning.csv"
+    rows = list(tuning.tune(["dgs"], validate({"compute": {"jobs": 1}}), tmp_path, tmp_path, out, [0], rates))
+    assert len(rows) == 3
+    assert chosen(pd.read_csv(out), "val")["dgs"] == {"train.stage2.lr": 3e-4}

@@ -36,11 +36,14 @@ RULES = {
 COLUMNS = ["data_hash", "method", "candidate", "seed", *RULES]
 
 
-def candidates(method: Method) -> list[Candidate]:
+def candidates(method: Method, rates_alone: Sequence[float] = ()) -> list[Candidate]:
     """The six settings tried: learning rate by strength, or six learning rates where a method has no strength.
 
-    On the frozen tower, where a step costs nothing, epochs take the strength's place.
+    On the frozen tower, where a step costs nothing, epochs take the strength's place. With `rates_alone` those learning
+    rates are tried, and all else is as in force.
     """
+    if rates_alone:
+        return [{LR if method.adapters else LR_FROZEN: rate} for rate in rates_alone]
     if method.tuned_param is not None:
         rates: Sequence[float] = (1e-3, 3e-3, 1e-2) if method.adapters else (3e-3, 1e-2, 3e-2)
         name = LR if method.adapters else LR_FROZEN
@@ -92,7 +95,8 @@ def train_and_score(
 
 
 def _score(_: str, name: str, candidate: str, seed: int, params: Params, root: Path, folder: Path) -> dict[str, float]:
-    prepared, own = load_training(folder, root), with_candidate(params, name, json.loads(candidate))
+    own = with_candidate(params, name, json.loads(candidate))
+    prepared = load_training(folder, root).with_training_images(own.train.images, seed)
     found = train_and_score(name, prepared, own, seed, root, ("val", "val_unbiased"))
     row = {split: weighted_balanced_accuracy(*of) for split, of in found.items()}
     if "val" in found:
@@ -130,9 +134,15 @@ def trials(
 
 
 def tune(
-    names: Iterable[str], params: Params, root: Path, folder: Path, out: Path, seeds: Sequence[int]
+    names: Iterable[str],
+    params: Params,
+    root: Path,
+    folder: Path,
+    out: Path,
+    seeds: Sequence[int],
+    rates_alone: Sequence[float] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Try every candidate of every method but those that take another's settings, as `trials` does.
+    """Try every candidate (`candidates`) of every method but those that take another's settings, as `trials` does.
 
     Columns of `out`: data_hash (of training and validation images: settings found on them hold whatever the test images
     are), method, candidate (JSON), seed, and a balanced accuracy for each of `RULES`. `folder`: what prepare made.
@@ -142,7 +152,7 @@ def tune(
         {"data_hash": images, "method": name, "candidate": json.dumps(candidate), "seed": seed}
         for name in names
         if get_method(name).settings_of is None
-        for candidate in candidates(get_method(name))
+        for candidate in candidates(get_method(name), rates_alone)
         for seed in seeds
     ]
     yield from trials(_score, todo, (params, root, folder), params.compute.jobs, out, COLUMNS)
@@ -157,7 +167,7 @@ def rows_of(out: Path, root: Path, folder: Path) -> pd.DataFrame:
 def chosen(table: pd.DataFrame, rule: str) -> dict[str, Candidate]:
     """The best candidate of each method by its mean over seeds under `rule`, and for those that take another's, that.
 
-    Of equal ones the first listed.
+    Of equal ones the first listed by `candidates`; those that it does not list come last, as in the table.
 
     Raises:
         UserError: nothing was measured by that rule.
@@ -166,9 +176,9 @@ def chosen(table: pd.DataFrame, rule: str) -> dict[str, Candidate]:
         raise UserError(f"Expected values by the rule {rule}, found none: no such images. Choose another rule.")
     best: dict[str, Candidate] = {}
     for name, rows in table.groupby("method", sort=False):
-        means = rows.groupby("candidate")[rule].mean()
-        listed = [text for c in candidates(get_method(str(name))) if (text := json.dumps(c)) in means.index]
-        best[str(name)] = json.loads(max(listed, key=lambda text: means[text]))
+        means = rows.groupby("candidate", sort=False)[rule].mean()
+        first = [text for c in candidates(get_method(str(name))) if (text := json.dumps(c)) in means.index]
+        best[str(name)] = json.loads(max([*first, *means.index], key=lambda text: means[text]))
     for name, method in METHODS.items():
         if method.settings_of in best:
             best[name] = best[method.settings_of]

@@ -22,6 +22,10 @@ def tune(
     methods: Annotated[list[str] | None, typer.Argument(help="default: every method of the registry")] = None,
     seed: OwnSeeds = None,
     rule: Annotated[str, typer.Option(help="val, val_balanced or val_unbiased")] = "val_balanced",
+    rate: Annotated[
+        list[float] | None,
+        typer.Option("--lr", help="try this learning rate, and no other setting than those given so; may be repeated"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Try six settings of each method on what was prepared last; print those that do best on validation images.
@@ -36,7 +40,7 @@ def tune(
     params, workspace, folder = prepared()
     names = [get_method(name).name for name in methods or METHODS]
     out = workspace.root / "results" / params.profile / "tuning.csv"
-    for row in tune(names, params, workspace.root, folder, out, seed or [100]):
+    for row in tune(names, params, workspace.root, folder, out, seed or [100], rate or []):
         rates = ", ".join(f"{key} {row[key]:.3f}" for key in RULES if key in row)
         say(f"{row['method']} {row['candidate']}: {rates}")
     found = chosen(rows_of(out, workspace.root, folder), rule)
@@ -145,3 +149,28 @@ def audit(
     if out is not None:
         write_report(result, folder, out)
     show(as_json, result, markdown(result))
+
+
+@app.command()
+def real(
+    out: Annotated[Path | None, typer.Option(help="folder to lay out; default build/real/pictures")] = None,
+    source: Annotated[Path | None, typer.Option("--from", help="folder that has the files, clones for example")] = None,
+    clone: Annotated[bool, typer.Option("--clone", help="fetch the public repositories by git")] = False,
+    manifest: Annotated[Path | None, typer.Option(help="of pictures (CSV); default real/manifest.csv")] = None,
+    as_json: Json = False,
+) -> None:
+    """Lay out the study's real pictures and verify each by its hash; exit 1 if some are missing or different.
+
+    With neither --from nor --clone: only verify.
+    """
+    from dgs.workspace import find_root
+    from real.layout import lay_out
+    from real.manifest import FILE, read_manifest
+
+    if clone and source is not None:
+        raise UserError("Expected --clone or --from, found both. Leave one of them out.")
+    out = out or find_root() / "build/real/pictures"
+    found = lay_out(read_manifest(manifest or FILE), out, source, clone)
+    show(as_json, found.record(), "\n".join(found.lines()))
+    if not found.is_whole:
+        raise typer.Exit(1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,28 @@ class Prepared:
     def split(self, name: str) -> pd.DataFrame:
         """Rows of one split; the index still points into `caption_embeddings`."""
         return self.manifest[self.manifest["split"] == name]
+
+    def with_training_images(self, count: int | None, seed: int) -> Prepared:
+        """Training on `count` images alone (None: all), drawn by `seed` in proportion to generators and labels.
+
+        The draws of a seed are nested: 64 images are among its 128. Validation and test images stay.
+
+        Raises:
+            UserError: there are not so many.
+        """
+        if count is None:
+            return self
+        rows = self.split("train")
+        if count > len(rows):
+            raise UserError(
+                f"Expected train.images to be at most {len(rows)}, the training images there are, found {count}."
+            )
+        rows = rows.iloc[np.random.default_rng([seed, 13]).permutation(len(rows))]
+        cells = rows.groupby(["generator", "label"])["id"]
+        share = (cells.cumcount() + 0.5) / cells.transform("size")  # of its generator and label, up to here
+        manifest = self.manifest.copy()
+        manifest.loc[share.sort_values(kind="stable").index[count:], "split"] = "unused"
+        return replace(self, manifest=manifest)
 
     def with_prepared(self, params: Params) -> Params:
         """`params` with the data, patches and CLIP that were prepared: by hand, prepare may have been given others."""

@@ -74,7 +74,7 @@ def train_seed(
     own = chosen.of(params)
     device = distributed.own_device(choose_device(params.compute.device))
     clip = load_clip(params.model, root, params.image_size, text=False, gemm=gemm)
-    prepared = load_training(prepared_folder, root)
+    prepared = load_training(prepared_folder, root).with_training_images(params.train.images, seed)
     said = prepared.info.get("clip", clip.weights_hash)
     if said != clip.weights_hash:
         raise UserError(
@@ -135,7 +135,8 @@ def train_seeds(
     """
     chosen, params = get_method(method), params.for_method(method)
     chosen.of(params)  # its refusals come before any worker
-    steps = len(params.seeds) * chosen.steps(len(load_training(prepared_folder, root).split("train")), params)
+    images = params.train.images or len(load_training(prepared_folder, root).split("train"))
+    steps = len(params.seeds) * chosen.steps(images, params)
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     rest = (params, root, prepared_folder, folder, unfinished)
