@@ -57,8 +57,8 @@ def _check_places(params: Params, root: Path) -> None:
     checkpoints = {f"evaluate.checkpoints.{name}": path for name, path in params.evaluate.checkpoints.items()}
     inputs = {"data.root": params.data.root, "model.clip": params.model.clip, **checkpoints}
     for name, path in inputs.items():
-        given = (root / path).resolve()
-        if given == made or (given.is_relative_to(made) and given.relative_to(made).parts[0] not in INPUTS):
+        place = (root / path).resolve()
+        if place == made or (place.is_relative_to(made) and place.relative_to(made).parts[0] not in INPUTS):
             raise UserError(
                 f"Expected {name} = {path} to lie outside {own}, where this profile's outputs go. "
                 f"Move it, for example to build/inputs/."

@@ -146,7 +146,8 @@ def lay_out(rows: pd.DataFrame, out: Path, source: Path | None = None, clone: bo
             if source is None:
                 source = out.parent / CLONES
                 lacking = rows[~rows["path"].isin(found)]
-                for (repository, commit), of_one in lacking.groupby(["repository", "commit"], sort=False):
+                by_repository: Any = lacking.groupby(["repository", "commit"], sort=False)
+                for (repository, commit), of_one in by_repository:
                     fetch(repository, commit, list(of_one["source_path"]), source / place_of(repository))
             elif not source.is_dir():
                 raise UserError(f"Expected a folder that has the pictures at {source}, found none. Mend the path.")
