@@ -221,7 +221,7 @@ class TestTellTales:
         fill(tmp_path / "test/real/0_real", 20, jpeg, 200)
         report = report_on(tmp_path)
         assert [(finding.kind, finding.where) for finding in report.findings] == [("suspicious", "test/alpha")]
-        assert {row["generator"]: len(row["rules"]) for row in report.rows} == {"alpha": 2, "beta": 3, "real": 0}
+        assert {row["generator"]: len(row["rules"]) for row in report.rows} == {"alpha": 3, "beta": 4, "real": 0}
 
     def test_so_few_images_that_it_may_be_chance_are_not_flagged(self, tmp_path: Path) -> None:
         report = report_on(one_generator(tmp_path, jpeg, png, count=7))
@@ -280,7 +280,7 @@ class TestFileProperties:
     def test_the_size_is_that_in_the_file_and_only_jpegs_have_a_quality(self, tmp_path: Path) -> None:
         png(tmp_path / "a", 1, 21, 13)
         found = file_properties(tmp_path / "a.png")
-        assert found[1:] == ("PNG", 21, 13, 0, False, "")
+        assert found[1:] == ("PNG", 21, 13, 0, False, "", (), "")
 
 
 class TestCommand:

@@ -1,4 +1,4 @@
-"""Commands of folders of images: caption, list and check."""
+"""Commands of folders of images: caption, list, check and match."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 
 from dgs.commands import Json, app, say, show
 from dgs.data.captions import BLIP
-from dgs.errors import UserError
+from dgs.errors import UserError, printable
 
 
 @app.command()
@@ -72,4 +72,35 @@ def manifest(
     for note in report.notes:
         say(note)
     if report.findings:
+        raise typer.Exit(1)
+
+
+@app.command("match")
+def match_images(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="folder as for dgs manifest")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="new folder for the copy")],
+    size: Annotated[int | None, typer.Option(min=8, help="px of a side; default: so that 95 % fit")] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="of the JPEGs")] = 90,
+    as_json: Json = False,
+) -> None:
+    """Copy images so that formats tell nothing: crops of one size, one encoding; exit 1 if some cannot be read."""
+    from dgs.data.checks import PROPERTIES, accuracies
+    from dgs.data.matching import match
+    from dgs.data.suites import full_name
+    from dgs.data.tree import scan_tree
+
+    found = match(scan_tree(source), target, size, quality, os.cpu_count() or 1)
+    if not as_json:
+        print("\t".join(["place", "generator", "real", "fake", "left out", *(f"by {name}" for name in PROPERTIES)]))
+    for row in found.rows:
+        both = zip(accuracies(row["before"]), accuracies(row["after"]), strict=True)
+        counts = [str(row[name]) for name in ("real", "fake", "left_out")]
+        cells = [full_name(row["suite"], row["split"]), row["generator"], *counts, *map(" -> ".join, both)]
+        show(as_json, {"kind": "images", **row}, "\t".join(cells))
+    for each in found.left_out:
+        show(as_json, {"kind": "left_out", **each}, f"left out: {printable(each['path'])}: {each['why']}")
+    show(as_json, {"kind": "copy", **found.summary})
+    for note in found.notes:
+        say(note)
+    if found.unreadable:
         raise typer.Exit(1)

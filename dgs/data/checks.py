@@ -7,7 +7,7 @@ import io
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ import pandas as pd
 from joblib import Parallel, delayed  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.JpegImagePlugin import get_sampling
 from tqdm import tqdm
 
 from dgs.data.images import FORMATS, UnreadableImage, decode, read
@@ -30,6 +31,13 @@ LIMIT = 0.6  # balanced accuracy above which a rule is worth a warning
 # With fewer than 8 images of each label nothing is beyond chance.
 CHANCE = 1.95
 SAME = {"MPO": "JPEG", "DIB": "BMP"}  # what a decoder calls variants of a format
+# What is beside the pixels, by the decoder's names; any other text of a PNG is "text".
+METADATA = {
+    "exif": "EXIF", "icc_profile": "ICC profile", "xmp": "XMP", "XML:com.adobe.xmp": "XMP", "photoshop": "Photoshop",
+    "comment": "comment", "dpi": "resolution",
+}  # fmt: skip
+CHROMA = ("4:4:4", "4:2:2", "4:2:0")  # subsampling, by the decoder's numbers
+PROPERTIES = ("format", "size", "quality", "metadata")  # that trivial rules are about
 
 
 class FileProperties(NamedTuple):
@@ -41,6 +49,8 @@ class FileProperties(NamedTuple):
     height: int = 0
     quality: int = 0  # of a JPEG, 1 to 100; 0 for others
     wrong_suffix: bool = False  # the suffix is another format's
+    coding: str = ""  # of a JPEG: "4:2:0", "4:4:4 progressive"
+    metadata: tuple[str, ...] = ()  # kinds of it, such as "EXIF"
     error: str = ""  # why it cannot be decoded; then the rest but sha256 is empty
 
 
@@ -64,6 +74,19 @@ def jpeg_quality(table: list[int]) -> int:
     return int(np.abs(_quality_tables() - np.array(table)).sum(axis=1).argmin()) + 1
 
 
+def _coding(image: Any) -> str:
+    """Chroma subsampling of an opened JPEG, and whether it is progressive."""
+    number = get_sampling(image) if image.layers in (1, 3) else -1
+    chroma = "grey" if image.layers == 1 else CHROMA[number] if 0 <= number < len(CHROMA) else "other chroma"
+    return f"{chroma} progressive" if "progressive" in image.info else chroma
+
+
+def _metadata(image: Image.Image) -> tuple[str, ...]:
+    found = {METADATA[name] for name in image.info if name in METADATA}
+    text = {name for name, value in image.info.items() if isinstance(value, str) and name not in METADATA}
+    return tuple(sorted(found | ({"text"} if image.format == "PNG" and text else set())))
+
+
 def file_properties(path: Path) -> FileProperties:
     """Read and decode one file; an unreadable one is no exception here, its `error` says why."""
     sha256 = ""
@@ -78,8 +101,10 @@ def file_properties(path: Path) -> FileProperties:
                 found = SAME.get(named, named)
                 tables = getattr(image, "quantization", None)
                 quality = jpeg_quality(tables[0]) if found == "JPEG" and tables and 0 in tables else 0
+                coding = _coding(image) if found == "JPEG" else ""
                 wrong_suffix = Image.registered_extensions().get(path.suffix.lower(), found) != found
-                return FileProperties(sha256, found, *image.size, quality, wrong_suffix)
+                metadata = _metadata(image)
+                return FileProperties(sha256, found, *image.size, quality, wrong_suffix, coding, metadata)
     except UnreadableImage as error:
         return FileProperties(sha256, error=str(error))
 
@@ -135,6 +160,7 @@ def _rules(real: pd.DataFrame, fake: pd.DataFrame) -> dict[str, Rule]:
 
     if real.empty or fake.empty:
         return {}
+    kinds = sorted({kind for files in (real, fake) for each in files["metadata"] for kind in each})
     rules = {
         "format": best((lambda of: of["format"], "kinds", str)),
         "size": best(
@@ -147,8 +173,18 @@ def _rules(real: pd.DataFrame, fake: pd.DataFrame) -> dict[str, Rule]:
         rules["quality"] = best(
             (lambda of: of["quality"][of["quality"] > 0], "threshold", lambda quality: f"quality {quality} or more"),
             (lambda of: of["quality"][of["quality"] > 0], "value", lambda quality: f"quality {quality}"),
+            (lambda of: of["coding"][of["quality"] > 0], "value", lambda coding: f"coded {coding}"),
         )
-    return rules
+    return rules | {"metadata": best(*map(_has, ["metadata", *kinds]))}
+
+
+def _has(kind: str) -> tuple[Any, ...]:
+    """The rule on one kind of metadata, or on "metadata" of any kind, for `stump`."""
+    return (
+        lambda of: [kind in (*each, *(["metadata"] if each else [])) for each in of["metadata"]],
+        "value",
+        lambda there: f"{'with' if there else 'without'} {kind}",
+    )
 
 
 def _percent(part: int, whole: int) -> str:
@@ -171,12 +207,15 @@ def _describe(name: str, files: pd.DataFrame) -> str:
             f"{_percent((files['width'] == files['height']).sum(), len(files))} square, "
             f"most often {width} x {height} ({_percent(most, len(files))})"
         )
+    if name == "metadata":
+        kinds = Counter(kind for each in files["metadata"] for kind in each)
+        return ", ".join(f"{kind} {_percent(n, len(files))}" for kind, n in kinds.most_common()) or "none"
     qualities = files["quality"][files["quality"] > 0]
     return f"median {_median(qualities)}, {qualities.min()} to {qualities.max()}"
 
 
 def _bias_findings(where: str, real: pd.DataFrame, fake: pd.DataFrame, rules: dict[str, Rule]) -> Iterator[Finding]:
-    subject = {"format": "Formats", "size": "Sizes", "quality": "JPEG qualities"}
+    subject = dict(zip(PROPERTIES, ("Formats", "Sizes", "JPEG qualities", "Kinds of metadata"), strict=True))
     for name, rule in rules.items():
         if rule.suspicious:
             among = " among the JPEGs" if name == "quality" else ""
@@ -254,8 +293,8 @@ class Report:
     """A tree, listed or checked.
 
     rows: a group each, as plain JSON types: suite, split, generator, column, pool, real, fake; of a checked tree also
-        corrupt, copies (files that repeat another of their group and label) and rules ({"format", "size" and "quality":
-        the best trivial rule}; {} for photographs alone).
+        corrupt, copies (files that repeat another of their group and label) and rules (the best trivial rule by
+        property; {} for photographs alone).
     findings: what is amiss, a checked tree's in the order missing, corrupt, duplicated, suspicious.
     notes: what is not amiss but worth knowing, a sentence each; the last one is the result.
     """
@@ -267,16 +306,20 @@ class Report:
 
 def heading(checked: bool) -> list[str]:
     """Names of the columns that `columns` gives; "by ..." is the balanced accuracy of the best trivial rule."""
-    added = ["corrupt", "copies", "by format", "by size", "by quality"] if checked else []
+    added = ["corrupt", "copies", *(f"by {name}" for name in PROPERTIES)] if checked else []
     return ["place", "generator", "column", "real", "fake", *added]
 
 
 def columns(row: dict[str, Any]) -> list[str]:
     """A row of a report as text; "-" where there is nothing to say."""
     counts = [str(row[name]) for name in ("real", "fake", "corrupt", "copies") if name in row]
-    rules = [row["rules"].get(name) for name in ("format", "size", "quality")] if "rules" in row else []
-    accuracies = [f"{rule['accuracy']:.2f}" if rule else "-" for rule in rules]
-    return [full_name(row["suite"], row["split"]), row["generator"], row["column"] or "-", *counts, *accuracies]
+    shown = accuracies(row["rules"]) if "rules" in row else []
+    return [full_name(row["suite"], row["split"]), row["generator"], row["column"] or "-", *counts, *shown]
+
+
+def accuracies(rules: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The balanced accuracy of the best rule on each of `PROPERTIES`, as text; "-" where there is none."""
+    return [f"{rules[name]['accuracy']:.2f}" if name in rules else "-" for name in PROPERTIES]
 
 
 def _report(tree: Tree, added: Iterable[dict[str, Any]], findings: list[Finding], notes: list[str], end: str) -> Report:
@@ -297,28 +340,50 @@ def listing(tree: Tree) -> Report:
     return _report(tree, [{}] * len(tree.groups), list(find_missing(tree)), [], unread)
 
 
+def with_properties(
+    files: pd.DataFrame, work: Callable[..., FileProperties], calls: Sequence[tuple[Any, ...]], jobs: int, title: str
+) -> pd.DataFrame:
+    """`files` with the properties that `work` finds, called once a file, one at a time in each of `jobs` processes."""
+    read = Parallel(n_jobs=jobs if len(calls) >= WORTH_A_POOL else 1, return_as="generator")
+    found = read(delayed(work)(*call) for call in calls)
+    properties = list(tqdm(found, title, len(calls), unit="image"))
+    return files.join(pd.DataFrame(properties, files.index, FileProperties._fields))
+
+
+def read_properties(tree: Tree, jobs: int = 1) -> pd.DataFrame:
+    """The images of a tree with name and place of their group, and `FileProperties` of each."""
+    files = tree.files[tree.files["is_image"]].join(tree.groups[["name", "place"]], on="group")
+    return with_properties(files, file_properties, [(path,) for path in files["path"]], jobs, "checking")
+
+
+def compared(groups: pd.DataFrame, readable: pd.DataFrame) -> Iterator[tuple[Any, pd.DataFrame, pd.DataFrame]]:
+    """Each group with its real files, those of its pool among them, and its fake ones."""
+    parts: dict[Any, pd.DataFrame] = dict(iter(readable.groupby(["group", "label"])))
+    for group in rows_of(groups):
+        pool = groups.index[groups["folder"] == group.folder.parent / group.pool]
+        real, *shared = (parts.get((number, REAL), readable[:0]) for number in (group.Index, *pool))
+        yield group, pd.concat([real, *shared]), parts.get((group.Index, FAKE), readable[:0])
+
+
+def trivial_rules(groups: pd.DataFrame, readable: pd.DataFrame) -> list[dict[str, Any]]:
+    """What formats, sizes, qualities and metadata alone tell, {property: best rule} a group, as plain JSON types."""
+    found = (_rules(real, fake) for _, real, fake in compared(groups, readable))
+    return [{name: asdict(rule) for name, rule in rules.items()} for rules in found]
+
+
 def check(tree: Tree, jobs: int = 1) -> Report:
     """Read every image of a tree, one at a time in each of `jobs` processes, and judge what was seen.
 
     Kept in memory: paths, hashes and a few numbers of each image.
     """
-    files = tree.files[tree.files["is_image"]].join(tree.groups[["name", "place"]], on="group")
-    read = Parallel(n_jobs=jobs if len(files) >= WORTH_A_POOL else 1, return_as="generator")
-    found = read(delayed(file_properties)(path) for path in files["path"])
-    properties = list(tqdm(found, "checking", len(files), unit="image"))
-    files = files.join(pd.DataFrame(properties, files.index, FileProperties._fields))
+    files = read_properties(tree, jobs)
     readable = files[files["error"] == ""].copy()
     readable["content"] = readable["sha256"].factorize()[0]
     findings = list(find_missing(tree))
     findings += _duplicate_findings(readable[readable.duplicated("content", keep=False)])
     repeats = readable[readable.duplicated(["group", "label", "content"])].groupby("group").size()
-    parts: dict[Any, pd.DataFrame] = dict(iter(readable.groupby(["group", "label"])))
-    nothing = readable[:0]
     added = []
-    for group in rows_of(tree.groups):
-        pool = tree.groups.index[tree.groups["folder"] == group.folder.parent / group.pool]
-        real, *shared = (parts.get((number, REAL), nothing) for number in (group.Index, *pool))
-        real, fake = pd.concat([real, *shared]), parts.get((group.Index, FAKE), nothing)
+    for group, real, fake in compared(tree.groups, readable):
         rules = _rules(real, fake)
         findings += _bias_findings(group.name, real, fake, rules)
         own = files[files["group"] == group.Index]
