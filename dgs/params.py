@@ -99,6 +99,7 @@ class DataParams(_Group):
     val_fraction: Rate  # folders without a val split: this share of train, cut by content hash
     limit: Count | None  # at most this many images a split, generator and label (for tests and trials)
     fit: Literal["crop", "resize"]  # how an image of another size becomes model.image_size, patches off
+    show_images: bool  # in figures and executed notebooks
 
 
 class PatchParams(_Group):

@@ -65,7 +65,7 @@ def some_subject(**more: Any) -> Subject:
     pixels = np.asarray(structured_image(0, 64, 64))
     surgery = sample.params.train.surgery
     patches = np.arange(49, dtype=np.int32)
-    return Subject("an image", 1, "a red boat", pixels, pixels, patches, 8, -2.0, 0.0, surgery, sample)
+    return Subject("an image", 1, "a red boat", pixels, pixels, patches, 8, -2.0, 0.0, True, surgery, sample)
 
 
 @pytest.mark.parametrize("order", ["release", "paper"])
@@ -170,7 +170,7 @@ def test_mistakes_are_the_surest_ones_of_one_checkpoint_on_test_images() -> None
         scores.loc[row, list(other)] = list(other.values())
     found = confident_mistakes(scores, "dgs", 0, most=2)
     assert found["id"].tolist() == ["i1", "i2", "i4"] and found["group"].tolist() == ["a", "a", "real"]
-    fig = mistakes_sheet(found, [np.zeros((4, 4, 3), np.uint8)] * 3)
+    fig = mistakes_sheet(True, found, [np.zeros((4, 4, 3), np.uint8)] * 3)
     assert [text.get_text() for text in fig.texts[1:]] == ["a", "1 %", "2 %", "real", "88 %"] and len(fig.images) == 3
 
 

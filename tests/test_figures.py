@@ -217,7 +217,7 @@ def angles_of_unequal_seeds() -> pd.DataFrame:
 
 
 def sheet(*kinds: str) -> Figure:
-    return contact_sheet({name: [image(32, 32)] * 4 for name in ("real", *kinds)})
+    return contact_sheet(True, {name: [image(32, 32)] * 4 for name in ("real", *kinds)})
 
 
 # A figure, and its headline, which is a claim and follows the data ("*": whatever stands there).
@@ -336,11 +336,11 @@ FIGURES: dict[str, tuple[Callable[[], Figure], str]] = {
         "Test images: real ones, and fakes of 1 seen and 2 unseen generators"),
     "contact sheet of one": (
         lambda: sheet("a, seen"), "Test images: real ones, and fakes of 1 seen generator"),
-    "contact sheet, long names": (lambda: contact_sheet({name: [image(32, 32)] * 8 for name in LONG}), "*"),
-    "patches": (lambda: patches_figure(image(256, 256), image(224, 224), 32),
+    "contact sheet, long names": (lambda: contact_sheet(True, {name: [image(32, 32)] * 8 for name in LONG}), "*"),
+    "patches": (lambda: patches_figure(True, image(256, 256), image(224, 224), 32),
         "Patch selection shows the model 49 of 64 patches of 32 × 32 px, in a new order"),
-    "patches, few": (lambda: patches_figure(image(64, 96), image(224, 224), 32), "*from only 6 patches*"),
-    "patches, small": (lambda: patches_figure(image(64, 80), image(32, 32), 8), "*16 of 80 patches of 8 × 8 px*"),
+    "patches, few": (lambda: patches_figure(True, image(64, 96), image(224, 224), 32), "*from only 6 patches*"),
+    "patches, small": (lambda: patches_figure(True, image(64, 80), image(32, 32), 8), "*16 of 80 patches of 8 × 8 px*"),
 }  # fmt: skip
 
 
@@ -664,7 +664,7 @@ DRIFT = make_forgetting().query("measure == 'cosine_drift'")
         (lambda: forgetting_measures(DRIFT), "no measure to draw"),
         (lambda: forgetting_plane(make_detection(), DRIFT), "no zero_shot"),
         (lambda: forgetting_blocks(DRIFT), "no measures of single blocks"),
-        (lambda: patches_figure(image(64, 64), image(64, 64), 24), "canvas"),
+        (lambda: patches_figure(True, image(64, 64), image(64, 64), 24), "canvas"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(draw: Callable[[], Figure], why: str) -> None:

@@ -73,7 +73,8 @@ class Subject:
 
     image: (H, W, 3) uint8. view: (S, S, 3) uint8, what the model sees. patches: indices of the patches that selection
     keeps, whether or not the model uses it; None for an image too small to have any.
-    surgery: train.surgery of the run. sample: None for a method whose tower stays frozen: no gradient reaches it.
+    show_images: data.show_images. surgery: train.surgery of the run.
+    sample: None for a method whose tower stays frozen: no gradient reaches it.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Subject:
     patch_size: int
     logit: float
     threshold: float
+    show_images: bool
     surgery: SurgeryParams
     sample: Sample | None
 
@@ -104,7 +106,8 @@ class Subject:
         """The image with its patches, what the model sees, the score and the caption."""
         kind, score = "fake" if self.label == 1 else "real", rounded_text(100 * self.probability)
         title = f"A {kind} image, {self.verdict}: probability of being generated {score} %"
-        return portrait(self.image, self.view, title, self.caption, self.patches, self.patch_size)
+        seen = (self.image, self.view, title, self.caption, self.patches, self.patch_size)
+        return portrait(self.show_images, *seen)
 
     @property
     def ranks(self) -> list[int]:
@@ -343,7 +346,8 @@ class Workbench:
             # The text side knows nothing of levels: its gradients lie in the space it shares with CLIP's features.
             wide = F.pad(torch.cat(further), (0, features.shape[1] - text.shape[1]))
             sample = Sample(features, heads, known, wide, params)
-        return Subject(name, label, caption, pixels, view, kept, size, logit, threshold, params.train.surgery, sample)
+        shown, surgery = params.data.show_images, params.train.surgery
+        return Subject(name, label, caption, pixels, view, kept, size, logit, threshold, shown, surgery, sample)
 
 
 def remark(method: str, subject: Subject) -> str:

@@ -45,7 +45,7 @@ COMPARED = {key: metric for key, metric in metrics_of("run", "forgetting").items
 # Settings that may differ between checkpoints without making their training differ.
 NOT_OF_TRAINING = (
     "methods", "train.log_every", "train.log_gradients", "compute.batch_size", "compute.jobs", "compute.workers",
-    "evaluate.", "gradient_angles.",
+    "evaluate.", "gradient_angles.", "data.show_images",
 )  # fmt: skip
 RUN = ["method", "seed"]
 OF_METHODS = ("settings", "tuned")  # groups of settings that have a method's own below its name

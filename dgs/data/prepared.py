@@ -23,10 +23,10 @@ from dgs.errors import UserError
 from dgs.params import Params, validate
 
 PREPARED_WITH = {
-    "data": None,
+    "data": {"show_images"},
     "patches": None,
     "model": {"lora", "levels", "precision"},
-}  # parameter groups that are settled by preparing
+}  # parameter groups that are settled by preparing, without some
 TRAINING = "training"  # folder of the images that are learned or validated on
 PARTS = {"test": False, TRAINING: True}
 TRAINS = ("clip", "rho", "seen")  # facts that are the training part's

@@ -36,9 +36,10 @@ from dgs.workspace import find_root
 USED = tuple(ImageParams.model_fields)  # parameters that a score depends on; others may change their names
 # What checkpoints were made with before these had names.
 OLDER = {
-    "data": {"shortcut": "background", "captions": None, "val_fraction": 0.1, "limit": None, "fit": "crop"},
+    "data": {"shortcut": "background", "captions": None, "val_fraction": 0.1, "limit": None, "fit": "crop",
+             "show_images": True},
     "model": {"precision": "fp32", "levels": [0], "pretrained": None, "normalize": "clip", "lora": {"blocks": None}},
-}
+}  # fmt: skip
 BATCH = 64
 AHEAD = 2  # batches whose views may be waiting while the tower works on another
 

@@ -36,7 +36,7 @@ def run_key(
     The whole package counts as code: a snapshot of other code is never resumed.
     """
     digest = hashlib.sha256()
-    settings = params.model_dump(exclude={"compute": FREE})
+    settings = params.model_dump(exclude={"compute": FREE, "data": {"show_images"}})
     versions = {name: version(name) for name in VERSIONS}
     digest.update(json.dumps([method, seed, settings, weights_hash, device.type, versions], sort_keys=True).encode())
     for folder, pattern in ((Path(dgs.__file__).parent, "*.py"), (prepared_folder, "*")):

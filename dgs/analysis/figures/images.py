@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,8 @@ from dgs.data.suites import abbreviated
 from dgs.stats import rounded_text
 
 Array = NDArray[np.uint8]
+P = ParamSpec("P")
+HIDDEN = "Pictures of these images are not shown (data.show_images: false)."
 GAP = 8  # pixels between the cells of a grid
 LABELS = 290  # pixels left of the cells, for a name of 20 characters
 LINE = 27  # pixels of a line of a grid's title
@@ -29,6 +32,19 @@ NOTE = 24  # pixels of a note above a cell
 NEIGHBOURS = 10  # of a point in a t-SNE panel
 FEWEST = 5  # images that make a t-SNE map
 _FLAT, _BUSY = "#00cfe8", "#d400d4"  # the two halves of patch selection
+
+
+def of_images(draw: Callable[P, Figure]) -> Callable[Concatenate[bool, P], Figure]:
+    """A figure made of pictures of the data: the one place where data.show_images, its first argument, is decided.
+
+    Where it is false, the figure says so instead, and no pixel of an image gets into it.
+    """
+
+    @wraps(draw)
+    def drawn(show_images: bool, *args: P.args, **more: P.kwargs) -> Figure:
+        return draw(*args, **more) if show_images else look.nothing(HIDDEN)
+
+    return drawn
 
 
 @style()
@@ -73,6 +89,7 @@ def picture_grid(
     return fig
 
 
+@of_images
 def contact_sheet(images: Mapping[str, Sequence[Array]]) -> Figure:
     """A row of examples a kind of image, named at its left: `images` = {name: (H, W, 3) uint8 arrays}.
 
@@ -86,6 +103,7 @@ def contact_sheet(images: Mapping[str, Sequence[Array]]) -> Figure:
     return picture_grid({short[name]: row for name, row in images.items()}, f"Test images{fakes}")
 
 
+@of_images
 def mistakes_sheet(mistakes: pd.DataFrame, images: Sequence[Array]) -> Figure:
     """The most confident mistakes, a row a generator: each image with the probability that the model gave.
 
@@ -102,6 +120,7 @@ def mistakes_sheet(mistakes: pd.DataFrame, images: Sequence[Array]) -> Figure:
     return picture_grid(rows, title, notes=notes)
 
 
+@of_images
 @style(axes__grid=False)
 def patches_figure(image: Array, canvas: Array, size: int) -> Figure:
     """Patch selection before and after: the image with its grid of patches, and the canvas a model sees.
@@ -126,6 +145,7 @@ def patches_figure(image: Array, canvas: Array, size: int) -> Figure:
     )
 
 
+@of_images
 @style(axes__grid=False)
 def portrait(
     image: Array, view: Array, title: str, caption: str, patches: NDArray[np.int32] | None, patch_size: int
