@@ -99,6 +99,19 @@ def _sweep(folder: Path) -> None:
                 os.close(handle)
 
 
+def _readable(draft: Path) -> None:
+    """Let those read a draft who may read new files here: mkdtemp and safetensors 0.8 keep theirs private."""
+    usual = draft / ".usual"
+    usual.touch()
+    read = usual.stat().st_mode & 0o444
+    usual.unlink()
+    for path in (draft, *draft.rglob("*")):
+        mode = path.lstat().st_mode
+        wanted = mode | read | (read >> 2 if path.is_dir() else 0)
+        if wanted != mode and not path.is_symlink():
+            path.chmod(wanted & 0o777)
+
+
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A new folder that takes the place of `folder` only if the block ends well: outputs are whole or absent.
@@ -118,7 +131,7 @@ def replacing(folder: Path) -> Iterator[Path]:
             with suppress(OSError):  # some network file systems have no locks
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield draft
-            draft.chmod(0o755)  # mkdtemp makes it private
+            _readable(draft)
             to_disk(draft)
             if folder.exists() and not _exchange(draft, folder):
                 shutil.rmtree(folder)

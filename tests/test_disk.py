@@ -138,6 +138,22 @@ def test_killed_at_any_moment_the_folder_is_the_old_or_the_new_one(tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["replace.py", "seed-0"], "no draft is left behind"
 
 
+@pytest.mark.parametrize(("mask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_who_may_read_new_files_may_read_all_of_a_folder(tmp_path: Path, mask: int, file: int, folder: int) -> None:
+    """safetensors 0.8 makes files that their owner alone may read: findings/safetensors_private.sh."""
+    before = os.umask(mask)
+    try:
+        with replacing(tmp_path / "out") as draft:
+            (draft / "card.md").write_text("card")
+            (draft / "clip").mkdir()
+            write_tensors(draft / "clip" / "weights.safetensors")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*")}
+    assert modes == {"card.md": file, "clip": folder, "weights.safetensors": file}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == folder
+
+
 def test_a_draft_that_is_being_written_is_not_swept_away(tmp_path: Path) -> None:
     target = tmp_path / "seed-0"
     with replacing(target) as slow:
