@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dgs.errors import UserError, did_you_mean
+from dgs.model.clip_source import find_clip
 from dgs.model.methods.registry import METHODS, get_method
 from dgs.params import Params, dotted, merged_params, only_params, read_overlays, validate
 from dgs.workspace import (
@@ -72,8 +73,11 @@ def _check_places(params: Params, root: Path) -> None:
             )
 
 
-def check_params(params: Params, root: Path) -> None:
-    """What can be known to be wrong before any stage runs: methods, folders and files that are not there.
+def check_params(params: Params, root: Path) -> tuple[str, ...]:
+    """What can be known to be wrong before any stage runs: methods, folders, files and weights that are not there.
+
+    Returns:
+        what is assumed of the CLIP, since nothing says it, a sentence each.
 
     Raises:
         UserError: the first mistake.
@@ -105,6 +109,7 @@ def check_params(params: Params, root: Path) -> None:
             f"Expected a caption file at data.captions = {params.data.captions}, found none. "
             f"Set it to a JSON-lines file, or to null."
         )
+    return () if made_here(clip) and not (root / clip).is_dir() else find_clip(params.model, root).notes
 
 
 def numbers_in_force(method: str | None, profile: str | None, root: Path | None = None) -> list[dict[str, Any]]:
@@ -144,7 +149,8 @@ def check_file(params_file: Path | None, warn: Callable[[str], None]) -> Params:
     told of inputs whose contents the main pipeline does not watch.
     """
     root, params = find_root(), only_params(params_file)
-    check_params(params, root)
+    for note in check_params(params, root):
+        warn(f"note: {note}")
     if params_file is None:
         for path in sorted({path for paths in _inputs(params, root).values() for path in paths}):
             warn(f"warning: dvc.yaml does not watch {path}; a profile would. After a change to it: dvc repro --force.")

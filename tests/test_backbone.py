@@ -251,7 +251,7 @@ def test_imagenet_constants_on_request(clip_folder: Path) -> None:
         ({"clip": "ViT-L-41-quickgelu", "pretrained": "openai"}, "Did you mean 'ViT-L-14-quickgelu'?"),
         ({"clip": "ViT-B-32-quickgelu"}, "Expected model.pretrained for 'ViT-B-32-quickgelu'"),
         ({"clip": "RN50", "pretrained": "random"}, "found ModifiedResNet"),
-        ({"clip": "ViT-B-32", "pretrained": "no-such-tag"}, "Cannot load the weights 'no-such-tag'"),
+        ({"clip": "ViT-B-32", "pretrained": "metaclip_400n"}, "Did you mean 'metaclip_400m'? Its tags: "),
     ],
 )
 def test_mistakes_name_what_to_do(model: dict[str, str], sentence: str) -> None:

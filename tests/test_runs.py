@@ -71,12 +71,13 @@ def test_a_mistake_in_a_worker_reaches_the_user_as_its_sentence(
         train_seeds("lora", broken, ROOT, tiny_prepared, tmp_path, tmp_path / "unfinished")
 
 
+@pytest.mark.parametrize(("name", "what"), [("clip", "weights"), ("clip_features", "settings")])
 def test_another_clip_than_captions_were_embedded_by_is_refused(
-    params: Params, tiny_prepared: Path, tmp_path: Path
+    name: str, what: str, params: Params, tiny_prepared: Path, tmp_path: Path
 ) -> None:
     """By hand one may be put in its place after prepare; in the pipeline that reruns prepare."""
     shutil.copytree(tiny_prepared, tmp_path / "prepared")
     file = tmp_path / "prepared" / TRAINING / "data.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "clip": "0" * 64}))
-    with pytest.raises(UserError, match=r"with weights 000000000000, found sample/clip with .*\. Run prepare again"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: "0" * 64}))
+    with pytest.raises(UserError, match=rf"with {what} 000000000000, found sample/clip with .*\. Run prepare again"):
         train_seeds("probe", params, ROOT, tmp_path / "prepared", tmp_path, tmp_path / "unfinished")

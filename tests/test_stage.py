@@ -118,6 +118,14 @@ class TestTheCheckBeforeAnyStage:
         check_file(None, warned.append)
         assert len(warned) == 1 and str(captions) in warned[0] and "dvc repro --force" in warned[0]
 
+    def test_what_is_assumed_of_a_clip_is_said(self, repo: Path) -> None:
+        shutil.copytree(repo / "sample/clip", repo / "mine")
+        (repo / "mine/open_clip_config.json").write_text('{"model_cfg": {}}')
+        change(repo, "model.clip", "mine")
+        result = CliRunner().invoke(app, ["check"])
+        assert result.exit_code == 0 and result.stderr.count("note: ") == 2
+        assert "has no preprocess_cfg.mean; open_clip's own is assumed, [0.48145466," in result.stderr
+
     @pytest.mark.parametrize(
         ("given", "sentence"),
         [
@@ -132,6 +140,10 @@ class TestTheCheckBeforeAnyStage:
             ({"model.clip": "sample/clipp"}, "Expected model.clip to be a folder or an open_clip name, found"),
             ({"model.clip": "ViT-B-32", "model.pretrained": "w/w.pt"}, "Expected a weights file at model.pretrained ="),
             ({"model.clip": "sample/clip", "model.pretrained": "openai"}, "model.clip = sample/clip is a folder and"),
+            (
+                {"model.clip": "ViT-B-16", "model.pretrained": "dfn2b"},
+                "The weights 'dfn2b' were trained with QuickGELU;",
+            ),
             (
                 {CHECKPOINTS + "my": "no"},
                 f"Expected a checkpoint folder (with dgs.json) at {CHECKPOINTS}my = no, found",

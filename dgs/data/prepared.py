@@ -29,7 +29,7 @@ PREPARED_WITH = {
 }  # parameter groups that are settled by preparing, without some
 TRAINING = "training"  # folder of the images that are learned or validated on
 PARTS = {"test": False, TRAINING: True}
-TRAINS = ("clip", "rho", "seen")  # facts that are the training part's
+TRAINS = ("clip", "clip_features", "rho", "seen")  # facts that are the training part's
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Prepared:
     """The prepare stage's output, opened.
 
     manifest: one row an image.
-    info: data_hash, of all images; training_hash, of those of other splits than test; rho, seen generators, the hash
-        of CLIP's weights, counts, and the parameters it was prepared with. Of the training part alone, without what
-        depends on test images.
+    info: data_hash, of all images; training_hash, of those of other splits than test; rho, seen generators, the
+        hashes of CLIP's weights and settings, counts, and the parameters it was prepared with. Of the training part
+        alone, without what depends on test images.
     caption_embeddings: (N, D) float32, row i belongs to manifest row i; unnormalised, from the frozen text tower.
     prompts: {attribute: (values, (C, D) float32 unit-length prompt embeddings)}; empty where the data has none.
     patches: {sha256: kept patch indices}, None where patch selection is off.

@@ -31,6 +31,7 @@ from dgs.atomic import replacing
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
 from dgs.model.clip import Clip, ConvStem, load_clip
+from dgs.model.identity import differences, features_hash, image_side
 from dgs.model.release import (
     adapt,
     linear_head,
@@ -57,6 +58,7 @@ class _Strict(BaseModel):
 class _ClipRecord(_Strict):
     name: str
     weights_sha256: str
+    features: dict[str, Any] = {}  # by `dgs.model.identity.features_of`; older checkpoints have none
     carried: bool = False  # the CLIP's folder lies in the checkpoint's
 
 
@@ -70,6 +72,7 @@ class _Record(_Strict):
     params: dict[str, Any]
     thresholds: dict[str, FiniteFloat]
     calibration: dict[str, dict[Literal["false_alarm", "caught"], dict[str, FiniteFloat]]] = {}
+    preprocessing: dict[str, Any] = {}
     files: dict[str, str]  # sha256 by path in the folder
 
 
@@ -120,6 +123,8 @@ def save_checkpoint(
             "name": clip.name,
             "pretrained": params.model.pretrained,
             "weights_sha256": clip.weights_hash,
+            "features": image_side(clip.features),
+            "features_sha256": features_hash(image_side(clip.features)),
             "carried": carried is not None,
         },
         "adapter": isinstance(backbone.visual, PeftModel),
@@ -356,7 +361,7 @@ def load_checkpoint(folder: Path, clip: Clip) -> tuple[Backbone, dict[str, nn.Li
     `clip.model.visual` carries the adapters until `backbone.without_adapters()`.
 
     Raises:
-        UserError: no checkpoint, a damaged one, or one trained on other CLIP weights.
+        UserError: no checkpoint, a damaged one, or one trained on another CLIP.
     """
     info = read_info(folder)
     if info["clip"]["weights_sha256"] != clip.weights_hash:
@@ -364,6 +369,12 @@ def load_checkpoint(folder: Path, clip: Clip) -> tuple[Backbone, dict[str, nn.Li
             f"The checkpoint {folder} was trained on {info['clip']['name']} with weights "
             f"{info['clip']['weights_sha256'][:12]}, found {clip.name} with {clip.weights_hash[:12]}. "
             f"Set model.clip and model.pretrained to the same weights, or train again."
+        )
+    if changed := differences(info["clip"].get("features", {}), clip.features):
+        raise UserError(
+            f"The checkpoint {folder} was trained on {info['clip']['name']} with other settings than {clip.name} has "
+            f"now, which give other features from the same weights: {'; '.join(changed[:3])}. Restore them (in "
+            f"open_clip_config.json, or by model.clip), or train again."
         )
     require_unchanged(folder, info, carried=False)
     heads = load_heads(folder)

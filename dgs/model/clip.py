@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.model import resize_pos_embed
-from open_clip.transformer import QuickGELU
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgs.errors import UserError, did_you_mean
+from dgs.errors import UserError
+from dgs.model.clip_source import RANDOM, WEIGHTS, ClipSource, find_clip
 from dgs.model.gemm import Gemm
+from dgs.model.identity import features_hash, features_of, weights_hash
 from dgs.params import ModelParams
-from dgs.workspace import no_such_clip, weights_twice
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # the release's constants
-RANDOM = "random"  # model.pretrained: seeded random weights, for tests of geometry
 NO_TEXT = {"text": "none"}  # "dgs" of a config whose folder holds the image side alone
 
 
@@ -121,11 +119,12 @@ class LeanQuickGELU(nn.Module):
 
 def split_attention(visual: nn.Module) -> None:
     """In an open_clip vision transformer, in place: `SplitAttention` in every block, `LeanQuickGELU` for QuickGELU."""
-    blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
-    if blocks is None:
+    blocks = visual.transformer.resblocks if isinstance(visual, VisionTransformer) else None
+    if blocks is None or not all(isinstance(block, ResidualAttentionBlock) for block in blocks):
         raise UserError(
             "Expected a CLIP whose image side is open_clip's VisionTransformer (such as ViT-L-14-quickgelu), "
-            f"found {type(visual).__name__}. Choose another model.clip."
+            f"found {type(visual).__name__}{'' if blocks is None else ' of ' + type(blocks[0]).__name__}. "
+            "Choose another model.clip."
         )
     for block in blocks:
         block.attn = SplitAttention(block.attn)
@@ -133,6 +132,18 @@ def split_attention(visual: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, QuickGELU):
                 setattr(module, name, LeanQuickGELU())
+
+
+def resize(model: Any, image_size: int) -> None:
+    """Let an open_clip vision transformer take images of `image_size` px, in place: its positions are interpolated."""
+    visual = model.visual
+    if not isinstance(visual, VisionTransformer) or visual.image_size == (image_size, image_size):
+        return
+    height, width = visual.patch_size
+    visual.image_size, visual.grid_size = (image_size, image_size), (image_size // height, image_size // width)
+    state = {"visual.positional_embedding": visual.positional_embedding.detach()}
+    resize_pos_embed(state, model)
+    visual.positional_embedding = nn.Parameter(state["visual.positional_embedding"])
 
 
 @dataclass
@@ -144,7 +155,8 @@ class Clip:
     mean, std: normalisation constants for RGB in 0..1.
     precision: what the image tower computes in; weights stay fp32.
     gemm: what multiplies its matrices where it has adapters.
-    name, weights_hash: what a checkpoint records to find and check it again.
+    name, weights_hash, features: what a checkpoint records to find and check it again (`dgs.model.identity`).
+    notes: what was assumed of it, a sentence each.
     """
 
     model: Any
@@ -155,6 +167,13 @@ class Clip:
     weights_hash: str
     precision: torch.dtype = torch.float32
     gemm: Gemm = "torch"
+    features: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes of all that its features follow from; what is computed by it is kept under them."""
+        return {"clip": self.weights_hash, "clip_features": features_hash(self.features)}
 
 
 @contextmanager
@@ -166,29 +185,18 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _tensors_hash(state: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].detach().cpu().contiguous().float().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _from_folder(folder: Path, image_size: int) -> tuple[Any, dict[str, Any]]:
-    config_file, weights = folder / "open_clip_config.json", folder / "open_clip_model.safetensors"
-    for path in (config_file, weights):
-        if not path.exists():
-            raise UserError(f"Expected {path.name} in model.clip = {folder}, found none.")
-    config = json.loads(config_file.read_text())
-    with _quiet():  # open_clip warns of the random weights that are replaced below
-        model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False, force_image_size=image_size)
-    attach(model, config)
-    if config.get("dgs") == NO_TEXT:
-        _keep_image_side(model)
-    state = {name: tensor.float() for name, tensor in load_file(weights).items()}  # halves cannot be interpolated
-    resize_pos_embed(state, model)
-    model.load_state_dict(state)
-    return model, config.get("preprocess_cfg", {})
+def _from_folder(folder: Path, config: Mapping[str, Any]) -> Any:
+    try:
+        with _quiet():  # open_clip warns of the random weights that are replaced below
+            model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+        attach(model, config)
+        if config.get("dgs") == NO_TEXT:
+            _keep_image_side(model)
+        model.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()})
+    except Exception as error:  # configs and weights that do not fit fail in many ways
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"Cannot load the CLIP in model.clip = {folder} ({reason}). Restore that folder.") from None
+    return model
 
 
 def _keep_image_side(model: nn.Module) -> None:
@@ -197,67 +205,62 @@ def _keep_image_side(model: nn.Module) -> None:
             delattr(model, name)
 
 
-def _from_name(params: ModelParams, image_size: int) -> tuple[Any, dict[str, Any]]:
-    names = open_clip.list_models()
-    if params.clip not in names:
-        raise no_such_clip(params.clip, did_you_mean(params.clip, names))
-    if params.pretrained is None:
-        raise UserError(f"Expected model.pretrained for '{params.clip}': an open_clip tag such as openai, or a file.")
-    if params.pretrained == "openai" and "quickgelu" not in params.clip:
-        raise UserError(
-            f"OpenAI's weights were trained with QuickGELU; '{params.clip}' loads them silently with another "
-            f"activation and wrong features. Set model.clip: {params.clip}-quickgelu."
-        )
-    if params.pretrained == RANDOM:
+def _from_name(name: str, weights: str, said: str) -> Any:
+    if weights == RANDOM:
         torch.manual_seed(0)
-        model: Any = open_clip.create_model(params.clip, pretrained=None, force_image_size=image_size)
-    else:
-        try:
-            with _quiet():  # a hub that cannot be reached is retried for a minute, each time with a page of log
-                model = open_clip.create_model(params.clip, pretrained=params.pretrained, force_image_size=image_size)
-        except Exception as error:  # offline hubs and wrong tags fail in many ways
-            reason = " ".join(str(error).split()).split(". ")[0][:200]
-            raise UserError(
-                f"Cannot load the weights '{params.pretrained}' of {params.clip} ({type(error).__name__}: {reason}). "
-                f"With network: python -c \"import open_clip; open_clip.create_model('{params.clip}', "
-                f"pretrained='{params.pretrained}')\"; without: set model.pretrained to a weights file."
-            ) from None
-    return model, dict(open_clip.get_model_preprocess_cfg(model))
+        return open_clip.create_model(name, pretrained=None)
+    try:
+        with _quiet():  # a hub that cannot be reached is retried for a minute, each time with a page of log
+            return open_clip.create_model(name, pretrained=weights)
+    except Exception as error:  # offline hubs and wrong files fail in many ways
+        reason = " ".join(str(error).split()).split(". ")[0][:200]
+        advice = (
+            f"Expected tensors of {name} under open_clip's names: give another file."
+            if Path(weights).is_file()
+            else f"With network: python -c \"import open_clip; open_clip.create_model('{name}', pretrained='{weights}')"
+            f'"; without: set model.pretrained to a weights file.'
+        )
+        raise UserError(
+            f"Cannot load the weights '{said}' of {name} ({type(error).__name__}: {reason}). {advice}"
+        ) from None
+
+
+def _load(source: ClipSource, params: ModelParams) -> Any:
+    if source.folder is not None:
+        return _from_folder(source.folder, source.config)
+    assert source.weights is not None and params.pretrained is not None
+    return _from_name(params.clip, source.weights, params.pretrained)
 
 
 def load_clip(params: ModelParams, root: Path, image_size: int, text: bool = True, gemm: Gemm = "torch") -> Clip:
     """A frozen CLIP by open_clip name or from a folder, for images of `image_size` px (positions interpolated).
 
     Args:
-        root: folder that a relative model.clip is looked up in.
+        root: folder that relative paths are looked up in.
         text: False leaves the text side out of memory: captions are embedded once, when data are prepared.
         gemm: what is to multiply matrices once the tower has adapters.
 
     Raises:
-        UserError: unknown name, missing weights, the wrong activation for OpenAI's weights, another architecture, no
+        UserError: unknown name, missing weights, weights trained with another activation, another architecture, no
             text side where it is asked for.
     """
-    folder = (root / params.clip).resolve()
-    if folder.is_dir():
-        if params.pretrained is not None:
-            raise weights_twice(params.clip, params.pretrained)
-        model, preprocess = _from_folder(folder, image_size)
-        source = f"local-dir:{folder}"
-    else:
-        model, preprocess = _from_name(params, image_size)
-        source = params.clip
+    source = find_clip(params, root)
+    model = _load(source, params)
     if text and not hasattr(model, "transformer") and not hasattr(model, "text"):
         raise UserError(
             f"Expected model.clip = {params.clip} to have a text side, found an image tower alone. "
             f"Set model.text to aligned or none."
         )
-    tokenizer = open_clip.get_tokenizer(source) if text else None  # one that a folder names could bring code
-    weights_hash = _tensors_hash({k: v for k, v in model.state_dict().items() if "positional_embedding" not in k})
+    tokenizer = None
+    if text:  # one that a folder names could bring code
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{source.folder}" if source.folder else params.clip)
+    own, features = weights_hash(model), features_of(model)
+    resize(model, image_size)
     if not text:
         _keep_image_side(model)
     split_attention(model.visual)
     model.eval()
     model.requires_grad_(False)
-    mean, std = IMAGENET if params.normalize == "imagenet" else (preprocess["mean"], preprocess["std"])
+    mean, std = IMAGENET if params.normalize == "imagenet" else (source.mean, source.std)
     precision = torch.bfloat16 if params.precision == "bf16" else torch.float32
-    return Clip(model, tokenizer, tuple(mean), tuple(std), params.clip, weights_hash, precision, gemm)
+    return Clip(model, tokenizer, mean, std, params.clip, own, precision, gemm, features, source.notes)

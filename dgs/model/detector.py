@@ -179,6 +179,12 @@ class Detector:
                 "Restore it, or give another --checkpoint."
             ) from None
         backbone, heads, info = load_checkpoint(folder, clip)
+        for name, value in (("mean", clip.mean), ("std", clip.std)):
+            if (said := info.get("preprocessing", {}).get(name, list(value))) != list(value):
+                raise UserError(
+                    f"The checkpoint {folder} was trained on images normalised by {name} {said}, {clip.name} has "
+                    f"{list(value)} now. Restore preprocess_cfg in its open_clip_config.json, or train again."
+                )
         chosen = choose_device(device)
         return cls(TorchTower(backbone.to(chosen), heads["image"].to(chosen)), params, info)
 

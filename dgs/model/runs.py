@@ -75,13 +75,15 @@ def train_seed(
     device = distributed.own_device(choose_device(params.compute.device))
     clip = load_clip(params.model, root, params.image_size, text=False, gemm=gemm)
     prepared = load_training(prepared_folder, root).with_training_images(params.train.images, seed)
-    said = prepared.info.get("clip", clip.weights_hash)
-    if said != clip.weights_hash:
-        raise UserError(
-            f"Expected the CLIP that captions were embedded by, with weights {said[:12]}, found {clip.name} with "
-            f"{clip.weights_hash[:12]}. Run prepare again."
-        )
-    key = run_key(method, seed, params, prepared_folder / TRAINING, clip.weights_hash, device)
+    for name, what in {"clip": "weights", "clip_features": "settings"}.items():
+        found = clip.identity[name]
+        said = prepared.info.get(name, found)
+        if said != found:
+            raise UserError(
+                f"Expected the CLIP that captions were embedded by, with {what} {said[:12]}, found {clip.name} with "
+                f"{found[:12]}. Run prepare again."
+            )
+    key = run_key(method, seed, params, prepared_folder / TRAINING, " ".join(clip.identity.values()), device)
     snapshot = Snapshot(unfinished / key, params.compute.snapshot_seconds)
 
     def done(trained: Trained) -> None:

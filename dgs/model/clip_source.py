@@ -1,0 +1,167 @@
+"""What model.clip and model.pretrained stand for, found before any weight is read, for `dgs check` and for loading."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dgs.errors import UserError, did_you_mean
+from dgs.params import ModelParams
+from dgs.workspace import no_such_clip, weights_twice
+
+RANDOM = "random"  # model.pretrained: seeded random weights, for tests of geometry
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+CONSTANTS = ("mean", "std")
+QUICK = "-quickgelu"
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """Where a CLIP comes from.
+
+    folder: its own, else None.
+    config: the content of a folder's open_clip_config.json.
+    weights: an open_clip tag, a file's path, RANDOM, or None for a folder.
+    mean, std: normalisation constants that go with the weights.
+    notes: what was assumed, since nothing says it; a sentence each.
+    """
+
+    folder: Path | None
+    config: dict[str, Any]
+    weights: str | None
+    mean: Triple
+    std: Triple
+    notes: tuple[str, ...] = ()
+
+
+def find_clip(params: ModelParams, root: Path) -> ClipSource:
+    """The source of the CLIP that `params` name; `root`: of relative paths.
+
+    Raises:
+        UserError: no such folder or name, no weights, a tag or a file that does not go with the name.
+    """
+    folder = (root / params.clip).resolve()
+    if folder.is_dir():
+        if params.pretrained is not None:
+            raise weights_twice(params.clip, params.pretrained)
+        return _folder(folder)
+    return _name(params, root)
+
+
+def _folder(folder: Path) -> ClipSource:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).exists():
+            raise UserError(f"Expected {name} in model.clip = {folder}, found none.")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        preprocess: Any = (config.get("preprocess_cfg") or {}) if isinstance(config, dict) else None
+        sound = isinstance(preprocess, dict) and isinstance(config.get("model_cfg"), dict)
+    except (OSError, ValueError, RecursionError):
+        sound = False
+    if not sound:
+        raise UserError(
+            f"Expected {folder / CONFIG} to be JSON with the groups model_cfg and preprocess_cfg, as open_clip writes "
+            f"it, found another content. Restore it."
+        )
+    missing = [name for name in CONSTANTS if preprocess.get(name) is None]
+    constants = {name: _usual()[name] if name in missing else preprocess[name] for name in CONSTANTS}
+    for name, value in constants.items():
+        if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(_is_number(v) for v in value):
+            where = f"preprocess_cfg.{name} of {folder / CONFIG}"
+            raise UserError(f"Expected {where} to be three numbers, found {value!r}. Restore it.")
+    notes = [
+        f"{folder / CONFIG} has no preprocess_cfg.{name}; open_clip's own is assumed, {list(constants[name])}."
+        for name in missing
+    ]
+    mean, std = (tuple(constants[name]) for name in CONSTANTS)
+    return ClipSource(folder, config, None, mean, std, tuple(notes))
+
+
+def _usual() -> dict[str, Triple]:
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    return {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _name(params: ModelParams, root: Path) -> ClipSource:
+    import open_clip
+
+    names, name, weights = open_clip.list_models(), params.clip, params.pretrained
+    if name not in names:
+        raise no_such_clip(name, did_you_mean(name, names))
+    if weights is None:
+        raise UserError(f"Expected model.pretrained for '{name}': an open_clip tag such as openai, or a file.")
+    quick = bool(open_clip.get_model_config(name).get("quick_gelu", False))
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    tag = open_clip.get_pretrained_cfg(name, weights)
+    if tag:
+        if tag.get("quick_gelu", False) and not quick:  # of the other way about open_clip has none
+            raise _other_activation(name, weights, quick, names)
+        return ClipSource(None, {}, weights, tuple(tag["mean"]), tuple(tag["std"]))
+    own = [open_clip.get_pretrained_cfg(name, known) for known in tags]
+    of_tags = {(tuple(config["mean"]), tuple(config["std"])) for config in own}  # of SigLIP all differ from CLIP's
+    mean, std = of_tags.pop() if len(of_tags) == 1 else _usual().values()
+    if weights == RANDOM:
+        return ClipSource(None, {}, weights, mean, std)
+    file = root / weights
+    if not file.is_file():
+        raise _no_such_tag(name, weights, quick, tags)
+    _require_tensors(name, file, weights)
+    other = f" (for {_activation(not quick)} set model.clip: {_twin(name)})" if _twin(name) in names else ""
+    note = (
+        f"{weights} does not say how it was trained: {_activation(quick)} is assumed, as {name} says{other}, and the "
+        f"constants mean {list(mean)}, std {list(std)}."
+    )
+    return ClipSource(None, {}, str(file), mean, std, (note,))
+
+
+def _activation(quick: bool) -> str:
+    return "QuickGELU" if quick else "GELU"
+
+
+def _twin(name: str) -> str:
+    """The name of the same architecture with the other activation."""
+    return name.removesuffix(QUICK) if name.endswith(QUICK) else name + QUICK
+
+
+def _other_activation(name: str, tag: str, quick: bool, names: list[str]) -> UserError:
+    who = "OpenAI's weights were" if tag == "openai" else f"The weights '{tag}' were"
+    advice = f"Set model.clip: {_twin(name)}." if _twin(name) in names else "Choose other weights."
+    return UserError(
+        f"{who} trained with {_activation(not quick)}; '{name}' loads them silently with another activation and wrong "
+        f"features. {advice}"
+    )
+
+
+def _no_such_tag(name: str, tag: str, quick: bool, tags: list[str]) -> UserError:
+    import open_clip
+
+    if open_clip.get_pretrained_cfg(_twin(name), tag):
+        return _other_activation(name, tag, quick, open_clip.list_models())
+    known = f" Its tags: {', '.join(tags)}." if tags else " open_clip has no weights of it: give a file."
+    return UserError(
+        f"Expected model.pretrained to be a tag of {name} or a file, found '{tag}'.{did_you_mean(tag, tags)}{known}"
+    )
+
+
+def _require_tensors(name: str, file: Path, said: str) -> None:
+    """Raise UserError for an archive of TorchScript: code with tensors, as OpenAI publishes its CLIP (`*.pt`)."""
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        if not any(Path(entry).name == "constants.pkl" for entry in archive.namelist()):
+            return
+    right = name if name.endswith(QUICK) else _twin(name)
+    raise UserError(
+        f"Expected tensors alone at model.pretrained = {said}, found a TorchScript archive, as OpenAI publishes CLIP: "
+        f"it holds code, which is never run here. The same weights without code: model.clip: {right} and "
+        f"model.pretrained: openai, downloaded as safetensors (that file may be copied to where no network is)."
+    )

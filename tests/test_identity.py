@@ -1,0 +1,255 @@
+"""The identity of a tower: what changes features is recorded and compared, and what nothing says is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from clips import CONFIG, reseal, write_checkpoint, write_random_clip
+from safetensors.torch import load_file, save_file
+from settings import ModelParams
+from torch import Tensor, nn
+
+from dgs.errors import UserError
+from dgs.model.backbone import Backbone
+from dgs.model.checkpoint import load_checkpoint, read_info
+from dgs.model.clip import Clip, load_clip, resize
+from dgs.model.clip_source import find_clip
+from dgs.model.detector import Detector
+from dgs.model.identity import differences, features_of, image_side
+
+TAGS = [(name, tag) for name, tag in open_clip.list_pretrained() if name in open_clip.list_models()]
+
+
+def features(clip: Clip) -> Tensor:
+    views = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    with torch.no_grad():
+        return Backbone(clip)(views)
+
+
+def load(folder: Path, image_size: int = 32) -> Clip:
+    return load_clip(ModelParams(clip=str(folder)), Path(), image_size, text=False)
+
+
+def edited(folder: Path, target: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a CLIP's folder with another config, and the same tensors."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "open_clip_config.json").read_text())
+    edit(config)
+    (target / "open_clip_config.json").write_text(json.dumps(config))
+    return target
+
+
+# Of open_clip's settings those that change features and leave every tensor, and its shape, as it is.
+OTHER: dict[str, Callable[[dict[str, Any]], object]] = {
+    "activation": lambda c: c["model_cfg"].update(quick_gelu=True),
+    "a variant of it": lambda c: c["model_cfg"]["vision_cfg"].update(act_kwargs={"approximate": "tanh"}),
+    "heads": lambda c: c["model_cfg"]["vision_cfg"].update(head_width=8),
+    "pooling": lambda c: c["model_cfg"]["vision_cfg"].update(pool_type="avg"),
+    "order of pooling and norm": lambda c: c["model_cfg"]["vision_cfg"].update(
+        pool_type="avg", final_ln_after_pool=True
+    ),
+    "epsilon": lambda c: c["model_cfg"]["vision_cfg"].update(norm_kwargs={"eps": 1e-2}),
+}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
+    """A checkpoint on a copy of the random CLIP."""
+    folder = tmp_path_factory.mktemp("kept")
+    shutil.copytree(clip_folder, folder / "clip")
+    return write_checkpoint(folder / "seed-0", folder / "clip")
+
+
+class TestWhatChangesFeaturesAndNoTensor:
+    @pytest.mark.parametrize("what", OTHER)
+    def test_is_refused_by_a_checkpoint_and_tells_prepared_data_apart(
+        self, what: str, kept: Path, clip_folder: Path, tmp_path: Path
+    ) -> None:
+        right, wrong = load(clip_folder), load(edited(clip_folder, tmp_path / "clip", OTHER[what]))
+        assert right.weights_hash == wrong.weights_hash and not torch.allclose(features(right), features(wrong))
+        assert right.identity["clip_features"] != wrong.identity["clip_features"]
+        with pytest.raises(UserError, match=r"other settings than .* has now.*: visual\..*, found .*or train again"):
+            load_checkpoint(kept, wrong)
+
+    def test_is_refused_where_positions_differ(self, kept: Path, clip_folder: Path, tmp_path: Path) -> None:
+        """The hash of weights leaves them out, since they are interpolated to other image sizes."""
+        other = shutil.copytree(clip_folder, tmp_path / "clip")
+        state = load_file(other / "open_clip_model.safetensors")
+        state["visual.positional_embedding"][3] += 1
+        save_file(state, other / "open_clip_model.safetensors")
+        with pytest.raises(UserError, match=r"visual\.positional_embedding"):
+            load_checkpoint(kept, load(other))
+
+    def test_of_the_text_side_alone_is_no_concern_of_scores(
+        self, kept: Path, clip_folder: Path, tmp_path: Path
+    ) -> None:
+        other = load(edited(clip_folder, tmp_path / "c", lambda c: c["model_cfg"]["text_cfg"].update(heads=4)))
+        assert other.identity != load(clip_folder).identity  # captions are embedded otherwise
+        load_checkpoint(kept, other)
+
+    def test_constants_are_compared_by_what_scores(self, clip_folder: Path, tmp_path: Path) -> None:
+        """Where nothing else sees to it: evaluation compares them with what is prepared."""
+        shutil.copytree(clip_folder, tmp_path / "clip")
+        checkpoint = write_checkpoint(tmp_path / "seed-0", tmp_path / "clip")
+        Detector.load(checkpoint)
+        edited(clip_folder, tmp_path / "other", lambda c: c["preprocess_cfg"].update(mean=[0.1, 0.2, 0.3]))
+        shutil.rmtree(tmp_path / "clip")
+        (tmp_path / "other").rename(tmp_path / "clip")
+        with pytest.raises(UserError, match=r"normalised by mean \[0\.5, 0\.4, 0\.3\].* has \[0\.1, 0\.2, 0\.3\] now"):
+            Detector.load(checkpoint)
+
+
+def test_a_checkpoint_of_an_earlier_version_loads_as_before(kept: Path, clip_folder: Path, tmp_path: Path) -> None:
+    older = shutil.copytree(kept, tmp_path / "older")
+    info = json.loads((older / "dgs.json").read_text())
+    for name in ("features", "features_sha256"):
+        del info["clip"][name]
+    (older / "dgs.json").write_text(json.dumps(info))
+    reseal(older)
+    load_checkpoint(older, load(edited(clip_folder, tmp_path / "clip", OTHER["pooling"])))
+
+
+def test_the_record_names_what_decides_and_nothing_of_the_image_size(kept: Path, clip_folder: Path) -> None:
+    recorded = read_info(kept)["clip"]["features"]
+    at = "visual.transformer.resblocks"
+    assert (recorded[f"{at}.mlp.gelu"], recorded[f"{at}.attn.num_heads"], recorded[f"{at}.ln_1.eps"]) == (
+        "GELU",
+        2,
+        1e-5,
+    )
+    assert recorded["visual.pool_type"] == "tok" and recorded["visual.patch_size"] == [8, 8]
+    assert image_side(load(clip_folder, 40).features) == recorded
+
+
+def test_blocks_that_differ_are_told_apart_by_their_order() -> None:
+    def model(*probabilities: float) -> nn.Module:
+        return nn.ModuleDict({"visual": nn.Sequential(*map(nn.Dropout, probabilities))})
+
+    one, two = features_of(model(0.1, 0.2, 0.1)), features_of(model(0.1, 0.1, 0.2))
+    assert differences(one, two) == ["visual.p [0.1, 0.2, 0.1], found [0.1, 0.1, 0.2]"]
+    assert differences({**one, "visual.new": 1}, one) == []  # libraries add attributes
+
+
+def test_resizing_is_what_open_clip_does_at_loading(clip_folder: Path) -> None:
+    ours = open_clip.create_model(f"local-dir:{clip_folder}")
+    resize(ours, 48)
+    theirs = open_clip.create_model(f"local-dir:{clip_folder}", force_image_size=48)
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
+    images = torch.rand(2, 3, 48, 48)
+    assert torch.equal(ours.eval().visual(images), theirs.eval().visual(images))
+
+
+class TestATag:
+    @pytest.mark.parametrize(("name", "tag"), TAGS, ids=lambda value: value)
+    def test_of_open_clip_means_its_own_activation_and_constants_or_is_refused(self, name: str, tag: str) -> None:
+        config = open_clip.get_pretrained_cfg(name, tag)
+        quick = bool(open_clip.get_model_config(name).get("quick_gelu", False))
+        params = ModelParams(clip=name, pretrained=tag)
+        if quick or not config.get("quick_gelu", False):
+            source = find_clip(params, Path())
+            assert (source.mean, source.std, source.notes) == (tuple(config["mean"]), tuple(config["std"]), ())
+            return
+        with pytest.raises(UserError, match=rf"trained with QuickGELU; .*Set model\.clip: {name}-quickgelu\."):
+            find_clip(params, Path())
+        find_clip(ModelParams(clip=f"{name}-quickgelu", pretrained=tag), Path())
+
+    def test_of_the_plain_name_is_refused_by_the_quickgelu_one(self) -> None:
+        with pytest.raises(UserError, match=r"trained with GELU; .*Set model\.clip: ViT-B-32\."):
+            find_clip(ModelParams(clip="ViT-B-32-quickgelu", pretrained="laion2b_s34b_b79k"), Path())
+
+
+class TestAFile:
+    """It says nothing of its training."""
+
+    def note(self, tmp_path: Path, name: str) -> str:
+        (tmp_path / "w.safetensors").write_bytes(b"")
+        (note,) = find_clip(ModelParams(clip=name, pretrained="w.safetensors"), tmp_path).notes
+        return note
+
+    def test_is_assumed_to_go_with_the_name(self, tmp_path: Path) -> None:
+        plain, quick = self.note(tmp_path, "ViT-B-32"), self.note(tmp_path, "ViT-B-32-quickgelu")
+        assert ": GELU is assumed" in plain and "model.clip: ViT-B-32-quickgelu" in plain
+        assert ": QuickGELU is assumed" in quick and "for GELU set model.clip: ViT-B-32)" in quick
+
+    def test_gets_the_constants_that_all_weights_of_the_name_have(self, tmp_path: Path) -> None:
+        assert "mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5]" in self.note(tmp_path, "ViT-B-16-SigLIP2")
+        assert "quickgelu" not in self.note(tmp_path, "ViT-B-16-SigLIP2")
+
+    @pytest.mark.parametrize("tensors", [{}, {"x": torch.zeros(1)}], ids=["none", "others"])
+    def test_that_does_not_fit_is_never_advised_to_be_a_file(self, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+        save_file(tensors, tmp_path / "w.safetensors")
+        with pytest.raises(UserError) as caught:
+            load_clip(ModelParams(clip="ViT-S-32-alt", pretrained="w.safetensors"), tmp_path, 224)
+        assert "Cannot load the weights 'w.safetensors'" in str(caught.value) and "give another file" in str(
+            caught.value
+        )
+
+    @pytest.mark.parametrize("kind", ["script", "trace"])
+    def test_with_code_in_it_is_named_before_it_is_opened(self, kind: str, tmp_path: Path) -> None:
+        model = nn.Linear(2, 2)
+        archive = torch.jit.script(model) if kind == "script" else torch.jit.trace(model, torch.rand(1, 2))
+        archive.save(str(tmp_path / "ViT-B-32.pt"))
+        with pytest.raises(UserError) as caught:
+            find_clip(ModelParams(clip="ViT-B-32", pretrained="ViT-B-32.pt"), tmp_path)
+        assert "TorchScript archive" in str(caught.value) and "model.clip: ViT-B-32-quickgelu" in str(caught.value)
+
+    def test_of_tensors_in_a_zip_is_no_such_archive(self, tmp_path: Path) -> None:
+        torch.save({"x": torch.zeros(1)}, tmp_path / "w.pt")
+        assert find_clip(ModelParams(clip="ViT-B-32", pretrained="w.pt"), tmp_path).weights == str(tmp_path / "w.pt")
+
+
+class TestAFolder:
+    @pytest.mark.parametrize(
+        ("edit", "assumed"),
+        [
+            (lambda c: c.pop("preprocess_cfg"), 2),
+            (lambda c: c.update(preprocess_cfg=None), 2),
+            (lambda c: c.update(preprocess_cfg={}), 2),
+            (lambda c: c["preprocess_cfg"].pop("std"), 1),
+            (lambda c: c["preprocess_cfg"].update(mean=None), 1),
+        ],
+        ids=["no group", "null", "empty", "no std", "null mean"],
+    )
+    def test_without_constants_gets_open_clips_and_says_so(
+        self, edit: Callable[[dict[str, Any]], object], assumed: int, clip_folder: Path, tmp_path: Path
+    ) -> None:
+        folder = edited(clip_folder, tmp_path / "clip", edit)
+        theirs = open_clip.get_model_preprocess_cfg(open_clip.create_model(f"local-dir:{folder}"))
+        clip = load(folder)
+        assert (clip.mean, clip.std) == (tuple(theirs["mean"]), tuple(theirs["std"]))
+        assert len(clip.notes) == assumed and all("open_clip's own is assumed" in note for note in clip.notes)
+
+    @pytest.mark.parametrize(
+        ("content", "sentence"),
+        [
+            ("{", "to be JSON with the groups"),
+            ("[]", "to be JSON with the groups"),
+            (json.dumps({"preprocess_cfg": {}}), "to be JSON with the groups"),
+            (json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {"mean": 0.5}}), "preprocess_cfg.mean"),
+            (json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {"std": [1, 2, "3"]}}), "preprocess_cfg.std"),
+            (json.dumps({"model_cfg": {**CONFIG, "quickgelu": True}}), "Cannot load the CLIP in model.clip"),
+            (json.dumps({"model_cfg": {**CONFIG, "embed_dim": 25}}), "Cannot load the CLIP in model.clip"),
+        ],
+    )
+    def test_with_another_config_is_one_sentence(self, content: str, sentence: str, tmp_path: Path) -> None:
+        folder = write_random_clip(tmp_path / "clip")
+        (folder / "open_clip_config.json").write_text(content)
+        with pytest.raises(UserError) as caught:
+            load(folder)
+        assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+    def test_of_blocks_that_have_no_split_attention_is_refused(self, tmp_path: Path) -> None:
+        vision = {**CONFIG["vision_cfg"], "qk_norm": True}
+        torch.manual_seed(0)
+        folder, config = write_random_clip(tmp_path / "clip"), {**CONFIG, "vision_cfg": vision}
+        save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+        with pytest.raises(UserError, match="found VisionTransformer of CustomResidualAttentionBlock"):
+            load(folder)
