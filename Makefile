@@ -25,12 +25,13 @@ export PATH := $(BIN):$(PATH)
 
 STUDY ?= study-90 study-75 study-50 study-object study-networks study-patches study-90-val study-90-unbiased
 FRESH := 20261127
+REAL_FROM ?=
 
 NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gradient_angles explore))
 PARALLEL := -n logical --dist loadfile  # not by groups: pytest-xdist 3.8 loses them under pytest 9.2 without a word
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120
 
-.PHONY: environment repro test test-slow verify study bench lint report lab lock
+.PHONY: environment repro test test-slow verify study real-pictures real-captions bench lint report lab lock
 environment: $(READY)
 
 # torch comes first and by pip: it honours the machine's pip settings, and keeps a CPU build that is already there.
@@ -72,6 +73,18 @@ study: $(READY)
 	  dgs minibench build --out build/networks --seed 3 --generators train --network-seed 2)
 	for profile in $(STUDY); do pipeline=$$(dgs profile $$profile) && dvc repro $$pipeline || exit 1; done
 	dgs study
+
+# Real pictures, from REAL_FROM=DIR or by git: whatever changes one, or a caption, makes the matched copy anew.
+real-pictures: $(READY)
+	test -e build/real/tower || dgs tower clip-vit-b16 --out build/real/tower
+	dgs real $(if $(REAL_FROM),--from $(REAL_FROM),--clone)
+	cmp -s real/captions.jsonl build/real/pictures/captions.jsonl || \
+	  { rm -rf build/real/matched && cp real/captions.jsonl build/real/pictures/; }
+	test -e build/real/matched || dgs match build/real/pictures build/real/matched --size 240
+
+real-captions: $(READY)
+	dgs real $(if $(REAL_FROM),--from $(REAL_FROM),--clone)
+	python -m real.captions
 
 bench: $(READY)
 	python benchmarks/bench.py

@@ -81,7 +81,9 @@ def _places(row: Any, folder: Path) -> Iterator[Path]:
 
 def _elsewhere(folder: Path, wanted: set[str]) -> dict[str, Path]:
     """Files with a picture's name anywhere in `folder`, by those of their hashes that are wanted."""
-    files = [path for path in files_under([folder]) if is_image_name(path)] if wanted else []
+    if not wanted:
+        return {}
+    files = [path for path in files_under([folder]) if is_image_name(path)]
     hashed = ((_sha256(path), path) for path in tqdm(files, "looking by hash", unit="file"))
     return {sha: path for sha, path in hashed if sha in wanted}
 
