@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -66,10 +66,10 @@ def as_matched(file: Path, sha256: str) -> NDArray[np.uint8]:
 
 def preprocess(pixels: NDArray[np.uint8], model: nn.Module) -> torch.Tensor:
     """(3, S, S) float32, scaled to the classifier's own side: nothing is cut off."""
-    config = model.pretrained_cfg  # type: ignore[union-attr]
-    side = config["input_size"][1]  # type: ignore[index,call-overload]
+    config: Any = model.pretrained_cfg
+    side = config["input_size"][1]
     image = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
-    mean, std = (np.array(config[name], np.float32) for name in ("mean", "std"))  # type: ignore[index,call-overload]
+    mean, std = (np.array(config[name], np.float32) for name in ("mean", "std"))
     return torch.from_numpy((np.asarray(image, np.float32) / 255 - mean) / std).permute(2, 0, 1)
 
 

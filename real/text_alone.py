@@ -63,7 +63,8 @@ def rates(rows: pd.DataFrame, seed: int = SEED) -> dict[str, float]:
     """
     labels, logits = rows["label"].to_numpy(), rows["logit"].to_numpy()
     members = list(rows.reset_index(drop=True).groupby("group").indices.values())
-    rng, drawn = np.random.default_rng(seed), []
+    drawn: list[list[float]] = []
+    rng = np.random.default_rng(seed)
     while len(drawn) < DRAWS:
         chosen = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
         if 0 < labels[chosen].sum() < len(chosen):
