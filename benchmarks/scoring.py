@@ -24,9 +24,10 @@ from torch import nn
 
 from dgs.model.backbone import Backbone
 from dgs.model.clip import load_clip
+from dgs.model.clip_classifier import ClipClassifier
 from dgs.model.detector import Detector, TorchTower
 from dgs.model.onnx_engine import OnnxTower
-from dgs.model.onnx_graph import build, float_linear, int8_linear
+from dgs.model.onnx_graph import float_linear, int8_linear
 from dgs.params import dotted, load_params
 from dgs.workspace import MAIN
 
@@ -45,8 +46,10 @@ def detector(patches: bool, tower: str = TOWER) -> Detector:
         "compute": {"device": "cpu"},
     }
     params = load_params(MAIN, HERE.parent).replaced(dotted(own))
-    backbone = Backbone(load_clip(params.model, HERE, params.image_size, text=False), params.model.lora).eval()
-    return Detector(TorchTower(backbone, nn.Linear(backbone.visual.output_dim, 1)), params, {})
+    clip = load_clip(params.model, HERE, params.image_size, text=False)
+    backbone = Backbone(clip, params.model.lora).eval()
+    head = nn.Linear(backbone.visual.output_dim, 1)
+    return Detector(TorchTower(ClipClassifier(clip, backbone, {"image": head})), params, {})
 
 
 def photographs(folder: Path, count: int, side: int) -> list[Path]:
@@ -69,7 +72,7 @@ def engines(images: int, rounds: int) -> list[str]:
     one = detector(True, "ViT-B-16-quickgelu")
     sides = {"torch": one}
     for name, (linear, _) in ENGINES.items():
-        model = build(one.tower.backbone, one.tower.head, linear).SerializeToString()
+        model = one.tower.classifier.onnx(224, linear).SerializeToString()
         sides[name] = Detector(OnnxTower(model), one.params, {})
     with tempfile.TemporaryDirectory() as folder:
         paths = photographs(Path(folder), images, 512)

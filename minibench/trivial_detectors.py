@@ -22,11 +22,12 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from dgs.data.checks import jpeg_quality as quality_of_table
 from dgs.errors import UserError
+from dgs.model.classifier import Learner
+from dgs.model.pixel_cnn import PixelCNN
 from dgs.stats import Interval, Scored, balanced_accuracy, rounded
 from minibench.camera import Bytes
 from minibench.degradations import decode
@@ -198,58 +199,27 @@ def linear(feature: Callable[[Samples], Any], preprocess: Callable[[], Any] = St
     return fit
 
 
-class TinyCNN(nn.Module):
-    """Four 3x3 convolutions with BatchNorm, the first at full size, then the mean: (B, 6, H, W) -> (B,) logits."""
-
-    def __init__(self, channels: tuple[int, ...] = (12, 24, 32, 32)) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for depth, (a, b) in enumerate(zip((6, *channels[:-1]), channels, strict=True)):
-            stride = 2 if depth else 1
-            layers += [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(channels[-1], 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return cast(Tensor, self.head(self.body(images).mean((2, 3))).squeeze(1))
-
-
-def _planes(images: Bytes) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 6, H, W): the pixels, and what a 3x3 mean leaves of them.
-
-    On pixels alone such a network stays at chance for its few epochs: content outweighs grain by far.
-    """
-    values = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    soft = F.avg_pool2d(F.pad(values, (1, 1, 1, 1), mode="reflect"), 3, 1)
-    return torch.cat([(values - 128) / 64, ((values - soft) / 8).clamp(-3, 3)], 1)
+def _pixels(images: Bytes) -> Tensor:
+    """(B, H, W, 3) to (B, 3, H, W), uint8."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def tiny_cnn(train: Samples, seed: int, epochs: int = 6, batch: int = 32, lr: float = 5e-3) -> Scorer:
-    """A convolutional network of 20,000 parameters trained from scratch on pixels: Adam, one cycle of the rate.
+    """`dgs.model.pixel_cnn` trained from scratch on pixels.
 
     The same seed gives the same weights on one thread; torch's global generator is left as it was.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = TinyCNN()
-    order = torch.Generator().manual_seed(seed)
+    model, order = PixelCNN.new(seed), torch.Generator().manual_seed(seed)
     steps = -(-len(train) // batch)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
-    target = torch.from_numpy(train.labels).float()
+    learner, target = Learner(model, lr, epochs * steps), torch.from_numpy(train.labels).float()
     for _ in range(epochs):
         for part in torch.randperm(len(train), generator=order).tensor_split(steps):
-            logits = model(_planes(train.images[part.numpy()]))
-            loss = F.binary_cross_entropy_with_logits(logits, target[part])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+            learner.step(_pixels(train.images[part.numpy()]), target[part])
     model.eval()
 
     @torch.no_grad()
     def score(some: Samples) -> Floats:
-        return torch.cat([model(_planes(block)) for block in some.blocks()]).numpy()
+        return torch.cat([model(_pixels(block)) for block in some.blocks()]).numpy()
 
     return score
 

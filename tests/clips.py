@@ -13,8 +13,10 @@ from settings import LoraParams, validate
 from torch import Tensor, nn
 
 from dgs.model.backbone import Backbone
-from dgs.model.checkpoint import SUMS, save_checkpoint, seal
+from dgs.model.checkpoint import save_checkpoint
+from dgs.model.checkpoint_files import SUMS, seal
 from dgs.model.clip import load_clip
+from dgs.model.clip_classifier import ClipClassifier
 from dgs.model.methods.base import Precomputed
 from dgs.params import Params
 
@@ -72,7 +74,7 @@ def write_checkpoint(folder: Path, clip_folder: Path, params: Params | None = No
     heads = {name: nn.Linear(WIDTH, 1) for name in ("image", "text", "teacher")}
     heads["image"].weight.data *= scale
     thresholds, calibration = {"0.5": 0.0, "val": 0.0}, dict.fromkeys(("0.5", "val"), CALIBRATION)
-    save_checkpoint(folder, backbone, heads, clip, params, "dgs", 0, thresholds, "d", calibration)
+    save_checkpoint(folder, ClipClassifier(clip, backbone, heads), params, "dgs", 0, thresholds, "d", calibration)
     return folder
 
 

@@ -17,8 +17,10 @@ from clips import WIDTH, reseal, settings
 from safetensors.torch import load_file, save_file
 
 from dgs.errors import UserError
-from dgs.model.checkpoint import SUMS, load_checkpoint, load_heads, read_info
+from dgs.model.checkpoint import load_checkpoint, read_info
+from dgs.model.checkpoint_files import SUMS
 from dgs.model.clip import Clip, load_clip
+from dgs.model.clip_classifier import load_heads
 
 HUB = (
     "peft.config.hf_hub_download",
@@ -37,6 +39,7 @@ def as_format_2(folder: Path) -> Path:
     lines = (folder / SUMS).read_text().splitlines()
     files = {name: sha for sha, name in (line.split("  ") for line in lines) if name != INFO}
     info = {**json.loads((folder / INFO).read_text()), "format": 2, "files": files, "sha256": "0" * 64}
+    del info["kind"]  # which came later still
     text = json.dumps(info, indent=1, sort_keys=True)
     (folder / INFO).write_text(text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest()))
     (folder / SUMS).unlink()
@@ -133,24 +136,25 @@ def test_a_damaged_checkpoint_is_one_sentence_and_asks_no_hub(
 
 
 def test_a_whole_one_comes_back_to_the_bit(whole: Path, clip: Clip) -> None:
-    backbone, heads, info = load_checkpoint(whole, clip)
-    loaded = {name: parameter for name, parameter in backbone.named_parameters() if "lora_" in name}
+    classifier, info = load_checkpoint(whole, clip)
+    loaded = {name: parameter for name, parameter in classifier.backbone.named_parameters() if "lora_" in name}
     saved = load_file(whole / ADAPTER)
     assert len(loaded) == len(saved) == 12, "A and B of q, k and v in 2 blocks"
     for name, tensor in saved.items():
         assert torch.equal(loaded[f"visual.{name.replace('.weight', '.default.weight')}"], tensor), name
-    assert set(heads) == {"image", "text", "teacher"}
-    assert not backbone.training and info == read_info(whole)
+    assert set(classifier.heads) == {"image", "text", "teacher"}
+    assert not classifier.training and info == read_info(whole)
 
 
 def test_one_of_the_format_before_comes_back_alike(whole: Path, checkpoint: Path, clip: Clip) -> None:
-    backbone, heads, info = load_checkpoint(as_format_2(checkpoint), clip)
-    state = backbone.state_dict()
-    backbone.without_adapters()
-    again, new_heads, new_info = load_checkpoint(whole, clip)
+    classifier, info = load_checkpoint(as_format_2(checkpoint), clip)
+    state = classifier.state_dict()
+    classifier.close()
+    again, new_info = load_checkpoint(whole, clip)
+    assert "head.weight" in state
     assert all(torch.equal(state[name], value) for name, value in again.state_dict().items())
-    assert torch.equal(heads["image"].weight, new_heads["image"].weight)
     assert {name for name in info if info[name] != new_info.get(name)} == {"format", "files", "sha256"}
+    assert new_info["kind"] == "clip" and "kind" not in info
 
 
 def test_heads_are_read_without_the_rest(whole: Path, tmp_path: Path) -> None:

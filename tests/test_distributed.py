@@ -206,7 +206,9 @@ def train_and_die(params: Params, prepared: Path, folder: Path, fatal: int | Non
             os.kill(os.getpid(), signal.SIGKILL)
 
     def done(trained: Trained) -> None:
-        made.update({n: p.detach().clone() for n, p in trained.backbone.named_parameters() if p.requires_grad})
+        made.update(
+            {n: p.detach().clone() for n, p in trained.classifier.backbone.named_parameters() if p.requires_grad}
+        )
 
     clip = load_clip(params.model, ROOT, params.image_size, text=False)
     cpu, kept = torch.device("cpu"), Snapshot(folder, 0.0)

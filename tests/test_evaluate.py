@@ -28,6 +28,7 @@ from dgs.data.views import Views
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
 from dgs.model.clip import Clip, load_clip
+from dgs.model.clip_classifier import ClipClassifier
 from dgs.model.detector import Detector
 from dgs.params import Params
 from dgs.workspace import Workspace
@@ -117,18 +118,19 @@ def test_scores_are_those_of_the_detector_on_the_same_files(
 def test_a_tower_that_is_read_at_earlier_levels_has_the_same_blocks(run: Run) -> None:
     clip, prepared, params, _ = run
     views = Views(prepared.split("val"), prepared.source, params)
-    plain, read = Backbone(clip).eval(), Backbone(clip, levels=(0, 2)).eval()
+    plain, read = (ClipClassifier(clip, Backbone(clip, levels=levels), {}).eval() for levels in ((), (0, 2)))
     blocks = block_means(plain, views, params, "blocks")
     again = block_means(read, views, params, "blocks")
     assert [part.shape for part in blocks] == [(len(views), clip.model.visual.positional_embedding.shape[1])] * len(
         blocks
     )
-    assert all(np.array_equal(a, b) for a, b in zip(blocks, again, strict=True)) and read.levels == (0, 2)
+    assert all(np.array_equal(a, b) for a, b in zip(blocks, again, strict=True))
+    assert read.backbone.levels == (0, 2)
     heard: list[torch.Tensor] = []
     last = clip.model.visual.transformer.resblocks[-1]
     hook = last.register_forward_hook(lambda block, given, out: heard.append(out))
     with torch.no_grad():
-        read(torch.stack([views[i][0] for i in range(len(views))]))
+        read.features(torch.stack([views[i][0] for i in range(len(views))]))
     hook.remove()
     assert np.allclose(blocks[-1], heard[0][:, 1:].mean(1).numpy(), atol=1e-6)
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from dgs.data import manifest
 from dgs.errors import UserError
+from dgs.model.pixel_cnn import PixelCNN
 from minibench import audit, build, camera, captions, clip, contact_sheets, near_duplicates, scenes, trivial_detectors
 from minibench.audit_report import markdown
 from minibench.degradations import decode, draw_quality, encode
@@ -209,7 +210,7 @@ def test_a_tiny_network_repeats_with_its_seed_and_leaves_the_global_generator_al
     first, again, other = (trivial_detectors.tiny_cnn(few, seed, epochs=1)(few) for seed in (0, 0, 1))
     assert torch.equal(state, torch.get_rng_state())
     assert np.array_equal(first, again) and not np.array_equal(first, other)
-    assert 15_000 < sum(p.numel() for p in trivial_detectors.TinyCNN().parameters()) < 25_000
+    assert 15_000 < sum(p.numel() for p in PixelCNN().parameters()) < 25_000
 
 
 def test_the_quality_of_a_file_is_the_one_it_was_saved_at_and_only_jpeg_files_have_one(

@@ -26,10 +26,11 @@ from dgs.model import onnx_engine, onnx_graph  # noqa: E402
 from dgs.model.backbone import Backbone  # noqa: E402
 from dgs.model.checkpoint import save_checkpoint  # noqa: E402
 from dgs.model.clip import ConvStem, load_clip  # noqa: E402
+from dgs.model.clip_classifier import ClipClassifier  # noqa: E402
 from dgs.model.detector import Detector, TorchTower  # noqa: E402
 from dgs.model.onnx_engine import OnnxTower, read_export, sealed  # noqa: E402
 from dgs.model.onnx_export import export_checkpoint  # noqa: E402
-from dgs.model.onnx_graph import build, float_linear, int8_linear  # noqa: E402
+from dgs.model.onnx_graph import float_linear, int8_linear  # noqa: E402
 from dgs.model.scoring import score_files  # noqa: E402
 from dgs.params import Params  # noqa: E402
 
@@ -58,7 +59,7 @@ def adapted(folder: Path, lora: LoraParams | None = LORA, levels: tuple[int, ...
     backbone = Backbone(clip, lora, levels=levels).eval()
     for parameter in backbone.adapter_parameters():
         nn.init.normal_(parameter, std=0.3)
-    return TorchTower(backbone, nn.Linear(backbone.widths[1], 1))
+    return TorchTower(ClipClassifier(clip, backbone, {"image": nn.Linear(backbone.widths[1], 1)}))
 
 
 class TestGraph:
@@ -80,18 +81,18 @@ class TestGraph:
     def test_it_gives_the_logits_of_the_tower_whatever_its_parts(self, kind: dict[str, Any], tmp_path: Path) -> None:
         tower = adapted(tmp_path, **kind)
         expected = tower.logits(VIEWS)
-        found = OnnxTower(build(tower.backbone, tower.head, float_linear).SerializeToString()).logits(VIEWS)
+        found = OnnxTower(tower.classifier.onnx(32, float_linear).SerializeToString()).logits(VIEWS)
         assert found == pytest.approx(expected, abs=1e-4)
         assert expected.std() > 1e-2, "or the test could not tell"
         if kind.get("lora", LORA) is not None:
-            with tower.backbone.frozen():
+            with tower.classifier.backbone.frozen():
                 frozen = tower.logits(VIEWS)
             assert np.abs(frozen - expected).max() > 1e-2, "or adapters could be lost"
 
     def test_a_tower_with_other_parts_is_one_sentence(self, tmp_path: Path) -> None:
         tower = adapted(tmp_path, attentional_pool=True, attn_pooler_heads=4)
         with pytest.raises(UserError, match="Expected a CLIP whose image side is a plain vision transformer"):
-            build(tower.backbone, tower.head, float_linear)
+            tower.classifier.onnx(32, float_linear)
 
 
 class TestInt8:
@@ -157,8 +158,9 @@ class TestExport:
         clip = load_clip(tiny.model, ROOT, tiny.image_size, text=False)
         backbone = Backbone(clip, LORA)
         training = json.loads((tiny_prepared / "training" / "data.json").read_text())["training_hash"]
-        data, heads = training if same else "another", {"image": nn.Linear(backbone.widths[1], 1)}
-        save_checkpoint(tmp_path / "seed-0", backbone, heads, clip, tiny, "lora", 0, {"val": 0.0}, data)
+        data = training if same else "another"
+        classifier = ClipClassifier(clip, backbone, {"image": nn.Linear(backbone.widths[1], 1)})
+        save_checkpoint(tmp_path / "seed-0", classifier, tiny, "lora", 0, {"val": 0.0}, data)
         made, text = export_checkpoint(tmp_path / "seed-0", tmp_path / "a.onnx", root=tmp_path)
         assert made["validation"] is same and (made["auroc"] is not None) is same
         assert ("validation images" in text) is same

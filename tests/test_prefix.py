@@ -91,7 +91,8 @@ def trained(params: Params, prepared: Path, folder: Path) -> tuple[dict[str, tor
 
     def done(run: Trained) -> None:
         made.append(run)
-        weights.update({n: p.detach().clone() for n, p in run.backbone.named_parameters() if p.requires_grad})
+        tower = run.classifier.backbone
+        weights.update({n: p.detach().clone() for n, p in tower.named_parameters() if p.requires_grad})
 
     train(get_method("dgs"), clip, data, own, 0, torch.device("cpu"), done, snapshot=Snapshot(folder, 0.0))
     return weights, made[0].log.losses

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from dgs.cli import app
 from dgs.errors import UserError
-from dgs.model.checkpoint import import_release, load_heads, read_info
+from dgs.model.checkpoint import import_release, read_info
 from dgs.model.clip import IMAGENET
+from dgs.model.clip_classifier import load_heads
 from dgs.model.detector import Detector
 from dgs.model.release import read_tensors
 

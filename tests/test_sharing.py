@@ -20,8 +20,10 @@ from torch import nn
 
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
-from dgs.model.checkpoint import SUMS, card, read_info, save_checkpoint
+from dgs.model.checkpoint import card, read_info, save_checkpoint
+from dgs.model.checkpoint_files import SUMS
 from dgs.model.clip import ConvStem, load_clip
+from dgs.model.clip_classifier import ClipClassifier
 from dgs.model.detector import Detector
 from dgs.model.scoring import score_files
 from dgs.params import Params
@@ -36,10 +38,8 @@ def whole_with_clip(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path)
     folder = tmp_path_factory.mktemp("carrying")
     params, carried = settings(Path("clip")), shutil.copytree(clip_folder, folder / "moved")
     clip = load_clip(params.model, clip_folder.parent, params.image_size)
-    head = {"image": nn.Linear(WIDTH, 1)}
-    save_checkpoint(
-        folder / "seed-0", Backbone(clip), head, clip, params, "probe", 0, {"0.5": 0.0}, "d", carried=carried
-    )
+    probe = ClipClassifier(clip, Backbone(clip), {"image": nn.Linear(WIDTH, 1)})
+    save_checkpoint(folder / "seed-0", probe, params, "probe", 0, {"0.5": 0.0}, "d", carried=carried)
     return folder / "seed-0"
 
 
@@ -96,8 +96,8 @@ def mini_checkpoint(folder: Path, params: Params) -> Path:
     assert isinstance(backbone.visual.conv1, ConvStem)
     for parameter in backbone.adapter_parameters():
         nn.init.normal_(parameter, std=0.3)
-    heads = {"image": nn.Linear(backbone.widths[1], 1)}
-    save_checkpoint(folder, backbone, heads, clip, params, "lora", 0, {"val": 0.1}, "d", {"val": CALIBRATION})
+    classifier = ClipClassifier(clip, backbone, {"image": nn.Linear(backbone.widths[1], 1)})
+    save_checkpoint(folder, classifier, params, "lora", 0, {"val": 0.1}, "d", {"val": CALIBRATION})
     return folder
 
 

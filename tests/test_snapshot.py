@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_disk import full_disk  # noqa: F401
-from test_train import settings
+from test_train import settings, weights_of
 from torch import Tensor
 
 from dgs.data.prepared import Prepared
@@ -30,7 +30,8 @@ STEPS = 6  # two epochs of three
 @pytest.fixture
 def params() -> Params:
     """Dropout and an odd last batch: whatever draws random numbers must go on with the next one."""
-    return settings(stage2={"epochs": 2, "lr": 0.01}).replaced({"model.lora.dropout": 0.5})
+    both = {"epochs": 2, "lr": 0.01}
+    return settings(stage1=both, stage2=both).replaced({"model.lora.dropout": 0.5})
 
 
 class Killed(BaseException):
@@ -51,9 +52,7 @@ def train_until(
             raise Killed
 
     def done(trained: Trained) -> None:
-        learned = {n: p.detach().clone() for n, p in trained.backbone.named_parameters() if p.requires_grad}
-        learned |= {f"{n}.{k}": v.clone() for n, h in trained.heads.items() for k, v in h.state_dict().items()}
-        found.append((learned, {**trained.log.rows(), "thresholds": trained.thresholds}))
+        found.append((weights_of(trained), {**trained.log.rows(), "thresholds": trained.thresholds}))
 
     try:
         train(get_method(method), clip, prepared, params, 0, torch.device("cpu"), done, on_step, kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,8 +22,9 @@ from dgs.data.prepared import Prepared
 from dgs.data.views import Views, batch_order, batches
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
-from dgs.model.checkpoint import load_heads, save_checkpoint
+from dgs.model.checkpoint import save_checkpoint
 from dgs.model.clip import Clip
+from dgs.model.clip_classifier import load_heads
 from dgs.model.detector import Detector, TorchTower
 from dgs.model.methods.averaging import Averaging
 from dgs.model.methods.constraints import adapters
@@ -42,6 +44,15 @@ def settings(**train_params: object) -> Params:
     return validate({**SETTINGS, "train": {**SETTINGS["train"], **train_params}})
 
 
+def weights_of(trained: Trained) -> dict[str, Tensor]:
+    """What was learned: the heads by name, and the adapters; of a network of its own everything."""
+    network: Any = trained.classifier
+    if network.clip is None:
+        return {n: v.detach().clone() for n, v in network.state_dict().items()}
+    learned = {f"{n}.{k}": v.clone() for n, h in network.heads.items() for k, v in h.state_dict().items()}
+    return learned | {n: p.detach().clone() for n, p in network.backbone.named_parameters() if p.requires_grad}
+
+
 def run(
     method: str, clip: Clip, prepared: Prepared, params: Params, seed: int = 0
 ) -> tuple[dict[str, Tensor], Trained]:
@@ -49,9 +60,7 @@ def run(
     kept: list[tuple[dict[str, Tensor], Trained]] = []
 
     def keep(trained: Trained) -> None:
-        learned = {f"{n}.{k}": v.clone() for n, h in trained.heads.items() for k, v in h.state_dict().items()}
-        learned |= {n: p.detach().clone() for n, p in trained.backbone.named_parameters() if p.requires_grad}
-        kept.append((learned, trained))
+        kept.append((weights_of(trained), trained))
 
     train(get_method(method), clip, prepared, params, seed, torch.device("cpu"), keep)
     return kept[0]
@@ -212,8 +221,7 @@ def test_the_threshold_that_decides_verdicts_is_the_best_on_validation(
 
     def keep(trained: Trained) -> None:
         views = Views(rows, prepared.source, settings())
-        features = trained.backbone(torch.stack([view for view, _ in views]))  # type: ignore[attr-defined]
-        logits = trained.heads["image"](features).detach().squeeze(1).numpy()
+        logits = trained.classifier(torch.stack([view for view, _ in views])).detach().numpy()  # type: ignore[attr-defined]
         alarms.append(trained.calibration["val"]["false_alarm"])
         found.append((trained.thresholds["val"], logits))
 
@@ -379,7 +387,7 @@ def test_weights_are_their_means_over_the_last_two_thirds(
     ends: list[Tensor] = []
 
     def look(trained: Trained) -> None:
-        ends.extend([*trained.backbone.adapter_parameters(), *trained.heads["image"].parameters()])
+        ends.extend([*trained.classifier.backbone.adapter_parameters(), *trained.classifier.head.parameters()])
 
     params = settings(stage2={"lr": 0.01, "epochs": 3})
     train(get_method(method), clip, prepared, params, 0, torch.device("cpu"), look)
@@ -429,7 +437,7 @@ def test_effort_ends_in_the_smallest_singular_directions(clip: Clip, prepared: P
     leaks, sizes = [], []
 
     def look(trained: Trained) -> None:
-        for adapter in adapters(trained.backbone):
+        for adapter in adapters(trained.classifier.backbone):
             left, _, _ = torch.linalg.svd(adapter.weight)
             leaks.append((left[:, : -len(adapter.a)].T @ adapter.b).abs().max().item())
             sizes.append(adapter.b.norm().item())
@@ -469,14 +477,13 @@ def test_a_checkpoint_scores_as_the_run_that_made_it(
     expected: list[np.ndarray] = []
 
     def keep(trained: Trained) -> None:
-        detector = Detector(TorchTower(trained.backbone, trained.heads["image"]), params, {})
+        detector = Detector(TorchTower(trained.classifier), params, {})
         expected.append(detector.score(files))
-        heads, folder = trained.heads, tmp_path / "checkpoint"
-        save_checkpoint(folder, trained.backbone, heads, clip, params, method, 0, trained.thresholds, "d")
+        save_checkpoint(tmp_path / "checkpoint", trained.classifier, params, method, 0, trained.thresholds, "d")
 
     train(get_method(method), clip, prepared, params, 0, torch.device("cpu"), keep)
     names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
-    assert {"dgs.json", "heads.safetensors"} <= names
+    assert {"dgs.json", "model.safetensors" if METHODS[method].model else "heads.safetensors"} <= names
     assert ({"adapter_model.safetensors", "adapter_config.json"} <= names) == METHODS[method].adapters
     detector = Detector.load(tmp_path / "checkpoint", root=tmp_path)
     scores = detector.score(files)
@@ -484,6 +491,6 @@ def test_a_checkpoint_scores_as_the_run_that_made_it(
     assert ((scores >= 0) & (scores <= 1)).all()
     as_images = detector.score([Image.open(path) for path in files])
     assert np.allclose(as_images, scores, rtol=0, atol=1e-6)
-    assert set(load_heads(tmp_path / "checkpoint")) == (
-        {"image", "text", "teacher"} if METHODS[method].adapters else {"image"}
-    )
+    if METHODS[method].model is None:
+        heads = {"image", "text", "teacher"} if METHODS[method].adapters else {"image"}
+        assert set(load_heads(tmp_path / "checkpoint")) == heads

@@ -62,7 +62,7 @@ def train_into(folder: Path, method: str, clip: Clip, prepared: Prepared, params
 
     def keep(run: Trained) -> None:
         decided = (run.thresholds, prepared.info["training_hash"])
-        save_checkpoint(folder, run.backbone, run.heads, clip, params, method, seed, *decided)
+        save_checkpoint(folder, run.classifier, params, method, seed, *decided)
 
     train(get_method(method), clip, prepared, params, seed, torch.device("cpu"), keep)
     return folder

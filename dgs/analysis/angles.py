@@ -237,7 +237,7 @@ def depth(layer: str) -> tuple[int, int]:
 
 def read_updates(checkpoint: Path) -> dict[str, Update]:
     """LoRA matrices of a checkpoint folder by layer, "<block>.<q, k or v>"; empty for a method without adapters."""
-    if not json.loads((checkpoint / "dgs.json").read_text())["adapter"]:
+    if not json.loads((checkpoint / "dgs.json").read_text()).get("adapter"):
         return {}
     matrices: dict[str, dict[str, Array]] = {}
     for name, value in load_file(checkpoint / "adapter_model.safetensors").items():

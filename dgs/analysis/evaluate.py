@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from dgs.analysis.forgetting import Tower, measure_all, spread_out
 from dgs.analysis.metrics import SCORES, detection_table, summary, write_detection
@@ -27,11 +26,13 @@ from dgs.errors import UserError
 from dgs.model import distributed as processes
 from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import load_checkpoint, read_info
+from dgs.model.classifier import Classifier
 from dgs.model.clip import Clip, load_clip
+from dgs.model.clip_classifier import ClipClassifier
 from dgs.model.gemm import resolve
 from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.methods.text_expert import caption_probability, ipw_weights
-from dgs.model.train import extract_features
+from dgs.model.train import over_views
 from dgs.model.training_log import read_losses
 from dgs.params import Params
 from dgs.workspace import Workspace, external_checkpoints
@@ -105,7 +106,7 @@ def settings(found: Runs, params: Params) -> dict[str, dict[str, Any]]:
 def check_fits(
     method: str, folder: Path, info: Mapping[str, Any], prepared: Prepared, params: Params, clip: Clip
 ) -> None:
-    """Raise UserError, naming both sides, unless a checkpoint sees images as prepared, with this CLIP's constants.
+    """Raise UserError, naming both sides, unless a checkpoint sees images as prepared, if of a CLIP with its constants.
 
     It must have been trained on what is prepared too, unless `method` is of evaluate.checkpoints.
     """
@@ -118,19 +119,15 @@ def check_fits(
             f"The checkpoint {folder} was trained on other data ({info['data_hash'][:12]}) than what was prepared last "
             f"({prepared.info['training_hash'][:12]}). {again}"
         )
+    now = {"image_size": params.image_size, "patches": params.patches.model_dump(), "fit": params.data.fit}
     trained_in = info["params"].get("model", {}).get("precision", "fp32")
-    if trained_in != params.model.precision:
+    if "clip" in info:
+        now |= {"mean": list(clip.mean), "std": list(clip.std)}
+    if "clip" in info and trained_in != params.model.precision:
         raise UserError(
             f"The checkpoint {folder} was trained in {trained_in}, model.precision is {params.model.precision}: "
             f"scores would differ by rounding. Set it to {trained_in}."
         )
-    now = {
-        "image_size": params.image_size,
-        "mean": list(clip.mean),
-        "std": list(clip.std),
-        "patches": params.patches.model_dump(),
-        "fit": params.data.fit,
-    }
     for name, value in now.items():
         if info["preprocessing"].get(name) != value:
             raise UserError(
@@ -139,17 +136,18 @@ def check_fits(
             )
 
 
-def image_features(backbone: Backbone, views: Views, params: Params, label: str) -> Features:
+def image_features(classifier: Classifier, views: Views, params: Params, label: str) -> Features:
     """Features of evaluation views: (N, D)."""
-    return extract_features(backbone, views, params, label).cpu().numpy()
+    return over_views(classifier.features, classifier.width, classifier.device, views, params, label).cpu().numpy()
 
 
-def block_means(backbone: Backbone, views: Views, params: Params, label: str) -> list[Features]:
+def block_means(classifier: ClipClassifier, views: Views, params: Params, label: str) -> list[Features]:
     """The mean patch token of each image after each vision block: `depth` arrays (N, W), the first block's first."""
+    backbone = classifier.backbone
     levels, depth = backbone.levels, len(backbone.visual.transformer.resblocks)
     backbone.levels = tuple(range(1, depth + 1))
     try:
-        found = image_features(backbone, views, params, label)
+        found = image_features(classifier, views, params, label)
     finally:
         backbone.levels = levels
     return np.split(found[:, backbone.widths[0] :], 2 * depth, axis=1)[::2]  # the others are standard deviations
@@ -176,14 +174,14 @@ class _Job(NamedTuple):
 
 
 @contextmanager
-def _opened(method: str, folder: Path, job: _Job) -> Iterator[tuple[Backbone, nn.Linear, bool]]:
-    """A checkpoint's tower, its head, and whether the tower was tuned; afterwards the CLIP is as it was."""
-    backbone, heads, info = load_checkpoint(folder, job.clip)
+def _opened(method: str, folder: Path, job: _Job) -> Iterator[Classifier]:
+    """What a checkpoint holds; afterwards the CLIP is as it was."""
+    classifier, info = load_checkpoint(folder, job.clip)
     try:
         check_fits(method, folder, info, job.prepared, job.params, job.clip)
-        yield backbone.to(job.device), heads["image"], bool(info["adapter"])
+        yield classifier.to(job.device)
     finally:
-        job.clip.model.visual = backbone.without_adapters()
+        classifier.close()
 
 
 class _Reader:
@@ -198,23 +196,24 @@ class _Reader:
         keep = keep and worth_keeping(len(rows), job.params)
         source, patches = job.prepared.source, job.prepared.patches
         self.views = Views(rows, source, job.params, patches=patches, keep=keep, condition=change)
-        self._frozen: dict[tuple[int, ...], Features] = {}  # by the levels that are read beside the tower's output
+        self._shared: dict[Hashable, Features] = {}
 
-    def features(self, backbone: Backbone, tuned: bool, label: str) -> Features:
-        """(N, D): what the head of `backbone` reads."""
-        if not tuned and backbone.levels in self._frozen:
-            return self._frozen[backbone.levels]
-        found = image_features(backbone, self.views, self.job.params, label)
-        if not tuned:
-            self._frozen[backbone.levels] = found
+    def features(self, classifier: Classifier, label: str) -> Features:
+        """(N, D): what `classifier` decides on."""
+        if classifier.shared in self._shared:
+            return self._shared[classifier.shared]
+        found = image_features(classifier, self.views, self.job.params, label)
+        if classifier.shared is not None:
+            self._shared[classifier.shared] = found
         return found
 
-    def scores(self, method: str, seed: int, head: nn.Linear, features: Features) -> pd.DataFrame:
+    @torch.no_grad()
+    def scores(self, method: str, seed: int, classifier: Classifier, features: Features) -> pd.DataFrame:
         """One row an image, columns `metrics.SCORES`."""
         table = self.rows.reset_index(drop=True)
         table["method"], table["seed"], table["profile"] = method, seed, self.job.params.profile
         table["condition"], table["applied_to"], table["rho"] = self.condition, "both", self.job.prepared.info["rho"]
-        table["logit"] = head(torch.from_numpy(features)).squeeze(1).detach().numpy()
+        table["logit"] = classifier.decide(torch.from_numpy(features).to(classifier.device)).cpu().numpy()
         return table[list(SCORES)].astype({name: kind for name, kind in SCORES.items() if kind != "str"})
 
 
@@ -237,9 +236,10 @@ def _changed_scores(found: Runs, job: _Job) -> Iterator[pd.DataFrame]:
     for condition in asked.conditions:
         reader = _Reader(job.prepared.split("test"), job, condition, keep=len(chosen) > 1)
         for (method, seed), folder in chosen.items():
-            with _opened(method, folder, job) as (backbone, head, tuned):
-                features = reader.features(backbone, tuned, f"{condition}: {method}, seed {seed}")
-            yield reader.scores(method, seed, head, features)
+            with _opened(method, folder, job) as classifier:
+                features = reader.features(classifier, f"{condition}: {method}, seed {seed}")
+                scores = reader.scores(method, seed, classifier, features)
+            yield scores
 
 
 def evaluate(
@@ -249,7 +249,8 @@ def evaluate(
 
     Returns:
         scores (one row an image, checkpoint and condition, columns `metrics.SCORES`), forgetting (rho, method, seed,
-        measure, before, after), and for the t-SNE {"frozen", method...: (features, rows)} of the first seed.
+        measure, before, after; none of a method without a CLIP), and for the t-SNE {"frozen", method...: (features,
+        rows)} of the first seed.
 
     Raises:
         UserError: a checkpoint does not fit (`check_fits`) or has features that are not finite, or
@@ -266,8 +267,8 @@ def evaluate(
     tested = rows[test]
     reader = _Reader(rows, job)
     few = _Reader(tested.iloc[spread_out(len(tested), int(np.clip(len(tested) // 8, *OF_BLOCKS)))], job)
-    plain = Backbone(clip).to(device).eval()
-    features = reader.features(plain, False, "frozen features")
+    plain = ClipClassifier(clip, Backbone(clip), {}).to(device).eval()
+    features = reader.features(plain, "frozen features")
     width, captions = features.shape[1], prepared.caption_embeddings[tested.index]
     blocks = block_means(plain, few.views, params, "frozen blocks")
     frozen = Tower(tested, captions, prepared.prompts, params.evaluate.retrieval_pool, features[test], blocks)
@@ -278,19 +279,22 @@ def evaluate(
     forgetting: list[tuple[Any, ...]] = []
     for (method, seed), folder in found.items():
         label = f"{method}, seed {seed}"
-        with _opened(method, folder, job) as (backbone, head, tuned):
-            features = reader.features(backbone, tuned, label)
-            if tuned:
-                blocks = block_means(backbone, few.views, params, f"{label}, blocks")
-        scores.append(reader.scores(method, seed, head, features))
+        with _opened(method, folder, job) as classifier:
+            features = reader.features(classifier, label)
+            scores.append(reader.scores(method, seed, classifier, features))
+            tuned = classifier if isinstance(classifier, ClipClassifier) and classifier.is_tuned else None
+            if tuned is not None:
+                blocks = block_means(tuned, few.views, params, f"{label}, blocks")
         if not np.isfinite(features).all():
             raise UserError(
                 f"Features of {method}, seed {seed}, are not finite: did training diverge? Try a lower learning rate."
             )
+        if classifier.clip is None:
+            continue
         own = features[test, :width]
-        tower = replace(frozen, features=own, blocks=blocks if tuned else frozen.blocks, untuned=frozen)
+        tower = replace(frozen, features=own, blocks=frozen.blocks if tuned is None else blocks, untuned=frozen)
         forgetting += [(prepared.info["rho"], method, seed, name, *both) for name, both in measure_all(tower).items()]
-        if method not in panels and tuned:
+        if method not in panels and tuned is not None:
             panels[method] = (own[at], shown)
     del reader  # and with it the views in memory
     scores += _changed_scores(found, job)

@@ -32,9 +32,10 @@ from dgs.data.patches import patch_indices
 from dgs.data.prepared import Prepared, load_prepared
 from dgs.data.views import EVALUATION, make_view
 from dgs.errors import UserError, did_you_mean
-from dgs.model.backbone import Backbone
-from dgs.model.checkpoint import load_checkpoint, load_heads
+from dgs.model.checkpoint import load_checkpoint
+from dgs.model.classifier import Classifier
 from dgs.model.clip import load_clip
+from dgs.model.clip_classifier import ClipClassifier, load_heads
 from dgs.model.detector import probability
 from dgs.model.methods.base import Batch, GradientMap, Precomputed, text_harm
 from dgs.model.methods.registry import get_method
@@ -253,21 +254,20 @@ class Workbench:
             raise UserError(f"No checkpoint of {method} with seed {seed}. There are seeds {there}.")
         return self.workspace.find("train", method, made_by=f"train@{method}") / f"seed-{seed}"
 
-    def _open_checkpoint(
-        self, method: str, seed: int
-    ) -> tuple[Backbone, dict[str, nn.Linear], Params, float, list[nn.Linear]]:
-        """(tower, heads, parameters of the run, threshold of validation, text heads of other seeds)."""
+    def _open_checkpoint(self, method: str, seed: int) -> tuple[Classifier, Params, float, list[nn.Linear]]:
+        """(what classifies, parameters of the run, threshold of validation, text heads of other seeds)."""
         folder = self._folder(method, seed)
         clip = load_clip(self.params.model, self.workspace.root, self.params.image_size, text=False)
-        backbone, heads, info = load_checkpoint(folder, clip)
+        classifier, info = load_checkpoint(folder, clip)
         check_fits(method, folder, info, self.prepared, self.params, clip)
         given, train = info["params"]["train"], self.params.train
         surgery = SurgeryParams.model_validate({**train.surgery.model_dump(), **given["surgery"]})
         own = train.model_copy(update={"surgery": surgery, "batch_size": int(given["batch_size"])})
-        others = [load_heads(self._folder(method, other)) for other in self.runs[method] if other != seed]
+        seeds = self.runs[method] if isinstance(classifier, ClipClassifier) else []
+        others = [load_heads(self._folder(method, other)) for other in seeds if other != seed]
         params = self.params.model_copy(update={"train": own})
         threshold = info["thresholds"].get("val", 0.0)
-        return backbone, heads, params, threshold, [found["text"] for found in others if "text" in found]
+        return classifier, params, threshold, [found["text"] for found in others if "text" in found]
 
     def choose(self, method: str | None, seed: int | None, image: str | None) -> tuple[str, int, str]:
         """What to open first: what is given, else dgs or the last method, its first seed, and its surest mistake."""
@@ -325,19 +325,20 @@ class Workbench:
     def _subject(
         self, method: str, seed: int, name: str, pixels: Array, sha256: str, label: int, caption: str, embedding: Row
     ) -> Subject:
-        backbone, heads, params, threshold, others = self._open(method, seed)
+        classifier, params, threshold, others = self._open(method, seed)
         size, count = params.patches.size, params.patches.count
         chosen = params.patches.enabled or min(pixels.shape[:2]) >= size
         kept = patch_indices(pixels, size, count) if chosen else None
         view = make_view(pixels, sha256, params, 0, EVALUATION, kept)
         batch = torch.from_numpy(np.ascontiguousarray(view)).permute(2, 0, 1)[None]
         with torch.no_grad():
-            features = backbone(batch)
-            logit = float(heads["image"](features).item())
+            features = classifier.features(batch)
+            logit = float(classifier.decide(features).item())
         sample = None
-        if "text" in heads:
-            with torch.no_grad(), backbone.frozen():
-                frozen = backbone(batch)
+        if isinstance(classifier, ClipClassifier) and "text" in classifier.heads:
+            heads = classifier.heads
+            with torch.no_grad(), classifier.backbone.frozen():
+                frozen = classifier.backbone(batch)
                 residual = heads["teacher"](frozen).squeeze(1).sigmoid() - label
             truth, text = torch.tensor([float(label)]), torch.from_numpy(embedding)[None]
             known = Precomputed(truth, text, frozen, torch.ones(1), residual, torch.zeros(1), torch.ones(1))
@@ -353,7 +354,7 @@ class Workbench:
 def remark(method: str, subject: Subject) -> str:
     """What to know of the surgery shown, where it is not what trained this checkpoint; "" for dgs."""
     if subject.sample is None:
-        return f"{method} trains no tower: no gradient reaches it, so there is nothing to operate on."
+        return f"{method} tunes no CLIP: no gradient reaches a tower, so there is nothing to operate on."
     if method == "dgs":
         return ""
     return f"{method} was trained in its own way. Shown is what DGS-Net's surgery would make of its task gradient."

@@ -280,10 +280,11 @@ def summary(detection: pd.DataFrame, forgetting: pd.DataFrame | None, profile: s
 
     Returns {profile, data_hash, methods: {name: {metric: {mean, low, high, per_seed: {seed: value}}}}} in plain JSON
     types, rounded to 6 decimals; the metrics are those of `per_seed_values`. One seed: low and high are None. Data
-    without unseen (or seen) generators has no `_unseen` (`_seen`) entries. Raises UserError as `headline` does.
+    without unseen (or seen) generators has no `_unseen` (`_seen`) entries. A method that brings a model of its
+    own has no row of forgetting, and None for each of its metrics. Raises UserError as `headline` does.
     """
     values = per_seed_values(detection, forgetting)
-    methods: dict[str, dict[str, Any]] = {}
+    methods: dict[str, dict[str, dict[str, Any] | None]] = {}
     for (method, metric), part in values.groupby(["method", "metric"], sort=False):
         by_seed = part.sort_values("seed")
         mean, low, high = (rounded(end) for end in seed_interval(by_seed["value"].to_numpy()))
@@ -293,6 +294,9 @@ def summary(detection: pd.DataFrame, forgetting: pd.DataFrame | None, profile: s
             "high": high,
             "per_seed": {str(seed): rounded(v) for seed, v in zip(by_seed["seed"], by_seed["value"], strict=True)},
         }
+    if forgetting is not None:
+        for method in methods.keys() - set(forgetting["method"]):
+            methods[method] |= dict.fromkeys(metrics_of("forgetting"))
     return {"profile": profile, "data_hash": data_hash, "methods": methods}
 
 

@@ -95,6 +95,7 @@ def write_report(
         baseline=BASELINE,
         headline=_headline(methods),
         macc=", ".join(f"`{name}` {_entry(numbers['mAcc'])}" for name, numbers in methods.items() if "mAcc" in numbers),
+        without_clip=[name for name in methods if forgetting is not None and name not in set(forgetting["method"])],
         differences=_differences(per_seed_values(detection, forgetting)),
         resampled=_over_seeds_and_generators(rows[~rows["seen"]]),
         where="seen" if rows["seen"].all() else "unseen",
@@ -106,10 +107,10 @@ def write_report(
             (m.label, _by_generator(rows, m.key)) for m in rates if m.headline and not (equal and m.key == "acc")
         ],
         robustness=_robustness(detection),
-        forgetting="" if forgetting is None else _measures(forgetting, blocks=False),
-        blocks="" if forgetting is None else _measures(forgetting, blocks=True),
+        forgetting="" if forgetting is None else _measures(forgetting, list(methods), blocks=False),
+        blocks="" if forgetting is None else _measures(forgetting, list(methods), blocks=True),
         figures=[PurePath(figure) for figure in figures],
-        alone=min((len(e["per_seed"]) for numbers in methods.values() for e in numbers.values()), default=0) == 1,
+        alone=min((len(e["per_seed"]) for numbers in methods.values() for e in numbers.values() if e), default=0) == 1,
         summary=summary,
         rows=rows,
         seen=unique(rows.loc[rows["seen"], "generator"]),
@@ -169,7 +170,7 @@ def _entry(entry: Mapping[str, Any] | None) -> str:
 
 
 def _headline(methods: Mapping[str, Mapping[str, Any]]) -> str:
-    measured = set().union(*methods.values())
+    measured = {key for numbers in methods.values() for key, entry in numbers.items() if entry is not None}
     shown = {key: metric.label for key, metric in COMPARED.items() if metric.headline and key in measured}
     rows = [[f"`{name}`", *(_entry(numbers.get(key)) for key in shown)] for name, numbers in methods.items()]
     return markdown_table(["method", *shown.values()], rows)
@@ -297,9 +298,9 @@ def _robustness(detection: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _measures(forgetting: pd.DataFrame, blocks: bool) -> str:
-    """What the tower knows before and after, of single vision blocks or of the whole."""
-    methods, rows = unique(forgetting["method"]), []
+def _measures(forgetting: pd.DataFrame, methods: Sequence[str], blocks: bool) -> str:
+    """What the tower knows before and after, of single vision blocks or of the whole; a dash for who has none."""
+    rows = []
     for measure in unique(forgetting["measure"]):
         if (BLOCK in measure) == blocks:
             own = forgetting[forgetting["measure"] == measure].set_index(RUN)

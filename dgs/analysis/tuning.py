@@ -39,8 +39,9 @@ COLUMNS = ["data_hash", "method", "candidate", "seed", *RULES]
 def candidates(method: Method, rates_alone: Sequence[float] = ()) -> list[Candidate]:
     """The six settings tried: learning rate by strength, or six learning rates where a method has no strength.
 
-    On the frozen tower, where a step costs nothing, epochs take the strength's place. With `rates_alone` those learning
-    rates are tried, and all else is as in force.
+    On the frozen tower, where a step costs nothing, epochs take the strength's place; so they do for a model of a
+    method's own, which says what is tried. With `rates_alone` those learning rates are tried, and all else is as in
+    force.
     """
     if rates_alone:
         return [{LR if method.adapters else LR_FROZEN: rate} for rate in rates_alone]
@@ -51,7 +52,9 @@ def candidates(method: Method, rates_alone: Sequence[float] = ()) -> list[Candid
         return [{name: rate, f"train.surgery.{method.tuned_param}": strength} for rate, strength in pairs]
     if method.adapters:
         return [{LR: rate} for rate in (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)]
-    return [{LR_FROZEN: rate, EPOCHS: epochs} for rate, epochs in product((3e-3, 1e-2, 3e-2), (20, 60))]
+    own = method.model
+    pairs = product(*((own.rates, own.epochs) if own else ((3e-3, 1e-2, 3e-2), (20, 60))))
+    return [{LR_FROZEN: rate, EPOCHS: epochs} for rate, epochs in pairs]
 
 
 def weighted_balanced_accuracy(
@@ -76,9 +79,10 @@ def train_and_score(
     from dgs.data.views import Views
     from dgs.device import choose_device
     from dgs.model.clip import load_clip
-    from dgs.model.train import Trained, train, validation_logits
+    from dgs.model.train import Trained, classify, train
 
-    clip = load_clip(params.model, root, params.image_size, text=False)
+    method = get_method(name)
+    clip = None if method.model else load_clip(params.model, root, params.image_size, text=False)
     device = choose_device(params.compute.device)
     found = {}
 
@@ -87,10 +91,9 @@ def train_and_score(
             rows = prepared.split(split)
             if not rows.empty:
                 views = Views(rows, prepared.source, params, patches=prepared.patches)
-                logits = validation_logits(trained.backbone, trained.heads["image"], views, params)
-                found[split] = (rows["label"].to_numpy(), logits)
+                found[split] = (rows["label"].to_numpy(), classify(trained.classifier, views, params, split))
 
-    train(get_method(name), clip, prepared, params, seed, device, done)
+    train(method, clip, prepared, params, seed, device, done)
     return found
 
 

@@ -18,16 +18,16 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.special import expit
-from torch import nn
 
 from dgs.data.images import MAX_BYTES, MAX_PIXELS, decode, read, size_of, to_rgb
 from dgs.data.patches import patch_indices
 from dgs.data.views import EVALUATION, make_view
 from dgs.device import choose_device
 from dgs.errors import UserError
-from dgs.model.backbone import Backbone
-from dgs.model.checkpoint import INFO, damaged, load_checkpoint, read_info, require_unchanged
-from dgs.model.clip import load_clip
+from dgs.model.checkpoint import load_checkpoint, read_info, require_unchanged
+from dgs.model.checkpoint_files import INFO, damaged
+from dgs.model.classifier import Classifier
+from dgs.model.clip import Clip, load_clip
 from dgs.model.gemm import resolve
 from dgs.model.onnx_engine import damaged_export, open_tower, read_export
 from dgs.params import ImageParams, merged, validate_as
@@ -117,16 +117,16 @@ class Tower(Protocol):
 
 
 class TorchTower:
-    """A checkpoint's tower and its image head, by torch."""
+    """What a checkpoint holds, by torch."""
 
-    def __init__(self, backbone: Backbone, head: nn.Linear) -> None:
-        self.backbone, self.head = backbone, head
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier
 
     @torch.no_grad()
     def logits(self, views: View) -> NDArray[np.float32]:
         """As `Detector.logits`."""
-        images = torch.from_numpy(views).permute(0, 3, 1, 2).to(self.backbone.mean.device)
-        return self.head(self.backbone(images).float()).squeeze(1).cpu().numpy()
+        images = torch.from_numpy(views).permute(0, 3, 1, 2).to(self.classifier.device)
+        return self.classifier(images).cpu().numpy()
 
 
 def read_about(path: Path, engine: Engine = "torch") -> dict[str, Any]:
@@ -163,13 +163,30 @@ class Detector:
             params = _image_params(info)
         except UserError as error:
             raise damaged(folder / INFO, str(error).rstrip(".")) from None
+        clip = cls._load_clip(folder, info, params, root)
+        classifier, info = load_checkpoint(folder, clip)
+        constants = {} if clip is None else {"mean": list(clip.mean), "std": list(clip.std)}
+        for name, value in constants.items():
+            if (said := info.get("preprocessing", {}).get(name, value)) != value:
+                raise UserError(
+                    f"The checkpoint {folder} was trained on images normalised by {name} {said}, "
+                    f"{params.model.clip} has {value} now. Restore preprocess_cfg in its open_clip_config.json, or "
+                    f"train again."
+                )
+        return cls(TorchTower(classifier.to(choose_device(device))), params, info)
+
+    @staticmethod
+    def _load_clip(folder: Path, info: dict[str, Any], params: ImageParams, root: Path | None) -> Clip | None:
+        """The CLIP that a checkpoint belongs to, if it does to any."""
+        if "clip" not in info:
+            return None
         try:
             carried = info["clip"].get("carried")
             if carried and not (folder / "clip").is_dir():
                 raise damaged(folder / "clip", "expected the CLIP that this checkpoint carries, found none")
             require_unchanged(folder, info, carried=True)
             home = folder if carried else root or find_root()
-            clip = load_clip(params.model, home, params.image_size, text=False, gemm=resolve("auto"))
+            return load_clip(params.model, home, params.image_size, text=False, gemm=resolve("auto"))
         except UserError:
             raise
         except Exception as error:  # damaged weights and configs fail in many ways
@@ -178,15 +195,6 @@ class Detector:
                 f"Cannot load {params.model.clip}, the CLIP of the checkpoint {folder} ({reason}). "
                 "Restore it, or give another --checkpoint."
             ) from None
-        backbone, heads, info = load_checkpoint(folder, clip)
-        for name, value in (("mean", clip.mean), ("std", clip.std)):
-            if (said := info.get("preprocessing", {}).get(name, list(value))) != list(value):
-                raise UserError(
-                    f"The checkpoint {folder} was trained on images normalised by {name} {said}, {clip.name} has "
-                    f"{list(value)} now. Restore preprocess_cfg in its open_clip_config.json, or train again."
-                )
-        chosen = choose_device(device)
-        return cls(TorchTower(backbone.to(chosen), heads["image"].to(chosen)), params, info)
 
     @classmethod
     def _load_export(cls, file: Path, device: str) -> Detector:

@@ -31,9 +31,9 @@ AT_A_TIME = 2  # images: what is computed between two layers stays in the cache
 MADE_UP = 4  # views that a file is tried with when it is opened
 ENOUGH = 0.99  # verdicts that equal the checkpoint's; below, every start says so
 OPERATORS = frozenset(
-    """Add Cast Concat Conv DequantizeLinear Div Expand Gather Gelu Gemm LayerNormalization MatMul Max Mul
-    QuantizeLinear ReduceMax ReduceMean ReduceMin ReduceSum Reshape Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub
-    Transpose Unsqueeze""".split()  # noqa: SIM905  # four lines rather than thirty
+    """Add AveragePool Cast Clip Concat Conv DequantizeLinear Div Expand Gather Gelu Gemm LayerNormalization MatMul Max
+    Mul Pad QuantizeLinear ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Shape Sigmoid Slice Softmax Split Sqrt
+    Squeeze Sub Transpose Unsqueeze""".split()  # noqa: SIM905  # four lines rather than thirty
 )
 PLAIN = ("FLOAT", "INT", "STRING", "FLOATS", "INTS", "STRINGS")  # kinds of attributes: no graphs, no tensors
 

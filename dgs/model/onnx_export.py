@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dgs.atomic import replacing_file
@@ -16,7 +15,8 @@ from dgs.data.prepared import load_training
 from dgs.data.views import EVALUATION, make_view
 from dgs.errors import UserError
 from dgs.model import onnx_engine
-from dgs.model.checkpoint import INFO, SUMS, deciding_rule, file_hash, read_info
+from dgs.model.checkpoint import deciding_rule, read_info
+from dgs.model.checkpoint_files import INFO, SUMS, file_hash
 from dgs.model.detector import USED, Detector, TorchTower, View
 from dgs.model.onnx_engine import Agreement, Export, OnnxTower, made_up
 from dgs.stats import Scored, area_under_roc
@@ -27,7 +27,7 @@ EXACT = (
 )
 LEAST = 0.9  # verdicts of an 8-bit file that must equal the checkpoint's
 IMAGES = 500  # of validation, at most, that a file is compared on
-RECORDED = ("method", "seed", "clip", "levels", "preprocessing", "thresholds", "calibration", "data_hash")
+RECORDED = ("kind", "method", "seed", "clip", "levels", "preprocessing", "thresholds", "calibration", "data_hash")
 BATCH = 16
 
 
@@ -45,11 +45,11 @@ def export_checkpoint(
         {"out", "precision", "bytes", and what `Agreement` has}, and a sentence for people.
 
     Raises:
-        UserError: as `Detector.load`; no extra; a tower of another kind or too large for one file; a file that does not
-            agree with the checkpoint (it is not left).
+        UserError: as `Detector.load`; no extra; a tower of another kind or too large for one file; none of the layers
+            that 8 bits are for; a file that does not agree with the checkpoint (it is not left).
     """
     onnx_engine.require_extra()
-    from dgs.model.onnx_graph import build, float_linear, int8_linear
+    from dgs.model.onnx_graph import float_linear, int8_linear
 
     if out.suffix != ".onnx" or out.is_dir():
         raise UserError(f"Expected --out to name a file *.onnx, found {out}. Choose another name.")
@@ -58,21 +58,26 @@ def export_checkpoint(
     detector = Detector.load(checkpoint, root, device="cpu")
     tower, side = detector.tower, detector.params.image_size
     assert isinstance(tower, TorchTower)
-    tower.backbone.precision = torch.float32  # which a file computes in, whatever the checkpoint does on a GPU
+    classifier = tower.classifier.in_float32()  # as a file computes, whatever the checkpoint does on a GPU
+    if int8 and not classifier.int8:
+        raise UserError(
+            f"Expected --int8 for a checkpoint with a transformer, whose layers 8 bits make faster, found the kind "
+            f"{classifier.kind} in {checkpoint}. Leave --int8 out."
+        )
     found = _validation(detector, info, root)
     views, labels = found or (made_up(side, 64), None)
     tried = made_up(side)
     expected, own = _logits(tower, views), tower.logits(tried)
-    model = build(tower.backbone, tower.head, float_linear)
+    model = classifier.onnx(side, float_linear)
     if model.ByteSize() > onnx_engine.MAX_FILE:
-        raise UserError(f"Expected a tower that fits into one ONNX file of 2 GB, found {info['clip']['name']}.")
+        raise UserError(f"Expected a checkpoint that fits into one ONNX file of 2 GB, found {checkpoint}.")
     agreement = _agreement(expected, _logits(OnnxTower(model.SerializeToString()), views), threshold, labels)
     exact = EXACT * max(1.0, float(np.abs(expected).max()))
     if not agreement.largest <= exact:
         raise _disagrees(checkpoint, f"logits within {exact:.2g}", f"{agreement.largest:.2g}")
     tolerance = 10 * exact
     if int8:
-        model = build(tower.backbone, tower.head, int8_linear)
+        model = classifier.onnx(side, int8_linear)
         runs = OnnxTower(model.SerializeToString())
         agreement = _agreement(expected, _logits(runs, views), threshold, labels)
         tolerance += 2 * max(agreement.largest, float(np.abs(runs.logits(tried) - own).max()))

@@ -36,7 +36,8 @@ def _float(value: float) -> Array:
     return np.array(value, np.float32)
 
 
-def _numbers(tensor: Tensor) -> Array:
+def numbers(tensor: Tensor) -> Array:
+    """A tensor's values as a constant."""
     return tensor.detach().cpu().float().numpy()
 
 
@@ -90,18 +91,18 @@ def _merged(layer: Any) -> tuple[Array, Array]:
     if hasattr(layer, "get_delta_weight"):
         base = layer.get_base_layer()
         (name,) = layer.active_adapters
-        return _numbers(base.weight + layer.get_delta_weight(name)), _numbers(base.bias)
-    return _numbers(layer.weight), _numbers(layer.bias)
+        return numbers(base.weight + layer.get_delta_weight(name)), numbers(base.bias)
+    return numbers(layer.weight), numbers(layer.bias)
 
 
 def _norm(graph: Graph, layer: Any, x: str) -> str:
     if isinstance(layer, nn.Identity):
         return x
-    return graph.op("LayerNormalization", x, _numbers(layer.weight), _numbers(layer.bias), epsilon=layer.eps, axis=-1)
+    return graph.op("LayerNormalization", x, numbers(layer.weight), numbers(layer.bias), epsilon=layer.eps, axis=-1)
 
 
 def _scaled(graph: Graph, layer: Any, x: str) -> str:
-    return graph.op("Mul", x, _numbers(layer.gamma)) if isinstance(layer, LayerScale) else x
+    return graph.op("Mul", x, numbers(layer.gamma)) if isinstance(layer, LayerScale) else x
 
 
 def _activation(graph: Graph, layer: Any, x: str) -> str:
@@ -114,8 +115,8 @@ def _patches(graph: Graph, conv: Any, x: str) -> str:
     """(B, 3, S, S) to (B, patches, width)."""
     last = len(conv.convs) - 1 if isinstance(conv, ConvStem) else 0
     for depth, each in enumerate(conv.convs if isinstance(conv, ConvStem) else [conv]):
-        bias = () if each.bias is None else (_numbers(each.bias),)
-        x = graph.op("Conv", x, _numbers(each.weight), *bias, strides=each.stride, pads=each.padding * 2)
+        bias = () if each.bias is None else (numbers(each.bias),)
+        x = graph.op("Conv", x, numbers(each.weight), *bias, strides=each.stride, pads=each.padding * 2)
         if depth < last:
             x = graph.op("Gelu", x)
     return graph.op("Transpose", graph.op("Reshape", x, _ints(0, 0, -1)), perm=[0, 2, 1])
@@ -170,13 +171,12 @@ def build(backbone: Backbone, head: nn.Linear, linear: Linear) -> onnx.ModelProt
     visual = backbone.visual.get_base_model() if hasattr(backbone.visual, "get_base_model") else backbone.visual
     _require_known(visual)
     graph, (side, _) = Graph(), visual.image_size
-    position = _numbers(visual.positional_embedding)
+    position = numbers(visual.positional_embedding)
     length, width = position.shape
-    pixels = graph.op("Transpose", graph.op("Cast", "views", to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
-    centred = graph.op("Sub", graph.op("Div", pixels, _float(255)), _numbers(backbone.mean))
-    patches = _patches(graph, visual.conv1, graph.op("Div", centred, _numbers(backbone.std)))
+    centred = graph.op("Sub", graph.op("Div", pixels_of(graph), _float(255)), numbers(backbone.mean))
+    patches = _patches(graph, visual.conv1, graph.op("Div", centred, numbers(backbone.std)))
     size = graph.op("Concat", graph.op("Shape", "views", start=0, end=1), _ints(1, width), axis=0)
-    first = graph.op("Expand", (_numbers(visual.class_embedding) + position[0])[None, None], size)
+    first = graph.op("Expand", (numbers(visual.class_embedding) + position[0])[None, None], size)
     tokens = graph.op("Concat", first, graph.op("Add", patches, position[1:]), axis=1)
     x = _norm(graph, visual.ln_pre, graph.op("Reshape", tokens, _ints(-1, width)))
     states = [x]  # rows are tokens of all images: (B L, W)
@@ -198,11 +198,20 @@ def build(backbone: Backbone, head: nn.Linear, linear: Linear) -> onnx.ModelProt
         )
     if visual.final_ln_after_pool:
         pooled = _norm(graph, visual.ln_post, pooled)
-    features = [pooled if visual.proj is None else graph.op("MatMul", pooled, _numbers(visual.proj))]
+    features = [pooled if visual.proj is None else graph.op("MatMul", pooled, numbers(visual.proj))]
     for level in backbone.levels:
         features += _statistics(graph, whole[level], length)
     joined = graph.op("Concat", *features, axis=1)
-    logits = float_linear(graph, joined, _numbers(head.weight), _numbers(head.bias), CENTRE)
+    return model_of(graph, float_linear(graph, joined, numbers(head.weight), numbers(head.bias), CENTRE), side)
+
+
+def pixels_of(graph: Graph) -> str:
+    """The input "views" as (B, 3, S, S) float32, 0 to 255."""
+    return graph.op("Transpose", graph.op("Cast", "views", to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
+
+
+def model_of(graph: Graph, logits: str, side: int) -> onnx.ModelProto:
+    """The model "views" (B, side, side, 3) uint8 -> "logits" (B,), of a graph whose value `logits` is (B, 1)."""
     graph.nodes.append(helper.make_node("Squeeze", [logits, graph._constant(_ints(1))], ["logits"]))
     views = helper.make_tensor_value_info("views", TensorProto.UINT8, ["batch", side, side, 3])
     output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch"])

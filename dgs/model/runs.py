@@ -73,24 +73,24 @@ def train_seed(
     params = params.replaced({"compute.gemm": gemm})  # recorded in the checkpoint, and part of the snapshot's key
     own = chosen.of(params)
     device = distributed.own_device(choose_device(params.compute.device))
-    clip = load_clip(params.model, root, params.image_size, text=False, gemm=gemm)
+    clip = None if chosen.model else load_clip(params.model, root, params.image_size, text=False, gemm=gemm)
+    identity = {} if clip is None else clip.identity
     prepared = load_training(prepared_folder, root).with_training_images(params.train.images, seed)
-    for name, what in {"clip": "weights", "clip_features": "settings"}.items():
-        found = clip.identity[name]
-        said = prepared.info.get(name, found)
+    for name, found in identity.items():
+        what, said = {"clip": "weights", "clip_features": "settings"}[name], prepared.info.get(name, found)
         if said != found:
             raise UserError(
-                f"Expected the CLIP that captions were embedded by, with {what} {said[:12]}, found {clip.name} with "
-                f"{found[:12]}. Run prepare again."
+                f"Expected the CLIP that captions were embedded by, with {what} {said[:12]}, found {params.model.clip} "
+                f"with {found[:12]}. Run prepare again."
             )
-    key = run_key(method, seed, params, prepared_folder / TRAINING, " ".join(clip.identity.values()), device)
+    key = run_key(method, seed, params, prepared_folder / TRAINING, " ".join(identity.values()), device)
     snapshot = Snapshot(unfinished / key, params.compute.snapshot_seconds)
 
     def done(trained: Trained) -> None:
         if distributed.rank() == 0:
             snapshot.save_log(trained.log)
             decisions = (trained.thresholds, prepared.info["training_hash"], trained.calibration)
-            save_checkpoint(snapshot.checkpoint, trained.backbone, trained.heads, clip, own, method, seed, *decisions)
+            save_checkpoint(snapshot.checkpoint, trained.classifier, own, method, seed, *decisions)
 
     if not snapshot.is_done:
         train(chosen, clip, prepared, params, seed, device, done, _count, snapshot)

@@ -7,22 +7,24 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import dgs
 from dgs.atomic import replacing, replacing_file
 from dgs.model import distributed
-from dgs.model.methods.averaging import Averaging
 from dgs.model.training_log import TrainingLog
 from dgs.params import Params
+
+if TYPE_CHECKING:
+    from dgs.model.methods.averaging import Averaging
 
 FREE = {"jobs", "workers", "keep_mb", "snapshot_seconds"}  # of `compute`: no result depends on them
 VERSIONS = ("torch", "open_clip_torch", "peft", "numpy")
@@ -49,15 +51,15 @@ def run_key(
 
 @dataclass
 class State:
-    """All that stage 2 changes from step to step, but for torch's own random numbers.
+    """All that training changes from step to step, but for torch's own random numbers.
 
-    learned: the parameters, always in the same order.
+    learned: the parameters, and buffers where there are any, always in the same order.
     random: the generator of the controls' noise.
     averaging: the means of weights, where the method takes them.
     step: steps that were made.
     """
 
-    learned: list[nn.Parameter]
+    learned: Sequence[Tensor]
     optimizer: torch.optim.Optimizer
     random: torch.Generator
     log: TrainingLog

@@ -1,4 +1,7 @@
-"""Stage 1 (a linear probe on the frozen tower, whose head becomes the teacher's) and stage 2 (adapters, surgery)."""
+"""Stage 1 (a linear probe on the frozen tower, whose head becomes the teacher's) and stage 2 (adapters, surgery).
+
+A method that brings a model of its own has it fitted instead.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ from dgs.device import set_determinism
 from dgs.errors import UserError
 from dgs.model import distributed
 from dgs.model.backbone import Backbone
+from dgs.model.classifier import Classifier, Fit, Validate
 from dgs.model.clip import Clip
+from dgs.model.clip_classifier import ClipClassifier
 from dgs.model.methods.averaging import Averaging, wise_ft
 from dgs.model.methods.base import Method, Precomputed
 from dgs.model.methods.erasure import Affine
@@ -27,7 +32,7 @@ from dgs.model.methods.text_expert import expert_terms
 from dgs.model.prefix import keep_tokens, remove_tokens
 from dgs.model.snapshot import Snapshot, State
 from dgs.model.step import stage2_step
-from dgs.model.training_log import LAYERS_EVERY, LayerGradients, TrainingLog
+from dgs.model.training_log import LAYERS_EVERY, LayerGradients, TrainingLog, diverged
 from dgs.params import Params
 from dgs.stats import Scored, balanced_accuracy, calibrate
 
@@ -36,10 +41,9 @@ RECORDS = 200  # of stage 1's losses: its steps are many and cheap
 
 @dataclass
 class Trained:
-    """A finished run: the tower (adapters on, if any), its heads, and the log."""
+    """A finished run: what classifies (its tower with adapters on, if it has any), and the log."""
 
-    backbone: Backbone
-    heads: dict[str, nn.Linear]  # "image", and "text" and "teacher" where the method has them
+    classifier: Classifier
     log: TrainingLog
     thresholds: dict[str, float]  # on the logit, by rule
     calibration: dict[str, Any]  # by rule: how each did on validation images
@@ -61,13 +65,30 @@ def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Adam:
 
 
 @torch.no_grad()
-def extract_features(backbone: Backbone, views: Inputs, params: Params, label: str) -> Tensor:
-    """Features of views in the tower as it stands: (N, D) float32 on its device; processes share the work."""
-    device, shard = backbone.mean.device, distributed.shard(range(len(views)))
+def over_views(
+    function: Callable[[Tensor], Tensor], width: int, device: torch.device, views: Inputs, params: Params, label: str
+) -> Tensor:
+    """`function` of batches of views, (B, ...) to (B, width), put together: (N, width); processes share the work."""
+    shard = distributed.shard(range(len(views)))
     mine = batches(views, params.compute.batch_size, params.compute.workers, shard)
-    parts = [backbone(images.to(device)).float() for images, _ in tqdm(mine, desc=label, unit="batch", leave=False)]
-    empty = torch.zeros(0, backbone.widths[1], device=device)
-    return distributed.all_gather_rows(torch.cat(parts) if parts else empty)
+    parts = [function(images.to(device)) for images, _ in tqdm(mine, desc=label, unit="batch", leave=False)]
+    return distributed.all_gather_rows(torch.cat(parts) if parts else torch.zeros(0, width, device=device))
+
+
+def extract_features(backbone: Backbone, views: Inputs, params: Params, label: str) -> Tensor:
+    """Features of views in the tower as it stands: (N, D) float32 on its device."""
+    device = backbone.mean.device
+    return over_views(lambda images: backbone(images).float(), backbone.widths[1], device, views, params, label)
+
+
+def classify(classifier: Classifier, views: Inputs, params: Params, label: str) -> NDArray[np.float32]:
+    """Logits of views, (N,), in eval mode."""
+    training = classifier.training
+    where = (classifier.width, classifier.device, views, params, label)
+    with torch.no_grad():
+        logits = classifier.decide(over_views(classifier.eval().features, *where))
+    classifier.train(training)
+    return logits.cpu().numpy()
 
 
 def training_views(prepared: Prepared, params: Params, seed: int) -> list[Views]:
@@ -83,15 +104,6 @@ def frozen_features(backbone: Backbone, views: Sequence[Inputs], params: Params)
     with backbone.frozen():
         found = [extract_features(backbone, some, params, label) for some, label in zip(views, labels, strict=True)]
     return torch.stack(found)
-
-
-def _diverged(loss: str, step: int, names: list[str], stage: int) -> UserError:
-    some = 8
-    files = ", ".join(names[:some]) + (f" and {len(names) - some} more" if len(names) > some else "")
-    return UserError(
-        f"{loss} at step {step} of stage {stage}; the batch was {files}. Lower train.stage{stage}.lr, or look at those "
-        f"images and their captions."
-    )
 
 
 @torch.no_grad()
@@ -138,7 +150,7 @@ def stage1(
                 loss = F.binary_cross_entropy_with_logits(logits, y, weights[index]).item()
                 if not finite:
                     batch = [str(i) if names is None else names[i] for i in index.tolist()]
-                    raise _diverged(f"The loss became {loss}", step, batch, 1)
+                    raise diverged(f"The loss became {loss}", step, batch, 1)
                 assert log is not None
                 log.loss(epoch, step, loss=loss, loss_task=loss)
             # The gradient in closed form: autograd would take ten times as long as these few sums.
@@ -192,9 +204,6 @@ def training_batches(
         loader = batches(views[epoch % len(views)], size, params.compute.workers, order, distributed.shard)
         for start, (images, chosen) in zip(range(0, len(order), size), loader, strict=True):
             yield epoch, order[start : start + size], images, chosen
-
-
-Validate = Callable[[nn.Module, int, int], NDArray[np.float32]]  # (image head, epoch, step) to logged logits
 
 
 def stage2(
@@ -255,7 +264,7 @@ def stage2(
             try:
                 losses, gradients = stage2_step(method, *where, batch_size=len(batch), layers=layers)
             except FloatingPointError as error:
-                raise _diverged(str(error), step, [names[i] for i in batch], 2) from None
+                raise diverged(str(error), step, [names[i] for i in batch], 2) from None
             if step % params.train.log_every == 0 or step == steps - 1:
                 log.record(epoch, step, losses, gradients if log_gradients else {}, batch, known[0].labels[batch])
             if layers is not None:
@@ -280,7 +289,7 @@ def stage2(
 
 def train(
     method: Method,
-    clip: Clip,
+    clip: Clip | None,
     prepared: Prepared,
     params: Params,
     seed: int,
@@ -292,34 +301,55 @@ def train(
     """Both stages of one method and seed; `done` gets the result, then the adapters come off `clip` again.
 
     With several processes all of them run this, and `done` is called in each.
+
+    Args:
+        clip: None for a method that brings a model of its own.
     """
     snapshot = snapshot or Snapshot()
     set_determinism(params.compute.threads)
     params = method.of(params)
-    clip.model.to(device)
     log, rows, val = TrainingLog(method.name, seed), prepared.split("train"), prepared.split("val")
     truth, keep = val["label"].to_numpy(), worth_keeping(len(val), params)
     validation_views = Views(val, prepared.source, params, patches=prepared.patches, keep=keep)
+    names, labels = rows["id"].tolist(), torch.tensor(rows["label"].to_numpy(dtype=np.float32), device=device)
+
+    def noted(logits: NDArray[np.float32], epoch: int, step: int) -> NDArray[np.float32]:
+        log.loss(epoch, step, val_balanced_acc=balanced_accuracy(Scored.of(truth, logits)))
+        return logits
+
+    if method.model is not None:
+        given = Fit(
+            views=training_views(prepared, params, seed),
+            labels=labels,
+            names=names,
+            params=params,
+            seed=seed,
+            log=log,
+            validate=lambda model, *at: noted(classify(model, validation_views, params, "validation"), *at),
+            on_step=on_step,
+            snapshot=snapshot,
+        )
+        classifier, logits = method.model.fit(given)
+        done(Trained(classifier, log, *calibrate(truth, logits)))
+        return
+    assert clip is not None, "a method without a model of its own needs one"
+    clip.model.to(device)
     levels = params.model.levels if method.levels else ()
     backbone = Backbone(clip, params.model.lora if method.adapters else None, seed, levels).to(device)
 
     def validate(head: nn.Module, epoch: int, step: int) -> NDArray[np.float32]:
-        logits = validation_logits(backbone, head, validation, params)
-        log.loss(epoch, step, val_balanced_acc=balanced_accuracy(Scored.of(truth, logits)))
-        return logits
+        return noted(validation_logits(backbone, head, validation, params), epoch, step)
 
     try:
         backbone.eval()
         sets = [*training_views(prepared, params, seed), validation_views]
         *views, validation = keep_tokens(backbone, sets, params, snapshot.folder if snapshot.is_kept else None)
         frozen = snapshot.features(lambda: frozen_features(backbone, views, params)).to(device)
-        names = rows["id"].tolist()
         if bad := (~frozen.isfinite()).any(2).any(0).nonzero().flatten().tolist():  # one would spoil every weight
             raise UserError(
                 f"Expected finite features from CLIP, found others for {len(bad)} images, {names[bad[0]]} first. "
                 f"Look at those images; with model.precision: bf16 try fp32; else CLIP's weights are damaged."
             )
-        labels = torch.tensor(rows["label"].to_numpy(dtype=np.float32), device=device)
         embeddings = method_captions(method, prepared, seed)
         captions = torch.tensor(embeddings, device=device)
         fit = method.feature_map
@@ -338,7 +368,7 @@ def train(
             head = stage1(frozen, labels, params, seed, log, on_step, *terms, feature_map, names)
             heads = {"image": head}
             logits = validate(head, params.train.stage1.epochs - 1, method.steps(len(labels), params))
-        done(Trained(backbone, heads, log, *calibrate(truth, logits)))
+        done(Trained(ClipClassifier(clip, backbone, heads), log, *calibrate(truth, logits)))
         remove_tokens([*views, validation])
     finally:
         clip.model.visual = backbone.without_adapters()

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dgs.errors import UserError
 from dgs.model.distributed import all_gather_rows, all_reduce, all_reduce_sum
 
 Rows = dict[str, list[dict[str, Any]]]
@@ -145,6 +146,16 @@ class TrainingLog:
     samples = property(lambda self: self.table("samples"))
     layers = property(lambda self: self.table("layers"))
     batches = property(lambda self: self.table("batches"))
+
+
+def diverged(loss: str, step: int, names: list[str], stage: int) -> UserError:
+    """That training cannot go on: `loss` says which became what, `names` are the batch's images."""
+    some = 8
+    files = ", ".join(names[:some]) + (f" and {len(names) - some} more" if len(names) > some else "")
+    return UserError(
+        f"{loss} at step {step} of stage {stage}; the batch was {files}. Lower train.stage{stage}.lr, or look at those "
+        f"images and their captions."
+    )
 
 
 def write_logs(folder: Path, logs: Sequence[TrainingLog]) -> None:

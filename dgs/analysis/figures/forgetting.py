@@ -14,6 +14,7 @@ from dgs.analysis.figures.style import colour, marker, plain, short_names, style
 from dgs.analysis.metrics import BLOCK, measure_words, one_rho, per_seed_values
 from dgs.errors import UserError
 
+NO_TOWER = "No method here is of a CLIP: there is nothing that could be forgotten."
 ROOM = 5.0  # points that the plane's detection axis spans at least: closer up, noise would look like a gap
 # What the plane's memory axis shows, the first that was measured: its name in a title, its axis label.
 _MEMORY = {
@@ -29,8 +30,11 @@ def forgetting_measures(forgetting: pd.DataFrame) -> Figure:
 
     Dots are means over seeds with 95 % intervals cut at 0 and 100 %, faint ones single seeds. Left out is what is no
     memory of the tower's output: measures whose `before` is 0 everywhere (drifts, angles), those of single blocks, and
-    the silhouette of real against fake. Raises UserError where no measure is left, or for mixed rho.
+    the silhouette of real against fake. A table without rows gives a sentence. Raises UserError where no measure is
+    left, or for mixed rho.
     """
+    if forgetting.empty:
+        return look.nothing(NO_TOWER)
     one_rho(forgetting, "forgetting table")
     known = forgetting.groupby("measure", sort=False)["before"].transform(lambda before: (before != 0).any())
     name = forgetting["measure"].astype(str)
@@ -59,8 +63,10 @@ def forgetting_plane(detection: pd.DataFrame, forgetting: pd.DataFrame) -> Figur
     One marker a method (mean over seeds) with 95 % intervals both ways, cut at 0 and 100 %, and a faint dot a seed.
     Without unseen generators the seen ones are used, and without zero_shot:* measures (data without named classes) the
     similarity to the frozen features; the axes say so. Methods that were not measured are named in the axis label.
-    Raises UserError where no method has either.
+    A table without rows gives a sentence. Raises UserError where no method has either.
     """
+    if forgetting.empty:
+        return look.nothing(NO_TOWER)
     values = per_seed_values(detection, forgetting)
     where = "unseen" if (values["metric"] == "balanced_acc_unseen").any() else "seen"
     table = 100.0 * values.pivot(index=["method", "seed"], columns="metric", values="value")
@@ -100,8 +106,10 @@ def forgetting_blocks(forgetting: pd.DataFrame) -> Figure:
     """Where in the tower it changes: CKA (%) and cosine drift (%) of the mean token after each block, a line a method.
 
     From the measures cka_block:<k> and cosine_drift_block:<k>, means over seeds with 95 % bands cut at 0 and 100 %.
-    Raises UserError where there are none, or for mixed rho.
+    A table without rows gives a sentence. Raises UserError where there are none, or for mixed rho.
     """
+    if forgetting.empty:
+        return look.nothing(NO_TOWER)
     one_rho(forgetting, "forgetting table")
     rows = forgetting[forgetting["measure"].astype(str).str.contains(BLOCK)]
     if rows.empty:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgs.errors import UserError
+from dgs.model.classifier import OwnModel
 from dgs.model.methods.erasure import Affine
 from dgs.model.surgery import alignment_loss, split_signs, suppress
 from dgs.params import Params, SurgeryParams
@@ -166,6 +167,8 @@ class Method:
     project: given the backbone, a function that projects the adapters onto where they may be, called after every step.
     average: weights of tower and head are averaged at the end (`dgs.model.methods.averaging`). "wise_ft": tuned with
         frozen ones, train.surgery.mix of the tuned. "swad": over the last two thirds of stage 2's steps.
+    model: a network of the method's own in place of a CLIP (`dgs.model.classifier.OwnModel`), fitted in stage 1; then
+        nothing above is looked at, and adapters must be False.
     settings: parameters of train.surgery that are the method's own.
     tuned_param: the parameter of train.surgery that sets the method's strength, tuned beside the learning rate.
     settings_of: the method whose tuned settings this one takes, since it is to differ from it in one thing.
@@ -185,6 +188,7 @@ class Method:
     penalty: Callable[[nn.Module], Tensor] | None = None
     project: Callable[[nn.Module], Callable[[], None]] | None = None
     average: Literal["wise_ft", "swad"] | None = None
+    model: type[OwnModel] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     tuned_param: str | None = None
     settings_of: str | None = None
@@ -205,6 +209,6 @@ class Method:
         return params.replaced(own, f"the settings of {self.name}") if own else params
 
     def steps(self, images: int, params: Params) -> int:
-        """Optimiser steps of a run: of stage 2, or of stage 1 where the tower stays frozen."""
+        """Optimiser steps of a run: of stage 2, or of stage 1 where no tower is tuned."""
         epochs = params.train.stage2.epochs if self.adapters else params.train.stage1.epochs
         return epochs * -(-images // params.train.batch_size)
