@@ -123,8 +123,8 @@ class LoraParams(_Group):
 class ModelParams(_Group):
     """The CLIP that is adapted."""
 
-    clip: PathName  # an open_clip name, or a folder with open_clip_config.json and weights
-    pretrained: PathName | None  # open_clip tag or weights file; none for a folder
+    clip: PathName  # an open_clip name, timm/NAME, or a folder with open_clip_config.json and weights
+    pretrained: PathName | None  # open_clip tag, weights file, or hub (of timm's); none for a folder
     image_size: Count  # px; patches.enabled sets it to the canvas
     normalize: Literal["clip", "imagenet"]  # imagenet: the release's constants
     precision: Literal["fp32", "bf16"]  # of the image tower; heads and surgery are fp32 always

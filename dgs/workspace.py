@@ -123,7 +123,8 @@ def require_data_root(root: Path, asked: str) -> None:
 
 def is_path(name: str, root: Path) -> bool:
     """Whether model.clip or model.pretrained = `name` is meant as a path (relative to `root`), not as a name."""
-    return (root / name).exists() or ("/" in name and ":" not in name)  # hf-hub:owner/name is none
+    named = ":" in name or name.startswith("timm/")  # hf-hub:owner/name, timm/name
+    return (root / name).exists() or ("/" in name and not named)
 
 
 def no_such_clip(asked: str, hint: str = "") -> UserError:

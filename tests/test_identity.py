@@ -139,7 +139,7 @@ def test_blocks_that_differ_are_told_apart_by_their_order() -> None:
 
 def test_resizing_is_what_open_clip_does_at_loading(clip_folder: Path) -> None:
     ours = open_clip.create_model(f"local-dir:{clip_folder}")
-    resize(ours, 48)
+    resize(ours.visual, 48)
     theirs = open_clip.create_model(f"local-dir:{clip_folder}", force_image_size=48)
     assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
     images = torch.rand(2, 3, 48, 48)

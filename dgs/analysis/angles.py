@@ -48,7 +48,7 @@ UNSEEN = "all unseen"  # the mean over generators that training did not see
 WITHIN = "within methods"  # all runs, each method's mean taken off first
 VARIES = 1e-9  # of the largest value; less is rounding
 FEWEST = 4  # seeds that an interval needs
-_MATRIX = re.compile(r"resblocks\.(\d+)\.attn\.([qkv])_proj\.lora_([AB])")
+_MATRIX = re.compile(r"blocks\.(\d+)\.attn\.(?:qkv\.)?([qkv])_proj\.lora_([AB])")
 
 
 def read_logged(folders: Mapping[str, Path], seeds: Sequence[int], table: str) -> pd.DataFrame:

@@ -144,7 +144,7 @@ def image_features(classifier: Classifier, views: Views, params: Params, label: 
 def block_means(classifier: ClipClassifier, views: Views, params: Params, label: str) -> list[Features]:
     """The mean patch token of each image after each vision block: `depth` arrays (N, W), the first block's first."""
     backbone = classifier.backbone
-    levels, depth = backbone.levels, len(backbone.visual.transformer.resblocks)
+    levels, depth = backbone.levels, len(backbone.visual.blocks)
     backbone.levels = tuple(range(1, depth + 1))
     try:
         found = image_features(classifier, views, params, label)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from open_clip.transformer import ResidualAttentionBlock
@@ -17,15 +17,41 @@ from dgs.model.clip import Clip
 from dgs.params import LoraParams
 
 
-def token_statistics(tokens: Tensor) -> Tensor:
-    """Mean and standard deviation of each channel over patch tokens: (B, 1 + L, W), class token first, to (B, 2 W)."""
-    patches = tokens[:, 1:].float()
+class Tower(Protocol):
+    """An image side: `dgs.model.clip.ClipTower` for open_clip's, `dgs.model.tower_timm.TimmTower` for timm's.
+
+    blocks: what tokens go through, one after the other; attention in them has layers q_proj, k_proj and v_proj.
+    adapted_blocks: the name of their list, in names of parameters.
+    prefix_tokens: P, of the class and registers, which come before those of patches.
+    token_shape: (P + L, W) of an image.
+    output_dim: columns of its features.
+    """
+
+    blocks: Any
+    adapted_blocks: str
+    prefix_tokens: int
+    token_shape: torch.Size
+    output_dim: int
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S), normalised, to the tokens that the first block takes: (B, P + L, W)."""
+
+    def block(self, number: int, tokens: Tensor) -> Tensor:
+        """Tokens after block `number`."""
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Tokens after the last block to features (B, D), projected where the tower has a projection."""
+
+
+def token_statistics(tokens: Tensor, prefix: int = 1) -> Tensor:
+    """Mean and standard deviation of each channel over patch tokens: (B, P + L, W), P not of patches, to (B, 2 W)."""
+    patches = tokens[:, prefix:].float()
     return torch.cat([patches.mean(1), (patches.var(1) + 1e-6).sqrt()], 1)
 
 
 def pools_class_token(visual: Any) -> bool:
     """True if a tower's output depends on nothing of its last block but the class token."""
-    plain = isinstance(visual.transformer.resblocks[-1], ResidualAttentionBlock)
+    plain = isinstance(visual.blocks[-1], ResidualAttentionBlock)
     return plain and visual.attn_pool is None and visual.pool_type == "tok"
 
 
@@ -57,11 +83,11 @@ class Backbone(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.tensor(clip.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(clip.std).view(1, 3, 1, 1))
-        self.visual: Any = clip.model.visual
+        self.visual: Any = clip.model.visual  # a Tower, with adapters peft's model around it
         self.precision = clip.precision
         self.levels = tuple(levels)
         self.depth = 0 if lora is None or lora.blocks is None else min(lora.blocks)  # blocks under the adapted ones
-        depth = len(self.visual.transformer.resblocks)
+        depth = len(self.visual.blocks)
         if max(self.levels, default=0) > depth:
             raise UserError(
                 f"Expected model.levels to be among 0 to {depth}, the depth of {clip.name}, found {max(self.levels)}."
@@ -80,7 +106,7 @@ class Backbone(nn.Module):
                 use_rslora=lora.rslora,
                 target_modules=["q_proj", "k_proj", "v_proj"],
                 layers_to_transform=lora.blocks,
-                layers_pattern=None if lora.blocks is None else "resblocks",
+                layers_pattern=None if lora.blocks is None else self.visual.adapted_blocks,
             )
             self.adapt(get_peft_model(self.visual, config), clip)
 
@@ -90,17 +116,17 @@ class Backbone(nn.Module):
         gemm.use(visual, clip.gemm)
 
     def _embed(self, images: Tensor) -> Tensor:
-        return self.visual._embeds((images.to(self.mean.dtype) / 255 - self.mean) / self.std)
+        return self.visual.embed((images.to(self.mean.dtype) / 255 - self.mean) / self.std)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
         return nullcontext() if self.precision is torch.float32 else torch.autocast(device.type, self.precision)
 
     def lower(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 to the tokens that block `depth` takes: (B, 1 + L, W), class token first."""
+        """(B, 3, S, S) uint8 to the tokens that block `depth` takes: (B, P + L, W)."""
         with self._autocast(images.device):
             tokens = self._embed(images)
-            for block in self.visual.transformer.resblocks[: self.depth]:
-                tokens = block(tokens)
+            for number in range(self.depth):
+                tokens = self.visual.block(number, tokens)
         return tokens
 
     def forward(self, images: Tensor) -> Tensor:
@@ -109,27 +135,27 @@ class Backbone(nn.Module):
         Tokens as `lower` gives them do in place of images; they do not tell of levels below `depth`.
         With levels, D is the tower's width and two numbers for each channel of each level.
         """
-        tower, blocks, heard = self.visual, self.visual.transformer.resblocks, {}
-        last = len(blocks) if pools_class_token(tower) and len(blocks) not in self.levels else None
+        tower, heard, depth = self.visual, {}, len(self.visual.blocks)
+        last = depth if pools_class_token(tower) and depth not in self.levels else None
         with self._autocast(images.device):
             start, tokens = (0, self._embed(images)) if images.ndim == 4 else (self.depth, images)
-            for level in range(start, len(blocks) + 1):
-                if level > start:
-                    block = blocks[level - 1]
-                    tokens = class_token_after(block, tokens) if level == last else block(tokens)
+            for level in range(start, depth + 1):
+                if level > start and level == last:
+                    tokens = class_token_after(tower.blocks[level - 1], tokens)
+                elif level > start:
+                    tokens = tower.block(level - 1, tokens)
                 if level in self.levels:
                     heard[level] = tokens
-            pooled = tower._pool(tokens)[0]
-            features = pooled if tower.proj is None else pooled @ tower.proj
+            features = tower.pool(tokens)
         if self.precision is not torch.float32:
             features = features.float()
-        return torch.cat([features, *(token_statistics(heard[level]) for level in self.levels)], 1)
+        return torch.cat([features, *(token_statistics(heard[k], tower.prefix_tokens) for k in self.levels)], 1)
 
     @property
     def widths(self) -> tuple[int, int]:
         """(T, D): columns of CLIP's own features, and of all that this backbone gives."""
         own = int(self.visual.output_dim)
-        return own, own + 2 * len(self.levels) * int(self.visual.positional_embedding.shape[1])
+        return own, own + 2 * len(self.levels) * int(self.visual.token_shape[1])
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

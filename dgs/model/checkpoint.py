@@ -157,7 +157,9 @@ def card(info: dict[str, Any], stem: bool = False) -> str:
         keep_trailing_newline=True,
     )
     rule = deciding_rule(info, Path())[0] if info["thresholds"] else "val"
+    of_timm = "visual.trunk" in info.get("clip", {}).get("features", {})
     names = [f"model_card_{_kind(info)}.md.j2", "model_card.md.j2" if "clip" in info else "model_card_own.md.j2"]
+    names = ["model_card_timm.md.j2", *names] if of_timm else names
     return templates.select_template(names).render(**info, stem=stem, rule=rule, percent=percent_text)
 
 

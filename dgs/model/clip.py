@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import open_clip
@@ -21,6 +22,7 @@ from dgs.errors import UserError
 from dgs.model.clip_source import RANDOM, WEIGHTS, ClipSource, find_clip
 from dgs.model.gemm import Gemm
 from dgs.model.identity import features_hash, features_of, weights_hash
+from dgs.model.tower_timm import TimmTower, create_timm
 from dgs.params import ModelParams
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # the release's constants
@@ -117,32 +119,73 @@ class LeanQuickGELU(nn.Module):
         return F.silu(1.702 * x) / 1.702
 
 
-def split_attention(visual: nn.Module) -> None:
-    """In an open_clip vision transformer, in place: `SplitAttention` in every block, `LeanQuickGELU` for QuickGELU."""
+class ClipTower(VisionTransformer):
+    """open_clip's vision transformer as `dgs.model.backbone.Tower`, under its own names, which checkpoints have."""
+
+    adapted_blocks = "resblocks"
+    prefix_tokens = 1
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Its blocks, the first one first."""
+        return self.transformer.resblocks
+
+    @property
+    def token_shape(self) -> torch.Size:
+        """(1 + L, W) of an image."""
+        return self.positional_embedding.shape
+
+    def embed(self, images: Tensor) -> Tensor:
+        """As `Tower.embed`."""
+        return self._embeds(images)
+
+    def block(self, number: int, tokens: Tensor) -> Tensor:
+        """As `Tower.block`."""
+        return self.blocks[number](tokens)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """As `Tower.pool`."""
+        pooled = self._pool(tokens)[0]
+        return pooled if self.proj is None else pooled @ self.proj
+
+
+def as_tower(visual: Any, name: str, image_size: int) -> Any:
+    """A CLIP's image side made ready for adapters on q, k and v and for images of `image_size` px.
+
+    open_clip's vision transformer in place: `SplitAttention` in every block, `LeanQuickGELU` for QuickGELU. A model of
+    timm's inside of `TimmTower`.
+
+    Raises:
+        UserError: neither, or one with other attention.
+    """
+    if hasattr(visual, "trunk"):
+        return TimmTower(visual.trunk, visual.head, name, image_size)
     blocks = visual.transformer.resblocks if isinstance(visual, VisionTransformer) else None
     if blocks is None or not all(isinstance(block, ResidualAttentionBlock) for block in blocks):
         raise UserError(
-            "Expected a CLIP whose image side is open_clip's VisionTransformer (such as ViT-L-14-quickgelu), "
-            f"found {type(visual).__name__}{'' if blocks is None else ' of ' + type(blocks[0]).__name__}. "
+            "Expected a CLIP whose image side is a vision transformer (such as ViT-L-14-quickgelu), found "
+            f"{type(visual).__name__}{'' if blocks is None else ' of ' + type(blocks[0]).__name__}. "
             "Choose another model.clip."
         )
+    resize(visual, image_size)
+    visual.__class__ = ClipTower
     for block in blocks:
         block.attn = SplitAttention(block.attn)
     for module in visual.modules():
-        for name, child in module.named_children():
+        for place, child in module.named_children():
             if isinstance(child, QuickGELU):
-                setattr(module, name, LeanQuickGELU())
+                setattr(module, place, LeanQuickGELU())
+    return visual
 
 
-def resize(model: Any, image_size: int) -> None:
+def resize(visual: Any, image_size: int) -> None:
     """Let an open_clip vision transformer take images of `image_size` px, in place: its positions are interpolated."""
-    visual = model.visual
-    if not isinstance(visual, VisionTransformer) or visual.image_size == (image_size, image_size):
+    if visual.image_size == (image_size, image_size):
         return
     height, width = visual.patch_size
     visual.image_size, visual.grid_size = (image_size, image_size), (image_size // height, image_size // width)
     state = {"visual.positional_embedding": visual.positional_embedding.detach()}
-    resize_pos_embed(state, model)
+    resize_pos_embed(state, SimpleNamespace(visual=visual))
     visual.positional_embedding = nn.Parameter(state["visual.positional_embedding"])
 
 
@@ -161,8 +204,8 @@ class Clip:
 
     model: Any
     tokenizer: Any
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     name: str
     weights_hash: str
     precision: torch.dtype = torch.float32
@@ -229,11 +272,25 @@ def _load(source: ClipSource, params: ModelParams) -> Any:
     if source.folder is not None:
         return _from_folder(source.folder, source.config)
     assert source.weights is not None and params.pretrained is not None
+    if source.timm is not None:
+        return create_timm(source.timm, source.weights)
     return _from_name(params.clip, source.weights, params.pretrained)
 
 
+def _tokenizer(source: ClipSource, name: str) -> Any:
+    try:
+        with _quiet():
+            return open_clip.get_tokenizer(f"local-dir:{source.folder}" if source.folder else name)
+    except Exception as error:  # SigLIP's come from a hub, which fails in many ways
+        reason = " ".join(str(error).split()).split(". ")[0][:200]
+        raise UserError(
+            f'Cannot load the tokenizer of {name} ({type(error).__name__}: {reason}). With network: python -c "import '
+            f"open_clip; open_clip.get_tokenizer('{name}')\"; without: set model.text to aligned or none."
+        ) from None
+
+
 def load_clip(params: ModelParams, root: Path, image_size: int, text: bool = True, gemm: Gemm = "torch") -> Clip:
-    """A frozen CLIP by open_clip name or from a folder, for images of `image_size` px (positions interpolated).
+    """A frozen CLIP from a folder, or by open_clip's or timm's name, for images of `image_size` px.
 
     Args:
         root: folder that relative paths are looked up in.
@@ -251,14 +308,11 @@ def load_clip(params: ModelParams, root: Path, image_size: int, text: bool = Tru
             f"Expected model.clip = {params.clip} to have a text side, found an image tower alone. "
             f"Set model.text to aligned or none."
         )
-    tokenizer = None
-    if text:  # one that a folder names could bring code
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{source.folder}" if source.folder else params.clip)
+    tokenizer = _tokenizer(source, params.clip) if text else None
     own, features = weights_hash(model), features_of(model)
-    resize(model, image_size)
     if not text:
         _keep_image_side(model)
-    split_attention(model.visual)
+    model.visual = as_tower(model.visual, params.clip, image_size)
     model.eval()
     model.requires_grad_(False)
     mean, std = IMAGENET if params.normalize == "imagenet" else (source.mean, source.std)

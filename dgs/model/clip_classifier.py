@@ -45,7 +45,7 @@ class _Lora(BaseModel):
     use_rslora: bool
     target_modules: list[str]
     layers_to_transform: list[int] | None
-    layers_pattern: Literal["resblocks"] | None
+    layers_pattern: Literal["resblocks", "blocks"] | None
 
 
 # Neither in _Lora nor of any effect on what is computed.

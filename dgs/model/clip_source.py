@@ -13,10 +13,13 @@ from dgs.params import ModelParams
 from dgs.workspace import no_such_clip, weights_twice
 
 RANDOM = "random"  # model.pretrained: seeded random weights, for tests of geometry
+TIMM, HUB = "timm/", "hub"  # model.clip: a model of timm's; model.pretrained: its weights, downloaded
+# Names of timm's for weights that were trained with QuickGELU, as open_clip says and timm does not, and the right ones.
+UNSAID = {"vit_base_patch16_clip_224.dfn2b": "ViT-B-16-quickgelu, model.pretrained: dfn2b"}
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 CONSTANTS = ("mean", "std")
 QUICK = "-quickgelu"
-Triple = tuple[float, float, float]
+Constants = tuple[float, ...]  # of red, green and blue
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,19 @@ class ClipSource:
 
     folder: its own, else None.
     config: the content of a folder's open_clip_config.json.
-    weights: an open_clip tag, a file's path, RANDOM, or None for a folder.
+    weights: an open_clip tag, HUB, a file's path, RANDOM, or None for a folder.
     mean, std: normalisation constants that go with the weights.
     notes: what was assumed, since nothing says it; a sentence each.
+    timm: timm's name of the model, if it is timm's alone.
     """
 
     folder: Path | None
     config: dict[str, Any]
     weights: str | None
-    mean: Triple
-    std: Triple
+    mean: Constants
+    std: Constants
     notes: tuple[str, ...] = ()
+    timm: str | None = None
 
 
 def find_clip(params: ModelParams, root: Path) -> ClipSource:
@@ -49,7 +54,7 @@ def find_clip(params: ModelParams, root: Path) -> ClipSource:
         if params.pretrained is not None:
             raise weights_twice(params.clip, params.pretrained)
         return _folder(folder)
-    return _name(params, root)
+    return _timm(params, root) if params.clip.startswith(TIMM) else _name(params, root)
 
 
 def _folder(folder: Path) -> ClipSource:
@@ -81,7 +86,7 @@ def _folder(folder: Path) -> ClipSource:
     return ClipSource(folder, config, None, mean, std, tuple(notes))
 
 
-def _usual() -> dict[str, Triple]:
+def _usual() -> dict[str, Constants]:
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
     return {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
@@ -121,6 +126,43 @@ def _name(params: ModelParams, root: Path) -> ClipSource:
         f"constants mean {list(mean)}, std {list(std)}."
     )
     return ClipSource(None, {}, str(file), mean, std, (note,))
+
+
+def _timm(params: ModelParams, root: Path) -> ClipSource:
+    import timm
+
+    name, weights = params.clip.removeprefix(TIMM), params.pretrained
+    known = [TIMM + known for known in timm.list_models()]
+    try:
+        config = timm.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name) else None
+    except RuntimeError:  # a tag that the architecture does not have, or none at all
+        config = None
+    if config is None:
+        architecture, _, tag = name.partition(".")
+        tags = [TIMM + tagged for tagged in timm.list_pretrained(f"{architecture}.*")] if tag else known
+        raise UserError(
+            f"Expected model.clip to be a model of timm's that has weights, found '{params.clip}'."
+            f'{did_you_mean(params.clip, tags)} For a list: python -c "import timm; print(timm.list_pretrained())".'
+        )
+    if weights is None:
+        raise UserError(
+            f"Expected model.pretrained for '{params.clip}': {HUB}, which downloads its weights, or a safetensors file."
+        )
+    quick = name in UNSAID or any("QuickGELU" in note for note in config.notes or ())
+    if quick and "quickgelu" not in name:
+        right = UNSAID.get(name, TIMM + name.replace("_clip_", "_clip_quickgelu_"))
+        raise UserError(
+            f"The weights '{config.tag}' were trained with QuickGELU; '{params.clip}' loads them silently with another "
+            f"activation and wrong features. Set model.clip: {right}."
+        )
+    mean, std = tuple(config.mean), tuple(config.std)
+    if weights in (RANDOM, HUB):
+        return ClipSource(None, {}, weights, mean, std, timm=name)
+    file = root / weights
+    if not file.is_file():
+        raise UserError(f"Expected model.pretrained for '{params.clip}' to be {HUB} or a file, found '{weights}'.")
+    note = f"{weights} does not say how it was trained: {params.clip}'s own activation and constants are assumed."
+    return ClipSource(None, {}, str(file), mean, std, (note,), name)
 
 
 def _activation(quick: bool) -> str:

@@ -13,12 +13,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from open_clip.transformer import LayerScale, ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import LayerScale, ResidualAttentionBlock
 from torch import Tensor, nn
 
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
-from dgs.model.clip import ConvStem, LeanQuickGELU
+from dgs.model.clip import ClipTower, ConvStem, LeanQuickGELU
 
 OPSET = 20  # the first with Gelu
 IR_VERSION = 9
@@ -149,8 +149,8 @@ def _statistics(graph: Graph, tokens: str, length: int) -> list[str]:
 
 
 def _require_known(visual: Any) -> None:
-    blocks = list(visual.transformer.resblocks)
-    known = type(visual) is VisionTransformer and visual.attn_pool is None and visual.pool_type in ("tok", "avg")
+    blocks = list(visual.blocks)
+    known = type(visual) is ClipTower and visual.attn_pool is None and visual.pool_type in ("tok", "avg")
     if not known or not all(type(block) is ResidualAttentionBlock for block in blocks):
         raise UserError(
             "Expected a CLIP whose image side is a plain vision transformer (as ViT-B-16 or ViT-L-14), found one with "

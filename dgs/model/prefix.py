@@ -17,7 +17,7 @@ from dgs.params import Params
 
 
 class Tokens(Inputs):
-    """What `Backbone.lower` makes of views, in their place: item i is ((1 + L, W) float32, i), read from `file`."""
+    """What `Backbone.lower` makes of views, in their place: item i is ((P + L, W) float32, i), read from `file`."""
 
     def __init__(self, file: Path, count: int, shape: torch.Size) -> None:
         self.file, self.count, self.shape = file, count, shape
@@ -35,7 +35,7 @@ class Tokens(Inputs):
 
 def token_bytes(backbone: Backbone, sets: Sequence[Views]) -> int:
     """Bytes of the tokens of all views in `sets`, float32."""
-    tokens, width = backbone.visual.positional_embedding.shape
+    tokens, width = backbone.visual.token_shape
     return sum(map(len, sets)) * tokens * width * 4
 
 
@@ -59,7 +59,7 @@ def keep_tokens(backbone: Backbone, sets: Sequence[Views], params: Params, folde
 
 def _kept(backbone: Backbone, views: Views, params: Params, file: Path) -> Tokens:
     draft, first = file.with_suffix(".draft"), distributed.rank() == 0
-    kept = Tokens(file, len(views), backbone.visual.positional_embedding.shape)
+    kept = Tokens(file, len(views), backbone.visual.token_shape)
     if distributed.broadcast(file.exists()):
         return kept
     if first:

@@ -24,7 +24,7 @@ Rows = dict[str, list[dict[str, Any]]]
 LAYERS_EVERY = 5  # records at the features to one of the layers, which costs two more backward passes
 AT_FEATURES = ("task", "harmful", "beneficial", "applied")  # gradients at the features, a row a sample
 AT_LAYERS = ("task", "harmful", "applied")  # gradients of a layer's adapters, one a batch
-_LAYER = re.compile(r"resblocks\.(\d+)\.attn\.([qkv])_proj\.lora_")
+_LAYER = re.compile(r"blocks\.(\d+)\.attn\.(?:qkv\.)?([qkv])_proj\.lora_")
 
 
 def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
