@@ -372,12 +372,13 @@ class TestCompare:
         found = json.loads(result.stdout)
         assert found["images"] == 5 and found["cosine"]["mean"] < 0.9
 
-    def test_a_tower_may_be_open_clips_by_name(self, pictures: Path) -> None:
-        found = compare_towers("ViT-S-32:random", "ViT-S-32:random", pictures, print)
+    @pytest.mark.parametrize("name", ["ViT-S-32", "timm/vit_tiny_patch16_384.augreg_in21k_ft_in1k"])
+    def test_a_tower_may_be_named_with_its_weights(self, pictures: Path, name: str) -> None:
+        found = compare_towers(f"{name}:random", f"{name}:random", pictures, print)
         assert found["cosine"]["mean"] == pytest.approx(1)
 
     def test_mistakes_are_one_sentence(self, tmp_path: Path, clip_folder: Path) -> None:
         empty = run("tower", "--compare", clip_folder, clip_folder, tmp_path)
         assert "Expected images in" in one_sentence(empty)
-        unknown = run("tower", "--compare", clip_folder, "ViT-B-61:openai", tmp_path)
-        assert "Did you mean" in one_sentence(unknown)
+        for name in ("ViT-B-61:openai", "timm/vit_tiny_patch61_384:hub"):
+            assert "Did you mean" in one_sentence(run("tower", "--compare", clip_folder, name, tmp_path))

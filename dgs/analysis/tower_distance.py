@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
+import timm
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -18,6 +18,7 @@ from dgs.data.images import UnreadableImage, decode, files_under, fit, is_image_
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
 from dgs.model.clip import load_clip
+from dgs.model.clip_source import ClipSource, find_clip
 from dgs.params import merged_params, validate
 
 Array = NDArray[np.float64]
@@ -28,7 +29,7 @@ def compare_towers(a: str, b: str, images: Path, say: Callable[[str], None]) -> 
     """Features of two frozen towers on a folder of images, as scored: shorter side scaled, centre cropped.
 
     Args:
-        a, b: folders as model.clip takes them, or open_clip's names with their weights, NAME:TAG.
+        a, b: folders as model.clip takes them, or names with their weights, NAME:TAG, as timm/NAME:hub.
         say: told of every image that is left out.
 
     Returns:
@@ -89,11 +90,10 @@ def _decoded(files: Iterable[Path], say: Callable[[str], None]) -> Iterator[NDAr
 
 def _load(tower: str) -> tuple[Backbone, int]:
     """A frozen tower, and the side of what it sees."""
-    folder = Path(tower)
-    name, _, tag = (tower, "", "") if folder.is_dir() or ":" not in tower else tower.rpartition(":")
+    name, _, tag = (tower, "", "") if Path(tower).is_dir() or ":" not in tower else tower.rpartition(":")
     asked = {"clip": name, "pretrained": tag or None, "normalize": "clip", "precision": "fp32"}
-    side = _own_size(folder, name)
     params = validate(merged_params()).model.model_copy(update=asked)
+    side = _own_size(find_clip(params, Path()), name)
     return Backbone(load_clip(params, Path(), side, text=False)).eval(), side
 
 
@@ -103,8 +103,10 @@ def _features(backbone: Backbone, side: int, pictures: list[NDArray[np.uint8]]) 
     return backbone(torch.from_numpy(views).permute(0, 3, 1, 2)).double().numpy()
 
 
-def _own_size(folder: Path, name: str) -> int:
+def _own_size(source: ClipSource, name: str) -> int:
     """Side in px that a tower was trained on; 224 where nothing says so, as open_clip's towers default to."""
-    file = folder / "open_clip_config.json"
-    config = json.loads(file.read_text())["model_cfg"] if file.is_file() else open_clip.get_model_config(name)
-    return int(((config or {}).get("vision_cfg") or {}).get("image_size", 224))
+    known = timm.get_pretrained_cfg(source.timm) if source.timm else None
+    if known is not None:
+        return known.input_size[-1]
+    config = source.config.get("model_cfg") or open_clip.get_model_config(name)
+    return int(config["vision_cfg"].get("image_size", 224))

