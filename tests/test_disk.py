@@ -140,7 +140,7 @@ def test_killed_at_any_moment_the_folder_is_the_old_or_the_new_one(tmp_path: Pat
 
 @pytest.mark.parametrize(("mask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
 def test_who_may_read_new_files_may_read_all_of_a_folder(tmp_path: Path, mask: int, file: int, folder: int) -> None:
-    """safetensors 0.8 makes files that their owner alone may read: findings/safetensors_private.sh."""
+    """safetensors 0.8 makes files that their owner alone may read, whatever the umask is."""
     before = os.umask(mask)
     try:
         with replacing(tmp_path / "out") as draft:
