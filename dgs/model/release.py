@@ -124,7 +124,7 @@ def _depth(names: Iterable[str], start: str) -> int:
     return max(len({name[len(start) :].partition(".")[0] for name in names if name.startswith(start)}), 1)
 
 
-def _expected_clip(clip: State, path: Path) -> dict[str, Tensor]:
+def expected_clip(clip: State, path: Path) -> dict[str, Tensor]:
     """The names of a CLIP of these sizes, each with a tensor of its shape (on the device "meta": without numbers)."""
     model = open_clip_config(clip)["model_cfg"]
     try:
@@ -193,7 +193,7 @@ def take_apart(state: State, path: Path) -> Release:
     kind, at = ("stage-2", PROBE + PROBE) if second else ("stage-1", PROBE)
     clip, student = _below(state, at), _below(state, STUDENT)
     first = student.get(f"{IMAGE_BLOCK}0.attn.q_proj.w_lora_A", torch.empty(0))
-    plain = _expected_clip(clip, path)
+    plain = expected_clip(clip, path)
     expected = {at + name: value for name, value in plain.items()}
     heads = {"image": "img_frozen_fc"}
     if second:
@@ -271,7 +271,7 @@ def require_same_start(second: Release, first: Release, step2: Path, step1: Path
 
 def write_clip(release: Release, folder: Path) -> None:
     """The frozen CLIP as a folder that `load_clip` and open_clip read; stored as halves where those are exact."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config(release.clip), indent=1) + "\n")
     tensors = {}
     for name, value in sorted(release.clip.items()):
