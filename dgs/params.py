@@ -128,6 +128,7 @@ class ModelParams(_Group):
     image_size: Count  # px; patches.enabled sets it to the canvas
     normalize: Literal["clip", "imagenet"]  # imagenet: the release's constants
     precision: Literal["fp32", "bf16"]  # of the image tower; heads and surgery are fp32 always
+    text: Literal["own", "aligned", "none"]  # what embeds captions: dgs.model.text
     lora: LoraParams
     levels: Annotated[list[Natural], Field(min_length=1)]  # k: tokens after k blocks
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dgs.errors import UserError, did_you_mean
 from dgs.model.clip_source import find_clip
-from dgs.model.methods.registry import METHODS, get_method
+from dgs.model.methods.registry import METHODS, get_method, require_text
 from dgs.params import Params, dotted, merged_params, only_params, read_overlays, validate
 from dgs.workspace import (
     external_checkpoints,
@@ -88,6 +88,7 @@ def check_params(params: Params, root: Path) -> tuple[str, ...]:
             params.for_method(method)
     if missing := [method for method in params.methods if method not in params.tuned]:
         raise UserError(f"Expected numbers of {missing[0]}, found none. Add to tuned: {missing[0]}: {{}}.")
+    require_text(params.methods, params.model.text)
     _check_robustness(params)
     _check_places(params, root)
     external_checkpoints(params.evaluate.checkpoints, METHODS, root)

@@ -63,13 +63,17 @@ class Workspace:
         """Folder of intermediate outputs: manifest, checkpoints, scores."""
         return self.out.joinpath("build", self.profile, *parts)
 
+    def kept(self, *parts: str) -> Path:
+        """Folder of what outlasts a run that breaks off: not in the draft of a pipeline stage."""
+        return (self.root if self._is_draft else self.out).joinpath("build", self.profile, *parts)
+
     @contextmanager
     def unfinished(self, label: str) -> Iterator[Path]:
         """Folder of what a run that breaks off leaves for the next one of the same stage to go on with.
 
         It goes when the block ends well; in a pipeline `run_stage` removes it, once the outputs are in place.
         """
-        folder = (self.root if self._is_draft else self.out) / "build" / self.profile / "unfinished" / label
+        folder = self.kept("unfinished", label)
         yield folder
         if not self._is_draft:
             shutil.rmtree(folder, ignore_errors=True)

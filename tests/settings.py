@@ -16,7 +16,8 @@ seeds: [0, 1, 2, 3, 4]
 data: {layout: minibench, root: data, rho: 0.9, shortcut: background, captions: null, val_fraction: 0.1, limit: null,
        fit: crop, show_images: true}
 patches: {enabled: false, size: 8, count: 49}
-model: {clip: data/clip, pretrained: null, image_size: 64, normalize: clip, precision: fp32, levels: [0],
+model: {clip: data/clip, pretrained: null, image_size: 64, normalize: clip, precision: fp32, text: own,
+        levels: [0],
         lora: {rank: 6, alpha: 6.0, dropout: 0.8, rslora: true, blocks: null}}
 train:
   batch_size: 32

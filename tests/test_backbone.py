@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,8 @@ def test_text_embeddings_do_not_depend_on_the_batch(clip: Clip) -> None:
 
 
 def test_prompt_vectors_are_unit_means(clip: Clip) -> None:
-    values, vectors = encode_prompts(clip, {"red": ["a red thing", "something red"], "blue": ["a blue thing"]})
+    prompts = {"red": ["a red thing", "something red"], "blue": ["a blue thing"]}
+    values, vectors = encode_prompts(partial(encode_texts, clip), prompts)
     assert values == ["red", "blue"]
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, rtol=0, atol=1e-6)
     alone = encode_texts(clip, ["a blue thing"])[0]

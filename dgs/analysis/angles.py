@@ -43,6 +43,7 @@ FEATURES = "features"  # the layer that the surgery acts on
 ROUNDING = 1e-12  # of a difference of energies, as a share of them
 BATCH = 32  # captions a step of a text head, the paper's
 HEADS = ("linear", "MLP")
+NO_HARM = "Without a text side (model.text: none) there are no harmful directions."
 MAIN_PAIRS = ("task-harmful", "task-applied")  # that figures and correlations are about
 UNSEEN = "all unseen"  # the mean over generators that training did not see
 WITHIN = "within methods"  # all runs, each method's mean taken off first
@@ -88,6 +89,11 @@ def degrees(table: pd.DataFrame, pair: str) -> Array:
     return np.degrees(np.arccos(cosines(table, first, second)))
 
 
+def has_harm(samples: pd.DataFrame) -> bool:
+    """Whether any logged sample has a harmful direction: without a text side none has."""
+    return bool((product(samples, "harmful", "harmful") > 0).any())
+
+
 def energies(samples: pd.DataFrame) -> pd.DataFrame:
     """What the surgery took from and gave to each task gradient g, as energies: squared lengths.
 
@@ -116,8 +122,8 @@ def angle_table(samples: pd.DataFrame, layers: pd.DataFrame, pairs: Sequence[str
     """
     parts = []
     for pair in pairs:
-        if not samples.empty:
-            known = samples[STEP].assign(angle=degrees(samples, pair)).dropna()
+        known = pd.DataFrame() if samples.empty else samples[STEP].assign(angle=degrees(samples, pair)).dropna()
+        if not known.empty:
             grouped = known.groupby(STEP, sort=False)["angle"]
             spread = grouped.quantile(np.array([0.05, 0.95])).unstack().set_axis(["p05", "p95"], axis=1)
             row = grouped.mean().rename("mean").to_frame().join(spread).reset_index()
@@ -147,13 +153,15 @@ def batch_table(samples: pd.DataFrame, batches: pd.DataFrame, rho: float | None)
     for name in ("removed", "added"):
         table[name] = (sums[name] / sums["task"].where(sums["task"] > 0)).fillna(0.0)
     table = table.reset_index().merge(batches[[*STEP, "effective_rank"]], on=STEP, validate="one_to_one")
+    if not has_harm(samples):
+        table[["removed", "conflict_harmful"]] = np.nan
     table["rho"] = np.nan if rho is None else rho
     return table[["rho", *STEP, *BATCH_MEANS]].round(6)
 
 
 def over_seeds(table: pd.DataFrame, value: str) -> dict[str, Interval]:
     """{method: mean over the logged steps of a seed, then over seeds with its interval}."""
-    per_seed = table.groupby(RUN, sort=False)[value].mean()
+    per_seed = table.groupby(RUN, sort=False)[value].mean().dropna()
     return {str(method): seed_interval(values.to_numpy()) for method, values in per_seed.groupby("method", sort=False)}
 
 
@@ -163,7 +171,7 @@ def energy_along_harm(samples: pd.DataFrame) -> dict[str, Interval]:
     The mean over samples of cos^2(g_i, h_i), over all logged steps, then over seeds with its interval; a sample without
     a harmful direction counts as 0.
     """
-    if samples.empty:
+    if samples.empty or not has_harm(samples):
         return {}
     shares = np.nan_to_num(cosines(samples, "task", "harmful") ** 2)
     return over_seeds(samples[STEP].assign(share=shares), "share")
@@ -172,9 +180,9 @@ def energy_along_harm(samples: pd.DataFrame) -> dict[str, Interval]:
 def by_method(samples: pd.DataFrame, batches: pd.DataFrame) -> pd.DataFrame:
     """A row a method: `energy_along_harm` in per cent with its interval, and the mean effective rank."""
     shares, ranks = energy_along_harm(samples), over_seeds(batches, "effective_rank")
-    rows = [(*(100 * value for value in shares[name]), rank.mean) for name, rank in ranks.items()]
+    rows = [(*(100 * value for value in shares[name]), ranks[name].mean) for name in shares]
     columns = ["along harm (%)", "low", "high", "effective rank"]
-    return pd.DataFrame(rows, columns=columns, index=list(ranks)).round(2)
+    return pd.DataFrame(rows, columns=columns, index=list(shares)).round(2)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -286,9 +294,11 @@ def text_head_ranks(
     same_class_angle: between samples of one class, in degrees; 0 means one direction a class.
 
     Args:
-        captions: (N, D) embeddings, brought to unit variance for this.
+        captions: (N, D) embeddings, brought to unit variance for this; without columns the table is empty.
         labels: (N,) 0 real, 1 fake.
     """
+    if not captions.shape[1]:
+        return pd.DataFrame(columns=RANK_COLUMNS)
     given = torch.from_numpy(captions - captions.mean(0)) / float(captions.std() or 1.0)
     truth = torch.from_numpy(labels.astype(np.float32))
     rng = np.random.default_rng(seed)

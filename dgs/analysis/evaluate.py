@@ -271,7 +271,8 @@ def evaluate(
     features = reader.features(plain, "frozen features")
     width, captions = features.shape[1], prepared.caption_embeddings[tested.index]
     blocks = block_means(plain, few.views, params, "frozen blocks")
-    frozen = Tower(tested, captions, prepared.prompts, params.evaluate.retrieval_pool, features[test], blocks)
+    pool, text = params.evaluate.retrieval_pool, params.model.text
+    frozen = Tower(tested, captions, prepared.prompts, pool, features[test], blocks, text=text)
     shown = tsne_rows(tested, params.evaluate.tsne_images)
     at = tested.index.get_indexer(shown.index)
     panels: Panels = {"frozen": (features[test][at], shown)}
@@ -358,7 +359,8 @@ def final_validation(scores: pd.DataFrame, prepared: Prepared) -> pd.DataFrame:
     """Balanced accuracy (a fraction, threshold 0.5) of each checkpoint on validation images, by kind of image.
 
     Kinds, each where the data has it: "as in training"; the same "reweighted" by 1 / P(label | caption), so that
-    captions tell nothing of labels; and those "without shortcut". A kind without images of both labels is left out.
+    captions tell nothing of labels; and those "without shortcut". A kind without images of both labels is left out,
+    "reweighted" without a text side too.
 
     Returns:
         columns method, seed, images (the kind), balanced_acc.
@@ -367,7 +369,7 @@ def final_validation(scores: pd.DataFrame, prepared: Prepared) -> pd.DataFrame:
     rows = []
     for kind, split in kinds.items():
         own, known = scores[scores["split"] == split], prepared.split(split)
-        if known["label"].nunique() < 2 or own.empty:
+        if known["label"].nunique() < 2 or own.empty or (kind == "reweighted" and not prepared.has_text):
             continue
         labels = known["label"].to_numpy()
         weights = np.ones(len(known))

@@ -41,7 +41,7 @@ from dgs.model.methods.base import Batch, GradientMap, Precomputed, text_harm
 from dgs.model.methods.registry import get_method
 from dgs.model.step import surgery_step
 from dgs.model.surgery import head_gradients, split_signs, suppress
-from dgs.model.text import encode_texts
+from dgs.model.text import reopen_text_side
 from dgs.model.training_log import inner_products
 from dgs.params import Params, SurgeryParams
 from dgs.stats import rounded_text
@@ -318,8 +318,8 @@ class Workbench:
         """
         data = read(Path(path))
         pixels, sha = decode(data, path), hashlib.sha256(data).hexdigest()
-        clip = load_clip(self.params.model, self.workspace.root, self.params.image_size)
-        embedding = encode_texts(clip, [caption])[0]
+        folder = self.workspace.find("prepare", made_by="prepare")
+        embedding = reopen_text_side(self.params, self.workspace.root, folder)([caption])[0]
         return self._subject(method, seed, Path(path).name, pixels, sha, label, caption, embedding)
 
     def _subject(
@@ -353,6 +353,10 @@ class Workbench:
 
 def remark(method: str, subject: Subject) -> str:
     """What to know of the surgery shown, where it is not what trained this checkpoint; "" for dgs."""
+    if subject.sample is None and get_method(method).adapters:
+        return (
+            f"Without a text side (model.text: none) {method} has no harmful direction: there is nothing to suppress."
+        )
     if subject.sample is None:
         return f"{method} tunes no CLIP: no gradient reaches a tower, so there is nothing to operate on."
     if method == "dgs":

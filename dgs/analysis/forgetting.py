@@ -17,6 +17,7 @@ import torch
 from scipy.linalg import subspace_angles
 from sklearn.metrics import silhouette_samples
 
+from dgs.analysis.metrics import ALIGNED
 from dgs.model.training_log import spectrum_rank
 
 Features: TypeAlias = np.ndarray | torch.Tensor
@@ -204,7 +205,8 @@ class Tower:
 
     rows: of the manifest. captions: (N, D) text embeddings. prompts: {attribute: (values, (C, D) text embeddings)}.
     pool: captions that an image's own is looked for among. features: (N, D). blocks: of M of the images the mean patch
-    token after each vision block, (M, W) each. untuned: the tower before training; None for that one itself.
+    token after each vision block, (M, W) each. untuned: the tower before training; None for that one itself. text: what
+    made the text embeddings (model.text); with "none" they have no columns, and prompts only name the attributes.
     """
 
     rows: pd.DataFrame
@@ -214,6 +216,7 @@ class Tower:
     features: np.ndarray
     blocks: Sequence[np.ndarray]
     untuned: Tower | None = None
+    text: str = "own"
 
     @property
     def frozen(self) -> Tower:
@@ -233,17 +236,21 @@ class Tower:
 
 Measure: TypeAlias = Callable[[Tower], float | dict[str, float] | None]
 MEASURES: dict[str, tuple[Measure, float | None]] = {}  # in the order of forgetting.csv
+OF_TEXT: set[str] = set()  # those that a text side takes part in
 
 
-def measure(name: str, unmoved: float | None = None) -> Callable[[Measure], Measure]:
+def measure(name: str, unmoved: float | None = None, of_text: bool = False) -> Callable[[Measure], Measure]:
     """A decorator: the function's number is the row `name` of forgetting.csv, a dictionary's are "name:key".
 
     None and what is not in the dictionary are left out: the data cannot give them. unmoved: what a comparison with the
-    frozen tower gives for a tower that did not move; without it the frozen tower is measured too.
+    frozen tower gives for a tower that did not move; without it the frozen tower is measured too. of_text: a text side
+    takes part: its rows are left out where there is none, and are named otherwise (`ALIGNED`) where it was trained to
+    the tower.
     """
 
     def register(function: Measure) -> Measure:
         MEASURES[name] = function, unmoved
+        OF_TEXT.update([name] if of_text else [])
         return function
 
     return register
@@ -253,6 +260,9 @@ def measure_all(tower: Tower) -> dict[str, tuple[float, float]]:
     """Every measure of a tuned tower: {measure: (before, after)}."""
     found: dict[str, tuple[float, float]] = {}
     for name, (function, unmoved) in MEASURES.items():
+        if name in OF_TEXT and tower.text == "none":
+            continue
+        name += ALIGNED if name in OF_TEXT and tower.text == "aligned" else ""  # noqa: PLW2901
         after = _by_row(name, function(tower))
         before = _by_row(name, function(tower.frozen)) if unmoved is None else dict.fromkeys(after, unmoved)
         found |= {row: (before[row], value) for row, value in after.items()}
@@ -265,7 +275,7 @@ def _by_row(name: str, value: float | dict[str, float] | None) -> dict[str, floa
     return {} if value is None else {name: value}
 
 
-@measure("zero_shot")
+@measure("zero_shot", of_text=True)
 def _(tower: Tower) -> dict[str, float]:
     found = {}
     for attribute, (values, prompts) in tower.prompts.items():
@@ -281,7 +291,7 @@ def _(tower: Tower) -> dict[str, float]:
     return {name: linear_probe_accuracy(features, rows[name].factorize(sort=True)[0]) for name in attributes}
 
 
-@measure("retrieval_at_1")
+@measure("retrieval_at_1", of_text=True)
 def _(tower: Tower) -> float | None:
     own = tower.real & (tower.rows["caption_source"] == "file").to_numpy()
     if own.sum() < tower.pool:

@@ -40,6 +40,7 @@ NEEDED = ["split", "generator", "label", "condition", "applied_to", "logit", "me
 RUN = ["rho", "method", "seed"]
 VALIDATION = ("val", "val_unbiased")  # the second without the training set's shortcut, where the data has one
 BLOCK = "_block:"  # in the name of a forgetting measure of a single vision block
+ALIGNED = "_aligned"  # in the name of a forgetting measure whose text side was trained to the tower
 ORACLE = "oracle"  # the threshold rule that looks at the test scores
 
 
@@ -127,7 +128,7 @@ METRICS: tuple[Metric, ...] = (  # columns of detection.csv, then names in metri
     Metric("mAcc:{suite}", "suite", paper_mean),
     Metric("balanced_acc:{suite}", "suite", mean_of("balanced_acc")),
     Metric("ap:{suite}", "suite", mean_of("ap")),
-    Metric("zero_shot_kept", "forgetting", kept("zero_shot:"), "zero-shot kept", headline=True),
+    Metric("zero_shot_kept", "forgetting", kept("zero_shot"), "zero-shot kept", headline=True),
     Metric("linear_probe_kept", "forgetting", kept("linear_probe:"), "linear probe kept"),
     Metric("retrieval_kept", "forgetting", kept("retrieval"), "retrieval kept"),
     Metric("cka_to_frozen", "forgetting", after("cka_to_frozen")),
@@ -142,6 +143,7 @@ def metrics_of(*kinds: str) -> dict[str, Metric]:
     return {metric.key: metric for metric in METRICS if metric.of in kinds}
 
 
+TEXT_METRICS = ("zero_shot_kept", "retrieval_kept")  # that a text side takes part in
 RATES = list(metrics_of("decisions", "ranking"))
 DETECTION_COLUMNS = [
     *RUN, "generator", "seen", "condition", "applied_to", "n_real", "n_fake", *RATES, "threshold_rule",
@@ -280,8 +282,9 @@ def summary(detection: pd.DataFrame, forgetting: pd.DataFrame | None, profile: s
 
     Returns {profile, data_hash, methods: {name: {metric: {mean, low, high, per_seed: {seed: value}}}}} in plain JSON
     types, rounded to 6 decimals; the metrics are those of `per_seed_values`. One seed: low and high are None. Data
-    without unseen (or seen) generators has no `_unseen` (`_seen`) entries. A method that brings a model of its
-    own has no row of forgetting, and None for each of its metrics. Raises UserError as `headline` does.
+    without unseen (or seen) generators has no `_unseen` (`_seen`) entries. A metric of forgetting that text takes part
+    in is None where it was not measured; so is every one of a method that brings a model of its own, which has no row
+    of forgetting. Raises UserError as `headline` does.
     """
     values = per_seed_values(detection, forgetting)
     methods: dict[str, dict[str, dict[str, Any] | None]] = {}
@@ -295,8 +298,9 @@ def summary(detection: pd.DataFrame, forgetting: pd.DataFrame | None, profile: s
             "per_seed": {str(seed): rounded(v) for seed, v in zip(by_seed["seed"], by_seed["value"], strict=True)},
         }
     if forgetting is not None:
-        for method in methods.keys() - set(forgetting["method"]):
-            methods[method] |= dict.fromkeys(metrics_of("forgetting"))
+        for name, numbers in methods.items():
+            expected = TEXT_METRICS if name in set(forgetting["method"]) else metrics_of("forgetting")
+            numbers |= {key: None for key in expected if key not in numbers}
     return {"profile": profile, "data_hash": data_hash, "methods": methods}
 
 
@@ -317,11 +321,23 @@ def by_suite(detection: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def measure_words(measure: str) -> str:
-    """A measure of forgetting in words: "zero_shot:shape" -> "zero-shot shape"."""
+    """A measure of forgetting in words: "zero_shot:shape" -> "zero-shot shape"; it says if its text side is aligned."""
+    note, measure = ", aligned text" if ALIGNED in measure else "", measure.replace(ALIGNED, "")
     words = measure.replace("zero_shot:", "zero-shot ").replace("linear_probe:", "linear probe, ")
     words = words.replace("retrieval_", "caption retrieval_").replace("knn_", "kNN_").replace("cka_", "CKA_")
     words = words.replace("silhouette", "silhouette, real against fake").replace(BLOCK, ", block ")
-    return words.replace("principal_angle:", "principal angle, ").replace("_", " ")
+    return words.replace("principal_angle:", "principal angle, ").replace("_", " ") + note
+
+
+def has_aligned_text(forgetting: pd.DataFrame) -> bool:
+    """Whether the text side of a forgetting table's measures was trained to the tower."""
+    return bool(forgetting["measure"].astype(str).str.contains(ALIGNED).any())
+
+
+def label_of(metric: str, forgetting: pd.DataFrame | None) -> str:
+    """The label of a row of `METRICS`, by its key; it says if the text side in it was trained to the tower."""
+    aligned = forgetting is not None and metric in TEXT_METRICS and has_aligned_text(forgetting)
+    return next(each.label for each in METRICS if each.key == metric) + (", aligned text" if aligned else "")
 
 
 def unique(names: Iterable[Any]) -> list[str]:

@@ -20,6 +20,7 @@ from dgs.analysis.metrics import (
     ORACLE,
     generators_in_order,
     headline,
+    label_of,
     measure_words,
     metrics_of,
     native_rows,
@@ -69,14 +70,16 @@ def write_report(
     settings: Mapping[str, Mapping[str, Any]],
     figures: Sequence[str | PurePath] = (),
     suites: Sequence[str] = (),
+    text: str = "",
 ) -> Path:
     """Writes REPORT.md; the same input gives the same bytes. Returns the path, whose parent folders are made.
 
     `summary`: as `metrics.summary` returns it; `detection`, `forgetting`: the tables it was made from; `settings`:
     method -> the settings its checkpoints were trained with, nested or flat, in method order: one that methods share is
     printed once, and a line at the top warns of others; `figures`: image paths relative to the report's folder;
-    `suites`: sections on the paper's suites (`paper.suite_sections`). Raises UserError as `metrics.headline` does,
-    ValueError for an absolute figure path and for settings that are not one mapping a method.
+    `suites`: sections on the paper's suites (`paper.suite_sections`); `text`: a sentence on what embedded captions, if
+    that was not CLIP's own text tower. Raises UserError as `metrics.headline` does, ValueError for an absolute figure
+    path and for settings that are not one mapping a method.
     """
     for figure in figures:
         if PurePath(figure).is_absolute() or os.fspath(figure).startswith("/"):
@@ -93,10 +96,11 @@ def write_report(
         fewer=", ".join(f"`{method}` ({count})" for method, count in seeds_of.items() if count < seeds),
         differ=any(len(set(of)) > 1 and not key.startswith(NOT_OF_TRAINING) for key, of in by_setting.items()),
         baseline=BASELINE,
-        headline=_headline(methods),
+        headline=_headline(methods, forgetting),
+        text=text,
         macc=", ".join(f"`{name}` {_entry(numbers['mAcc'])}" for name, numbers in methods.items() if "mAcc" in numbers),
         without_clip=[name for name in methods if forgetting is not None and name not in set(forgetting["method"])],
-        differences=_differences(per_seed_values(detection, forgetting)),
+        differences=_differences(per_seed_values(detection, forgetting), forgetting),
         resampled=_over_seeds_and_generators(rows[~rows["seen"]]),
         where="seen" if rows["seen"].all() else "unseen",
         oracle=(detection["threshold_rule"].astype(str) == ORACLE).any(),
@@ -169,26 +173,26 @@ def _entry(entry: Mapping[str, Any] | None) -> str:
     return interval_text(Interval(100 * entry["mean"], low, high), sign=False)
 
 
-def _headline(methods: Mapping[str, Mapping[str, Any]]) -> str:
-    measured = {key for numbers in methods.values() for key, entry in numbers.items() if entry is not None}
-    shown = {key: metric.label for key, metric in COMPARED.items() if metric.headline and key in measured}
+def _headline(methods: Mapping[str, Mapping[str, Any]], forgetting: pd.DataFrame | None) -> str:
+    measured = set().union(*methods.values())
+    shown = {key: label_of(key, forgetting) for key, metric in COMPARED.items() if metric.headline and key in measured}
     rows = [[f"`{name}`", *(_entry(numbers.get(key)) for key in shown)] for name, numbers in methods.items()]
     return markdown_table(["method", *shown.values()], rows)
 
 
-def _differences(values: pd.DataFrame) -> str:
+def _differences(values: pd.DataFrame, forgetting: pd.DataFrame | None) -> str:
     """Paired differences to the baseline, from `per_seed_values` (not from metrics.json, whose seeds are rounded)."""
     by_seed = 100 * values.pivot(index=["metric", "seed"], columns="method", values="value")
     rows = []
     for name in unique(values["method"]) if BASELINE in by_seed else ():
-        for key, metric in COMPARED.items():
+        for key in COMPARED:
             if name == BASELINE or key not in by_seed.index:
                 continue
             both = by_seed.loc[key, [name, BASELINE]].dropna()
             if both.empty:
                 continue
             gap = paired_difference(both[name].to_numpy(), both[BASELINE].to_numpy())
-            rows.append([f"`{name}`", metric.label, interval_text(gap), str(len(both)), _verdict(gap)])
+            rows.append([f"`{name}`", label_of(key, forgetting), interval_text(gap), str(len(both)), _verdict(gap)])
     return markdown_table(["method", "measure", f"minus `{BASELINE}`", "seeds", "reading"], rows)
 
 

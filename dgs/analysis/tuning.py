@@ -102,7 +102,7 @@ def _score(_: str, name: str, candidate: str, seed: int, params: Params, root: P
     prepared = load_training(folder, root).with_training_images(own.train.images, seed)
     found = train_and_score(name, prepared, own, seed, root, ("val", "val_unbiased"))
     row = {split: weighted_balanced_accuracy(*of) for split, of in found.items()}
-    if "val" in found:
+    if "val" in found and prepared.has_text:
         weights = ipw_weights(caption_probability(prepared, "val"), found["val"][0])
         row["val_balanced"] = weighted_balanced_accuracy(*found["val"], weights)
     return row

@@ -21,6 +21,7 @@ from dgs.data.manifest import ImageSource, data_hash, open_image
 from dgs.data.patches import patch_indices
 from dgs.errors import UserError
 from dgs.params import Params, validate
+from dgs.stats import percent_text
 
 PREPARED_WITH = {
     "data": {"show_images"},
@@ -28,8 +29,9 @@ PREPARED_WITH = {
     "model": {"lora", "levels", "precision"},
 }  # parameter groups that are settled by preparing, without some
 TRAINING = "training"  # folder of the images that are learned or validated on
+OWN_TEXT = {"side": "own"}  # of older ones too, which do not say
 PARTS = {"test": False, TRAINING: True}
-TRAINS = ("clip", "clip_features", "rho", "seen")  # facts that are the training part's
+TRAINS = ("clip", "clip_features", "text", "rho", "seen")  # facts that are the training part's
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,10 @@ class Prepared:
 
     manifest: one row an image.
     info: data_hash, of all images; training_hash, of those of other splits than test; rho, seen generators, the
-        hashes of CLIP's weights and settings, counts, and the parameters it was prepared with. Of the training part
-        alone, without what depends on test images.
+        hashes of CLIP's weights and settings, what embeds captions ("text"), counts, and the parameters it was prepared
+        with. Of the training part alone, without what depends on test images.
     caption_embeddings: (N, D) float32, row i belongs to manifest row i; unnormalised, from the frozen text tower.
+        Without a text side D is 0, here and in the prompts.
     prompts: {attribute: (values, (C, D) float32 unit-length prompt embeddings)}; empty where the data has none.
     patches: {sha256: kept patch indices}, None where patch selection is off.
     """
@@ -51,6 +54,17 @@ class Prepared:
     prompts: dict[str, tuple[list[str], NDArray[np.float32]]]
     patches: dict[str, NDArray[np.int32]] | None
     source: ImageSource
+
+    @property
+    def has_text(self) -> bool:
+        """False where captions are not embedded (model.text: none)."""
+        return self.caption_embeddings.shape[1] > 0
+
+    @property
+    def text_note(self) -> str:
+        """What embedded captions, in a sentence; "" where that is CLIP's own text tower."""
+        about = self.info.get("text", OWN_TEXT)
+        return "" if about == OWN_TEXT else text_sentence(about)
 
     def split(self, name: str) -> pd.DataFrame:
         """Rows of one split; the index still points into `caption_embeddings`."""
@@ -207,6 +221,27 @@ def _load(folder: Path, root: Path, parts: list[str]) -> Prepared:
         prompts=prompts,
         patches=patches or None,
         source=ImageSource((root / info["params"]["data"]["root"]).resolve()),
+    )
+
+
+def text_sentence(about: Mapping[str, Any]) -> str:
+    """A text side in a sentence, `about` as prepared data have it."""
+    if about["side"] != "aligned":
+        return {"own": "CLIP's own text tower embeds captions.", "none": "Captions are not embedded."}[about["side"]]
+    learned = (
+        f"A text tower aligned to the locked image tower embeds captions: it learned from {about['captions']} captions "
+        f"of {about['images']} training images, and stands in for CLIP's own."
+    )
+    if (found := about["held_out"]) is None:
+        return f"{learned} How well it does is not known: no validation caption is new to it."
+    rates = [
+        f"R@{k} {percent_text(found[f'r{k}'])} % [{percent_text(found[f'r{k}_low'])}, "
+        f"{percent_text(found[f'r{k}_high'])}], by chance {percent_text(found[f'chance{k}'])} %"
+        for k in (1, 5)
+    ]
+    return (
+        f"{learned} Of {found['pool']} captions held out, it finds an image's own: {'; '.join(rates)} "
+        f"({found['images']} validation images)."
     )
 
 

@@ -38,7 +38,8 @@ USED = tuple(ImageParams.model_fields)  # parameters that a score depends on; ot
 OLDER = {
     "data": {"shortcut": "background", "captions": None, "val_fraction": 0.1, "limit": None, "fit": "crop",
              "show_images": True},
-    "model": {"precision": "fp32", "levels": [0], "pretrained": None, "normalize": "clip", "lora": {"blocks": None}},
+    "model": {"precision": "fp32", "text": "own", "levels": [0], "pretrained": None, "normalize": "clip",
+              "lora": {"blocks": None}},
 }  # fmt: skip
 BATCH = 64
 AHEAD = 2  # batches whose views may be waiting while the tower works on another

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dgs.data.prepared import TRAINING, load_training
 from dgs.errors import UserError
 from dgs.model import distributed
-from dgs.model.methods.registry import get_method
+from dgs.model.methods.registry import get_method, require_text
 from dgs.model.training_log import TrainingLog
 from dgs.params import Params
 
@@ -137,6 +137,7 @@ def train_seeds(
     """
     chosen, params = get_method(method), params.for_method(method)
     chosen.of(params)  # its refusals come before any worker
+    require_text([method], params.model.text)
     images = params.train.images or len(load_training(prepared_folder, root).split("train"))
     steps = len(params.seeds) * chosen.steps(images, params)
     context = multiprocessing.get_context("spawn")

@@ -31,7 +31,7 @@ def surgery_step(
 
     Args:
         features: (B, D) of the student; only their values are used.
-        heads: "image", (B, D) -> (B, 1); "text", (B, T) -> (B, 1); "teacher", linear.
+        heads: "image", (B, D) -> (B, 1); "text", (B, T) -> (B, 1), if there is a text side; "teacher", linear.
         known: of the B images.
         noise: (B, T) standard normal, for controls.
         batch_size: of the whole batch, where these rows are a part of one; losses and directions are scaled by it.
@@ -49,8 +49,10 @@ def surgery_step(
     leaf = features.detach().requires_grad_()
     image_logits = heads["image"](leaf).squeeze(1) + known.expert
     task_loss = share * F.binary_cross_entropy_with_logits(image_logits, known.labels, known.weight)
-    text_logits = heads["text"](known.captions).squeeze(1)
-    text_loss = share * F.binary_cross_entropy_with_logits(text_logits, known.labels)
+    text_loss, text_grad = torch.zeros_like(task_loss), torch.zeros_like(known.captions)
+    if "text" in heads:
+        text_logits = heads["text"](known.captions).squeeze(1)
+        text_loss = share * F.binary_cross_entropy_with_logits(text_logits, known.labels)
     for name, loss in (("task", task_loss), ("text", text_loss)):
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"The {name} loss became {loss.item()}")
@@ -58,10 +60,10 @@ def surgery_step(
     assert leaf.grad is not None
     task = leaf.grad.clone()
 
-    if isinstance(heads["text"], nn.Linear):
+    if "text" in heads and isinstance(heads["text"], nn.Linear):
         text_residual = text_logits.detach().sigmoid() - known.labels
         text_grad = residual_directions(text_residual, heads["text"].weight.detach()[0])
-    else:
+    elif "text" in heads:
         text_grad = head_gradients(heads["text"], known.captions, known.labels)
     # The text side knows nothing of levels: its gradient lies in the space it shares with CLIP's features.
     text_grad = F.pad(text_grad, (0, leaf.shape[1] - text_grad.shape[1]))
@@ -71,7 +73,8 @@ def surgery_step(
     prior_loss = share * method.prior(batch, surgery)
     prior = torch.autograd.grad(prior_loss, leaf)[0] if prior_loss.requires_grad else torch.zeros_like(task)
     applied = method.gradient(task, prior, batch, surgery)
-    losses = {"loss_task": task_loss.item(), "loss_text": text_loss.item(), "loss_alignment": prior_loss.item()}
+    tensors = {"loss_task": task_loss, "loss_text": text_loss, "loss_alignment": prior_loss}
+    losses = {name: loss.item() for name, loss in tensors.items() if name != "loss_text" or "text" in heads}
     harmful, _ = split_signs(batch.text_grad)
     _, beneficial = split_signs(batch.teacher_grad)
     return applied, losses, {"task": task, "applied": applied, "harmful": harmful, "beneficial": beneficial}

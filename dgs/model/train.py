@@ -28,6 +28,7 @@ from dgs.model.clip_classifier import ClipClassifier
 from dgs.model.methods.averaging import Averaging, wise_ft
 from dgs.model.methods.base import Method, Precomputed
 from dgs.model.methods.erasure import Affine
+from dgs.model.methods.registry import require_text
 from dgs.model.methods.text_expert import expert_terms
 from dgs.model.prefix import keep_tokens, remove_tokens
 from dgs.model.snapshot import Snapshot, State
@@ -181,9 +182,14 @@ def teacher_residuals(teacher: nn.Linear, frozen: Tensor, labels: Tensor) -> Ten
     return torch.sigmoid(teacher(frozen).squeeze(-1)) - labels
 
 
-def method_captions(method: Method, prepared: Prepared, seed: int) -> NDArray[np.float32]:
-    """(N, T) embeddings of the training images' captions, or of other images' where the method shuffles them."""
+def method_captions(method: Method, prepared: Prepared, seed: int, width: int = 0) -> NDArray[np.float32]:
+    """(N, T) embeddings of the training images' captions, or of other images' where the method shuffles them.
+
+    Without a text side they are zero, of CLIP's `width`.
+    """
     captions = prepared.caption_embeddings[prepared.split("train").index]
+    if not prepared.has_text:
+        return np.zeros((len(captions), width), np.float32)
     if not method.shuffled:
         return captions
     return captions[np.random.default_rng([seed, 11]).permutation(len(captions))]
@@ -225,7 +231,7 @@ def stage2(
 
     Every method sees the same views in the same order, the same initial adapters and heads, and the same dropout
     masks, so that methods are compared in pairs. The text head learns beside every method, also those that do not
-    use it, so that angles can be compared; it does not touch them.
+    use it, so that angles can be compared; it does not touch them. Without a text side there is none.
 
     Args:
         teacher: the stage-1 head.
@@ -236,13 +242,14 @@ def stage2(
         heads on features as they are; logits of the validation images.
     """
     device, width = teacher.weight.device, teacher.in_features
-    image, text = new_head(width, 1_000 + seed, device), new_head(known[0].clip_dim, 2_000 + seed, device)
+    image = new_head(width, 1_000 + seed, device)
+    text = {"text": new_head(known[0].clip_dim, 2_000 + seed, device)} if known[0].has_text else {}
     if method.init_head_from_probe:
         image.load_state_dict(teacher.state_dict())
     reads = image if feature_map is None else nn.Sequential(feature_map, image)
-    heads = {"image": reads, "text": text, "teacher": teacher}
+    heads = {"image": reads, **text, "teacher": teacher}
     deciding = [*backbone.adapter_parameters(), *image.parameters()]
-    learned = [*deciding, *text.parameters()]
+    learned = [*deciding, *(parameter for head in text.values() for parameter in head.parameters())]
     project = None if method.project is None else method.project(backbone)
     torch.manual_seed(seed + 1_000_003 * distributed.rank())  # dropout masks, each process's own
     random = torch.Generator().manual_seed(seed)  # of the controls, so that they leave the masks alone
@@ -257,7 +264,7 @@ def stage2(
     with tqdm(total=steps, initial=state.step, desc=f"{method.name}, seed {seed}", unit="step") as progress:
         for epoch, batch, images, chosen in training_batches(views, params, seed, state.step):
             step, facts = state.step, known[epoch % len(views)][chosen.to(device)]
-            noise = torch.randn(len(batch), text.in_features, generator=random)
+            noise = torch.randn(len(batch), known[0].clip_dim, generator=random)
             noise = noise[list(distributed.shard(range(len(batch))))].to(device)
             layers = LayerGradients(backbone) if log_gradients and step % layers_every == 0 else None
             where = (backbone, heads, state.optimizer, images.to(device), facts, noise, params, project)
@@ -284,7 +291,7 @@ def stage2(
         wise_ft(backbone, plain, teacher, params.train.surgery.mix)
     if method.average:
         logits = validate(plain, epoch, steps)
-    return {"image": plain, "text": text, "teacher": teacher}, logits
+    return {"image": plain, **text, "teacher": teacher}, logits
 
 
 def train(
@@ -307,6 +314,7 @@ def train(
     """
     snapshot = snapshot or Snapshot()
     set_determinism(params.compute.threads)
+    require_text([method.name], params.model.text)
     params = method.of(params)
     log, rows, val = TrainingLog(method.name, seed), prepared.split("train"), prepared.split("val")
     truth, keep = val["label"].to_numpy(), worth_keeping(len(val), params)
@@ -350,7 +358,7 @@ def train(
                 f"Expected finite features from CLIP, found others for {len(bad)} images, {names[bad[0]]} first. "
                 f"Look at those images; with model.precision: bf16 try fp32; else CLIP's weights are damaged."
             )
-        embeddings = method_captions(method, prepared, seed)
+        embeddings = method_captions(method, prepared, seed, backbone.widths[0])
         captions = torch.tensor(embeddings, device=device)
         fit = method.feature_map
         feature_map = None if fit is None else fit(frozen[0], captions, params.train.surgery)

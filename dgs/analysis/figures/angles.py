@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import gaussian_filter1d
 
-from dgs.analysis.angles import HEADS, UNSEEN, WITHIN, degrees, depth, over_seeds
+from dgs.analysis.angles import HEADS, NO_HARM, UNSEEN, WITHIN, degrees, depth, has_harm, over_seeds
 from dgs.analysis.figures import style as look
 from dgs.analysis.figures.style import colour, marker, plain, short_names, style, subject_of
 from dgs.analysis.metrics import one_rho
@@ -89,6 +89,8 @@ def angle_ridges(samples: pd.DataFrame) -> Figure:
     """
     if samples.empty:
         return look.nothing("No gradients were logged: there are no angles.")
+    if not has_harm(samples):
+        return look.nothing(NO_HARM)
     rows = samples[["method", "seed", "step", "label"]].assign(angle=degrees(samples, HARMFUL)).dropna()
     methods, steps = list(rows["method"].unique()), np.sort(rows["step"].unique())
     parts = np.array_split(steps, min(RIDGES, len(steps)))
@@ -164,6 +166,8 @@ def surgery_over_training(batches: pd.DataFrame) -> Figure:
     """
     if batches.empty:
         return look.nothing("No gradients were logged: there is no surgery to show.")
+    if batches["effective_rank"].isna().all():
+        return look.nothing(NO_HARM)
     methods = list(batches["method"].unique())
     width = max(1, -(-int(batches["step"].max() - batches["step"].min() + 1) // POINTS))
     percent = batches.assign(step=batches["step"] // width * width)
@@ -198,6 +202,8 @@ def rank_figure(ranks: pd.DataFrame) -> Figure:
 
     The title's ranks are means over the steps. `ranks`: the table of `angles.text_head_ranks`, of one seed.
     """
+    if ranks.empty:
+        return look.nothing(NO_HARM)
     fig, axes = look.panels(2, 2.7, x="Steps of the text head", sharex=True)
     labels = {"effective_rank": "Effective rank", "same_class_angle": "Angle within\na class (°)"}
     for ax, (column, label) in zip(axes, labels.items(), strict=True):

@@ -24,10 +24,10 @@ from dgs.analysis.figures.style import (
     takeaway,
 )
 from dgs.analysis.metrics import (
-    METRICS,
     by_suite,
     generators_in_order,
     headline,
+    label_of,
     one_rho,
     per_seed_values,
     reliability,
@@ -144,7 +144,7 @@ def difference_forest(detection: pd.DataFrame, forgetting: pd.DataFrame | None =
     gaps = gaps.melt(ignore_index=False, value_name="value").dropna().reset_index()
     known = {key: seed_interval(part.to_numpy()) for key, part in gaps.groupby(["metric", "method"])["value"]}
     gaps["sure"] = [not known[key].spans_zero for key in zip(gaps["metric"], gaps["method"], strict=True)]
-    labels = {metric.key: metric.label[:1].upper() + metric.label[1:] for metric in METRICS}
+    labels = {key: (label := label_of(key, forgetting))[:1].upper() + label[1:] for key in COMPARED}
     shown = [metric for metric in COMPARED if (gaps["metric"] == metric).any()]
     methods = [str(method) for method in wide if method != BASELINE]
     fig, axes = look.panels(len(shown), 1.15, 0.75 + 0.3 * len(methods), sharey=True)

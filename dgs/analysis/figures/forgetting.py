@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dgs.analysis.figures import style as look
 from dgs.analysis.figures.style import colour, marker, plain, short_names, style, takeaway
-from dgs.analysis.metrics import BLOCK, measure_words, one_rho, per_seed_values
+from dgs.analysis.metrics import BLOCK, TEXT_METRICS, has_aligned_text, measure_words, one_rho, per_seed_values
 from dgs.errors import UserError
 
 NO_TOWER = "No method here is of a CLIP: there is nothing that could be forgotten."
@@ -49,7 +49,7 @@ def forgetting_measures(forgetting: pd.DataFrame) -> Figure:
     ax.vlines(before, at - 0.45, at + 0.45, "black", lw=2.2)
     ax.set_xlim(-2.0, max(102.0, float(100.0 * rows["before"].max()) + 1.0))
     ax.set_xlabel("After fine-tuning (%); black: before")
-    zero_shot = rows["measure"].astype(str).str.startswith("zero_shot:")
+    zero_shot = rows["measure"].astype(str).str.startswith("zero_shot")
     part = rows[zero_shot] if zero_shot.any() else rows
     ratio = 100.0 * (part["after"] / part["before"]).where(part["before"] != 0)
     kept = ratio.groupby([part["method"], part["seed"]], sort=False).mean()
@@ -74,6 +74,8 @@ def forgetting_plane(detection: pd.DataFrame, forgetting: pd.DataFrame) -> Figur
     if memory is None:
         raise UserError("The forgetting table has no zero_shot:* measures and no CKA: there is no share kept to draw.")
     kept_name, axis = _MEMORY[memory]
+    if memory in TEXT_METRICS and has_aligned_text(forgetting):
+        axis += "\nagainst an aligned text side, not CLIP's own"
     table = table[[memory, f"balanced_acc_{where}"]].set_axis(["kept", "found"], axis=1).dropna()
     names = [str(name) for name in values["method"].unique()]
     measured = [name for name in names if name in table.index.get_level_values("method")]

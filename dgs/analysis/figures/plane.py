@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 from numpy.typing import NDArray
 
-from dgs.analysis.angles import cosines, degrees, one_sample, product
+from dgs.analysis.angles import NO_HARM, cosines, degrees, has_harm, one_sample, product
 from dgs.analysis.figures import style as look
 from dgs.analysis.figures.style import plain, style
 from dgs.stats import rounded_text
@@ -108,6 +108,8 @@ def surgery_sketch(samples: pd.DataFrame, seed: int) -> Figure:
     """The surgery on one logged sample of dgs (else of the last method), as `angles.one_sample` chooses it."""
     if samples.empty:
         return look.nothing("No method here trains the tower: there is no gradient to draw.")
+    if not has_harm(samples):
+        return look.nothing(NO_HARM)
     row = one_sample(samples, look.subject_of(samples["method"].unique()), seed)
     frame = pd.DataFrame([row])
     apart, turned = (rounded_text(degrees(frame, pair)[0], 0) for pair in ("task-harmful", "task-applied"))

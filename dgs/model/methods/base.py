@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +23,7 @@ class Precomputed:
     """What is known of N images before stage 2, row by row; indexing takes rows.
 
     labels: (N,) float, 0 real, 1 fake.
-    captions: (N, T), frozen caption embeddings t, of the width of CLIP's features.
+    captions: (N, T), frozen caption embeddings t, of the width of CLIP's features; zero without a text side.
     teacher: (N, D), the frozen tower's features fT of the view at hand; D > T where the head reads levels too.
     feature_norm2: (N,), in every row the mean of |fT|^2 over all training images, of the first T columns.
     residual: (N,), sigmoid(zT) - y, of the teacher's logit.
@@ -42,6 +44,11 @@ class Precomputed:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def has_text(self) -> bool:
+        """False without a text side, where all captions are zero."""
+        return bool(self.captions.any())
 
     @property
     def clip_dim(self) -> int:
@@ -146,6 +153,17 @@ def random_harm(batch: Batch) -> Tensor:
     return direction / norm * text_harm(batch).norm(dim=1, keepdim=True)
 
 
+_ASKED = {
+    **{"lam": 1, "distill": 1, "eps": 1, "decay": 1, "mix": 1, "directions": 2},
+    **{"order": "release", "scale": "release"},
+}
+
+
+def _rows(seed: int, count: int) -> Tensor:
+    """So many sets of 8 random rows of width 4."""
+    return torch.randn(count, 8, 4, generator=torch.Generator().manual_seed(seed))
+
+
 @dataclass(frozen=True)
 class Method:
     """One method.
@@ -207,6 +225,22 @@ class Method:
             )
         own = {f"train.surgery.{name}": value for name, value in self.settings.items()}
         return params.replaced(own, f"the settings of {self.name}") if own else params
+
+    @cached_property
+    def needs_text(self) -> bool:
+        """Whether it learns from captions; asked of its functions, by what they make of random rows with two sets."""
+        answers = zip(*(self._answers(captions) for captions in _rows(1, 2)), strict=True)
+        return self.text_expert is not None or self.shuffled or not all(torch.equal(*pair) for pair in answers)
+
+    def _answers(self, captions: Tensor) -> list[Tensor]:
+        """Prior, gradient and feature map of random rows whose captions, and gradients at them, are `captions`."""
+        features, task, teacher, noise = _rows(0, 4)
+        labels, ones, surgery = torch.tensor([0.0, 1.0]).repeat(4), torch.ones(8), SurgeryParams.model_validate(_ASKED)
+        known = Precomputed(labels, captions, teacher, ones, ones / 2, labels, ones)
+        batch = Batch(features, known, teacher, captions, nn.AdaptiveAvgPool1d(1), noise)
+        found = [self.prior(batch, surgery), self.gradient(task, teacher, batch, surgery)]
+        fitted = None if self.feature_map is None else self.feature_map(features, captions, surgery)
+        return found if fitted is None else [*found, fitted.matrix, fitted.bias]
 
     def steps(self, images: int, params: Params) -> int:
         """Optimiser steps of a run: of stage 2, or of stage 1 where no tower is tuned."""

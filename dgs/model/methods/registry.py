@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -232,6 +233,16 @@ _NEIGHBOURS = (
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in (*_CORE, *_PARTS, *_CONTROLS, *_NEIGHBOURS)}
+
+
+def require_text(names: Iterable[str], text: str) -> None:
+    """Raise UserError where model.text = `text` is "none" and one of the methods learns from captions."""
+    if text == "none" and (reading := [name for name in names if get_method(name).needs_text]):
+        others = ", ".join(name for name, method in METHODS.items() if not method.needs_text)
+        raise UserError(
+            f"Expected methods that read no captions with model.text: none, found {', '.join(reading)}. Leave out "
+            f"what reads captions, or set model.text to own or aligned; these run without: {others}."
+        )
 
 
 def get_method(name: str) -> Method:
