@@ -104,9 +104,7 @@ def tower(
         show(as_json, whole, f"{out}: {whole['numbers']:,} numbers of {archive}, image and text side, for model.clip")
         return
     if name is None or out is None or archive is not None:
-        raise UserError(
-            f"Expected a tower or --archive, and --out, such as: dgs tower {next(iter(TOWERS))} --out towers/b16."
-        )
+        raise UserError(f"Expected a tower and --out, such as: dgs tower {next(iter(TOWERS))} --out towers/b16.")
     made = build_tower(name, out, wheel)
     again = made["rounding"]["as_much_again"]
     text = (
