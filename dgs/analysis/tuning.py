@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -79,6 +80,7 @@ def train_and_score(
     from dgs.data.views import Views
     from dgs.device import choose_device
     from dgs.model.clip import load_clip
+    from dgs.model.snapshot import Snapshot
     from dgs.model.train import Trained, classify, train
 
     method = get_method(name)
@@ -93,7 +95,8 @@ def train_and_score(
                 views = Views(rows, prepared.source, params, patches=prepared.patches)
                 found[split] = (rows["label"].to_numpy(), classify(trained.classifier, views, params, split))
 
-    train(method, clip, prepared, params, seed, device, done)
+    with tempfile.TemporaryDirectory(prefix="dgs-tokens-") as tokens:  # of blocks below the adapters: no snapshots
+        train(method, clip, prepared, params, seed, device, done, snapshot=Snapshot(Path(tokens)))
     return found
 
 
