@@ -2,6 +2,7 @@
 # make test           environment + what a contributor runs; make test-slow: the rest
 # make verify         reproduce the committed results elsewhere and compare (SEEDS="0 1": those alone, sooner)
 # make study          all methods under several conditions (hours; broken off, it goes on; STUDY=study-90: one part)
+# make real           the study on real pictures (hours; broken off, it goes on; REAL_FROM=DIR: a folder that has them)
 # make bench          speed and memory against the release's step (10 minutes, a quiet machine)
 # make report         the executed notebooks as web pages, self-contained
 # make lab            JupyterLab
@@ -25,13 +26,14 @@ export PATH := $(BIN):$(PATH)
 
 STUDY ?= study-90 study-75 study-50 study-object study-networks study-patches study-90-val study-90-unbiased
 FRESH := 20261127
+REAL ?= real real-unmatched real-64 real-128 real-256
 REAL_FROM ?=
 
 NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gradient_angles explore))
 PARALLEL := -n logical --dist loadfile  # not by groups: pytest-xdist 3.8 loses them under pytest 9.2 without a word
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120
 
-.PHONY: environment repro test test-slow verify study real-pictures real-captions bench lint report lab lock
+.PHONY: environment repro test test-slow verify study real real-pictures real-captions bench lint report lab lock
 environment: $(READY)
 
 # torch comes first and by pip: it honours the machine's pip settings, and keeps a CPU build that is already there.
@@ -81,6 +83,11 @@ real-pictures: $(READY)
 	cmp -s real/captions.jsonl build/real/pictures/captions.jsonl || \
 	  { rm -rf build/real/matched && cp real/captions.jsonl build/real/pictures/; }
 	test -e build/real/matched || dgs match build/real/pictures build/real/matched --size 240
+
+real: real-pictures
+	for profile in $(REAL); do pipeline=$$(dgs profile $$profile) && dvc repro $$pipeline || exit 1; done
+	python -m real.text_alone
+	python -m real.study
 
 real-captions: $(READY)
 	dgs real $(if $(REAL_FROM),--from $(REAL_FROM),--clone)

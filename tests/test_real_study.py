@@ -1,0 +1,83 @@
+"""The study's own table: whose pictures count, and what an interval is over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dgs.params import dotted, load_params
+from dgs.stats import seed_interval
+from real.manifest import read_manifest
+from real.study import LEFT_OUT, PROFILES, by_generator, intervals
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def rows() -> pd.DataFrame:
+    """Two methods, three seeds; the prompts of half of glid3_xl's pictures were trained on, and those are easy."""
+    rng, scores = np.random.default_rng(0), []
+    for method in ("probe", "lora"):
+        for seed in range(3):
+            cells = [("real", 0, 0.0), ("glid3_xl", 1, 0.5), ("other", 1, 1.0), ("known", 1, 2.0)]
+            for generator, label, shift in cells:
+                for number in range(20):
+                    easy = 9.0 if generator == "glid3_xl" and number < 10 else 0.0
+                    name = f"test/{generator}/{label}/{number}.jpg"
+                    logit = rng.normal() + 2 * shift - 1 + easy + 0.1 * seed
+                    scores.append((name, "test", generator, label, logit, method, seed))
+    columns = ["id", "split", "generator", "label", "logit", "method", "seed"]
+    table = pd.DataFrame(scores, columns=columns).assign(condition="native", applied_to="both", rho=np.nan)
+    manifest = pd.DataFrame(
+        {
+            "path": [f"test/glid3_xl/1/{number}.png" for number in range(20)],
+            "prompt_trained_on": ["1"] * 10 + ["0"] * 10,
+        }
+    )
+    return by_generator(table, {"known"}, manifest)
+
+
+def test_pictures_of_trained_prompts_are_left_out_of_a_row_of_their_own(rows: pd.DataFrame) -> None:
+    counts = rows.groupby("generator")["n_fake"].unique().map(list).to_dict()
+    assert counts == {"glid3_xl": [20], LEFT_OUT: [10], "known": [20], "other": [20]}
+    means = rows.groupby("generator")["balanced_acc"].mean()
+    assert means[LEFT_OUT] < means["glid3_xl"] - 0.1, "suffixes differ, and the pictures are found all the same"
+
+
+def test_intervals_are_over_seeds_and_over_generators_and_the_extra_row_counts_in_no_mean(rows: pd.DataFrame) -> None:
+    table = pd.DataFrame(intervals(rows))
+    unseen = rows[rows["generator"].isin(["glid3_xl", "other"]) & (rows["method"] == "lora")]
+    for over, group in (("seeds", "seed"), ("generators", "generator")):
+        one = (table["method"] == "lora") & (table["pictures"] == "unseen") & (table["over"] == over)
+        (found,) = table[one & (table["rate"] == "balanced_acc")].itertuples()
+        expected = seed_interval(unseen.groupby(group)["balanced_acc"].mean().to_numpy())
+        assert (found.n, found.mean, found.low) == pytest.approx((3 if over == "seeds" else 2, *expected[:2]))
+    seen = table[(table["pictures"] == "seen")]
+    assert set(seen["over"]) == {"seeds"}, "one generator has no interval over generators"
+
+
+def test_profiles_differ_in_pictures_alone_and_fewer_get_as_many_steps() -> None:
+    whole, images = load_params("real", ROOT), int((read_manifest()["split"] == "train").sum())
+    own = {
+        "profile",
+        "methods",
+        "data.root",
+        "data.captions",
+        "train.images",
+        "train.stage1.epochs",
+        "train.stage2.epochs",
+    }
+    for name in PROFILES:
+        params = load_params(name, ROOT)
+        assert not params.data.show_images and params.seeds == whole.seeds
+        changed = {
+            key for key, value in dotted(params.model_dump()).items() if value != dotted(whole.model_dump())[key]
+        }
+        assert changed <= own and set(params.methods) <= set(whole.methods)
+        trained, every = params.for_method("dgs").train, whole.for_method("dgs").train
+        for stage in ("stage1", "stage2"):
+            steps = getattr(trained, stage).epochs * -(-(params.train.images or images) // 32)
+            assert steps == pytest.approx(getattr(every, stage).epochs * -(-images // 32), rel=0.03)
