@@ -32,7 +32,8 @@ def _inputs(params: Params, root: Path) -> dict[str, list[str]]:
         for name in (params.model.clip, params.model.pretrained)
         if name and is_path(name, root) and not (root / name).is_relative_to(root / params.data.root)
     ]
-    captions = [params.data.captions] if params.data.captions else []
+    given = params.data.captions
+    captions = [given] if given and not (root / given).is_relative_to(root / params.data.root) else []
     checkpoints = list(params.evaluate.checkpoints.values())
     return {"prepare": clip + captions, "evaluate": clip + checkpoints}  # training: by the hash that prepare notes
 

@@ -167,6 +167,14 @@ class TestTheCheckBeforeAnyStage:
             assert (result.exit_code, result.stdout) == (2, "")
             assert result.stderr.startswith(f"dgs: {sentence}") and result.stderr.count("\n") == 1
 
+    def test_captions_in_the_folder_of_images_are_watched_with_it(self, repo: Path, image_tree: ImageTree) -> None:
+        (root := image_tree()).joinpath("captions.jsonl").write_text("")
+        change(repo, "data.root", str(root))
+        change(repo, "data.captions", str(root / "captions.jsonl"))
+        warned: list[str] = []
+        check_file(None, warned.append)
+        assert warned == []
+
     def test_data_that_the_pipeline_makes_itself_need_not_be_there_yet(self, repo: Path) -> None:
         change(repo, "data.root", "data")
         assert not (repo / "data").exists()
