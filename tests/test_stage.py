@@ -173,7 +173,7 @@ class TestTheCheckBeforeAnyStage:
         change(repo, "data.captions", str(root / "captions.jsonl"))
         warned: list[str] = []
         check_file(None, warned.append)
-        assert warned == []
+        assert not any("captions.jsonl" in line for line in warned)
 
     def test_data_that_the_pipeline_makes_itself_need_not_be_there_yet(self, repo: Path) -> None:
         change(repo, "data.root", "data")
