@@ -36,7 +36,7 @@ from dgs.workspace import Workspace
 CPU = torch.device("cpu")
 
 
-NAMES = ("probe", "dgs", "levels_probe", "levels_poe")
+NAMES = ("probe", "dgs", "levels_probe", "levels_poe", "pixel_cnn")
 
 
 class Run(NamedTuple):
@@ -102,6 +102,7 @@ def test_scores_are_those_of_the_detector_on_the_same_files(
     for frozen, tuned in (("probe", "dgs"), ("levels_probe", "levels_poe")):
         assert 0.0 <= drift[frozen] < 1e-12 < drift[tuned], "a frozen tower forgets nothing, a trained one moved"
     assert set(panels) == {"frozen", "dgs", "levels_poe"}
+    assert set(forgetting["method"]) == set(NAMES) - {"pixel_cnn"}, "without a CLIP there is nothing to forget"
     assert len({features.shape[1] for features, _ in panels.values()}) == 1  # levels are no part of what CLIP knows
     after = forgetting.pivot(index="measure", columns="method", values="after")
     ideal = {"cka": 1.0, "knn_overlap": 1.0, "cosine_drift": 0.0, "principal_angle": 0.0}

@@ -75,7 +75,7 @@ def kept_step(folder: Path) -> int:
     return torch.load(folder / "snapshot.pt", weights_only=True)["step"]
 
 
-@pytest.mark.parametrize("method", ["dgs", "dgs_plus", "random_direction"])
+@pytest.mark.parametrize("method", ["dgs", "dgs_plus", "random_direction", "pixel_cnn"])
 def test_broken_off_after_any_step_it_ends_with_the_same_bits(
     method: str, clip: Clip, prepared: Prepared, params: Params, tmp_path: Path
 ) -> None:

@@ -468,7 +468,7 @@ def test_an_image_with_features_that_are_no_numbers_is_named(
         run("dgs", clip, prepared, settings())
 
 
-@pytest.mark.parametrize("method", ["probe", "dgs", "leace", "levels_probe", "dgs_plus", "wise_ft"])
+@pytest.mark.parametrize("method", ["probe", "dgs", "leace", "levels_probe", "dgs_plus", "wise_ft", "pixel_cnn"])
 def test_a_checkpoint_scores_as_the_run_that_made_it(
     method: str, clip: Clip, prepared: Prepared, tmp_path: Path
 ) -> None:

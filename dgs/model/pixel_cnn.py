@@ -42,7 +42,7 @@ class PixelCNN(OwnModel):
 
     kind = "pixel_cnn"
     rates = (2e-3, 5e-3, 1e-2)
-    epochs = (6, 20)
+    epochs = (6, 12)
 
     def __init__(self) -> None:
         super().__init__()

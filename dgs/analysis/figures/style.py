@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from dgs.data.suites import abbreviated
+from dgs.model.methods.registry import METHODS
 from dgs.stats import paired_difference, rounded_text, seed_interval
 
 WIDTH = 6.0  # inches; at 150 dpi 900 px, shown at half of it or less
@@ -54,10 +55,11 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "levels_poe_distillation",
     ),
     "#332288": ("dgs_plus",),
+    "#56b4e9": tuple(name for name, method in METHODS.items() if method.model is not None),
 }  # fmt: skip
 _OTHERS = "#cc79a7"  # of a method that no family lists: an external checkpoint, one of the reader's own
 _MARKERS = "oDsv^X><Pphd*"
-_FIRST = dict(zip(FAMILIES, "sDovX>", strict=True))  # heads of families differ in marker too
+_FIRST = dict(zip(FAMILIES, "sDovX>P", strict=True))  # heads of families differ in marker too
 # Kinds of image (real, generators) are no methods: black and eight colours that no family has.
 REAL_COLOUR, REAL_MARKER = "#000000", "o"
 GENERATOR_COLOURS = ("#d400d4", "#a8b400", "#7a0000", "#00cfe8", "#ff7f86", "#144729", "#6b0f5b", "#5c7000")

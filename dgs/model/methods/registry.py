@@ -22,6 +22,7 @@ from dgs.model.methods.base import (
 )
 from dgs.model.methods.constraints import effort_projection, squared_update
 from dgs.model.methods.erasure import leace, null_space, standardise
+from dgs.model.pixel_cnn import PixelCNN
 
 _CORE = (
     Method(
@@ -232,7 +233,18 @@ _NEIGHBOURS = (
     ),
 )
 
-METHODS: dict[str, Method] = {method.name: method for method in (*_CORE, *_PARTS, *_CONTROLS, *_NEIGHBOURS)}
+_WITHOUT_CLIP = (
+    Method(
+        "pixel_cnn",
+        "A convolutional network of 20,000 parameters from scratch, on pixels and their grain: is CLIP needed at all?",
+        adapters=False,
+        model=PixelCNN,
+    ),
+)
+
+METHODS: dict[str, Method] = {
+    method.name: method for method in (*_CORE, *_PARTS, *_CONTROLS, *_NEIGHBOURS, *_WITHOUT_CLIP)
+}
 
 
 def require_text(names: Iterable[str], text: str) -> None:
