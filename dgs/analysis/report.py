@@ -174,7 +174,7 @@ def _entry(entry: Mapping[str, Any] | None) -> str:
 
 
 def _headline(methods: Mapping[str, Mapping[str, Any]], forgetting: pd.DataFrame | None) -> str:
-    measured = set().union(*methods.values())
+    measured = {key for numbers in methods.values() for key, entry in numbers.items() if entry is not None}
     shown = {key: label_of(key, forgetting) for key, metric in COMPARED.items() if metric.headline and key in measured}
     rows = [[f"`{name}`", *(_entry(numbers.get(key)) for key in shown)] for name, numbers in methods.items()]
     return markdown_table(["method", *shown.values()], rows)
