@@ -111,7 +111,12 @@ def check_params(params: Params, root: Path) -> tuple[str, ...]:
             f"Expected a caption file at data.captions = {params.data.captions}, found none. "
             f"Set it to a JSON-lines file, or to null."
         )
-    return () if made_here(clip) and not (root / clip).is_dir() else find_clip(params.model, root).notes
+    if made_here(clip) and not (root / clip).is_dir():
+        return ()
+    source = find_clip(params.model, root)
+    if params.model.text == "own":
+        source.require_text(clip)
+    return source.notes
 
 
 def numbers_in_force(method: str | None, profile: str | None, root: Path | None = None) -> list[dict[str, Any]]:

@@ -141,6 +141,10 @@ class TestTheCheckBeforeAnyStage:
             ({"model.clip": "ViT-B-32", "model.pretrained": "w/w.pt"}, "Expected a weights file at model.pretrained ="),
             ({"model.clip": "sample/clip", "model.pretrained": "openai"}, "model.clip = sample/clip is a folder and"),
             (
+                {"model.clip": "timm/vit_base_patch16_dinov3", "model.pretrained": "hub"},
+                "Expected model.clip = timm/vit_base_patch16_dinov3 to have a text side, found an image tower alone.",
+            ),
+            (
                 {"model.clip": "ViT-B-16", "model.pretrained": "dfn2b"},
                 "The weights 'dfn2b' were trained with QuickGELU;",
             ),

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgs.errors import UserError
-from dgs.model.clip_source import RANDOM, WEIGHTS, ClipSource, find_clip
+from dgs.model.clip_source import NO_TEXT, RANDOM, WEIGHTS, ClipSource, find_clip
 from dgs.model.gemm import Gemm
 from dgs.model.identity import features_hash, features_of, weights_hash
 from dgs.model.tower_timm import TimmTower, create_timm
 from dgs.params import ModelParams
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # the release's constants
-NO_TEXT = {"text": "none"}  # "dgs" of a config whose folder holds the image side alone
 
 
 class ConvStem(nn.Module):
@@ -302,12 +301,9 @@ def load_clip(params: ModelParams, root: Path, image_size: int, text: bool = Tru
             text side where it is asked for.
     """
     source = find_clip(params, root)
+    if text:
+        source.require_text(params.clip)
     model = _load(source, params)
-    if text and not hasattr(model, "transformer") and not hasattr(model, "text"):
-        raise UserError(
-            f"Expected model.clip = {params.clip} to have a text side, found an image tower alone. "
-            f"Set model.text to aligned or none."
-        )
     tokenizer = _tokenizer(source, params.clip) if text else None
     own, features = weights_hash(model), features_of(model)
     if not text:

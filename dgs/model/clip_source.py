@@ -18,6 +18,7 @@ TIMM, HUB = "timm/", "hub"  # model.clip: a model of timm's; model.pretrained: i
 UNSAID = {"vit_base_patch16_clip_224.dfn2b": "ViT-B-16-quickgelu, model.pretrained: dfn2b"}
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 CONSTANTS = ("mean", "std")
+NO_TEXT = {"text": "none"}  # "dgs" of a config whose folder holds the image side alone
 QUICK = "-quickgelu"
 Constants = tuple[float, ...]  # of red, green and blue
 
@@ -41,6 +42,14 @@ class ClipSource:
     std: Constants
     notes: tuple[str, ...] = ()
     timm: str | None = None
+
+    def require_text(self, name: str) -> None:
+        """Raise UserError, naming model.clip = `name`, unless there is a text side."""
+        if self.timm is not None or self.config.get("dgs") == NO_TEXT:
+            raise UserError(
+                f"Expected model.clip = {name} to have a text side, found an image tower alone. "
+                f"Set model.text to aligned or none."
+            )
 
 
 def find_clip(params: ModelParams, root: Path) -> ClipSource:

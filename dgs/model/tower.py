@@ -23,8 +23,7 @@ from torch.nn import functional as F
 from dgs.atomic import replacing
 from dgs.errors import UserError, did_you_mean
 from dgs.model.checkpoint import file_hash
-from dgs.model.clip import NO_TEXT
-from dgs.model.clip_source import CONFIG, WEIGHTS
+from dgs.model.clip_source import CONFIG, NO_TEXT, WEIGHTS
 from dgs.model.onnx_engine import made_up
 from dgs.model.wheel import Wheel, checked, fetched, member
 
