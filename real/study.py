@@ -21,6 +21,7 @@ from real.manifest import read_manifest
 PROFILES = ("real", "real-unmatched", "real-64", "real-128", "real-256")
 RATES = ("balanced_acc", "auroc", "ap")
 COLUMNS = ["profile", "training_images", "method", "pictures", "rate", "over", "n", "mean", "low", "high"]
+ENOUGH = 4  # generators for an interval over them
 LEFT_OUT = "glid3_xl without trained prompts"
 
 
@@ -47,7 +48,7 @@ def intervals(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Means with 95 % t intervals: each generator's over seeds, and those of unseen and seen ones twice.
 
     Over seeds (of the mean over generators: what another training would give), and over generators (of each one's mean
-    over seeds: what another generator would give), where there are two or more.
+    over seeds: what another generator would give), where there are `ENOUGH`.
     """
     kinds = {False: "unseen", True: "seen"}
     for method, own in rows.groupby("method", sort=False):
@@ -59,7 +60,7 @@ def intervals(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
                 name = kinds[bool(seen)]
                 yield _row(part.groupby("seed")[rate].mean(), "seeds", **what, pictures=name)
                 of_generators = part.groupby("generator")[rate].mean()
-                if len(of_generators) > 1:
+                if len(of_generators) >= ENOUGH:
                     yield _row(of_generators, "generators", **what, pictures=name)
 
 
