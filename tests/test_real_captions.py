@@ -128,6 +128,11 @@ def table(tells: bool, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["split", "generator", "label", "group", "caption", "embedding"])
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("real.text_alone.DRAWS", 200)
+
+
 @pytest.mark.parametrize("tells", [True, False])
 def test_text_alone_finds_what_captions_tell_and_nothing_else(tells: bool) -> None:
     found = text_alone(table(tells))
