@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from clips import settings
 from conftest import ImageTree
+from copies import copy_repository, run
 from settings import DataParams, validate
 from torch import Tensor
 from torch.nn import functional as F
@@ -145,12 +148,14 @@ def opened(tree: Path, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     manifest = build_manifest(tree, DataParams(layout="folders", root=str(tree), rho=None))
     manifest["caption"] = [f"a picture of number {index}" for index in range(len(manifest))]
 
-    def open_it(side: str = "aligned", test: str | None = None, train: str = "") -> TextSide:
+    def open_it(side: str = "aligned", test: str | None = None, train: str = "", val: str = "") -> TextSide:
         params, workspace = own_params(clip_folder, side), Workspace(tmp_path, tmp_path, "mini")
         own = manifest.copy()
         if test is not None:
             own.loc[own["split"] == "test", "caption"] = test
         own.loc[own["split"] == "train", "caption"] += train
+        if val:
+            own.loc[(own["split"] == "val").idxmax(), "caption"] = own.loc[own["split"] == val, "caption"].iloc[0]
         return open_text_side(params, workspace, own, ImageSource(tree), None)
 
     return open_it
@@ -202,6 +207,9 @@ class TestWhatItDependsOn:
         side.save(tmp_path)
         reopened = reopen_text_side(validate({"model": {"text": "aligned"}}), tmp_path, tmp_path)
         assert np.array_equal(reopened(["a picture"]), side.encode(["a picture"])) and (tmp_path / ALIGNED).is_file()
+
+    def test_captions_that_training_has_are_not_held_out(self, opened: Callable[..., TextSide]) -> None:
+        assert opened(val="train").about["held_out"]["pool"] == 11
 
 
 class TestOwn:
@@ -354,3 +362,30 @@ def detection() -> pd.DataFrame:
     rates = dict.fromkeys(("acc", "balanced_acc", "r_acc", "f_acc", "ap", "auroc"), 0.5)
     where = {"rho": 0.9, "method": "lora", "seed": 0, "generator": "a", "seen": False, "condition": "native"}
     return pd.DataFrame([{**where, "applied_to": "both", "threshold_rule": "0.5", **rates}])
+
+
+@pytest.mark.slow
+def test_a_pipeline_without_text_leaves_out_what_needs_text(tmp_path: Path) -> None:
+    repo = copy_repository(tmp_path, git=False)
+    params = yaml.safe_load((repo / "params.yaml").read_text())
+    params["methods"], params["model"]["text"] = ["lora"], "none"
+    (repo / "params.yaml").write_text(yaml.safe_dump(params))
+    for stage in (["sources"], ["prepare"], ["train", "--method", "lora"], ["evaluate"], ["gradient_angles"]):
+        done = run(repo, "dgs", "stage", *stage)
+        assert done.returncode == 0, done.stderr
+    results = repo / "results" / "mini"
+    metrics = json.loads((results / "metrics.json").read_text())["methods"]["lora"]
+    assert metrics["zero_shot_kept"] is None and metrics["linear_probe_kept"]["mean"] > 0
+    report = (results / "REPORT.md").read_text()
+    headline = next(line for line in report.splitlines() if line.startswith("| method | "))
+    assert "zero-shot" not in headline and "| text side | Captions are not embedded. |" in report
+    measures = set(pd.read_csv(results / "forgetting.csv")["measure"])
+    assert not [name for name in measures if name.startswith(("zero_shot", "retrieval"))]
+    angles = pd.read_csv(results / "gradient_angles.csv")
+    assert set(angles["pair"]) == {"task-beneficial", "task-applied", "applied-beneficial"}
+    assert pd.read_csv(results / "head_ranks.csv").empty
+    assert (
+        pd.read_csv(results / "gradient_batches.csv")[["removed", "conflict_harmful", "effective_rank"]]
+        .isna()
+        .all(None)
+    )

@@ -53,7 +53,7 @@ class Recipe:
     heads: int = 4
     layers: int = 2
     longest: int = 77
-    steps: int = 1_000
+    steps: int = 400
     batch: int = 256
     lr: float = 1e-3
     warmup: int = 50
