@@ -18,12 +18,14 @@ import yaml
 from clips import CALIBRATION, reseal, settings
 from conftest import structured_image
 from copies import ROOT, run, snapshot
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_checkpoint import assert_helpful
 from test_cli import one_sentence
 from test_cli import run as command
 from test_figures import make_detection, make_forgetting
 
+from dgs.analysis.explore import Workbench, remark
 from dgs.analysis.figures.detection import difference_forest
 from dgs.analysis.figures.forgetting import forgetting_blocks, forgetting_measures, forgetting_plane
 from dgs.analysis.metrics import summary
@@ -37,6 +39,7 @@ from dgs.model.methods.registry import METHODS
 from dgs.model.pixel_cnn import PixelCNN, planes
 from dgs.model.runs import train_seed
 from dgs.params import Params
+from dgs.workspace import Workspace
 
 INFO = "dgs.json"
 
@@ -241,6 +244,22 @@ class TestTables:
             label.get_text() for label in difference_forest(self.detection, self.forgetting).axes[0].get_yticklabels()
         ]
         assert rows == ["dgs", "pixel\u00a0cnn"]
+
+
+def test_the_explorer_shows_its_score_and_no_surgery(tiny: Params, tiny_prepared: Path, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path, tmp_path / "scratch", tiny.profile)
+    trained = tmp_path / "build" / tiny.profile / "train" / "pixel_cnn"
+    trained.mkdir(parents=True)
+    (trained.parent.parent / "prepare").symlink_to(tiny_prepared)
+    (tmp_path / "sample").symlink_to(ROOT / "sample")
+    for seed in (0, 1):
+        train_seed("pixel_cnn", seed, tiny, tmp_path, tiny_prepared, trained, tmp_path / "unfinished")
+    bench = Workbench(workspace, tiny.replaced({"methods": ["pixel_cnn"]}))
+    method, seed, image = bench.choose(None, None, None)
+    subject = bench.look(method, seed, image)
+    assert subject.sample is None and "nothing to operate on" in remark(method, subject)
+    expected = Detector.load(trained / "seed-0", tmp_path).score([Image.fromarray(subject.image)])
+    assert subject.probability == pytest.approx(expected[0], abs=1e-6)
 
 
 @pytest.mark.slow
