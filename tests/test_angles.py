@@ -164,8 +164,12 @@ class TestTables:
         assert shares["dgs"].mean == pytest.approx(0.125)
         assert not analysis.energy_along_harm(parts[0])["dgs"].known
         without = turned_by(60.0)
-        without["harmful"][:] = 0.0
-        assert analysis.energy_along_harm(noted(without).samples)["dgs"].mean == 0.0, "no direction: nothing to remove"
+        without["harmful"][0] = 0.0
+        assert analysis.energy_along_harm(noted(without).samples)["dgs"].mean == pytest.approx(0.125), (
+            "no direction: nothing to remove"
+        )
+        without["harmful"][1] = 0.0
+        assert analysis.energy_along_harm(noted(without).samples) == {}, "no text side: there is nothing to say"
 
     def test_frozen_methods_alone_have_empty_tables_and_a_figure_that_says_so(self, tmp_path: Path) -> None:
         folder = written(tmp_path / "probe", TrainingLog("probe", 0))
