@@ -136,6 +136,23 @@ def test_a_tower_that_is_read_at_earlier_levels_has_the_same_blocks(run: Run) ->
     assert np.allclose(blocks[-1], heard[0][:, 1:].mean(1).numpy(), atol=1e-6)
 
 
+def test_blocks_below_the_adapters_are_run_once_for_all_checkpoints(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upper = run.params.replaced({"model.lora.blocks": [1]})
+    found = {(name, 0): train_into(tmp_path / name, name, run.clip, run.prepared, upper) for name in ("lora", "dgs")}
+    read: list[int] = []
+    lower = Backbone.lower
+    monkeypatch.setattr(Backbone, "lower", lambda own, images: read.append(len(images)) or lower(own, images))
+    tables = []
+    for allowed, images in ((0, 0), (1000, int((run.prepared.manifest["split"] != "train").sum()))):
+        params = upper.replaced({"compute.prefix_mb": allowed})
+        tables.append(evaluate(found, run.clip, run.prepared, params, CPU)[:2])
+        assert sum(read) == images, f"prefix_mb {allowed}: each image once, not once a checkpoint"
+    for plain, kept in zip(*tables, strict=True):
+        pd.testing.assert_frame_equal(plain, kept, check_exact=False, rtol=1e-4, atol=1e-5)
+
+
 def test_changed_images_are_scored_as_the_detector_scores_them(
     run: Run, evaluated: tuple[pd.DataFrame, pd.DataFrame, Any], tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ from dgs.model import aligned
 from dgs.model.aligned import AlignedText, Recipe, align, contrast, retrieval
 from dgs.model.clip import Clip
 from dgs.model.clip_classifier import ClipClassifier
+from dgs.model.identity import tensors_hash
 from dgs.model.methods.base import Batch, Method, suppression
 from dgs.model.methods.registry import METHODS, get_method, require_text
 from dgs.model.text import (
@@ -203,6 +204,8 @@ class TestWhatItDependsOn:
         assert (side.about["side"], side.about["images"], side.about["captions"]) == ("aligned", 12, 12)
         assert "learned from 12 captions of 12 training images" in str(side) and "Of 12 captions held out" in str(side)
         assert "by chance 8.3 %" in str(side)
+        assert side.about["weights"] == tensors_hash(side.aligned.state_dict())
+        assert f"(weights {side.about['weights'][:12]})" in str(side)
         assert text_sentence({**side.about, "held_out": None}).endswith("no validation caption is new to it.")
         side.save(tmp_path)
         reopened = reopen_text_side(validate({"model": {"text": "aligned"}}), tmp_path, tmp_path)

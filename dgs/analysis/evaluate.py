@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from dgs.analysis.tuning import weighted_balanced_accuracy
 from dgs.atomic import replacing
 from dgs.conditions import NATIVE, parse_condition
 from dgs.data.prepared import Prepared, load_prepared
-from dgs.data.views import Views, worth_keeping
+from dgs.data.views import Inputs, Views, worth_keeping
 from dgs.device import choose_device, set_determinism
 from dgs.errors import UserError
 from dgs.model import distributed as processes
@@ -32,6 +33,7 @@ from dgs.model.clip_classifier import ClipClassifier
 from dgs.model.gemm import resolve
 from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.methods.text_expert import caption_probability, ipw_weights
+from dgs.model.prefix import keep_tokens
 from dgs.model.train import over_views
 from dgs.model.training_log import read_losses
 from dgs.params import Params
@@ -136,7 +138,7 @@ def check_fits(
             )
 
 
-def image_features(classifier: Classifier, views: Views, params: Params, label: str) -> Features:
+def image_features(classifier: Classifier, views: Inputs, params: Params, label: str) -> Features:
     """Features of evaluation views: (N, D)."""
     return over_views(classifier.features, classifier.width, classifier.device, views, params, label).cpu().numpy()
 
@@ -185,7 +187,9 @@ def _opened(method: str, folder: Path, job: _Job) -> Iterator[Classifier]:
 
 
 class _Reader:
-    """Features and scores of one set of images under one condition; frozen towers read it once for all checkpoints.
+    """Features and scores of one set of images under one condition.
+
+    What checkpoints share is computed once: a frozen tower's features, and the tokens below adapters (`keep_tokens`).
 
     keep: the views stay in memory, if they fit.
     """
@@ -197,12 +201,18 @@ class _Reader:
         source, patches = job.prepared.source, job.prepared.patches
         self.views = Views(rows, source, job.params, patches=patches, keep=keep, condition=change)
         self._shared: dict[Hashable, Features] = {}
+        self._scratch = tempfile.TemporaryDirectory(prefix="dgs-tokens-")
+        self._tokens = Path(processes.broadcast(self._scratch.name))
 
     def features(self, classifier: Classifier, label: str) -> Features:
         """(N, D): what `classifier` decides on."""
         if classifier.shared in self._shared:
             return self._shared[classifier.shared]
-        found = image_features(classifier, self.views, self.job.params, label)
+        views: Inputs = self.views
+        if isinstance(classifier, ClipClassifier) and classifier.is_tuned:
+            own = classifier.backbone
+            (views,) = keep_tokens(own, [self.views], self.job.params, self._tokens / f"below-{own.depth}")
+        found = image_features(classifier, views, self.job.params, label)
         if classifier.shared is not None:
             self._shared[classifier.shared] = found
         return found

@@ -230,7 +230,8 @@ def text_sentence(about: Mapping[str, Any]) -> str:
         return {"own": "CLIP's own text tower embeds captions.", "none": "Captions are not embedded."}[about["side"]]
     learned = (
         f"A text tower aligned to the locked image tower embeds captions: it learned from {about['captions']} captions "
-        f"of {about['images']} training images, and stands in for CLIP's own."
+        f"of {about['images']} training images, and stands in for CLIP's own "
+        f"(weights {about['weights'][:12]})."
     )
     if (found := about["held_out"]) is None:
         return f"{learned} How well it does is not known: no validation caption is new to it."

@@ -34,6 +34,7 @@ from dgs.device import choose_device
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
 from dgs.model.clip import Clip
+from dgs.model.identity import tensors_hash
 from dgs.params import Params
 from dgs.stats import share_interval
 
@@ -258,6 +259,7 @@ def aligned_text(
     """The text tower aligned to `clip` on the training split, and what is known of it; kept in `folder`.
 
     Known: "held_out", its `retrieval` on validation captions that training does not have; None with fewer than two.
+    And "weights", sha256 of its tensors.
     """
     train, held_out = pairs_of(manifest)
     file = folder / f"{key_of((train, held_out), clip, params)}.safetensors"
@@ -267,5 +269,6 @@ def aligned_text(
         text = align(features[: len(train)], train["caption"].tolist(), RECIPE)
         others = held_out["caption"].tolist()
         known = retrieval(features[len(train) :], others, text) if len(set(others)) >= FEWEST else None
-        text.save(file, {"images": len(train), "captions": int(train["caption"].nunique()), "held_out": known})
+        about = {"images": len(train), "captions": int(train["caption"].nunique()), "held_out": known}
+        text.save(file, {**about, "weights": tensors_hash(text.state_dict())})
     return AlignedText.load(file)

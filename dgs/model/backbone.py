@@ -86,7 +86,7 @@ class Backbone(nn.Module):
         self.visual: Any = clip.model.visual  # a Tower, with adapters peft's model around it
         self.precision = clip.precision
         self.levels = tuple(levels)
-        self.depth = 0 if lora is None or lora.blocks is None else min(lora.blocks)  # blocks under the adapted ones
+        self.depth = 0  # blocks under the adapted ones
         depth = len(self.visual.blocks)
         if max(self.levels, default=0) > depth:
             raise UserError(
@@ -113,6 +113,7 @@ class Backbone(nn.Module):
     def adapt(self, visual: PeftModel, clip: Clip) -> None:
         """Take the tower with its adapters; its matrices are multiplied by `clip.gemm` until they come off."""
         self.visual = visual
+        self.depth = min(visual.peft_config[visual.active_adapter].layers_to_transform or [0])
         gemm.use(visual, clip.gemm)
 
     def _embed(self, images: Tensor) -> Tensor:

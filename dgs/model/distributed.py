@@ -67,7 +67,7 @@ def all_gather(value: T) -> list[T]:
     return values
 
 
-def broadcast(value: bool) -> bool:
+def broadcast(value: T) -> T:
     """The first process's `value`, for all."""
     return all_gather(value)[0]
 
