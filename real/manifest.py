@@ -38,6 +38,19 @@ def read_manifest(file: Path = FILE) -> pd.DataFrame:
     return rows
 
 
+def of_manifest(names: pd.Series, manifest: pd.DataFrame, column: str) -> pd.Series:
+    """A column's value for each picture, found by its path but for the suffix: matched copies have another.
+
+    A picture that the manifest does not have gets its own name: as a group, it is alone.
+    """
+    stems = names.map(_stem)
+    return stems.map(dict(zip(manifest["path"].map(_stem), manifest[column], strict=True))).fillna(stems)
+
+
+def _stem(path: str) -> str:
+    return str(PurePosixPath(path).with_suffix(""))
+
+
 def validation_groups(rows: pd.DataFrame, seed: int = VAL_SEED, share: float = VAL_SHARE) -> set[str]:
     """The groups that validation takes from training pictures: whole groups, in each generator and label alike.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from dgs.data.suites import SHARED_REALS
 from dgs.params import load_params
 from dgs.stats import DRAWS, Scored, area_under_roc, balanced_accuracy
 from dgs.workspace import Workspace
-from real.manifest import read_manifest
+from real.manifest import of_manifest, read_manifest
 
 FOLDS, SEED = 5, 0
 RATES = {"balanced_acc": balanced_accuracy, "auroc": area_under_roc}
@@ -40,9 +40,8 @@ def readers() -> dict[str, Pipeline]:
 
 def with_groups(prepared: Prepared, manifest: pd.DataFrame) -> pd.DataFrame:
     """The prepared pictures with the `group` of the manifest's row whose path is theirs but for the suffix."""
-    groups = {PurePosixPath(path).with_suffix(""): group for path, group in manifest[["path", "group"]].to_numpy()}
     rows = prepared.manifest.assign(embedding=list(prepared.caption_embeddings))
-    return rows.assign(group=[groups[PurePosixPath(file).with_suffix("")] for file in rows["file"]])
+    return rows.assign(group=of_manifest(rows["file"], manifest, "group").to_numpy())
 
 
 def parts(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -9,16 +9,16 @@ import pandas as pd
 import pytest
 
 from dgs.params import dotted, load_params
-from dgs.stats import seed_interval
+from dgs.stats import paired_difference, seed_interval
 from real.manifest import read_manifest
-from real.study import LEFT_OUT, PROFILES, by_generator, intervals
+from real.study import LEFT_OUT, PROFILES, by_generator, intervals, over_pictures
 
 OTHERS = ("b", "c", "d")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def rows() -> pd.DataFrame:
+@pytest.fixture(scope="module")
+def scores() -> pd.DataFrame:
     """Two methods, three seeds; the prompts of half of glid3_xl's pictures were trained on, and those are easy."""
     rng, scores = np.random.default_rng(0), []
     for method in ("probe", "lora"):
@@ -32,14 +32,24 @@ def rows() -> pd.DataFrame:
                     logit = rng.normal() + 2 * shift - 1 + easy + 0.1 * seed
                     scores.append((name, "test", generator, label, logit, method, seed))
     columns = ["id", "split", "generator", "label", "logit", "method", "seed"]
-    table = pd.DataFrame(scores, columns=columns).assign(condition="native", applied_to="both", rho=np.nan)
-    manifest = pd.DataFrame(
+    return pd.DataFrame(scores, columns=columns).assign(condition="native", applied_to="both", rho=np.nan)
+
+
+@pytest.fixture(scope="module")
+def manifest() -> pd.DataFrame:
+    """Two pictures of glid3_xl share a prompt each; the others are not in it, so each is a group of its own."""
+    return pd.DataFrame(
         {
             "path": [f"test/glid3_xl/1/{number}.png" for number in range(20)],
             "prompt_trained_on": ["1"] * 10 + ["0"] * 10,
+            "group": [f"prompt {number // 2}" for number in range(20)],
         }
     )
-    return by_generator(table, {"known"}, manifest)
+
+
+@pytest.fixture(scope="module")
+def rows(scores: pd.DataFrame, manifest: pd.DataFrame) -> pd.DataFrame:
+    return by_generator(scores, {"known"}, manifest)
 
 
 def test_pictures_of_trained_prompts_are_left_out_of_a_row_of_their_own(rows: pd.DataFrame) -> None:
@@ -59,6 +69,50 @@ def test_intervals_are_over_seeds_and_over_generators_and_the_extra_row_counts_i
         assert (found.n, found.mean, found.low) == pytest.approx((3 if over == "seeds" else 4, *expected[:2]))
     seen = table[(table["pictures"] == "seen")]
     assert set(seen["over"]) == {"seeds"}, "one generator has no interval over generators"
+
+
+def test_a_difference_is_paired_by_seed_and_generator(rows: pd.DataFrame) -> None:
+    table = pd.DataFrame(intervals(rows)).set_index(["method", "pictures", "rate", "over"])
+    values = rows[rows["generator"].isin(["glid3_xl", *OTHERS])].groupby(["method", "seed"])["auroc"].mean()
+    expected = paired_difference(values["lora"].to_numpy(), values["probe"].to_numpy())
+    found = table.loc[("lora minus probe", "unseen", "auroc", "seeds")]
+    assert tuple(found[["mean", "low", "high"]]) == pytest.approx(tuple(expected))
+    assert {name for name in table.index.get_level_values(0) if "minus" in name} == {
+        "lora minus probe",
+        "probe minus lora",
+    }
+
+
+class TestOverPictures:
+    def test_means_are_those_over_seeds_and_differences_theirs(
+        self, scores: pd.DataFrame, rows: pd.DataFrame, manifest: pd.DataFrame
+    ) -> None:
+        found = pd.DataFrame(over_pictures(scores, {"known"}, manifest)).set_index(["pictures", "method"])
+        means = rows.groupby(["generator", "method"])["balanced_acc"].mean().unstack()
+        for (pictures, method), row in found.iterrows():
+            names = {"seen": ["known"], "unseen": ["glid3_xl", *OTHERS]}.get(pictures, [pictures])
+            plain = means.loc[names].mean()
+            plain["lora minus probe"] = plain["lora"] - plain["probe"]
+            plain["probe minus lora"] = -plain["lora minus probe"]
+            assert row["mean"] == pytest.approx(plain[method]) and row["low"] < row["mean"] < row["high"]
+        assert found.loc[("b", "lora"), "n"] == 40 and found.loc[("glid3_xl", "lora"), "n"] == 30
+
+    def test_an_interval_is_as_wide_as_independent_pictures_make_it(self) -> None:
+        """One side all right, half of the other: a binomial share over 100 pictures, or over 10 groups of 10 alike."""
+        numbers = np.arange(100)
+        table = pd.DataFrame(
+            {
+                "id": [f"test/{kind}/{n}" for kind in ("real", "g") for n in numbers],
+                "generator": ["real"] * 100 + ["g"] * 100,
+                "label": [0] * 100 + [1] * 100,
+                "logit": [-1.0] * 150 + [1.0] * 50,
+            }
+        ).assign(split="test", method="probe", seed=0)
+        for size in (1, 10):
+            known = pd.DataFrame({"path": table["id"][100:], "group": [f"group {n // size}" for n in numbers]})
+            (found,) = [row for row in over_pictures(table, set(), known) if row["pictures"] == "g"]
+            half = 1.96 * np.sqrt(0.25 / (100 / size)) / 2  # of a mean of two sides, of which one is certain
+            assert found["mean"] == 0.75 and (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.15)
 
 
 def test_profiles_differ_in_pictures_alone_and_fewer_get_as_many_steps() -> None:
