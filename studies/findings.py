@@ -1,21 +1,17 @@
 """The tables of docs/findings.md and docs/study.md, drawn from the results; `dgs study` renews them.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of `TABLES`. Differences are paired by
-seed; "[0.3, 1.2]" has signs where zero lies between.
+Differences are paired by seed.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from scipy.stats import spearmanr
 
-from dgs.analysis.report import markdown_table
 from dgs.analysis.study import (
     UNSEEN,
     Condition,
@@ -26,11 +22,11 @@ from dgs.analysis.study import (
     write_study,
 )
 from dgs.model.methods.registry import METHODS
-from dgs.stats import Interval, paired_difference, rounded_text, seed_interval
+from dgs.stats import paired_difference, seed_interval
 from dgs.workspace import find_root
+from studies.tables import Cell, Table, current, told
 
 DOCUMENTS = ("docs/findings.md", "docs/study.md")
-BLOCK = re.compile(r"(?<=<!-- table: )([\w-]+) -->\n.*?(?=\n *<!-- end -->)", re.DOTALL)
 PRECISION, WORST, SEEN = "ap_unseen", "worst_generator_balanced_acc", "balanced_acc_seen"
 ZERO_SHOT, PROBED = "zero_shot_kept", "linear_probe_kept"
 SETS = {"mini": "`mini`", "second-study": "second study", "study-90": "`study-90`",
@@ -46,8 +42,6 @@ GROUPS = {
     "without an expert or parts of DGS": set(METHODS) - EXPERT - SURGERY,
     "with an expert": EXPERT,
 }
-Cell = Callable[[Any], str]  # of what a row is about
-Table = tuple[str, Mapping[str, Any], Mapping[str, Cell]]  # the first column's head, rows, columns
 
 
 _condition = cache(read_condition)
@@ -56,23 +50,6 @@ _condition = cache(read_condition)
 def condition(name: str) -> Condition:
     """A profile's results, or an earlier study's."""
     return _condition(find_root(), name)
-
-
-def number(amount: float, digits: int = 1, sign: bool = False) -> str:
-    """As `rounded_text` rounds, with a plain minus; what prints as zero has no sign."""
-    shown = rounded_text(amount, digits, sign).replace("−", "-")
-    return shown.lstrip("+-") if float(shown) == 0 else shown
-
-
-def told(interval: Interval, digits: int = 1, sign: bool = True) -> str:
-    """ "+0.8 [0.3, 1.2]"; an end has as many digits as tell it from zero."""
-    ends = []
-    for end in interval[1:]:
-        needed = digits
-        while end and float(number(end, needed)) == 0 and needed < 4:
-            needed += 1
-        ends.append(number(end, needed, sign=interval.spans_zero))
-    return f"{number(interval.mean, digits, sign)} [{', '.join(ends)}]"
 
 
 def gap(name: str, methods: str | tuple[str, str], other: str = "", metric: str = UNSEEN) -> str:
@@ -126,12 +103,6 @@ def validated(group: str, row: tuple[str, str]) -> str:
         return rank_correlation(tried.groupby("method")[rule].max(), means(study), group)
     part = tried[tried.index.isin(GROUPS[group])]
     return f"{spearmanr(part[rule], part['val_unbiased']).statistic:.2f} (n {len(part)})"
-
-
-def drawn(first: str, rows: Mapping[str, Any], columns: Mapping[str, Cell]) -> str:
-    """A table: `rows` are label -> what each column's function is given."""
-    lines = [[label, *(cell(row) for cell in columns.values())] for label, row in rows.items()]
-    return markdown_table([first, *columns], lines)
 
 
 def labelled(*methods: str) -> dict[str, str]:
@@ -300,25 +271,10 @@ TABLES: dict[str, Table] = {
 }
 
 
-def current(text: str) -> str:
-    """A document's text with its tables made anew; they stand as deep as the line of their mark.
-
-    Raises:
-        KeyError: a mark names no table.
-    """
-
-    def made(found: re.Match[str]) -> str:
-        indent = text[text.rfind("\n", 0, found.start()) + 1 : found.start()].partition("<")[0]
-        lines = ["", *drawn(*TABLES[found[1]]).splitlines(), ""]
-        return f"{found[1]} -->" + "".join(f"\n{indent}{line}".rstrip(" ") for line in lines)
-
-    return BLOCK.sub(made, text)
-
-
 def refresh(root: Path) -> None:
     """Brings the tables of those `DOCUMENTS` that are there up to date; `root`: the repository's."""
     for path in [root / name for name in DOCUMENTS if (root / name).exists()]:
-        path.write_text(current(path.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+        path.write_text(current(path.read_text(encoding="utf-8"), TABLES), encoding="utf-8", newline="\n")
 
 
 def write_study_and_findings(root: Path, profiles: Sequence[str]) -> Path:

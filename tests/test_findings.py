@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dgs.stats import Interval
-from studies.findings import BLOCK, DOCUMENTS, TABLES, current, told
+from studies.findings import DOCUMENTS, TABLES
+from studies.tables import BLOCK, Table, current, told
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 def test_the_tables_are_current(document: str) -> None:
     """After results changed: dgs study."""
     text = (ROOT / document).read_text(encoding="utf-8")
-    assert current(text) == text
+    assert current(text, TABLES) == text
 
 
 def test_every_table_stands_in_a_document_once() -> None:
@@ -24,13 +25,13 @@ def test_every_table_stands_in_a_document_once() -> None:
     assert sorted(found[1] for text in texts for found in BLOCK.finditer(text)) == sorted(TABLES)
 
 
-def test_a_table_is_made_anew_as_deep_as_its_mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TABLES, "one", ("a", {"2": ""}, {}))
+def test_a_table_is_made_anew_as_deep_as_its_mark() -> None:
+    tables: dict[str, Table] = {"one": ("a", {"2": ""}, {})}
     text = "- of one:\n\n  <!-- table: one -->\n  | a |\n  | 1 |\n\n  <!-- end -->\n\nEnd.\n"
     made = "- of one:\n\n  <!-- table: one -->\n\n  | a |\n  | --- |\n  | 2 |\n\n  <!-- end -->\n\nEnd.\n"
-    assert current(text) == made == current(made)
+    assert current(text, tables) == made == current(made, tables)
     with pytest.raises(KeyError, match="two"):
-        current(text.replace("one -->", "two -->"))
+        current(text.replace("one -->", "two -->"), tables)
 
 
 @pytest.mark.parametrize(
