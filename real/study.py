@@ -24,6 +24,7 @@ from real.text_alone import SEED, parts
 PROFILES = ("real", "real-unmatched", "real-64", "real-128", "real-256")
 RATES = ("balanced_acc", "auroc", "ap")
 COLUMNS = ["profile", "training_images", "method", "pictures", "rate", "over", "n", "mean", "low", "high"]
+OTHER_COPY = ("real-unmatched", "real")  # profiles whose difference is the files' format alone
 AGAINST = ("probe", "lora")  # what every other method is compared with
 KINDS = {False: "unseen", True: "seen"}
 ENOUGH = 4  # generators for an interval over them
@@ -117,23 +118,34 @@ def group_draws(groups: NDArray[Any]) -> NDArray[np.float64]:
     return np.concatenate([np.ones((1, len(groups))), counts[:, numbers]])
 
 
+def other_copy(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """`others` minus `rows`, paired by method, generator and seed: the same pictures in another copy."""
+    keys = ["method", "generator", "seen", "seed"]
+    both = others.merge(rows, on=keys, suffixes=("", "_other"))
+    return both[keys].join(pd.DataFrame({rate: both[rate] - both[f"{rate}_other"] for rate in RATES}))
+
+
 def study(root: Path, profiles: tuple[str, ...] = PROFILES) -> pd.DataFrame:
-    """The rows of every profile that was run, columns `COLUMNS`.
+    """The rows of every profile that was run, columns `COLUMNS`; then those of `OTHER_COPY`, both being there.
 
     Raises:
         UserError: none was.
     """
-    manifest, tables = read_manifest(), []
+    manifest, tables, runs = read_manifest(), [], {}
     for name in profiles:
         file = root / "build" / name / "evaluate" / "scores.parquet"
         if file.exists():
             prepared = load_prepared(Workspace.of(name).find("prepare", made_by="prepare"), root)
             images = load_params(name, root).train.images or len(prepared.split("train"))
             scores, seen = pd.read_parquet(file), set(prepared.info["seen"])
-            rows = [*intervals(by_generator(scores, seen, manifest)), *over_pictures(scores, seen, manifest)]
+            runs[name] = by_generator(scores, seen, manifest)
+            rows = [*intervals(runs[name]), *over_pictures(scores, seen, manifest)]
             tables.append(pd.DataFrame(rows).assign(profile=name, training_images=images))
     if not tables:
         raise UserError(f"Expected scores of {', '.join(profiles)} below build/, found none. Run make real.")
+    if set(OTHER_COPY) <= set(runs):
+        minus = other_copy(runs[OTHER_COPY[1]], runs[OTHER_COPY[0]])
+        tables.append(pd.DataFrame(intervals(minus)).assign(profile=" minus ".join(OTHER_COPY)))
     return pd.concat(tables)[COLUMNS].reset_index(drop=True)
 
 
