@@ -79,7 +79,7 @@ study: $(READY)
 # Real pictures, from REAL_FROM=DIR or by git: whatever changes one, or a caption, makes the matched copy anew.
 real-pictures: $(READY)
 	test -e build/real/tower || dgs tower clip-vit-b16 --out build/real/tower
-	dgs real $(if $(REAL_FROM),--from $(REAL_FROM),--clone)
+	dgs real $(if $(REAL_FROM),--from "$(REAL_FROM)",--clone)
 	cmp -s real/captions.jsonl build/real/pictures/captions.jsonl || \
 	  { rm -rf build/real/matched && cp real/captions.jsonl build/real/pictures/; }
 	test -e build/real/matched || dgs match build/real/pictures build/real/matched --size 240
@@ -90,8 +90,8 @@ real: real-pictures
 	python -m real.study
 
 real-captions: $(READY)
-	dgs real $(if $(REAL_FROM),--from $(REAL_FROM),--clone)
-	python -m real.captions
+	dgs real $(if $(REAL_FROM),--from "$(REAL_FROM)",--clone)
+	python -m real.captions build/real/pictures --out real/captions.jsonl
 
 bench: $(READY)
 	python benchmarks/bench.py

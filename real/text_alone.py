@@ -16,8 +16,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer
 
+from dgs.commands import for_users
 from dgs.data.prepared import Prepared, load_prepared
-from dgs.data.suites import SHARED_REALS
+from dgs.data.suites import pool_of
 from dgs.params import load_params
 from dgs.stats import DRAWS, Scored, area_under_roc, balanced_accuracy
 from dgs.workspace import Workspace
@@ -47,10 +48,10 @@ def with_groups(prepared: Prepared, manifest: pd.DataFrame) -> pd.DataFrame:
 def parts(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """All pictures, then each generator's fakes beside its own photographs, or beside those for all."""
     yield "all", rows
-    fakes = rows[rows["label"] == 1]
+    reals, fakes = (rows[rows["label"] == label] for label in (0, 1))
     for generator, of_one in fakes.groupby("generator"):
-        own = rows[(rows["label"] == 0) & (rows["generator"] == generator)]
-        shared = rows[(rows["label"] == 0) & (rows["generator"] == SHARED_REALS)]
+        own = reals[reals["generator"] == generator]
+        shared = reals[reals["generator"] == pool_of(str(generator), set(reals["generator"]))]
         yield str(generator), pd.concat([own if len(own) else shared, of_one])
 
 
@@ -119,4 +120,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with for_users():
+        typer.run(main)

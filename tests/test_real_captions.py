@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import structured_image
+from copies import ROOT
 from PIL import Image
 from torch import nn
 from torchvision.models import ResNet50_Weights
@@ -25,6 +27,7 @@ from real import captions
 from real.manifest import read_manifest
 from real.text_alone import parts, rates, text_alone
 
+CAPTIONS = ROOT / "real/captions.jsonl"
 CLASSES = ResNet50_Weights.DEFAULT.meta["categories"]
 
 
@@ -44,15 +47,14 @@ def test_a_sentence_differs_by_classes_alone() -> None:
 
 
 def test_neither_label_nor_name_nor_place_changes_a_caption(tmp_path: Path) -> None:
-    """The same bytes under both labels; rows without the columns that tell."""
+    """The same bytes under both labels."""
     image = structured_image(1, 300, 260)
-    paths = ["train/a/0_real/x.png", "test/b/1_fake/y.png"]
+    paths = ["test/b/1_fake/y.png", "train/a/0_real/x.png"]
     for path in paths:
         (tmp_path / path).parent.mkdir(parents=True)
         image.save(tmp_path / path)
-    sha = hashlib.sha256((tmp_path / paths[0]).read_bytes()).hexdigest()
-    rows = pd.DataFrame({"path": paths, "sha256": sha})
-    found = list(captions.caption(rows, tmp_path, Reds()))
+    image.save(tmp_path / "stray.png")  # in no label folder: a caption of it would be refused
+    found = list(captions.caption(tmp_path, Reds()))
     assert [row["path"] for row in found] == paths and found[0]["caption"] == found[1]["caption"]
 
 
@@ -65,7 +67,7 @@ def test_the_classifier_sees_what_match_copies(tmp_path: Path) -> None:
     match(scan_tree(tmp_path / "pictures"), tmp_path / "matched", captions.SIDE)
     for file in sorted((tmp_path / "pictures").rglob("*.png")):
         copy = (tmp_path / "matched" / file.relative_to(tmp_path / "pictures")).with_suffix(".jpg")
-        seen = captions.as_matched(file, hashlib.sha256(file.read_bytes()).hexdigest())
+        seen = captions.as_matched(file)
         assert np.array_equal(seen, decode(copy.read_bytes(), "copy")) and seen.shape == (240, 240, 3)
 
 
@@ -73,11 +75,10 @@ def test_a_picture_gets_the_caption_of_its_piece_and_not_of_the_whole(tmp_path: 
     pixels = np.zeros((240, 960, 3), np.uint8)
     pixels[..., 0] = np.arange(960) // 4  # red rises from side to side
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    rows = pd.DataFrame({"path": ["a.png"], "sha256": [hashlib.sha256((tmp_path / "a.png").read_bytes()).hexdigest()]})
     model = Reds()
-    piece = captions.preprocess(captions.as_matched(tmp_path / "a.png", rows["sha256"][0]), model)
+    piece = captions.preprocess(captions.as_matched(tmp_path / "a.png"), model)
     best = model(piece[None]).topk(3).indices[0].tolist()
-    (found,) = captions.caption(rows, tmp_path, model)
+    (found,) = captions.caption(tmp_path, model)
     assert found["caption"] == captions.sentence([CLASSES[number] for number in best])
 
 
@@ -102,13 +103,23 @@ def test_weights_are_read_in_the_order_of_layers_and_no_code_of_theirs_is_run() 
 
 def test_committed_captions_are_of_every_picture_and_of_imagenets_classes_alone() -> None:
     """So no third party's words are among them."""
-    given = read_captions(captions.CAPTIONS)
+    given = read_captions(CAPTIONS)
     assert list(given) == read_manifest()["path"].tolist()
     words = {word for name in CLASSES for word in f"a an picture of and {name}".replace(",", " ").split()}
     for text in given.values():
         assert text.startswith("a picture of a") and set(text.replace(",", " ").split()) <= words
-    for line in captions.CAPTIONS.read_text().splitlines():
+    for line in CAPTIONS.read_text().splitlines():
         assert set(json.loads(line)) == {"path", "caption"}
+
+
+@pytest.mark.parametrize("module", ["captions", "text_alone"])
+def test_a_users_mistake_is_one_sentence(module: str) -> None:
+    arguments = {"captions": ["no/folder", "--wheel", "no.whl"], "text_alone": ["--profile", "nome"]}[module]
+    done = subprocess.run(
+        [sys.executable, "-m", f"real.{module}", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("dgs: Expected") and done.stderr.count("\n") == 1
 
 
 def table(tells: bool, seed: int = 0) -> pd.DataFrame:
@@ -153,9 +164,11 @@ def test_pictures_of_one_group_count_as_one_fact() -> None:
 
 
 def test_a_generator_is_compared_with_its_own_photographs_or_the_shared_ones() -> None:
-    rows = pd.DataFrame({"generator": ["a", "a", "b", "real"], "label": [0, 1, 1, 0], "place": range(4)})
+    names = ["a", "a", "b", "real", "AIGIBench/SDXL", "AIGIBench/real"]
+    rows = pd.DataFrame({"generator": names, "label": [0, 1, 1, 0, 1, 0], "place": range(6)})
     assert {name: sorted(part["place"]) for name, part in parts(rows)} == {
-        "all": [0, 1, 2, 3],
+        "all": list(range(6)),
         "a": [0, 1],
         "b": [2, 3],
+        "AIGIBench/SDXL": [4, 5],
     }

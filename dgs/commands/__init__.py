@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,15 +19,20 @@ if TYPE_CHECKING:
     from dgs.workspace import Workspace
 
 
-class _ForUsers(TyperGroup):
-    """A user's mistake in any command becomes one sentence on stderr and exit code 2."""
+@contextmanager
+def for_users() -> Iterator[None]:
+    """In this block a user's mistake becomes one sentence on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        say(f"dgs: {error}")
+        sys.exit(2)
 
+
+class _ForUsers(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with for_users():
             return super().invoke(ctx)
-        except UserError as error:
-            say(f"dgs: {error}")
-            raise typer.Exit(2) from None
 
 
 app = typer.Typer(
