@@ -106,7 +106,11 @@ def _find(rows: pd.DataFrame, folders: list[Path]) -> tuple[dict[str, Path], dic
     return found, {path: place for path, place in other.items() if path not in found}
 
 
-def _refuse_strangers(rows: pd.DataFrame, out: Path) -> None:
+def _require_own(rows: pd.DataFrame, out: Path) -> None:
+    """Raise UserError if `out` is no folder that may be replaced."""
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"Expected --out {out} to be a folder, found {there} to be a file. Name another folder.")
     known = {out / path for path in rows["path"]} | {out / CAPTIONS}
     if strangers := [path for path in files_under([out]) if path != out and path not in known]:
         raise UserError(
@@ -141,8 +145,8 @@ def lay_out(rows: pd.DataFrame, out: Path, source: Path | None = None, clone: bo
         UserError: `out` holds other files, `source` is no folder, or a repository cannot be fetched.
     """
     out = out.absolute()
+    _require_own(rows, out)
     with alone(out.with_name(f".{out.name}.lock"), f"laying out {out}"):
-        _refuse_strangers(rows, out)
         found, other = _find(rows, [out])
         if len(found) < len(rows) and (source or clone):
             if source is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
@@ -12,6 +13,7 @@ from dgs.errors import UserError
 FILE = Path(__file__).parent / "manifest.csv"
 NEEDED = ("path", "repository", "commit", "source_path", "sha256")  # to lay pictures out
 COLUMNS = (*NEEDED, "licence", "label", "generator", "split", "group", "prompt_trained_on")
+HASHES = ("commit", "sha256")
 VAL_SEED, VAL_SHARE = 0, 0.125  # of the committed split
 
 
@@ -19,23 +21,34 @@ def read_manifest(file: Path = FILE) -> pd.DataFrame:
     """A manifest as text, one row a picture; `NEEDED` columns at least, in README.md beside this file.
 
     Raises:
-        UserError: no such file, a column is missing, or a path that is no place in a folder or stands there twice.
+        UserError: no such file, a column is missing, a hash that is none, or a path that is no place in a folder or
+            stands there twice.
     """
     try:
-        rows = pd.read_csv(file, dtype=str, keep_default_na=False)
+        rows = pd.read_csv(file, dtype=str, keep_default_na=False).fillna("")  # of a line that is too short
     except (OSError, ValueError) as error:
         raise UserError(
             f"Expected a manifest of pictures (CSV) at {file}, found none that can be read: {error}."
         ) from None
     if missing := [name for name in NEEDED if name not in rows]:
         raise UserError(f"Expected the columns {', '.join(NEEDED)} in {file}, found no {missing[0]}. Add it.")
-    for name in ("path", "source_path"):
-        for path in rows[name]:
-            if not path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-                raise UserError(f"Expected every {name} in {file} to lie in a folder, found '{path}'. Mend that line.")
+    for name in NEEDED:
+        fits, what = (_is_hash, "be a hash") if name in HASHES else (_lies_inside, "lie in a folder")
+        for value in rows[name]:
+            if not fits(value):
+                raise UserError(f"Expected every {name} in {file} to {what}, found '{value}'. Mend that line.")
     if len(twice := rows["path"][rows["path"].duplicated()]):
         raise UserError(f"Expected every path once in {file}, found {twice.iloc[0]} twice. Remove one line.")
     return rows
+
+
+def _is_hash(text: str) -> bool:
+    return re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
+
+
+def _lies_inside(path: str) -> bool:
+    """Neither empty nor absolute, nor out of the folder that it is put in; also of repositories, which clones have."""
+    return bool(path) and not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts
 
 
 def of_manifest(names: pd.Series, manifest: pd.DataFrame, column: str) -> pd.Series:

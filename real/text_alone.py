@@ -87,7 +87,7 @@ def _out_of_fold(reader: Any, rows: pd.DataFrame) -> NDArray[np.float64]:
 
 
 def text_alone(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rates by reader, pictures and generator.
+    """Rates by reader, pictures and generator; by words alone where nothing embeds captions (model.text: none).
 
     `pictures`: "training", cross-validated by group (training and validation pictures together), and "test", judged by
     a reader of all training pictures.
@@ -95,6 +95,8 @@ def text_alone(rows: pd.DataFrame) -> pd.DataFrame:
     known, test = rows[rows["split"] != "test"], rows[rows["split"] == "test"]
     found = []
     for name, reader in readers().items():
+        if name == "embedding" and not len(rows["embedding"].iloc[0]):
+            continue
         sets = {"training": known.assign(logit=_out_of_fold(reader, known))}
         sets["test"] = test.assign(logit=reader.fit(known, known["label"]).decision_function(test))
         for pictures, scored in sets.items():

@@ -286,7 +286,8 @@ class TestCaptions:
 REFUSED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no source": (shutil.rmtree, "../out", "found none"),
     "a full folder": (lambda root: (root / "../out/x").mkdir(parents=True), "../out", "new or an empty folder"),
-    "a file": (lambda root: (root / "../out").write_text(""), "../out", "new or an empty folder"),
+    "a file": (lambda root: (root / "../out").write_text(""), "../out", "out to be a file"),
+    "below a file": (lambda root: (root / "../out").write_text(""), "../out/copy", "out to be a file"),
     "inside": (lambda root: None, "copy", "to lie outside of"),
     "around": (lambda root: None, "..", "to lie outside of"),
     "itself": (lambda root: None, ".", "to lie outside of"),

@@ -153,6 +153,10 @@ def test_text_alone_finds_what_captions_tell_and_nothing_else(tells: bool) -> No
         assert row.auroc > 0.95 if tells else row.auroc_low < 0.6
 
 
+def test_without_a_text_side_words_alone_are_read() -> None:
+    assert set(text_alone(table(True).assign(embedding=[np.zeros(0)] * 180))["reader"]) == {"words"}
+
+
 def test_pictures_of_one_group_count_as_one_fact() -> None:
     """Ten pictures for each that the same group has widen no interval and narrow none."""
     rng = np.random.default_rng(0)

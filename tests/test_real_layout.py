@@ -176,6 +176,14 @@ def test_a_folder_with_other_files_is_not_replaced(sources: Path) -> None:
     assert kept.read_text() == "mine"
 
 
+@pytest.mark.parametrize("out", ["notes.txt", "notes.txt/pictures"])
+def test_a_file_is_not_replaced_either(sources: Path, out: str) -> None:
+    (sources / "notes.txt").write_text("mine")
+    found = command(sources, "--clone", "--out", str(sources / out))
+    assert found.exit_code == 2 and "notes.txt to be a file" in found.stderr, found.stderr
+    assert (sources / "notes.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

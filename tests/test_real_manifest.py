@@ -10,8 +10,9 @@ import pytest
 
 from dgs.errors import UserError
 from real.layout import lay_out
-from real.manifest import COLUMNS, FILE, read_manifest, validation_groups
+from real.manifest import COLUMNS, read_manifest, validation_groups
 
+COMMIT, SHA = "0" * 40, "0" * 64
 LABELS = {"0": "0_real", "1": "1_fake"}
 
 
@@ -53,6 +54,12 @@ def test_the_marked_images_are_those_of_glid3_xl_whose_prompt_training_has(rows:
     assert (known["prompt_trained_on"] == "0").all()
 
 
+def written(folder: Path, *lines: str, columns: str = "") -> Path:
+    file, named = folder / "m.csv", ["path,repository,commit,source_path,sha256", *([columns] if columns else [])]
+    file.write_text("\n".join([",".join(named), *lines]) + "\n")
+    return file
+
+
 def make_rows() -> pd.DataFrame:
     """Ten pictures alone, and twelve in groups of four."""
     groups = [str(number) for number in range(10)] + [str(10 + number // 4) for number in range(12)]
@@ -80,9 +87,23 @@ def test_a_manifest_that_cannot_be_used_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "few.csv").write_text("path,sha256\na,b\n")
     with pytest.raises(UserError, match="found no repository"):
         read_manifest(tmp_path / "few.csv")
-    (tmp_path / "twice.csv").write_text("path,repository,commit,source_path,sha256\na,b/c,d,e,f\na,b/c,d,e,f\n")
     with pytest.raises(UserError, match="found a twice"):
-        read_manifest(tmp_path / "twice.csv")
+        read_manifest(written(tmp_path, f"a,b/c,{COMMIT},e,{SHA}", f"a,b/c,{COMMIT},e,{SHA}"))
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (f"a,b/c,--upload-pack=x,e,{SHA}", "every commit in .* to be a hash, found '--upload-pack=x'"),
+        (f"a,b/c,{COMMIT},e", "every sha256 in .* to be a hash, found ''"),
+        (f"a,b/..,{COMMIT},e,{SHA}", "every repository in .* to lie in a folder"),
+        (f"a,b/c,{COMMIT},/etc/e,{SHA}", "every source_path in .* to lie in a folder"),
+        (f"../a,b/c,{COMMIT},e,{SHA}", "every path in .* to lie in a folder"),
+    ],
+)
+def test_a_line_that_reaches_elsewhere_or_is_too_short_is_a_sentence(tmp_path: Path, line: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        read_manifest(written(tmp_path, line))
 
 
 def test_what_lies_nowhere_is_all_missing(rows: pd.DataFrame, tmp_path: Path) -> None:
@@ -91,5 +112,5 @@ def test_what_lies_nowhere_is_all_missing(rows: pd.DataFrame, tmp_path: Path) ->
 
 
 def test_names_like_na_stay_as_they_are(tmp_path: Path) -> None:
-    (tmp_path / "m.csv").write_text("path,repository,commit,source_path,sha256,generator\na,b/c,d,e,f,NA\n")
-    assert read_manifest(tmp_path / "m.csv")["generator"].tolist() == ["NA"] and FILE.exists()
+    rows = read_manifest(written(tmp_path, f"a,b/c,{COMMIT},e,{SHA},NA", columns="generator"))
+    assert rows["generator"].tolist() == ["NA"]

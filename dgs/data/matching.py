@@ -234,11 +234,11 @@ def _require_new(root: Path, target: Path) -> Path:
             f"Give another folder."
         )
     with explained(found):
-        is_new = not found.exists() or (found.is_dir() and not any(found.iterdir()))
+        there = next(path for path in (found, *found.parents) if path.exists())
+        is_new = there.is_dir() and (there != found or not any(found.iterdir()))
     if not is_new:
-        raise UserError(
-            f"Expected {target} to be a new or an empty folder, found something. Remove it or give another."
-        )
+        what = "other files in it" if there.is_dir() else f"{there} to be a file"
+        raise UserError(f"Expected {target} to be a new or an empty folder, found {what}. Remove it or give another.")
     return found
 
 
