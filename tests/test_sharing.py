@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import torch
 from clips import CALIBRATION, WIDTH, reseal, settings
 from conftest import structured_image
+from safetensors.torch import load_file, save_file
 from test_checkpoint import as_format_2, assert_helpful
 from torch import nn
 
@@ -24,6 +26,7 @@ from dgs.model.checkpoint import card, read_info, save_checkpoint
 from dgs.model.checkpoint_files import SUMS
 from dgs.model.clip import ConvStem, load_clip
 from dgs.model.clip_classifier import ClipClassifier
+from dgs.model.clip_source import CONFIG, NO_TEXT, WEIGHTS
 from dgs.model.detector import Detector
 from dgs.model.scoring import score_files
 from dgs.params import Params
@@ -83,6 +86,18 @@ class TestWithoutDgs:
         folder = mini_checkpoint(tmp_path / "seed-0", params)
         (line,) = [line for line in code_of(folder).splitlines() if "from dgs" in line]
         self.require_same_score(folder, 64, tmp_path, but=line)
+
+    def test_a_tower_without_a_text_side_needs_nothing_else(self, clip_folder: Path, tmp_path: Path) -> None:
+        alone = shutil.copytree(clip_folder, tmp_path / "clip")
+        config = json.loads((alone / CONFIG).read_text())
+        (alone / CONFIG).write_text(json.dumps({**config, "dgs": NO_TEXT}))
+        state = load_file(alone / WEIGHTS)
+        save_file({name: value for name, value in state.items() if name.startswith("visual.")}, alone / WEIGHTS)
+        params = settings(alone)
+        clip = load_clip(params.model, Path(), 32, text=False)
+        probe = ClipClassifier(clip, Backbone(clip), {"image": nn.Linear(WIDTH, 1)})
+        save_checkpoint(tmp_path / "seed-0", probe, params, "probe", 0, {"0.5": 0.0}, "d")
+        self.require_same_score(tmp_path / "seed-0", 32, tmp_path)
 
     @pytest.mark.slow
     def test_a_checkpoint_that_carries_its_clip_needs_nothing_else(self, with_clip: Path, tmp_path: Path) -> None:
