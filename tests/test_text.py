@@ -21,6 +21,7 @@ from settings import DataParams, validate
 from torch import Tensor
 from torch.nn import functional as F
 
+from dgs.analysis.evaluate import final_validation
 from dgs.analysis.forgetting import Tower, measure_all
 from dgs.analysis.metrics import has_aligned_text, label_of, measure_words, per_seed_values, summary
 from dgs.data.manifest import ImageSource, build_manifest
@@ -123,6 +124,13 @@ class TestAligned:
         found = retrieval(images, ["a", "a", "b", "b"], text)
         assert (found["r1"], found["r5"]) == (0.75, 1.0)
         assert (found["pool"], found["images"], found["chance1"], found["chance5"]) == (2, 4, 0.5, 1.0)
+
+    def test_captions_that_it_cannot_tell_apart_are_found_as_often_as_by_chance(self, text: AlignedText) -> None:
+        things = ("unicorn", "zeppelin", "walrus", "viola")
+        assert len(np.unique(text.encode([f"a {thing}" for thing in things]), axis=0)) < len(things)
+        features, captions = scenes(400, 1)[0], [f"a {thing}" for thing in things] * 100
+        found = retrieval(features, captions, text)
+        assert found["r1"] == pytest.approx(found["chance1"], abs=0.05) and found["r5"] == 1
 
     def test_one_caption_for_all_images_cannot_be_learned_from(self) -> None:
         with pytest.raises(UserError, match=r"training images with different captions .* found 1\. Give captions"):
@@ -348,6 +356,8 @@ class TestMeasures:
         assert measure_words("retrieval_at_1_aligned") == "caption retrieval at 1, aligned text"
         own, other, none = map(table, ("own", "aligned", "none"))
         assert (has_aligned_text(own), has_aligned_text(other), has_aligned_text(none)) == (False, True, False)
+        named = own.replace({"linear_probe:shape": "linear_probe:face_aligned"})
+        assert not has_aligned_text(named) and measure_words("zero_shot:face_aligned") == "zero-shot face aligned"
         assert label_of("zero_shot_kept", other) == "zero-shot kept, aligned text"
         assert label_of("zero_shot_kept", own) == label_of("zero_shot_kept", None) == "zero-shot kept"
         assert label_of("linear_probe_kept", other) == "linear probe kept"
@@ -358,6 +368,16 @@ class TestMeasures:
             assert made["none"][key] is None
             assert key not in set(per_seed_values(detection(), none)["metric"])
         assert made["none"]["linear_probe_kept"] == made["own"]["linear_probe_kept"]
+
+
+@pytest.mark.parametrize(("side", "expected"), [("own", "reweighted"), ("aligned", "reweighted, aligned text")])
+def test_validation_reweighted_by_captions_says_whose_embeddings_they_have(
+    prepared: Prepared, side: str, expected: str
+) -> None:
+    rows = prepared.split("val")
+    scores = rows.assign(logit=np.linspace(-1, 1, len(rows)), method="lora", seed=0)
+    of_side = dataclasses.replace(prepared, info={**prepared.info, "text": {"side": side}})
+    assert final_validation(scores, of_side)["images"].tolist() == ["as in training", expected]
 
 
 def detection() -> pd.DataFrame:

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from dgs.analysis.forgetting import Tower, measure_all, spread_out
-from dgs.analysis.metrics import SCORES, detection_table, summary, write_detection
+from dgs.analysis.metrics import AGAINST_ALIGNED, SCORES, detection_table, summary, write_detection
 from dgs.analysis.tuning import weighted_balanced_accuracy
 from dgs.atomic import replacing
 from dgs.conditions import NATIVE, parse_condition
-from dgs.data.prepared import Prepared, load_prepared
+from dgs.data.prepared import OWN_TEXT, Prepared, load_prepared
 from dgs.data.views import Inputs, Views, worth_keeping
 from dgs.device import choose_device, set_determinism
 from dgs.errors import UserError
@@ -370,20 +370,22 @@ def final_validation(scores: pd.DataFrame, prepared: Prepared) -> pd.DataFrame:
 
     Kinds, each where the data has it: "as in training"; the same "reweighted" by 1 / P(label | caption), so that
     captions tell nothing of labels; and those "without shortcut". A kind without images of both labels is left out,
-    "reweighted" without a text side too.
+    "reweighted" without a text side too; of an aligned one its name says so.
 
     Returns:
         columns method, seed, images (the kind), balanced_acc.
     """
-    kinds = {"as in training": "val", "reweighted": "val", "without shortcut": "val_unbiased"}
+    aligned = prepared.info.get("text", OWN_TEXT)["side"] == "aligned"
+    reweighted = "reweighted" + (AGAINST_ALIGNED if aligned else "")
+    kinds = {"as in training": "val", reweighted: "val", "without shortcut": "val_unbiased"}
     rows = []
     for kind, split in kinds.items():
         own, known = scores[scores["split"] == split], prepared.split(split)
-        if known["label"].nunique() < 2 or own.empty or (kind == "reweighted" and not prepared.has_text):
+        if known["label"].nunique() < 2 or own.empty or (kind == reweighted and not prepared.has_text):
             continue
         labels = known["label"].to_numpy()
         weights = np.ones(len(known))
-        if kind == "reweighted":
+        if kind == reweighted:
             weights = ipw_weights(caption_probability(prepared, split), labels)
         own = own.assign(weight=own["id"].map(dict(zip(known["id"], weights, strict=True))))
         for (method, seed), run in own.groupby(["method", "seed"], sort=False):

@@ -41,6 +41,7 @@ RUN = ["rho", "method", "seed"]
 VALIDATION = ("val", "val_unbiased")  # the second without the training set's shortcut, where the data has one
 BLOCK = "_block:"  # in the name of a forgetting measure of a single vision block
 ALIGNED = "_aligned"  # in the name of a forgetting measure whose text side was trained to the tower
+AGAINST_ALIGNED = ", aligned text"  # the same in words
 ORACLE = "oracle"  # the threshold rule that looks at the test scores
 
 
@@ -322,7 +323,8 @@ def by_suite(detection: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def measure_words(measure: str) -> str:
     """A measure of forgetting in words: "zero_shot:shape" -> "zero-shot shape"; it says if its text side is aligned."""
-    note, measure = ", aligned text" if ALIGNED in measure else "", measure.replace(ALIGNED, "")
+    name, colon, attribute = measure.partition(":")  # the last may be any word
+    note, measure = AGAINST_ALIGNED if name.endswith(ALIGNED) else "", name.removesuffix(ALIGNED) + colon + attribute
     words = measure.replace("zero_shot:", "zero-shot ").replace("linear_probe:", "linear probe, ")
     words = words.replace("retrieval_", "caption retrieval_").replace("knn_", "kNN_").replace("cka_", "CKA_")
     words = words.replace("silhouette", "silhouette, real against fake").replace(BLOCK, ", block ")
@@ -331,13 +333,13 @@ def measure_words(measure: str) -> str:
 
 def has_aligned_text(forgetting: pd.DataFrame) -> bool:
     """Whether the text side of a forgetting table's measures was trained to the tower."""
-    return bool(forgetting["measure"].astype(str).str.contains(ALIGNED).any())
+    return bool(forgetting["measure"].astype(str).str.split(":").str[0].str.endswith(ALIGNED).any())
 
 
 def label_of(metric: str, forgetting: pd.DataFrame | None) -> str:
     """The label of a row of `METRICS`, by its key; it says if the text side in it was trained to the tower."""
     aligned = forgetting is not None and metric in TEXT_METRICS and has_aligned_text(forgetting)
-    return next(each.label for each in METRICS if each.key == metric) + (", aligned text" if aligned else "")
+    return next(each.label for each in METRICS if each.key == metric) + (AGAINST_ALIGNED if aligned else "")
 
 
 def unique(names: Iterable[Any]) -> list[str]:

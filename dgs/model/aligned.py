@@ -203,17 +203,19 @@ def align(features: Tensor, captions: Sequence[str], recipe: Recipe) -> AlignedT
 def retrieval(features: Tensor, captions: Sequence[str], text: AlignedText) -> dict[str, float | int]:
     """How often an image's own caption is among the 1 or 5 nearest of all distinct ones: with Wilson's intervals.
 
-    Every caption counts once, by the mean over its images; (N, D) features of N captions.
+    Every caption counts once, by the mean over its images; (N, D) features of N captions. Of captions that are equally
+    near, such as two of the same known words, either is as likely to come first.
 
     Returns:
         pool (distinct captions), images, and of k = 1, 5: r{k}, r{k}_low, r{k}_high, chance{k}, all fractions.
     """
     distinct, numbers = np.unique(np.asarray(captions, dtype=object).astype(str), return_inverse=True)
     near = F.normalize(features, dim=1).cpu() @ torch.from_numpy(text.encode(distinct.tolist())).T
-    ranks = (near > near.gather(1, torch.from_numpy(numbers)[:, None])).sum(1).numpy()
+    own = near.gather(1, torch.from_numpy(numbers)[:, None])
+    nearer, as_near = (near > own).sum(1).numpy(), (near == own).sum(1).numpy()
     found: dict[str, float | int] = {"pool": len(distinct), "images": len(numbers)}
     for k in (1, 5):
-        share = float(pd.Series(ranks < k).groupby(numbers).mean().mean())
+        share = float(pd.Series(((k - nearer) / as_near).clip(0, 1)).groupby(numbers).mean().mean())
         low, high = share_interval(round(share * len(distinct)), len(distinct))[1:]
         found |= {f"r{k}": share, f"r{k}_low": low, f"r{k}_high": high, f"chance{k}": min(1.0, k / len(distinct))}
     return found
