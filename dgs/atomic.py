@@ -24,6 +24,8 @@ REFUSALS = {  # what a user can mend by making room or choosing another place
     errno.EROFS: "it is read-only",
     errno.EACCES: "writing is not permitted",
     errno.EPERM: "writing is not permitted",
+    errno.EEXIST: "a file lies where a folder of its path should",
+    errno.ENOTDIR: "a file lies where a folder of its path should",
 }
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux's renameat2
 
@@ -55,8 +57,8 @@ def explained(folder: Path) -> Iterator[None]:
         free = shutil.disk_usage(place).free / 1e6
         raise UserError(
             f"Expected to write to {folder}, found that {REFUSALS[number]} ({free:,.0f} MB free). What was whole "
-            f"before is kept. Make room or mend the permissions, then run the same command again: it goes on where it "
-            f"can."
+            f"before is kept. Make room, mend the permissions or name another place, then run the same command again: "
+            f"it goes on where it can."
         ) from None
 
 

@@ -116,7 +116,7 @@ def check_params(params: Params, root: Path) -> tuple[str, ...]:
     source = find_clip(params.model, root)
     if params.model.text == "own":
         source.require_text(clip)
-    return source.notes
+    return source.notes_at(params.image_size)
 
 
 def numbers_in_force(method: str | None, profile: str | None, root: Path | None = None) -> list[dict[str, Any]]:

@@ -146,6 +146,30 @@ def test_resizing_is_what_open_clip_does_at_loading(clip_folder: Path) -> None:
     assert torch.equal(ours.eval().visual(images), theirs.eval().visual(images))
 
 
+@pytest.mark.parametrize(
+    ("model", "own"),
+    [
+        ({"clip": "ViT-B-16-SigLIP2-384", "pretrained": "webli"}, 384),
+        ({"clip": "ViT-B-32", "pretrained": "random"}, 224),
+        ({"clip": "timm/vit_small_patch14_reg4_dinov2.lvd142m", "pretrained": "hub"}, 518),
+    ],
+    ids=["a tag", "a name", "of timm's"],
+)
+def test_images_of_another_size_than_a_tower_is_for_are_told(model: dict[str, str], own: int) -> None:
+    source = find_clip(ModelParams(**model), Path())
+    assert source.notes_at(own) == source.notes == ()
+    (note,) = source.notes_at(64)
+    assert f"Images are 64 px, the tower is for {own} px (model.image_size)" in note
+
+
+def test_a_folders_own_size_is_its_configs(clip_folder: Path, tmp_path: Path) -> None:
+    assert load(clip_folder).notes == () and "the tower is for 32 px" in load(clip_folder, 40).notes[0]
+    pair = edited(clip_folder, tmp_path / "pair", lambda c: c["model_cfg"]["vision_cfg"].update(image_size=[32, 32]))
+    assert load(pair).notes == ()
+    unsaid = edited(clip_folder, tmp_path / "unsaid", lambda c: c["model_cfg"]["vision_cfg"].pop("image_size"))
+    assert find_clip(ModelParams(clip=str(unsaid)), Path()).side == 224, "as open_clip takes it"
+
+
 class TestATag:
     @pytest.mark.parametrize(("name", "tag"), TAGS, ids=lambda value: value)
     def test_of_open_clip_means_its_own_activation_and_constants_or_is_refused(self, name: str, tag: str) -> None:
@@ -200,6 +224,13 @@ class TestAFile:
             find_clip(ModelParams(clip="ViT-B-32", pretrained="ViT-B-32.pt"), tmp_path)
         assert "TorchScript archive" in str(caught.value) and "model.clip: ViT-B-32-quickgelu" in str(caught.value)
 
+    def test_that_is_a_damaged_archive_is_left_to_what_loads_it(self, tmp_path: Path) -> None:
+        torch.save({"x": torch.zeros(1)}, tmp_path / "w.pt")
+        content = (tmp_path / "w.pt").read_bytes()
+        (tmp_path / "w.pt").write_bytes(content.replace(b"PK\x01\x02", b"PK\x01\x03"))
+        with pytest.raises(UserError, match=r"Cannot load the weights 'w\.pt'"):
+            load_clip(ModelParams(clip="ViT-S-32-alt", pretrained="w.pt"), tmp_path, 224)
+
     def test_of_tensors_in_a_zip_is_no_such_archive(self, tmp_path: Path) -> None:
         torch.save({"x": torch.zeros(1)}, tmp_path / "w.pt")
         assert find_clip(ModelParams(clip="ViT-B-32", pretrained="w.pt"), tmp_path).weights == str(tmp_path / "w.pt")
@@ -232,6 +263,10 @@ class TestAFolder:
             ("{", "to be JSON with the groups"),
             ("[]", "to be JSON with the groups"),
             (json.dumps({"preprocess_cfg": {}}), "to be JSON with the groups"),
+            (json.dumps({"model_cfg": {}}), "to be JSON with the groups"),
+            (json.dumps({"model_cfg": {"vision_cfg": "ViT"}}), "to be JSON with the groups"),
+            (json.dumps({"model_cfg": {"vision_cfg": {"image_size": [32, 16]}}}), "to be the side of a square in px"),
+            (json.dumps({"model_cfg": {"vision_cfg": {"image_size": None}}}), "to be the side of a square in px"),
             (json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {"mean": 0.5}}), "preprocess_cfg.mean"),
             (json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {"std": [1, 2, "3"]}}), "preprocess_cfg.std"),
             (json.dumps({"model_cfg": {**CONFIG, "quickgelu": True}}), "Cannot load the CLIP in model.clip"),

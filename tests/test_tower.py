@@ -302,14 +302,19 @@ def test_a_wheel_without_the_file_is_named(tmp_path: Path, pack: Pack, changed: 
 def test_mistakes_are_one_sentence(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     assert "Did you mean 'clip-vit-b16'?" in one_sentence(run("tower", "clip-vitb16", "--out", out))
-    assert "Expected a tower and --out" in one_sentence(run("tower", "tiny"))
+    for arguments in (
+        [], ["tiny"], ["--out", out], ["--wheel", wheel, "--out", out], ["--archive", wheel],
+        ["tiny", "--archive", wheel, "--out", out], ["--archive", wheel, "--out", out, "--wheel", wheel],
+        ["tiny", "--compare", out, out, out], ["--compare", out, out, out, "--out", out],
+    ):  # fmt: skip
+        assert "or --compare alone; found another set" in one_sentence(run("tower", *arguments))
+    below = one_sentence(run("tower", "tiny", "--out", wheel / "out", "--wheel", wheel))
+    assert "a file lies where a folder of its path should" in below
     assert "no such file" in one_sentence(run("tower", "tiny", "--out", out, "--wheel", tmp_path / "none.whl"))
     text = tmp_path / "text.whl"
     text.write_text("no archive")
     monkeypatch.setitem(TOWERS, "text", replace(TOWERS["tiny"], wheel=Wheel("pack", "1.0", file_hash(text))))
     assert "Expected a wheel, a zip archive" in one_sentence(run("tower", "text", "--out", out, "--wheel", text))
-    both = run("tower", "tiny", "--compare", out, out, out)
-    assert "Leave one of them out" in one_sentence(both)
     out.mkdir()
     assert "found that" in one_sentence(run("tower", "tiny", "--out", out, "--wheel", wheel))
     out.rmdir()
@@ -382,3 +387,6 @@ class TestCompare:
         assert "Expected images in" in one_sentence(empty)
         for name in ("ViT-B-61:openai", "timm/vit_tiny_patch61_384:hub"):
             assert "Did you mean" in one_sentence(run("tower", "--compare", clip_folder, name, tmp_path))
+        for name in ("towers/b16", "ViT-B-16", "timm/vit_base_patch16_224"):
+            said = one_sentence(run("tower", "--compare", clip_folder, name, tmp_path))
+            assert f"Expected a tower's folder, or NAME:TAG as ViT-B-16-quickgelu:openai, found '{name}'" in said

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
-import timm
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -18,7 +16,7 @@ from dgs.data.images import UnreadableImage, decode, files_under, fit, is_image_
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
 from dgs.model.clip import load_clip
-from dgs.model.clip_source import ClipSource, find_clip
+from dgs.model.clip_source import find_clip
 from dgs.params import merged_params, validate
 
 Array = NDArray[np.float64]
@@ -36,7 +34,7 @@ def compare_towers(a: str, b: str, images: Path, say: Callable[[str], None]) -> 
         {"a", "b", "images", "left_out"} and what `distance` has.
 
     Raises:
-        UserError: no image that can be read; as `load_clip`.
+        UserError: no image that can be read, neither a folder nor NAME:TAG; as `load_clip`.
     """
     towers = [_load(name) for name in (a, b)]
     names = [file for file in files_under([images]) if is_image_name(file)]
@@ -90,10 +88,12 @@ def _decoded(files: Iterable[Path], say: Callable[[str], None]) -> Iterator[NDAr
 
 def _load(tower: str) -> tuple[Backbone, int]:
     """A frozen tower, and the side of what it sees."""
-    name, _, tag = (tower, "", "") if Path(tower).is_dir() or ":" not in tower else tower.rpartition(":")
+    name, _, tag = (tower, "", "") if Path(tower).is_dir() else tower.rpartition(":")
+    if not name:
+        raise UserError(f"Expected a tower's folder, or NAME:TAG as ViT-B-16-quickgelu:openai, found '{tower}'.")
     asked = {"clip": name, "pretrained": tag or None, "normalize": "clip", "precision": "fp32"}
     params = validate(merged_params()).model.model_copy(update=asked)
-    side = _own_size(find_clip(params, Path()), name)
+    side = find_clip(params, Path()).side
     return Backbone(load_clip(params, Path(), side, text=False)).eval(), side
 
 
@@ -101,12 +101,3 @@ def _load(tower: str) -> tuple[Backbone, int]:
 def _features(backbone: Backbone, side: int, pictures: list[NDArray[np.uint8]]) -> Array:
     views = np.stack([fit(picture, side, "resize") for picture in pictures])
     return backbone(torch.from_numpy(views).permute(0, 3, 1, 2)).double().numpy()
-
-
-def _own_size(source: ClipSource, name: str) -> int:
-    """Side in px that a tower was trained on; 224 where nothing says so, as open_clip's towers default to."""
-    known = timm.get_pretrained_cfg(source.timm) if source.timm else None
-    if known is not None:
-        return known.input_size[-1]
-    config = source.config.get("model_cfg") or open_clip.get_model_config(name)
-    return int(config["vision_cfg"].get("image_size", 224))

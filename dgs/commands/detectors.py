@@ -93,18 +93,22 @@ def tower(
     from dgs.model.archive import convert_archive
     from dgs.model.tower import TOWERS, build_tower
 
+    asked = [what is not None for what in (name, archive, compare)]
+    if sum(asked) != 1 or (out is None) != (compare is not None) or (wheel is not None and name is None):
+        raise UserError(
+            f"Expected a tower and --out, as in dgs tower {next(iter(TOWERS))} --out DIR; --archive and --out; or "
+            f"--compare alone; found another set of these. Give one of the three."
+        )
     if compare is not None:
-        if name or out or wheel or archive:
-            raise UserError("Expected a tower to make or --compare, found both. Leave one of them out.")
         found = compare_towers(*compare, say)
         show(as_json, found, described(found))
         return
-    if archive is not None and out is not None and not name and not wheel:
+    assert out is not None
+    if archive is not None:
         whole = convert_archive(archive, out)
         show(as_json, whole, f"{out}: {whole['numbers']:,} numbers of {archive}, image and text side, for model.clip")
         return
-    if name is None or out is None or archive is not None:
-        raise UserError(f"Expected a tower and --out, such as: dgs tower {next(iter(TOWERS))} --out towers/b16.")
+    assert name is not None
     made = build_tower(name, out, wheel)
     again = made["rounding"]["as_much_again"]
     text = (

@@ -313,4 +313,4 @@ def load_clip(params: ModelParams, root: Path, image_size: int, text: bool = Tru
     model.requires_grad_(False)
     mean, std = IMAGENET if params.normalize == "imagenet" else (source.mean, source.std)
     precision = torch.bfloat16 if params.precision == "bf16" else torch.float32
-    return Clip(model, tokenizer, mean, std, params.clip, own, precision, gemm, features, source.notes)
+    return Clip(model, tokenizer, mean, std, params.clip, own, precision, gemm, features, source.notes_at(image_size))

@@ -18,6 +18,7 @@ TIMM, HUB = "timm/", "hub"  # model.clip: a model of timm's; model.pretrained: i
 UNSAID = {"vit_base_patch16_clip_224.dfn2b": "ViT-B-16-quickgelu, model.pretrained: dfn2b"}
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 CONSTANTS = ("mean", "std")
+USUAL_SIDE = 224  # px, open_clip's default too
 NO_TEXT = {"text": "none"}  # "dgs" of a config whose folder holds the image side alone
 QUICK = "-quickgelu"
 Constants = tuple[float, ...]  # of red, green and blue
@@ -33,6 +34,7 @@ class ClipSource:
     mean, std: normalisation constants that go with the weights.
     notes: what was assumed, since nothing says it; a sentence each.
     timm: timm's name of the model, if it is timm's alone.
+    side: px of the images that the tower is for.
     """
 
     folder: Path | None
@@ -42,6 +44,7 @@ class ClipSource:
     std: Constants
     notes: tuple[str, ...] = ()
     timm: str | None = None
+    side: int = USUAL_SIDE
 
     def require_text(self, name: str) -> None:
         """Raise UserError, naming model.clip = `name`, unless there is a text side."""
@@ -50,6 +53,13 @@ class ClipSource:
                 f"Expected model.clip = {name} to have a text side, found an image tower alone. "
                 f"Set model.text to aligned or none."
             )
+
+    def notes_at(self, image_size: int) -> tuple[str, ...]:
+        """`notes`, and a sentence if images are given in another size than the tower is for."""
+        if image_size == self.side:
+            return self.notes
+        said = f"Images are {image_size} px, the tower is for {self.side} px (model.image_size): its positions are"
+        return (*self.notes, f"{said} interpolated.")
 
 
 def find_clip(params: ModelParams, root: Path) -> ClipSource:
@@ -73,13 +83,13 @@ def _folder(folder: Path) -> ClipSource:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         preprocess: Any = (config.get("preprocess_cfg") or {}) if isinstance(config, dict) else None
-        sound = isinstance(preprocess, dict) and isinstance(config.get("model_cfg"), dict)
-    except (OSError, ValueError, RecursionError):
+        sound = isinstance(preprocess, dict) and isinstance(config["model_cfg"]["vision_cfg"], dict)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         sound = False
     if not sound:
         raise UserError(
-            f"Expected {folder / CONFIG} to be JSON with the groups model_cfg and preprocess_cfg, as open_clip writes "
-            f"it, found another content. Restore it."
+            f"Expected {folder / CONFIG} to be JSON with the groups model_cfg, with vision_cfg, and preprocess_cfg, as "
+            f"open_clip writes it, found another content. Restore it."
         )
     missing = [name for name in CONSTANTS if preprocess.get(name) is None]
     constants = {name: _usual()[name] if name in missing else preprocess[name] for name in CONSTANTS}
@@ -91,8 +101,13 @@ def _folder(folder: Path) -> ClipSource:
         f"{folder / CONFIG} has no preprocess_cfg.{name}; open_clip's own is assumed, {list(constants[name])}."
         for name in missing
     ]
+    given = config["model_cfg"]["vision_cfg"].get("image_size", USUAL_SIDE)
+    side = given[0] if isinstance(given, list) and given == given[:1] * 2 else given
+    if type(side) is not int or side < 1:
+        where = f"model_cfg.vision_cfg.image_size of {folder / CONFIG}"
+        raise UserError(f"Expected {where} to be the side of a square in px, found {given!r}. Restore it.")
     mean, std = (tuple(constants[name]) for name in CONSTANTS)
-    return ClipSource(folder, config, None, mean, std, tuple(notes))
+    return ClipSource(folder, config, None, mean, std, tuple(notes), side=side)
 
 
 def _usual() -> dict[str, Constants]:
@@ -113,18 +128,19 @@ def _name(params: ModelParams, root: Path) -> ClipSource:
         raise no_such_clip(name, did_you_mean(name, names))
     if weights is None:
         raise UserError(f"Expected model.pretrained for '{name}': an open_clip tag such as openai, or a file.")
-    quick = bool(open_clip.get_model_config(name).get("quick_gelu", False))
+    config = open_clip.get_model_config(name)
+    quick, side = bool(config.get("quick_gelu", False)), config["vision_cfg"].get("image_size", USUAL_SIDE)
     tags = open_clip.list_pretrained_tags_by_model(name)
     tag = open_clip.get_pretrained_cfg(name, weights)
     if tag:
         if tag.get("quick_gelu", False) and not quick:  # of the other way about open_clip has none
             raise _other_activation(name, weights, quick, names)
-        return ClipSource(None, {}, weights, tuple(tag["mean"]), tuple(tag["std"]))
+        return ClipSource(None, {}, weights, tuple(tag["mean"]), tuple(tag["std"]), side=side)
     own = [open_clip.get_pretrained_cfg(name, known) for known in tags]
-    of_tags = {(tuple(config["mean"]), tuple(config["std"])) for config in own}  # of SigLIP all differ from CLIP's
+    of_tags = {(tuple(known["mean"]), tuple(known["std"])) for known in own}  # of SigLIP all differ from CLIP's
     mean, std = of_tags.pop() if len(of_tags) == 1 else _usual().values()
     if weights == RANDOM:
-        return ClipSource(None, {}, weights, mean, std)
+        return ClipSource(None, {}, weights, mean, std, side=side)
     file = root / weights
     if not file.is_file():
         raise _no_such_tag(name, weights, quick, tags)
@@ -134,7 +150,7 @@ def _name(params: ModelParams, root: Path) -> ClipSource:
         f"{weights} does not say how it was trained: {_activation(quick)} is assumed, as {name} says{other}, and the "
         f"constants mean {list(mean)}, std {list(std)}."
     )
-    return ClipSource(None, {}, str(file), mean, std, (note,))
+    return ClipSource(None, {}, str(file), mean, std, (note,), side=side)
 
 
 def _timm(params: ModelParams, root: Path) -> ClipSource:
@@ -166,12 +182,12 @@ def _timm(params: ModelParams, root: Path) -> ClipSource:
         )
     mean, std = tuple(config.mean), tuple(config.std)
     if weights in (RANDOM, HUB):
-        return ClipSource(None, {}, weights, mean, std, timm=name)
+        return ClipSource(None, {}, weights, mean, std, timm=name, side=config.input_size[-1])
     file = root / weights
     if not file.is_file():
         raise UserError(f"Expected model.pretrained for '{params.clip}' to be {HUB} or a file, found '{weights}'.")
     note = f"{weights} does not say how it was trained: {params.clip}'s own activation and constants are assumed."
-    return ClipSource(None, {}, str(file), mean, std, (note,), name)
+    return ClipSource(None, {}, str(file), mean, std, (note,), name, config.input_size[-1])
 
 
 def _activation(quick: bool) -> str:
@@ -205,11 +221,12 @@ def _no_such_tag(name: str, tag: str, quick: bool, tags: list[str]) -> UserError
 
 def _require_tensors(name: str, file: Path, said: str) -> None:
     """Raise UserError for an archive of TorchScript: code with tensors, as OpenAI publishes its CLIP (`*.pt`)."""
-    if not zipfile.is_zipfile(file):
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if not any(Path(entry).name == "constants.pkl" for entry in archive.namelist()):
+                return
+    except (zipfile.BadZipFile, OSError):  # no archive, or a damaged one: loading it says so
         return
-    with zipfile.ZipFile(file) as archive:
-        if not any(Path(entry).name == "constants.pkl" for entry in archive.namelist()):
-            return
     right = name if name.endswith(QUICK) else _twin(name)
     raise UserError(
         f"Expected tensors alone at model.pretrained = {said}, found a TorchScript archive, as OpenAI publishes CLIP: "
