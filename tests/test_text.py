@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgs.analysis.evaluate import final_validation
+from dgs.analysis.figures.forgetting import forgetting_measures
 from dgs.analysis.forgetting import Tower, measure_all
 from dgs.analysis.metrics import has_aligned_text, label_of, measure_words, per_seed_values, summary
 from dgs.data.manifest import ImageSource, build_manifest
@@ -361,6 +362,8 @@ class TestMeasures:
         assert label_of("zero_shot_kept", other) == "zero-shot kept, aligned text"
         assert label_of("zero_shot_kept", own) == label_of("zero_shot_kept", None) == "zero-shot kept"
         assert label_of("linear_probe_kept", other) == "linear probe kept"
+        titles = [forgetting_measures(rows.assign(rho=0.9)).get_suptitle() for rows in (own, other)]
+        assert titles[0].startswith("Zero-shot kept: ") and titles[1].startswith("Zero-shot kept, aligned text: ")
         made = {name: summary(detection(), rows, "mini", "d")["methods"]["lora"] for name, rows in
                 {"own": own, "aligned": other, "none": none}.items()}  # fmt: skip
         for key in ("zero_shot_kept", "retrieval_kept"):

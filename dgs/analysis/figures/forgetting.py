@@ -11,7 +11,15 @@ from matplotlib.ticker import MaxNLocator
 
 from dgs.analysis.figures import style as look
 from dgs.analysis.figures.style import colour, marker, plain, short_names, style, takeaway
-from dgs.analysis.metrics import BLOCK, TEXT_METRICS, has_aligned_text, measure_words, one_rho, per_seed_values
+from dgs.analysis.metrics import (
+    BLOCK,
+    TEXT_METRICS,
+    has_aligned_text,
+    label_of,
+    measure_words,
+    one_rho,
+    per_seed_values,
+)
 from dgs.errors import UserError
 
 NO_TOWER = "No method here is of a CLIP: there is nothing that could be forgotten."
@@ -53,7 +61,8 @@ def forgetting_measures(forgetting: pd.DataFrame) -> Figure:
     part = rows[zero_shot] if zero_shot.any() else rows
     ratio = 100.0 * (part["after"] / part["before"]).where(part["before"] != 0)
     kept = ratio.groupby([part["method"], part["seed"]], sort=False).mean()
-    return look.finish(fig, takeaway("Zero-shot kept" if zero_shot.any() else "Share kept", kept), look.SEEDS, methods)
+    what = label_of("zero_shot_kept", rows).capitalize() if zero_shot.any() else "Share kept"
+    return look.finish(fig, takeaway(what, kept), look.SEEDS, methods)
 
 
 @style()
