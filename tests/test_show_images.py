@@ -136,6 +136,21 @@ def test_a_withheld_figure_says_why_and_shows_none_of_its_pixels(name: str) -> N
     assert "data.show_images" in withheld.texts[0].get_text()
 
 
+def is_grey(picture: bytes) -> bool:
+    """As words on white are, and neither photographs nor plots."""
+    return int(np.ptp(np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(int), axis=2).max()) < 8
+
+
+@pytest.mark.parametrize("results", sorted({path.parents[1] for path in ROOT.glob("results/real*/notebooks/prepare*")}))
+def test_committed_results_show_none_of_others_pictures(results: Path) -> None:
+    def prepared(folder: Path) -> list[bytes]:
+        notebook = json.loads((folder / "notebooks/prepare.ipynb").read_text())
+        return [*pictures(notebook), *(path.read_bytes() for path in (folder / "figures/prepare").iterdir())]
+
+    assert len(prepared(results)) == 4 and all(map(is_grey, prepared(results)))
+    assert not any(map(is_grey, prepared(ROOT / "results/mini"))), "or grey says nothing"
+
+
 @pytest.mark.slow
 def test_no_pixel_reaches_a_figure_or_a_notebook_unless_it_may(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(repo))
