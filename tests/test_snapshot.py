@@ -11,14 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from copies import ROOT
 from test_disk import full_disk  # noqa: F401
 from test_train import settings, weights_of
 from torch import Tensor
 
 from dgs.data.prepared import Prepared
 from dgs.errors import UserError
+from dgs.model.checkpoint import read_info
 from dgs.model.clip import Clip
+from dgs.model.clip_source import CONFIG
 from dgs.model.methods.registry import get_method
+from dgs.model.runs import train_seed
 from dgs.model.snapshot import Snapshot, run_key
 from dgs.model.train import Trained, train
 from dgs.model.training_log import AT_FEATURES, AT_LAYERS, TABLES, TrainingLog
@@ -172,3 +176,15 @@ def test_whatever_a_result_depends_on_changes_the_key_and_nothing_else_does(para
     (folder / "data.json").write_text("{ }")
     assert len(others | {first, key()}) == 10
     shutil.rmtree(folder)
+
+
+def test_a_seed_is_not_taken_from_a_run_with_other_constants(tiny: Params, tiny_prepared: Path, tmp_path: Path) -> None:
+    clip, means = shutil.copytree(ROOT / "sample/clip", tmp_path / "clip"), []
+    config = json.loads((clip / CONFIG).read_text())
+    for mean in ([0.5, 0.5, 0.5], [0.4, 0.5, 0.6]):
+        config["preprocess_cfg"]["mean"] = mean
+        (clip / CONFIG).write_text(json.dumps(config))
+        params, out = tiny.replaced({"model.clip": str(clip)}), tmp_path / str(len(means))
+        train_seed("probe", 0, params, ROOT, tiny_prepared, out, tmp_path / "unfinished")
+        means.append(read_info(out / "seed-0")["preprocessing"]["mean"])
+    assert means == [[0.5, 0.5, 0.5], [0.4, 0.5, 0.6]]

@@ -27,12 +27,10 @@ if TYPE_CHECKING:
     from dgs.model.methods.averaging import Averaging
 
 FREE = {"jobs", "workers", "keep_mb", "snapshot_seconds"}  # of `compute`: no result depends on them
-VERSIONS = ("torch", "open_clip_torch", "peft", "numpy")
+VERSIONS = ("torch", "open_clip_torch", "timm", "peft", "numpy")
 
 
-def run_key(
-    method: str, seed: int, params: Params, prepared_folder: Path, weights_hash: str, device: torch.device
-) -> str:
+def run_key(method: str, seed: int, params: Params, prepared_folder: Path, clip: str, device: torch.device) -> str:
     """A hash of everything that a trained seed depends on: parameters, code, data, weights, libraries, kind of device.
 
     The whole package counts as code: a snapshot of other code is never resumed.
@@ -40,7 +38,7 @@ def run_key(
     digest = hashlib.sha256()
     settings = params.model_dump(exclude={"compute": FREE, "data": {"show_images"}})
     versions = {name: version(name) for name in VERSIONS}
-    digest.update(json.dumps([method, seed, settings, weights_hash, device.type, versions], sort_keys=True).encode())
+    digest.update(json.dumps([method, seed, settings, clip, device.type, versions], sort_keys=True).encode())
     for folder, pattern in ((Path(dgs.__file__).parent, "*.py"), (prepared_folder, "*")):
         for file in sorted(path for path in folder.rglob(pattern) if path.is_file()):
             with file.open("rb") as opened:
