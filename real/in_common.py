@@ -17,6 +17,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from dgs.commands import for_users
 from dgs.data.prepared import load_prepared
 from dgs.data.views import Views
 from dgs.device import set_determinism
@@ -78,4 +79,5 @@ def main(profile: Annotated[str, typer.Option(help="whose prepared pictures")] =
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with for_users():
+        typer.run(main)

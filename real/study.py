@@ -13,6 +13,7 @@ import typer
 from numpy.typing import NDArray
 
 from dgs.analysis.metrics import detection_table, headline
+from dgs.commands import for_users
 from dgs.data.prepared import load_prepared
 from dgs.errors import UserError
 from dgs.params import load_params
@@ -160,4 +161,5 @@ def main(out: Annotated[Path | None, typer.Option(help="table; default results/r
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with for_users():
+        typer.run(main)

@@ -84,10 +84,10 @@ def interval_alone(*what: str, **more: str) -> str:
 
 
 def kept(method: str, measure: str) -> str:
-    """A measure of forgetting after training, per cent: mean over seeds [95 %]; "" for a method without a CLIP."""
+    """A measure of forgetting after training, per cent: mean over seeds [95 %]; "–" for a method without a CLIP."""
     rows = table("forgetting")
     found = rows[(rows["method"] == method) & (rows["measure"] == measure)]["after"].astype(float)
-    return told(seed_interval(100.0 * found.to_numpy()), sign=False) if len(found) else ""
+    return told(seed_interval(100.0 * found.to_numpy()), sign=False) if len(found) else "–"
 
 
 def settings(method: str) -> str:
@@ -126,6 +126,11 @@ def pool(profile: str) -> str:
     return f"{first['pool']} ({number(100 * float(first['chance1']))} %)"
 
 
+def of_methods(methods: dict[str, str], what: str, **fixed: str) -> dict[str, Cell]:
+    """A column of `rate` for each method, by its label; a row is given to `rate` as `what`."""
+    return {shown: partial(lambda of, own: rate(own, **{what: of}, **fixed), own=own) for shown, own in methods.items()}
+
+
 @cache
 def tables() -> dict[str, Table]:
     """The tables by their marks."""
@@ -133,9 +138,6 @@ def tables() -> dict[str, Table]:
     rows = {label(name): name for name in METHODS if name in methods}
     tuned = {label(name): name for name in METHODS if name in methods and METHODS[name].adapters}
     few = {label(name): name for name in ("probe", "lora", "dgs")} | {"DGS minus LoRA": "dgs minus lora"}
-    by_method: dict[str, Cell] = {
-        shown: partial(lambda where, own: rate(own, where, "pictures"), own=name) for shown, name in rows.items()
-    }
     return {
         "real-headline": (
             "method",
@@ -159,12 +161,16 @@ def tables() -> dict[str, Table]:
                 "AUROC [seeds]": partial(rate, name="auroc"),
             },
         ),
-        "real-generators": ("generator", {shown: name for name, shown in GENERATORS.items()}, by_method),
+        "real-generators": (
+            "generator",
+            {shown: name for name, shown in GENERATORS.items()},
+            of_methods(rows, "pictures", over="pictures"),
+        ),
         "real-kept": ("method", tuned, {shown: partial(kept, measure=name) for name, shown in KEPT.items()}),
         "real-images": (
             "training pictures",
             {"64": "real-64", "128": "real-128", "256": "real-256", "549": PROFILE},
-            {shown: partial(lambda profile, own: rate(own, profile=profile), own=name) for shown, name in few.items()},
+            of_methods(few, "profile"),
         ),
         "real-format": (
             "unseen",

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
+from dgs.commands import for_users
 from dgs.data.prepared import Prepared, load_prepared
 from dgs.data.views import Views
 from dgs.device import set_determinism
@@ -150,4 +151,5 @@ def main(profile: Annotated[str, typer.Option(help="whose prepared pictures")] =
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with for_users():
+        typer.run(main)

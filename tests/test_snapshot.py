@@ -16,10 +16,9 @@ from test_disk import full_disk  # noqa: F401
 from test_train import settings, weights_of
 from torch import Tensor
 
-from dgs.data.prepared import Prepared
+from dgs.data.prepared import TRAINING, Prepared
 from dgs.errors import UserError
-from dgs.model.checkpoint import read_info
-from dgs.model.clip import Clip
+from dgs.model.clip import Clip, load_clip
 from dgs.model.clip_source import CONFIG
 from dgs.model.methods.registry import get_method
 from dgs.model.runs import train_seed
@@ -178,13 +177,19 @@ def test_whatever_a_result_depends_on_changes_the_key_and_nothing_else_does(para
     shutil.rmtree(folder)
 
 
-def test_a_seed_is_not_taken_from_a_run_with_other_constants(tiny: Params, tiny_prepared: Path, tmp_path: Path) -> None:
-    clip, means = shutil.copytree(ROOT / "sample/clip", tmp_path / "clip"), []
+def test_a_clip_with_other_constants_is_not_the_one_that_was_prepared_with(
+    tiny: Params, tiny_prepared: Path, tmp_path: Path
+) -> None:
+    prepared, clip = (
+        shutil.copytree(source, tmp_path / name)
+        for source, name in ((tiny_prepared, "prepared"), (ROOT / "sample/clip", "clip"))
+    )
+    noted = prepared / TRAINING / "data.json"
+    own = load_clip(tiny.model, ROOT, tiny.image_size, text=False).identity
+    noted.write_text(json.dumps({**json.loads(noted.read_text()), **own}))
     config = json.loads((clip / CONFIG).read_text())
-    for mean in ([0.5, 0.5, 0.5], [0.4, 0.5, 0.6]):
-        config["preprocess_cfg"]["mean"] = mean
-        (clip / CONFIG).write_text(json.dumps(config))
-        params, out = tiny.replaced({"model.clip": str(clip)}), tmp_path / str(len(means))
-        train_seed("probe", 0, params, ROOT, tiny_prepared, out, tmp_path / "unfinished")
-        means.append(read_info(out / "seed-0")["preprocessing"]["mean"])
-    assert means == [[0.5, 0.5, 0.5], [0.4, 0.5, 0.6]]
+    config["preprocess_cfg"]["mean"] = [0.4, 0.5, 0.6]
+    (clip / CONFIG).write_text(json.dumps(config))
+    params = tiny.replaced({"model.clip": str(clip)})
+    with pytest.raises(UserError, match=r"with settings .* Run prepare again"):
+        train_seed("probe", 0, params, ROOT, prepared, tmp_path / "out", tmp_path / "unfinished")

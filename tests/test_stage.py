@@ -120,7 +120,7 @@ class TestTheCheckBeforeAnyStage:
 
     def test_what_is_assumed_of_a_clip_is_said(self, repo: Path) -> None:
         shutil.copytree(repo / "sample/clip", repo / "mine")
-        (repo / "mine/open_clip_config.json").write_text('{"model_cfg": {}}')
+        (repo / "mine/open_clip_config.json").write_text('{"model_cfg": {"vision_cfg": {"image_size": 64}}}')
         change(repo, "model.clip", "mine")
         result = CliRunner().invoke(app, ["check"])
         assert result.exit_code == 0 and result.stderr.count("note: ") == 2

@@ -240,7 +240,7 @@ def pairs_of(manifest: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 def key_of(rows: Sequence[pd.DataFrame], clip: Clip, params: Params) -> str:
     """A hash of all that an aligned text side depends on: tower, views, images, captions, recipe, code, libraries."""
     said = [
-        clip.seen, params.model.model_dump(exclude={"clip", "lora", "levels"}),
+        clip.identity, params.model.model_dump(exclude={"clip", "lora", "levels"}),
         params.patches.model_dump(), params.data.fit, choose_device(params.compute.device).type, params.compute.threads,
         params.compute.batch_size, asdict(RECIPE), [version(name) for name in ("torch", "open_clip_torch", "timm")],
         [part[["sha256", "caption"]].to_numpy().tolist() for part in rows],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -216,12 +215,8 @@ class Clip:
     @property
     def identity(self) -> dict[str, str]:
         """Hashes of all that its features follow from; what is computed by it is kept under them."""
-        return {"clip": self.weights_hash, "clip_features": features_hash(self.features)}
-
-    @property
-    def seen(self) -> str:
-        """`identity` and the constants of normalisation: all of it that features of an image's pixels follow from."""
-        return json.dumps([self.identity, self.mean, self.std], sort_keys=True)
+        settings = {**self.features, "mean": self.mean, "std": self.std}
+        return {"clip": self.weights_hash, "clip_features": features_hash(settings)}
 
 
 @contextmanager

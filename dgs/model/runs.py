@@ -83,7 +83,7 @@ def train_seed(
                 f"Expected the CLIP that captions were embedded by, with {what} {said[:12]}, found {params.model.clip} "
                 f"with {found[:12]}. Run prepare again."
             )
-    key = run_key(method, seed, params, prepared_folder / TRAINING, "" if clip is None else clip.seen, device)
+    key = run_key(method, seed, params, prepared_folder / TRAINING, " ".join(identity.values()), device)
     snapshot = Snapshot(unfinished / key, params.compute.snapshot_seconds)
 
     def done(trained: Trained) -> None:
