@@ -91,12 +91,12 @@ Group = TypeVar("Group", bound=_Group)
 class DataParams(_Group):
     """Where images come from."""
 
-    layout: Literal["minibench", "folders"]
+    layout: Literal["minibench", "folders", "imagefolder", "parquet"]
     root: PathName  # folder of the layout, relative to the repository or absolute
     rho: float | None  # minibench only: P(fake | caption group) in training
     shortcut: Literal["background", "object"]  # minibench only: what the caption groups are made by
-    captions: PathName | None  # folders only: JSON-lines file {"path" or "sha256", "caption"}
-    val_fraction: Rate  # folders without a val split: this share of train, cut by content hash
+    captions: PathName | None  # not for the minibench: JSON lines {"path" or "sha256", "caption"}, or {path: caption}
+    val_fraction: Rate  # own images without a val split: this share of train, cut by content hash
     limit: Count | None  # at most this many images a split, generator and label (for tests and trials)
     fit: Literal["crop", "resize"]  # how an image of another size becomes model.image_size, patches off
     show_images: bool  # in figures and executed notebooks

@@ -133,6 +133,8 @@ def open_stage(name: str, namespace: Mapping[str, Any]) -> Stage:
         prepared = load(folder, workspace.root)
         for note in prepared.overridden(params):
             print("NOTE:", note)
+        for caution in prepared.cautions if name == "evaluate" else ():
+            print("CAUTION:", caution)
         stage = Stage(name, prepared.with_prepared(params), workspace, folder, prepared)
     for old in stage.figures.glob("*.png"):
         old.unlink()

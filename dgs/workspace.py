@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +123,59 @@ def require_data_root(root: Path, asked: str) -> None:
             f"lie elsewhere: ln -s /path/to/them {asked}). The layout is in docs/own-data.md; dgs manifest {asked} "
             f"--check looks at it."
         )
+    if names := names_no_utf8(root):
+        raise UserError(no_utf8(root, names))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links: reading it says so
+        return False
+
+
+def walk(top: Path, is_entered: Callable[[Path], bool] = lambda folder: True) -> Iterator[tuple[Path, list[Path]]]:
+    """Every folder below `top` that `is_entered` lets in, with its files, by name; what cannot be opened is a file.
+
+    Links are followed, and no folder is entered twice.
+    """
+    entered: set[str] = set()
+    todo = [top]
+    while todo:
+        folder = todo.pop()
+        try:
+            real = os.path.realpath(folder)
+            if real in entered:
+                continue
+            entered.add(real)
+            with os.scandir(folder) as found:
+                entries = {entry.name: _is_folder(entry) for entry in sorted(found, key=lambda entry: entry.name)}
+        except OSError:
+            yield folder.parent, [folder]
+            continue
+        inner = [folder / name for name, is_folder in entries.items() if is_folder]
+        todo += reversed([child for child in inner if is_entered(child)])
+        yield folder, [folder / name for name, is_folder in entries.items() if not is_folder]
+
+
+def names_no_utf8(root: Path) -> list[Path]:
+    """Files and folders below `root`, hidden ones too, whose own name is no UTF-8."""
+    paths = (path for folder, files in walk(root) for path in (folder, *files) if not path.name.isascii())
+    return sorted(path for path in paths if path != root and path.name.encode("utf-8", "ignore").decode() != path.name)
+
+
+def escaped(path: Path) -> str:
+    """A path with every byte that is no UTF-8 as \\xc9."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def no_utf8(root: Path, names: Sequence[Path]) -> str:
+    """What to do about `names_no_utf8`, in a sentence."""
+    first = escaped(names[0].relative_to(root))
+    return (
+        f"Expected names in UTF-8 in {root}, found {len(names)} in another encoding, first {first}: neither DVC nor "
+        f"the manifest can name such a file. Rename them, for example: convmv -f ISO-8859-1 -t UTF-8 -r --notest {root}"
+    )
 
 
 def is_path(name: str, root: Path) -> bool:

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from dgs.atomic import alone, replacing
 from dgs.data.images import files_under, is_image_name
-from dgs.data.tree import FEW, rows_of
+from dgs.data.layouts import FEW
+from dgs.data.tree import rows_of
 from dgs.errors import UserError, printable
 from real.repositories import fetch, place_of
 

@@ -28,7 +28,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageT
 from dgs.data.captioning import MAX_TOKENS, Blip, Coverage, caption_folder, check_own, is_torn, load_blip, open_log
 from dgs.data.captions import read_captions
 from dgs.data.manifest import build_manifest
-from dgs.data.tree import ignored_files
+from dgs.data.tree import ignored_files, scan_root
 from dgs.errors import UserError
 
 SHAS = [character * 64 for character in "abcdef"]
@@ -172,7 +172,7 @@ class TestFolder:
         after = build_manifest(root, params, root / "captions.jsonl")
         assert list(after["id"]) == list(before["id"])
         assert set(after["caption_source"]) == {"file"}
-        assert ignored_files(root) == {}
+        assert ignored_files(scan_root(root)) == {}
 
 
 class TestGoingOn:

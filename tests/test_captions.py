@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgs.data.captions import assign_captions, read_captions, template_caption
+from dgs.data.captions import assign_captions, by_image, read_captions, template_caption
 from dgs.errors import UserError
 
 SHA = "ab" * 32
@@ -129,3 +130,45 @@ class TestAssigning:
         message = str(error.value)
         assert "2 of 3 captions" in message and "'b.jpgg'" in message and "Did you mean 'b.jpg'?" in message
         assert "relative to data.root" in message and "\n" not in message
+
+    def test_a_path_in_another_unicode_form_names_the_image_and_both_may_be_there(self) -> None:
+        composed, decomposed = (unicodedata.normalize(form, "train/a/0_real/Müller.png") for form in ("NFC", "NFD"))
+        for file, key in ((composed, decomposed), (decomposed, composed)):
+            images = pd.DataFrame({"file": [file], "sha256": ["s"]})
+            assert list(assign_captions(images, {key: "a wall"})) == ["a wall"]
+        images = pd.DataFrame({"file": [composed, decomposed], "sha256": ["s", "t"]})
+        assert list(assign_captions(images, {composed: "one", decomposed: "two"})) == ["one", "two"]
+
+    def test_an_absolute_path_names_the_image_that_it_ends_in(self) -> None:
+        files = ["train/x/0_real/a.jpg", "0_real/a.jpg"]
+        for start in ("/home/somebody/data/", "C:/data/", "/"):
+            assert by_image({f"{start}{files[0]}": "a car"}, files) == {files[0]: "a car"}
+        assert by_image({f"other/{files[0]}": "a car"}, files) == {f"other/{files[0]}": "a car"}
+        assert by_image({SHA: "a car"}, files) == {SHA: "a car"}
+
+
+class TestOneObject:
+    """The form of the authors' release: {path: caption}."""
+
+    def test_it_is_read_like_lines(self, tmp_path: Path) -> None:
+        for indent in (None, 2):
+            text = json.dumps({r"train\x\a.jpg": " a red car ", "./b.jpg": "Schloß", SHA: "a cat"}, indent=indent)
+            assert read_captions(write(tmp_path, text)) == {
+                "train/x/a.jpg": "a red car",
+                "b.jpg": "Schloß",
+                SHA: "a cat",
+            }
+
+    @pytest.mark.parametrize(
+        ("text", "facts"),
+        [
+            ('{"a.jpg": 3}', ["no text for 'a.jpg'"]),
+            ('{"a.jpg": " "}', ["no text for 'a.jpg'"]),
+            ('{"a.jpg": ["a cat"]}', ["no text for 'a.jpg'"]),
+            ('{"a.jpg": "a cat", "./a.jpg": "a dog"}', ["a second, different caption for './a.jpg'"]),
+            ('{"a.jpg": "a cat",\n "b.jpg": "a d', ["not JSON"]),
+        ],
+    )
+    def test_what_is_wrong_in_it_is_one_sentence(self, tmp_path: Path, text: str, facts: list[str]) -> None:
+        message = refusal(write(tmp_path, text))
+        assert not [fact for fact in facts if fact not in message], message

@@ -16,8 +16,9 @@ from test_cli import one_sentence, run
 from test_suites import grow
 
 from dgs.data.checks import CHANCE, LIMIT, Report, check, file_properties, jpeg_quality, stump
+from dgs.data.defects import Finding
 from dgs.data.suites import AIGI_BENCH, SUITES, UNIVERSAL_FAKE_DETECT
-from dgs.data.tree import Finding, scan_tree
+from dgs.data.tree import scan_tree
 
 ONE = {"train": ("alpha",), "test": ("alpha", "beta")}
 Save = Callable[[Path, int], None]
@@ -96,7 +97,7 @@ class TestCorrupt:
         (finding,) = report.findings
         assert (finding.kind, finding.where, finding.count) == ("corrupt", "test/beta", 4)
         assert "4 of 8 files in 1_fake" in finding.message and "the file is empty" in finding.message
-        assert [str(path) in example for path, example in zip(files, finding.examples, strict=False)] == [True] * 3
+        assert [str(path) in example for path, example in zip(files, finding.examples, strict=False)] == [True] * 4
         assert [row["corrupt"] for row in report.rows] == [0, 4, 0]
 
 
@@ -140,7 +141,7 @@ class TestCopies:
         (finding,) = report.findings
         assert (finding.kind, finding.where, finding.count) == ("duplicated", "test/beta", 3)
         assert "3 files repeat another in 1_fake of test/beta" in finding.message
-        assert str(first) in finding.message and len(finding.examples) == 2
+        assert str(first) in finding.message and len(finding.examples) == 3
         assert [row["copies"] for row in report.rows] == [0, 3, 0]
 
     @pytest.mark.parametrize("case", COPIES)
@@ -152,11 +153,11 @@ class TestCopies:
         assert all("again-" in example for example in finding.examples)
 
     def test_across_suites_and_a_training_split_beside_them(self, tmp_path: Path, image_tree: ImageTree) -> None:
-        root = image_tree({"train": ("alpha",)}, name="root")
+        root = image_tree({"train": ("progan",)}, name="root")
         for suite in (AIGI_BENCH, UNIVERSAL_FAKE_DETECT):
             grow(root / suite.name, suite)
         again("UniversalFakeDetect/dalle/1_fake", "AIGIBench/DALLE-3/1_fake")(root)
-        again("train/alpha/0_real", "AIGIBench/SDXL/0_real")(root)
+        again("train/progan/0_real", "AIGIBench/SDXL/0_real")(root)
         findings = report_on(root).findings
         assert {(finding.kind, finding.count) for finding in findings} == {("duplicated", 1)}
         assert sorted(finding.message.split(", first")[0] for finding in findings) == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from PIL import Image
 from settings import validate
 from trees import prepare, train_into
 
-from dgs.analysis.evaluate import block_means, checkpoints, evaluate, settings, tsne_rows
+from dgs.analysis.evaluate import block_means, checkpoints, evaluate, settings, tsne_rows, write_tables
 from dgs.analysis.figures.detection import robustness_curves
 from dgs.analysis.metrics import RATES, SCORES, detection_table, summary
 from dgs.analysis.report import write_report
@@ -219,6 +220,17 @@ def test_settings_are_what_each_method_was_trained_with_not_what_the_file_says_n
     rates = {method: own["train"]["stage2"]["lr"] for method, own in chosen.items()}
     assert rates == {**dict.fromkeys(NAMES, 0.01), "lora": 0.05}
     assert all(own["evaluate"]["tsne_images"] == 3 for own in chosen.values())
+
+
+def test_what_is_unseen_by_accident_stands_in_metrics(
+    run: Run, evaluated: tuple[pd.DataFrame, pd.DataFrame, Any], tmp_path: Path
+) -> None:
+    workspace, manifest = Workspace(tmp_path, tmp_path, "own"), run.prepared.manifest.copy()
+    assert "cautions" not in write_tables(workspace, run.found, *evaluated[:2], run.prepared, run.params).summary
+    manifest.loc[manifest["split"] != "test", "generator"] += "-class"
+    write_tables(workspace, run.found, *evaluated[:2], dataclasses.replace(run.prepared, manifest=manifest), run.params)
+    (said,) = json.loads((workspace.results / "metrics.json").read_text())["cautions"]
+    assert said.startswith("No tested generator was trained on: training has alpha-class, beta-class, tested are alpha")
 
 
 class TestWhichCheckpoints:

@@ -33,7 +33,7 @@ from dgs.data.manifest import (
     open_image,
     read_prompts,
 )
-from dgs.data.tree import MINIBENCH, ignored_files
+from dgs.data.tree import MINIBENCH, ignored_files, scan_root
 from dgs.errors import UserError
 
 NO_VAL = {"train": ("alpha", "beta"), "test": ("alpha", "gamma")}
@@ -265,8 +265,8 @@ class TestWhatIsFoundInAFolder:
         for name in ("a.heic", "b.HEIC", "notes.txt", ".hidden"):
             (real / name).write_text("x")
         (real / "gone.png").symlink_to(real / "nowhere.png")
-        assert ignored_files(root) == {".heic": 2, ".png": 1, ".txt": 1}
-        assert ignored_files(image_tree(name="plain")) == {}
+        assert ignored_files(scan_root(root)) == {".heic": 2, ".png": 1, ".txt": 1}
+        assert ignored_files(scan_root(image_tree(name="plain"))) == {}
 
     def test_cautions_name_what_a_reader_should_know(self, root: Path) -> None:
         path = next((root / "train" / "alpha" / "0_real").iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,18 @@ class TestOpening:
         stage = open_stage("train", {"params": params, "method": "lora"})
         assert stage.params.data.limit == 16 and capsys.readouterr().out.startswith("NOTE: data.limit stays 16,")
         assert stage.prepared is not None and set(stage.prepared.manifest["split"]) <= {"train", "val", "val_unbiased"}
+
+    def test_what_is_unseen_by_accident_is_said_first_where_it_is_evaluated(
+        self, out: Path, tiny_prepared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (out / "build" / "tiny").mkdir(parents=True)
+        (out / "build" / "tiny" / "prepare").symlink_to(tiny_prepared)
+        params = load_params("tiny", ROOT)
+        open_stage("evaluate", {"params": params})
+        assert "CAUTION" not in capsys.readouterr().out
+        monkeypatch.setattr("dgs.data.prepared.unseen_by_accident", lambda trained, tested: [f"{len(tested)} tested."])
+        open_stage("evaluate", {"params": params})
+        assert re.search(r"^CAUTION: [1-9]\d* tested\.$", capsys.readouterr().out, re.M)
 
     def test_nothing_prepared_is_a_sentence(self, out: Path) -> None:
         params = load_params("tiny", ROOT).model_copy(update={"profile": "nowhere"})

@@ -72,7 +72,7 @@ class TestRoundTrip:
         pd.testing.assert_frame_equal(prepared.manifest[manifest.columns], manifest)
         assert data_hash(prepared.manifest) == prepared.info["data_hash"] == data_hash(manifest)
         assert prepared.info["rho"] is None and prepared.info["seen"] == ["alpha", "beta"]
-        assert prepared.patches is None and prepared.prompts == {}
+        assert prepared.patches is None and prepared.prompts == {} and prepared.cautions == []
         row = manifest.iloc[3]
         assert prepared.source.read(row["file"], row["row"]) == (root / row["file"]).read_bytes()
 

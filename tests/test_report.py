@@ -104,6 +104,14 @@ def test_one_seed_is_said_to_be_one_seed(tmp_path: Path) -> None:
     assert "[" not in text.split("(mAcc")[1].split(": `")[1].split("\n")[0]
 
 
+def test_what_is_unseen_by_accident_is_said_at_the_top(tmp_path: Path) -> None:
+    detection = make_detection()
+    made = summary(detection, None, "mini", "abc123") | {"cautions": ["No tested generator was trained on: ..."]}
+    text = write_report(tmp_path / "REPORT.md", made, detection, None, {}).read_text("utf-8")
+    assert "**Caution:** No tested generator was trained on: ..." in summary_sections(text).split("## Headline")[0]
+    assert "**Caution:**" not in report(tmp_path, detection)
+
+
 @pytest.mark.parametrize(("seeds", "words"), [(1, "**One seed only:** "), (2, "**Only 2 seeds:** "), (3, None)])
 def test_fewer_than_3_seeds_are_said_at_the_top_which_is_the_summary(
     tmp_path: Path, seeds: int, words: str | None

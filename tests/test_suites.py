@@ -9,6 +9,7 @@ import pytest
 from conftest import ImageTree
 from trees import grow, put
 
+from dgs.data.defects import Finding, find_missing
 from dgs.data.suites import (
     AIGC_DETECT_BENCHMARK,
     AIGI_BENCH,
@@ -18,7 +19,7 @@ from dgs.data.suites import (
     suite_holding,
     suite_named,
 )
-from dgs.data.tree import Finding, Tree, count_suffixes, find_missing, rows_of, scan_tree
+from dgs.data.tree import Tree, count_suffixes, rows_of, scan_tree
 from dgs.errors import UserError
 
 
@@ -104,11 +105,11 @@ class TestRecognised:
 
     def test_its_training_split_may_have_other_generators(self, tmp_path: Path) -> None:
         grow(tmp_path / "AIGIBench" / "test", AIGI_BENCH)
-        put(tmp_path / "AIGIBench/train/SDv1.4/0_real", [1])
-        put(tmp_path / "AIGIBench/train/SDv1.4/1_fake", [2])
+        put(tmp_path / "AIGIBench/train/progan/0_real", [1, 2])
+        put(tmp_path / "AIGIBench/train/progan/1_fake", [3, 4])
         assert findings_of(tmp_path) == []
         (train,) = [group for group in rows_of(scan_tree(tmp_path).groups) if group.split == "train"]
-        assert (train.name, train.column, counted(train)) == ("AIGIBench/train/SDv1.4", "", (1, 1))
+        assert (train.name, train.column, counted(train)) == ("AIGIBench/train/progan", "", (2, 2))
 
     def test_photographs_in_folders_of_their_own_serve_the_generators_without_any(self, tmp_path: Path) -> None:
         for generator in UNIVERSAL_FAKE_DETECT.generators:
@@ -144,7 +145,7 @@ class TestRecognised:
         tree = scan_tree(tmp_path)
         assert list(find_missing(tree)) == []
         assert count_suffixes(tree.files.loc[~tree.files["is_image"], "path"]) == {".txt": 1}
-        assert len(tree.notes) == 2
+        assert len(tree.notes) == 3
         assert "annotations" in tree.notes[0]
         assert "Did you mean 'AIGIBench'?" in tree.notes[1]
 
@@ -167,7 +168,8 @@ class TestMissing:
         suite = grow(tmp_path / "AIGCDetectBenchmark", AIGC_DETECT_BENCHMARK)
         (suite / "deepfake").rename(tmp_path / "elsewhere")
         (suite / "wukong").rename(suite / "wukonk")
-        (finding,) = findings_of(tmp_path)
+        unknown, finding = findings_of(tmp_path)
+        assert unknown.message.startswith(f"Expected generators of AIGCDetectBenchmark in {suite}, found wukonk.")
         assert (finding.kind, finding.where, finding.count) == ("missing", "AIGCDetectBenchmark/test", 2)
         assert "2 of 17 generators" in finding.message and "deepfake, wukong" in finding.message
         assert "Did you mean 'wukonk'?" in finding.message

@@ -361,6 +361,8 @@ def write_tables(
     forgetting.round(6).to_csv(results / "forgetting.csv", index=False)
     training.round(6).to_csv(results / "training.csv", index=False)
     said = summary(detection, forgetting, params.profile, info["data_hash"])
+    if cautions := prepared.cautions:
+        said["cautions"] = cautions
     (results / "metrics.json").write_text(json.dumps(said, indent=1) + "\n")
     return Tables(detection, forgetting, training, said)
 

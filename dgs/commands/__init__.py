@@ -49,16 +49,21 @@ Json = Annotated[bool, typer.Option("--json", help="data as JSON, one object a l
 ParamsFile = Annotated[Path | None, typer.Option(help="a complete parameter file; default params.yaml")]
 
 
+def _printed(line: str) -> str:
+    """Names of files that are no UTF-8 escaped: no stream takes them."""
+    return line.encode("utf-8", "backslashreplace").decode()
+
+
 def say(message: str) -> None:
     """A note for people, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    print(_printed(message), file=sys.stderr, flush=True)
 
 
 def show(as_json: bool, record: dict[str, Any], text: str | None = None) -> None:
     """A command's data on stdout, at once: one JSON object, in ASCII for any terminal; or the text for people."""
     line = json.dumps(record) if as_json else text
     if line is not None:
-        print(line, flush=True)
+        print(_printed(line), flush=True)
 
 
 def prepared(profile: str | None = None) -> tuple[Params, Workspace, Path]:

@@ -68,7 +68,7 @@ def manifest(
     for row in report.rows:
         show(as_json, {"kind": "images", **row}, "\t".join(columns(row)))
     for finding in report.findings:
-        show(as_json, finding.record(), f"{finding.kind}: {finding.message}")
+        show(as_json, finding.record(), finding.text())
     for note in report.notes:
         say(note)
     if report.findings:

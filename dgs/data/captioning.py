@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from dgs.data.captions import BLIP, read_captions
-from dgs.data.images import UnreadableImage, decode, files_under, is_image_name, read
-from dgs.data.tree import LABELS
+from dgs.data.captions import BLIP, by_image, one_object, read_captions
+from dgs.data.images import UnreadableImage, decode, is_image_name, read
+from dgs.data.layouts import LABELS, files_in
 from dgs.device import choose_device
 from dgs.errors import UserError, did_you_mean
 
@@ -164,6 +164,11 @@ class CaptionLog:
         self.path, self._file = path, file
         file.seek(0)
         content = file.read()
+        if one_object(content.decode("utf-8-sig", "replace"), path.name):
+            raise UserError(
+                f"Expected JSON lines to add to in {path}, found one JSON object. Give another --out FILE, or give "
+                f"it as --captions."
+            )
         tail = content[content.rfind(b"\n") + 1 :]
         if is_torn(tail):
             os.ftruncate(file.fileno(), len(content) - len(tail))
@@ -265,7 +270,7 @@ def image_files(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise UserError(f"Expected a folder of images at {root}, found none. Mend the path.")
-    files = [path for path in files_under([root]) if is_image_name(path)]
+    files = [path for path in sorted(files_in(root)) if is_image_name(path)]
     labelled = [path for path in files if LABELS.keys() & set(path.relative_to(root).parts[:-1])]
     if not files:
         raise UserError(f"Expected image files in {root}, found none. Add some, or mend the path.")
@@ -313,6 +318,7 @@ class Survey:
     def coverage(self, captions: Mapping[str, str]) -> Coverage:
         """How far {path or sha256: caption} covers what was found."""
         readable = {name: sha for name, sha in self.hashes.items() if name not in self.errors}
+        captions = by_image(captions, [*self.hashes, *self.errors])
         captioned = sum(name in captions or sha in captions for name, sha in readable.items())
         known = self.hashes.keys() | self.errors.keys() | set(self.hashes.values())
         return Coverage(
@@ -341,6 +347,7 @@ def caption_folder(
     """
     files, survey, model = image_files(root), Survey(root), cache(load)
     with open_log(out, warn) as log:
+        log.captions = by_image(log.captions, [path.relative_to(root).as_posix() for path in files])
 
         def is_wanted(name: str, sha: str) -> bool:
             return name not in log.captions and sha not in log.captions

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dgs.errors import UserError, did_you_mean
 
@@ -19,7 +20,8 @@ BLIP = "Salesforce/blip-image-captioning-base"  # what captions images where not
 def read_captions(path: Path) -> dict[str, str]:
     """A caption file as {key: caption}; a key is an image's path relative to the data root, or its sha256.
 
-    The file is JSON lines: {"path": "train/x/0_real/a.jpg", "caption": "a red car"} or {"sha256": ..., "caption": ...}.
+    The file is JSON lines: {"path": "train/x/0_real/a.jpg", "caption": "a red car"} or {"sha256": ..., "caption": ...};
+    or, as the authors' release writes it, one JSON object {path: caption}.
 
     Raises:
         UserError: no such file, a line that is not such an object, or a key given twice with different captions.
@@ -34,6 +36,8 @@ def read_captions(path: Path) -> dict[str, str]:
         raise UserError(
             f"Expected {path.name} in UTF-8, found another encoding ({error.reason}). Save it as UTF-8."
         ) from None
+    if whole := one_object(text, path.name):
+        return whole
     captions: dict[str, str] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -52,10 +56,48 @@ def read_captions(path: Path) -> dict[str, str]:
         caption = entry.get("caption")
         if not isinstance(key, str) or not isinstance(caption, str) or not caption.strip():
             raise UserError(f"{where} expected a 'caption' and a 'path' or 'sha256', found {sorted(entry)}.")
-        key = key.replace("\\", "/")
+        key = _as_posix(key)
         if captions.setdefault(key, caption.strip()) != caption.strip():
             raise UserError(f"{where} a second, different caption for '{key}'. Keep one of them.")
     return captions
+
+
+def _as_posix(key: str) -> str:
+    return key.replace("\\", "/").removeprefix("./")
+
+
+def one_object(text: str, name: str) -> dict[str, str]:
+    """The captions of a file that is one JSON object {path: caption}; {} for a file of lines."""
+    try:
+        pairs: Any = json.loads(text, object_pairs_hook=lambda pairs: pairs) if text.lstrip()[:1] == "{" else ()
+    except json.JSONDecodeError:
+        return {}
+    captions: dict[str, str] = {}
+    for key, caption in pairs if not {"path", "sha256", "caption"} & {key for key, _ in pairs} else ():
+        if not isinstance(caption, str) or not caption.strip():
+            raise UserError(
+                f"{name}: expected an object {{path: caption}}, found no text for '{key}'. Mend that entry."
+            )
+        if captions.setdefault(_as_posix(key), caption.strip()) != caption.strip():
+            raise UserError(f"{name}: a second, different caption for '{key}'. Keep one of them.")
+    return captions
+
+
+def by_image(captions: Mapping[str, str], files: Iterable[str]) -> dict[str, str]:
+    """`captions` with the path of an image in place of a key that names it otherwise; other keys stay.
+
+    Otherwise: in another Unicode form ("u" and two dots for "ü", as macOS writes it), or by an absolute path, of any
+    machine, that ends in the image's.
+    """
+    exact = set(files)
+    plain = {unicodedata.normalize("NFC", file): file for file in exact}
+    found = {key: caption for key, caption in captions.items() if key in exact}
+    for key, caption in captions.items():
+        parts = unicodedata.normalize("NFC", key).split("/")
+        is_absolute = key.startswith("/") or key[1:2] == ":"
+        tails = ("/".join(parts[start:]) for start in range(len(parts) if is_absolute else 1))
+        found.setdefault(next((plain[tail] for tail in tails if tail in plain), key), caption)
+    return found
 
 
 def template_caption(generator: str) -> str:
@@ -78,6 +120,7 @@ def assign_captions(images: pd.DataFrame, captions: Mapping[str, str]) -> pd.Ser
     Raises:
         UserError: a key of the caption file that names no image (most often another root or a renamed folder).
     """
+    captions = by_image(captions, images["file"])
     names = {*images["file"], *images["sha256"]}
     if strangers := [key for key in captions if key not in names]:
         raise UserError(

@@ -21,9 +21,11 @@ from PIL import Image
 from PIL.JpegImagePlugin import get_sampling
 from tqdm import tqdm
 
+from dgs.data.defects import Finding, find_missing, lacking
 from dgs.data.images import FORMATS, UnreadableImage, decode, read
+from dgs.data.layouts import FAKE, LABELS, REAL
 from dgs.data.suites import full_name
-from dgs.data.tree import FAKE, FEW, LABELS, REAL, Finding, Tree, count_suffixes, find_missing, passed_over, rows_of
+from dgs.data.tree import Tree, rows_of
 
 WORTH_A_POOL = 500  # with fewer images, starting other processes takes longer than reading
 LIMIT = 0.6  # balanced accuracy above which a rule is worth a warning
@@ -236,7 +238,7 @@ def _file_findings(where: str, label: str, files: pd.DataFrame) -> Iterator[Find
             where,
             f"{len(errors)} of {len(files)} files in {label} of {where} cannot be read, first: {errors[0]}",
             len(errors),
-            tuple(errors[:FEW]),
+            tuple(errors),
         )
     if wrong := [str(path) for path in files.loc[files["wrong_suffix"], "path"]]:
         yield Finding(
@@ -245,7 +247,7 @@ def _file_findings(where: str, label: str, files: pd.DataFrame) -> Iterator[Find
             f"{len(wrong)} of {len(files)} files in {label} of {where} have another format than their name says, "
             f"first {wrong[0]}.",
             len(wrong),
-            tuple(wrong[:FEW]),
+            tuple(wrong),
         )
 
 
@@ -266,10 +268,9 @@ def _shared_findings(
         pairs = pairs[pairs[by] < pairs[f"{by}_other"]]
     parties: Any = pairs.groupby([by, f"{by}_other"])
     for (first, second), shared in parties:
-        count, paths = len(shared), zip(shared["path"][:FEW], shared["path_other"][:FEW], strict=True)
-        examples = tuple(f"{path} and {copy}" for path, copy in paths)
-        message = f"{_images(count)} {what.format(first, second)}, first {examples[0]}."
-        yield Finding(kind, first, message, count, examples)
+        examples = tuple(f"{path} and {copy}" for path, copy in zip(shared["path"], shared["path_other"], strict=True))
+        message = f"{_images(len(shared))} {what.format(first, second)}, first {examples[0]}."
+        yield Finding(kind, first, message, len(shared), examples)
 
 
 def _duplicate_findings(files: pd.DataFrame) -> Iterator[Finding]:
@@ -277,11 +278,10 @@ def _duplicate_findings(files: pd.DataFrame) -> Iterator[Finding]:
     contents = files.groupby(["name", "label", "content"])["path"].agg(list)
     cells: Any = contents[contents.map(len) > 1].groupby(level=["name", "label"])
     for (name, label), copies in cells:
-        count = int(copies.map(len).sum()) - len(copies)
-        examples = tuple(f"{paths[0]} and {paths[1]}" for paths in copies[:FEW])
-        repeat = "1 file repeats" if count == 1 else f"{count} files repeat"
+        examples = tuple(f"{first} and {copy}" for first, *others in copies for copy in others)
+        repeat = "1 file repeats" if len(examples) == 1 else f"{len(examples)} files repeat"
         message = f"{repeat} another in {label} of {name}, first {examples[0]}."
-        yield Finding("duplicated", name, message, count, examples)
+        yield Finding("duplicated", name, message, len(examples), examples)
     real, fake = (files[files["label"] == label] for label in (REAL, FAKE))
     yield from _shared_findings(fake, fake, "name", ["content", "place"], "duplicated", "fake in both {} and {}")
     yield from _shared_findings(files, files, "place", ["content"], "duplicated", "in both {} and {}")
@@ -326,12 +326,13 @@ def _report(tree: Tree, added: Iterable[dict[str, Any]], findings: list[Finding]
     names = ["suite", "split", "generator", "column", "pool", "real", "fake"]
     records: list[Any] = tree.groups[names].to_dict("records")
     rows = [record | more for record, more in zip(records, added, strict=True)]
-    others = passed_over(count_suffixes(tree.files.loc[~tree.files["is_image"], "path"]))
+    needed = lacking(tree, "train")
+    unfit = [f"Enough for a list; to train on it: {needed[0].lower()}{needed[1:]}"] if needed else []
     by_kind = Counter(finding.kind for finding in findings)
     what = ", ".join(f"{count} {kind}" for kind, count in by_kind.items()) or "nothing amiss"
     groups = "1 group" if len(rows) == 1 else f"{len(rows)} groups"
     result = f"{tree.root}: {tree.files['is_image'].sum():,} images in {groups}, {what}.{end}"
-    return Report(rows, findings, [*tree.notes, *others, *notes, result])
+    return Report(rows, findings, [*tree.notes, *unfit, *notes, result])
 
 
 def listing(tree: Tree) -> Report:
@@ -360,7 +361,7 @@ def compared(groups: pd.DataFrame, readable: pd.DataFrame) -> Iterator[tuple[Any
     """Each group with its real files, those of its pool among them, and its fake ones."""
     parts: dict[Any, pd.DataFrame] = dict(iter(readable.groupby(["group", "label"])))
     for group in rows_of(groups):
-        pool = groups.index[groups["folder"] == group.folder.parent / group.pool]
+        pool = groups.index[groups["folder"] == group.parent / group.pool]
         real, *shared = (parts.get((number, REAL), readable[:0]) for number in (group.Index, *pool))
         yield group, pd.concat([real, *shared]), parts.get((group.Index, FAKE), readable[:0])
 

@@ -15,9 +15,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dgs.data.captions import assign_captions, read_captions, template_caption
+from dgs.data.datasets import read_dataset
+from dgs.data.defects import read_rows
 from dgs.data.images import UnreadableImage, decode, read
-from dgs.data.suites import SHARED_REALS, SUITES, full_name, is_seen, parted
-from dgs.data.tree import LABELS, MINIBENCH, SPLITS, ignored_files, passed_over, read_rows
+from dgs.data.layouts import LABELS, SPLITS
+from dgs.data.packs import Pack
+from dgs.data.suites import SHARED_REALS, SUITES, full_name, is_seen, parted, unseen_by_accident
+from dgs.data.tree import MINIBENCH, ignored_files, passed_over, scan_root
 from dgs.errors import UserError
 from dgs.params import DataParams
 from dgs.workspace import Workspace, require_data_root
@@ -34,7 +38,7 @@ class ImageSource:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._packs: dict[str, Any] = {}
+        self._packs: dict[str, Pack] = {}
 
     def read(self, file: str, row: int) -> bytes:
         """The bytes of one image file.
@@ -45,8 +49,8 @@ class ImageSource:
         if row < 0:
             return read(self.root / file)
         if file not in self._packs:
-            self._packs[file] = pq.read_table(self.root / file, columns=["image"]).column("image").combine_chunks()
-        return bytes(self._packs[file][row].as_py())
+            self._packs[file] = Pack(self.root / file)
+        return self._packs[file].read(row)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "_packs": {}}  # loader processes reopen packs rather than copy them
@@ -125,28 +129,36 @@ def _require_both_labels(manifest: pd.DataFrame, root: Path, cut: float | None) 
             )
 
 
-def _folders(root: Path, params: DataParams, captions_file: Path | None) -> pd.DataFrame:
-    manifest = read_rows(root)
-    manifest["id"], manifest["row"] = manifest["file"], -1
-    hashes, unreadable = [], []
-    for file in tqdm(manifest["file"], desc="reading images", unit="image"):
-        data = read(root / file)
-        hashes.append(hashlib.sha256(data).hexdigest())
+def _own(root: Path, params: DataParams, captions_file: Path | None) -> pd.DataFrame:
+    """The images of a user's own data set, each read and decoded."""
+    if params.layout == "folders":
+        rows = read_rows(scan_root(root))
+        manifest = rows.assign(id=rows["file"], row=-1, text=None)
+    else:
+        manifest, _ = read_dataset(root, params.layout)
+    source, hashes, unreadable = ImageSource(root), [], []
+    places = zip(manifest["id"], manifest["file"], manifest["row"], strict=True)
+    for name, file, row in tqdm(places, "reading images", len(manifest), unit="image"):
         try:
-            decode(data, file)
+            data = source.read(file, row)
+            hashes.append(hashlib.sha256(data).hexdigest())
+            decode(data, name)
         except UnreadableImage as error:
             unreadable.append(str(error))
     if unreadable:
-        raise UserError(f"{len(unreadable)} of {len(manifest)} images cannot be read, first: {unreadable[0]}")
+        check = f" For all of them: dgs manifest {root} --check --json" if params.layout == "folders" else ""
+        raise UserError(f"{len(unreadable)} of {len(manifest)} images cannot be read, first: {unreadable[0]}{check}")
     manifest["sha256"] = hashes
-    given = assign_captions(manifest, read_captions(captions_file) if captions_file else {})
+    captions = read_captions(captions_file) if captions_file else {}
+    given = assign_captions(manifest.assign(file=manifest["id"]), captions)
+    given = given.where(given.notna(), manifest["text"])
     manifest["caption"] = given.where(given.notna(), manifest["words"].map(template_caption))
     manifest["caption_source"] = given.notna().map({True: "file", False: "template"})
     cut = None if (manifest["split"] == "val").any() else params.val_fraction
     if cut is not None:
         manifest = _cut_val(manifest, cut)
     _require_both_labels(manifest, root, cut)
-    return manifest.drop(columns="words")
+    return manifest.drop(columns=["words", "text"])
 
 
 def build_manifest(root: Path, params: DataParams, captions_file: Path | None = None) -> pd.DataFrame:
@@ -156,9 +168,10 @@ def build_manifest(root: Path, params: DataParams, captions_file: Path | None = 
         root: folder of the layout: "minibench" (packed parquet files) or "folders"
             (`<split>/<generator>/{0_real,1_fake}`, or one class folder more in between; `<split>/real/0_real` may
             hold photographs for all generators of the split, which then need none of their own; beside the splits
-            the paper's suites as published, whose generators are test ones).
+            the paper's suites as published, whose generators are test ones; other published forms as
+            `layouts.read_layout` takes them), "imagefolder" or "parquet" (`datasets.read_dataset`).
         params: rho and shortcut choose the minibench's training set; val_fraction and limit as documented there.
-        captions_file: JSON lines, for "folders".
+        captions_file: as `read_captions` takes it; not for "minibench".
 
     Returns:
         columns id, split, generator, label (0 real, 1 fake), seen (the generator is in train), file, row, sha256,
@@ -171,12 +184,17 @@ def build_manifest(root: Path, params: DataParams, captions_file: Path | None = 
     require_data_root(root, params.root)
     if params.layout == "minibench":
         if captions_file:
-            raise UserError("data.captions is for data.layout: folders; the minibench brings its own captions.")
+            raise UserError(
+                "data.captions is for data.layout: folders, imagefolder and parquet; the minibench brings its own "
+                "captions."
+            )
         manifest = _minibench(root, params.rho, params.shortcut)
     else:
         if params.rho is not None:
-            raise UserError(f"data.rho = {params.rho} is for data.layout: minibench. Set data.rho: null for folders.")
-        manifest = _folders(root, params, captions_file)
+            raise UserError(
+                f"data.rho = {params.rho} is for data.layout: minibench. Set data.rho: null for {params.layout}."
+            )
+        manifest = _own(root, params, captions_file)
     trained_on = set(manifest.loc[(manifest["split"] == "train") & (manifest["label"] == 1), "generator"])
     seen = {name for name in manifest["generator"].unique() if is_seen(name, trained_on)}
     manifest["seen"] = manifest["generator"].isin(seen)
@@ -230,11 +248,16 @@ def described(manifest: pd.DataFrame, info: Mapping[str, Any], root: Path) -> st
     """A data set in a few lines: images and hashes, where captions come from, and `cautions`; `info`: its `facts`."""
     without_test = data_hash(manifest[manifest["split"] != "test"])
     given, made = (info["captions"].get(source, 0) for source in ("file", "template"))
-    ignored = ignored_files(root) if info["layout"] == "folders" else {}
+    tree = scan_root(root) if info["layout"] == "folders" else None
+    ignored, notes = (ignored_files(tree), tree.reading()) if tree else ({}, [])
+    if info["layout"] in ("imagefolder", "parquet"):
+        _, notes = read_dataset(root, info["layout"])
+    loose = [tree.loose_images()] if tree and tree.layout.loose else []
     lines = [
         f"{len(manifest)} images, data hash {info['data_hash'][:12]}; without test images {without_test[:12]}",
         f"captions: {given} given, {made} made from folder names",
-        *(f"CAUTION: {caution}" for caution in cautions(manifest, ignored)),
+        *(f"NOTE: {note}" for note in notes),
+        *(f"CAUTION: {caution}" for caution in [*loose, *cautions(manifest, ignored)]),
     ]
     return "\n".join(lines)
 
@@ -269,13 +292,19 @@ def _incomplete(tested: set[str]) -> list[str]:
     return notes
 
 
+def trained_and_tested(manifest: pd.DataFrame) -> list[set[str]]:
+    """The generators with fakes in train, and those in test."""
+    fakes = manifest[manifest["label"] == 1]
+    return [set(fakes.loc[fakes["split"] == split, "generator"]) for split in ("train", "test")]
+
+
 def cautions(manifest: pd.DataFrame, ignored: Mapping[str, int]) -> list[str]:
     """What a reader of the results should know of the data, a sentence each; `ignored` as from `ignored_files`."""
     notes = []
     if several := duplicates_across_splits(manifest):
         notes.append(f"{several} images occur in several splits: test numbers will flatter.")
     notes += _incomplete(set(manifest.loc[manifest["split"] == "test", "generator"]))
-    notes += passed_over(ignored)
+    notes += passed_over(ignored) + unseen_by_accident(*trained_and_tested(manifest))
     if manifest["caption"].nunique() < 2:
         notes.append("All images have the same caption: the text side has nothing to reveal, so surgery has no use.")
     smallest = int(manifest[manifest["split"] == "val"].groupby("label").size().reindex([0, 1], fill_value=0).min())

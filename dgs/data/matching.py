@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dgs.atomic import alone, explained, replacing
-from dgs.data.captions import read_captions
+from dgs.data.captions import by_image, read_captions
 from dgs.data.checks import FileProperties, file_properties, read_properties, trivial_rules, with_properties
 from dgs.data.images import UnreadableImage, decode, is_image_name, read
+from dgs.data.layouts import FAKE, REAL
 from dgs.data.suites import full_name
-from dgs.data.tree import FAKE, REAL, Tree, count_suffixes, passed_over, rows_of
+from dgs.data.tree import Tree, rows_of
 from dgs.errors import UserError
 from dgs.stats import percent_text
 
@@ -192,7 +193,6 @@ def match(tree: Tree, target: Path, size: int | None = None, quality: int = QUAL
     said_of = f", {said} of {len(captions)} captions" if captions else ""
     notes = [
         *tree.notes,
-        *passed_over(count_suffixes(tree.files.loc[~tree.files["is_image"], "path"])),
         f"Crops of {side} x {side} px ({named}), JPEG of quality {quality}, chroma {ENCODER['subsampling']}.",
         *_emptied(rows),
         _remains(fits.loc[copied.index]),
@@ -211,6 +211,7 @@ def _write(
     of_each = zip(fits["path"], names, fits["sha256"], strict=True)
     calls = [(path, draft / name, sha256, size, quality) for path, name, sha256 in of_each]
     made = with_properties(fits[["group", "label", "path"]], copy_image, calls, jobs, "matching")
+    captions = by_image(captions, [path.relative_to(root).as_posix() for path in fits["path"]])
     links = pd.DataFrame(
         {
             "old": [path.relative_to(root).as_posix() for path in fits["path"]],

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from dgs.data.manifest import ImageSource, data_hash, open_image
+from dgs.data.manifest import ImageSource, data_hash, open_image, trained_and_tested
 from dgs.data.patches import patch_indices
+from dgs.data.suites import unseen_by_accident
 from dgs.errors import UserError
 from dgs.params import Params, validate
 from dgs.stats import percent_text
@@ -65,6 +66,11 @@ class Prepared:
         """What embedded captions, in a sentence; "" where that is CLIP's own text tower."""
         about = self.info.get("text", OWN_TEXT)
         return "" if about == OWN_TEXT else text_sentence(about)
+
+    @property
+    def cautions(self) -> list[str]:
+        """What to know of seen and unseen generators, a sentence each."""
+        return unseen_by_accident(*trained_and_tested(self.manifest))
 
     def split(self, name: str) -> pd.DataFrame:
         """Rows of one split; the index still points into `caption_embeddings`."""

@@ -10,6 +10,12 @@ from pathlib import Path
 
 import yaml
 
+PROGAN = "progan"
+# Of its training images, which are published as folders of classes, without a folder of the generator's.
+PROGAN_CLASSES = {
+    "airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+}  # fmt: skip
 SHARED_REALS = "real"  # in place of a generator's name: photographs that all generators of the split are compared with
 
 
@@ -126,3 +132,36 @@ def is_seen(name: str, trained: Iterable[str]) -> bool:
         return name in set(trained)
     generator = known.generator(own)
     return generator is not None and any(map(generator.answers_to, trained))
+
+
+def is_generator(name: str) -> bool:
+    """True if a folder of this name is a generator's of any suite."""
+    return any(suite.generator(name) for suite in SUITES)
+
+
+def _is_same(one: str, other: str) -> bool:
+    """True if two folders have a generator's name in two spellings."""
+    known = (generator for suite in SUITES for generator in suite.generators)
+    return spelled(one) == spelled(other) or any(each.answers_to(one) and each.answers_to(other) for each in known)
+
+
+def unseen_by_accident(trained: Collection[str], tested: Collection[str]) -> list[str]:
+    """A sentence for each tested generator that counts as unseen though training has its name, and one if all do.
+
+    trained, tested: names in manifests of generators with fakes there.
+    """
+    unseen = [name for name in sorted(tested) if not is_seen(name, trained)]
+    notes = [
+        f"{name} counts as unseen, though {twin} in train is the same generator by its name: call both folders alike, "
+        f"or its images enter the means over unseen generators."
+        for name in unseen
+        for twin in sorted(trained)
+        if _is_same(parted(name)[1], parted(twin)[1])
+    ]
+    if trained and tested and len(unseen) == len(tested):
+        notes.append(
+            f"No tested generator was trained on: training has {', '.join(sorted(trained))}, tested are "
+            f"{', '.join(unseen)}, and every mean is one over unseen generators. If a folder of train/ is a class or "
+            f"another name of a tested one, give it that name."
+        )
+    return notes

@@ -7,54 +7,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from dgs.data.images import files_under, is_image_name
-from dgs.data.suites import (
-    NO_SUITE,
-    SHARED_REALS,
-    SUITES,
-    Suite,
-    full_name,
-    is_pool,
-    pools_for,
-    suite_holding,
-    suite_named,
-)
-from dgs.errors import UserError, did_you_mean
+from dgs.data.images import is_image_name
+from dgs.data.layouts import FAKE, FEW, LABELS, REAL, Layout, Place, files_in, read_layout, split_or_suite
+from dgs.data.suites import SUITES, full_name, is_pool, pools_for
+from dgs.errors import UserError
 
-SPLITS = ("train", "val", "test")
 MINIBENCH = "minibench.json"  # the packed benchmark's description
-REAL, FAKE = "0_real", "1_fake"
-LABELS = {REAL: 0, FAKE: 1}
-FEW = 3  # examples that a finding names
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One defect: a sentence, how many images or folders it concerns, and a few of them."""
-
-    kind: Literal["missing", "corrupt", "duplicated", "suspicious"]
-    where: str  # a group's or a place's name
-    message: str
-    count: int
-    examples: tuple[str, ...] = ()
-
-    def record(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return {**asdict(self), "examples": list(self.examples)}
-
-
-class Part(NamedTuple):
-    """The folder of one split, of a suite or of none."""
-
-    suite: Suite
-    split: str
-    folder: Path
+TABLES = {"imagefolder": ("metadata.jsonl", "metadata.csv"), "parquet": (".parquet",)}  # of other layouts, by file
 
 
 class Group(NamedTuple):
@@ -69,8 +34,9 @@ class Group(NamedTuple):
     name: str  # "AIGIBench/test/SDXL"
     full_name: str  # in manifests and tables: "AIGIBench/SDXL"
     folder: Path
+    parent: Path  # of the split
     is_pool: bool  # photographs for several generators
-    is_read: bool  # by the pipeline: of a suite, test images alone
+    is_read: bool  # by the pipeline: of a suite test images, and training images where the root has none of its own
 
 
 @dataclass
@@ -79,18 +45,60 @@ class Tree:
 
     groups: the fields of `Group`, real and fake (images, by their names).
     files: one row a file, by group, label and path; columns group (an index into `groups`), label ("0_real" or
-        "1_fake"), path and is_image (by its name: no file is opened).
-    suites, strangers: the root's folders that are suites, and those that are neither a suite nor a split.
-    notes: a sentence for each folder that was not looked at.
+        "1_fake"), path, is_image (by its name: no file is opened) and words (for a caption: the name of the class's
+        folder, or of the generator's).
+    layout: what the folders were read as.
     """
 
     root: Path
-    parts: list[Part]
+    layout: Layout
     groups: pd.DataFrame
     files: pd.DataFrame
-    suites: dict[Path, Suite]
-    strangers: list[Path]
-    notes: list[str]
+
+    @property
+    def notes(self) -> list[str]:
+        """As `reading`, and the files that are no images, a sentence each."""
+        return [*self.reading(), *passed_over(count_suffixes(self.files.loc[~self.files["is_image"], "path"]))]
+
+    def reading(self) -> list[str]:
+        """How the tree was read, and what in it was not looked at, a sentence each."""
+        passed = ", ".join(f"{count} {name}" for name, count in sorted((+self.layout.passed).items()))
+        systems = [f"Folders of systems, and hidden ones, passed over: {passed}."] if passed else []
+        strangers = [
+            f"{folder} is neither a split nor a suite: not looked at.{split_or_suite(folder.name)}"
+            for folder in self.layout.strangers
+            if not self.is_run
+        ]
+        return [*self.layout.notes, *strangers, *systems]
+
+    def loose_images(self) -> str:
+        """A sentence on the images beside the label folders; "" where there are none."""
+        loose = self.layout.loose
+        if not loose:
+            return ""
+        return (
+            f"{'1 image lies' if len(loose) == 1 else f'{len(loose)} images lie'} beside the label folders, not read, "
+            f"first {loose[0]}. Move them into one, "
+            f"or out of {self.root}."
+        )
+
+    @property
+    def is_run(self) -> bool:
+        """True if it has splits of its own, as a run needs them; False where suites alone are listed."""
+        return any(not part.suite.name for part in self.layout.parts)
+
+    def tops(self, group: Any) -> tuple[tuple[str, Path, str], ...]:
+        """The label folders of a row of `groups`."""
+        return self.layout.places[group.Index].tops
+
+    def generators_of(self, split: str) -> set[str]:
+        """The generators with fakes in a split, as a manifest names them."""
+        own = self.groups[self.groups["is_read"] & (self.groups["split"] == split) & (self.groups["fake"] > 0)]
+        return set(own["full_name"])
+
+    def splits_read(self) -> set[str]:
+        """The splits of which the pipeline reads images."""
+        return set(self.groups.loc[self.groups["is_read"], "split"])
 
 
 def rows_of(table: pd.DataFrame) -> Iterator[Any]:
@@ -98,85 +106,46 @@ def rows_of(table: pd.DataFrame) -> Iterator[Any]:
     return table.itertuples()
 
 
-def _folders(parent: Path) -> list[Path]:
-    try:
-        return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"Cannot look into {parent}: {error.strerror or error}.") from None
-
-
-def _holders(folder: Path) -> list[Path]:
-    """The folders that hold label folders: a generator's own, and those of its classes."""
-    return [place for place in (folder, *_folders(folder)) if any((place / label).is_dir() for label in LABELS)]
-
-
-def _with_counts(groups: pd.DataFrame, files: pd.DataFrame) -> pd.DataFrame:
+def with_counts(groups: pd.DataFrame, files: pd.DataFrame) -> pd.DataFrame:
+    """`groups` with the number of their real and fake ones among `files`."""
     counts = pd.crosstab(files["group"], files["label"]).reindex(index=groups.index, columns=[*LABELS], fill_value=0)
     return groups.assign(real=counts[REAL], fake=counts[FAKE])
 
 
-def _scan(root: Path, parts: list[Part], suites: dict[Path, Suite], strangers: list[Path]) -> Tree:
-    groups: list[Group] = []
-    files: list[tuple[int, str, Path, bool]] = []
-    notes: list[str] = []
-    for suite, split, parent in parts:
-        place, is_read = full_name(suite.name, split), not suite.name or split == "test"
-        for folder in _folders(parent):
-            known, holders, own = suite.generator(folder.name), _holders(folder), folder.name
-            if suite.name and not (known or holders or own in suite.pools() | {SHARED_REALS}):
-                notes.append(f"{folder} is no generator of {suite.name} and has no label folders: not looked at.")
-                continue
-            for label in LABELS:
-                tops = [holder / label for holder in holders if (holder / label).is_dir()]
-                files += [(len(groups), label, path, is_image_name(path)) for path in sorted(files_under(tops))]
-            column = known.column if known else ""
-            pool = next((pool for pool in pools_for(suite, own) if (parent / pool).is_dir()), "")
-            name, full = f"{place}/{own}", full_name(suite.name, column or own)
-            groups.append(
-                Group(suite.name, split, own, column, pool, place, name, full, folder, is_pool(full), is_read)
-            )
-    for folder in strangers:
-        notes.append(f"{folder} is neither a split nor a suite: not looked at.{_split_or_suite(folder.name)}")
-    table = pd.DataFrame(files, columns=["group", "label", "path", "is_image"]).astype({"is_image": bool})
-    found = pd.DataFrame(groups, columns=list(Group._fields)).astype({"is_read": bool})
-    return Tree(root, parts, _with_counts(found, table[table["is_image"]]), table, suites, strangers, notes)
-
-
-def _suite_by_content(folder: Path) -> Suite | None:
-    test = folder / "test"
-    return suite_holding(path.name for path in _folders(test if test.is_dir() else folder))
-
-
-def _suites(root: Path) -> dict[Path, Suite]:
-    """The folders in `root` that have a suite's name, or half of its generators."""
-    children = [child for child in _folders(root) if child.name not in SPLITS]
-    return {child: suite for child in children if (suite := suite_named(child.name) or _suite_by_content(child))}
-
-
-def _split_parts(folder: Path, suite: Suite = NO_SUITE) -> list[Part]:
-    return [Part(suite, child.name, child) for child in _folders(folder) if child.name in SPLITS]
-
-
-def _suite_parts(folder: Path, suite: Suite) -> list[Part]:
-    # An archive unpacked into a folder of its own name: AIGIBench/AIGIBench.
-    folder = next((child for child in _folders(folder) if suite_named(child.name) is suite), folder)
-    undivided = Part(suite, folder.name if folder.name in SPLITS else "test", folder)
-    return _split_parts(folder, suite) or [undivided]
+def _group(place: Place, root: Path) -> Group:
+    suite, split, parent = place.part
+    own, known = place.generator, suite.generator(place.generator)
+    column = known.column if known and split == "test" else ""
+    pools = pools_for(suite, own) if all(top.name in LABELS for _, top, _ in place.tops) else ()
+    pool = next((pool for pool in pools if (parent / pool).is_dir()), "")
+    of_split = full_name(suite.name, split)
+    full = full_name(suite.name, column or own) if split == "test" else own
+    is_read = not suite.name or split == "test" or parent == root / split or not (root / split).is_dir()
+    name = f"{of_split}/{own}"
+    return Group(
+        suite.name, split, own, column, pool, of_split, name, full, place.folder, parent, is_pool(full), is_read
+    )
 
 
 def scan_root(root: Path) -> Tree:
-    """A "folders" root as the pipeline reads it: its splits, and the suites beside them."""
-    suites = _suites(root)
-    strangers = [child for child in _folders(root) if child.name not in SPLITS and child not in suites]
-    of_suites = [part for folder, suite in suites.items() for part in _suite_parts(folder, suite)]
-    return _scan(root, _split_parts(root) + of_suites, suites, strangers)
+    """Any folder, as the pipeline reads it: its splits, and the suites beside them."""
+    layout = read_layout(root)
+    files = [
+        (number, label, path, is_image_name(path), words)
+        for number, place in enumerate(layout.places)
+        for label in LABELS
+        for path, words in sorted(
+            (path, words) for own, top, words in place.tops if own == label for path in files_in(top, layout.passed)
+        )
+    ]
+    table = pd.DataFrame(files, columns=["group", "label", "path", "is_image", "words"]).astype({"is_image": bool})
+    groups = pd.DataFrame([_group(place, root) for place in layout.places], columns=list(Group._fields))
+    groups = with_counts(groups.astype({"is_read": bool}), table[table["is_image"]])
+    return Tree(root, layout, groups, table)
 
 
 def scan_tree(root: Path) -> Tree:
     """A folder that holds suites, or is one, or a root as `scan_root` reads it.
-
-    A suite is recognised by its folder's name or by half of its generators. It may be divided into train, val and test;
-    undivided it is all test. Below a generator come 0_real and 1_fake, directly or a class folder further down.
 
     Raises:
         UserError: no such folder, or none of the layouts.
@@ -187,17 +156,15 @@ def scan_tree(root: Path) -> Tree:
         raise UserError(
             f"Expected folders of images in {root}, found a packed benchmark. Run dgs minibench audit on it."
         )
-    path = root.resolve()
-    own_name = path.parent.name if path.name in SPLITS else path.name
-    if not _suites(root) and (suite := _suite_by_content(root) or suite_named(own_name)):
-        return _scan(root, _suite_parts(root, suite), {}, [])
     tree = scan_root(root)
-    if tree.groups.empty and not any(find_missing(tree)):
+    if tree.groups.empty and not tree.layout.suites and not any(part.suite.name for part in tree.layout.parts):
         suites = ", ".join(suite.name for suite in SUITES)
-        found = ", ".join(child.name for child in tree.strangers[:FEW]) or "no folders with images"
+        found = ", ".join(child.name for child in tree.layout.strangers[:FEW]) or "no folders with images"
+        own = [name for name, endings in TABLES.items() if any(path.name.endswith(endings) for path in files_in(root))]
+        hint = f" With data.layout: {own[0]} the pipeline reads it." if own else ""
         raise UserError(
             f"Expected {root} to hold {suites}, or to be one of them, or to hold train, val or test, each with "
-            f"<generator>/{REAL} and <generator>/{FAKE}; found {found}. Mend the path or rename the folders."
+            f"<generator>/{REAL} and <generator>/{FAKE}; found {found}. Mend the path or rename the folders.{hint}"
         )
     return tree
 
@@ -213,164 +180,7 @@ def passed_over(files: Mapping[str, int]) -> list[str]:
     return [f"Files passed over, not images that can be read here: {kinds}."] if files else []
 
 
-def _split_or_suite(name: str) -> str:
-    return did_you_mean(name, [*SPLITS, *(known.name for known in SUITES)])
-
-
-def _first_hint(names: Iterable[str], known: Iterable[str]) -> str:
-    known = list(known)
-    return next((hint for name in names if (hint := did_you_mean(name, known))), "")
-
-
-def find_missing(tree: Tree) -> Iterator[Finding]:
-    """What is missing in a tree, and what the names alone make suspicious."""
-    yield from _defects(tree.groups)
-    for group in rows_of(tree.groups):
-        classes = [place for place in _holders(group.folder) if place != group.folder]
-        for label, wanted in ((REAL, group.real and not group.pool), (FAKE, group.fake and not group.is_pool)):
-            without = [place for place in classes if not (place / label).is_dir()]
-            if wanted and without:
-                message = (
-                    f"{len(without)} of {len(classes)} class folders of {group.folder} have no {label}, first "
-                    f"{without[0].name}."
-                )
-                examples = tuple(str(place / label) for place in without[:FEW])
-                yield Finding("missing", group.name, message, len(without), examples)
-    for suite, split, parent in tree.parts:
-        generators = suite.generators if split == "test" else ()  # training sets choose their own
-        names = [path.name for path in _folders(parent)]
-        present = {known.folder for name in names if (known := suite.generator(name))}
-        if absent := [generator.folder for generator in generators if generator.folder not in present]:
-            hint = _first_hint(absent, [name for name in names if not suite.generator(name)])
-            message = (
-                f"{len(absent)} of {len(generators)} generators of {suite.name} are missing in {parent}: "
-                f"{', '.join(absent)}.{hint}"
-            )
-            yield Finding("missing", full_name(suite.name, split), message, len(absent), tuple(absent))
-
-
-def _strays(generator: Path) -> list[Path]:
-    """Folders of a generator, or of its classes, that lie where only label folders should."""
-    children = _folders(generator)
-    strays = []
-    for place in [generator] if any(path.name in LABELS for path in children) else children:
-        inner = _folders(place)
-        others = [path for path in inner if path.name not in LABELS]
-        strays += others if len(others) < len(inner) else [*others, place][:1]
-    return strays
-
-
-def _defects(groups: pd.DataFrame) -> Iterator[Finding]:
-    """What a check finds amiss in groups by names and counts, and the pipeline refuses to read."""
-    taken: dict[tuple[str, str], Path] = {}
-    for group in rows_of(groups):
-        folder, found, strays = group.folder, {REAL: group.real, FAKE: group.fake}, _strays(group.folder)
-        stray = f"{strays[0]}.{_first_hint((path.name for path in strays), LABELS)}" if strays else "none."
-        if (first := taken.setdefault((group.split, group.full_name), group.folder)) != group.folder:
-            message = (
-                f"Expected one folder of {group.full_name}, found {first} and {folder}: two spellings of one "
-                f"generator, or a suite twice. Keep one of them."
-            )
-            yield Finding("suspicious", group.place, message, 1, (str(first), str(folder)))
-        if not group.suite and (strays or not _folders(folder)):
-            what_to_do = "Rename or move it." if strays else "Add them, or remove it."
-            message = f"Expected label folders {REAL} and {FAKE} alone in {folder}, found {stray} {what_to_do}"
-            yield Finding("missing", group.name, message, 1, tuple(map(str, strays[:FEW])))
-            continue
-        if group.is_pool and (group.fake or not group.real):
-            what_to_do = "Rename the folder if it is a generator's." if group.fake else f"Add some, or remove {folder}."
-            message = (
-                f"Expected only photographs, in {REAL}, in {folder} (the name '{group.generator}' stands for what all "
-                f"generators of a split are compared with), found {group.real} in {REAL} and {group.fake} in {FAKE}. "
-                f"{what_to_do}"
-            )
-            yield Finding("suspicious" if group.fake else "missing", group.name, message, group.fake or 1)
-        for label, other in ((REAL, FAKE), (FAKE, REAL)):
-            if not (found[label] or group.is_pool or (group.pool and label == REAL)):
-                message = (
-                    f"Expected images in {folder / label}, found none ({found[other]} in {other}), nor in "
-                    f"<class>/{label}{f', but found {stray}' if strays else '.'} Add some, or remove {folder}."
-                )
-                yield Finding("missing", group.name, message, 1, (str(folder / label),))
-
-
-def ignored_files(root: Path) -> dict[str, int]:
-    """How many files in the label folders of a "folders" root the pipeline passes over, by suffix: {".heic": 3}."""
-    files = scan_root(root).files
-    return count_suffixes(path for path in files["path"] if not (is_image_name(path) and path.is_file()))
-
-
-def read_rows(root: Path) -> pd.DataFrame:
-    """The images of a "folders" root.
-
-    Generators of a split are named as their folders, those of a suite "<suite>/<the paper's column>", and are test.
-
-    Returns:
-        columns split, generator, label (0 or 1), file (relative to `root`), and words (for a caption: the name of the
-        class's folder, or of the generator's).
-
-    Raises:
-        UserError: a folder that is no split, suite or label's, a generator or a suite without images, one generator
-            twice, or no training or test images.
-    """
-    tree = scan_root(root)
-    groups = tree.groups[tree.groups["is_read"]]
-    files = tree.files[tree.files["is_image"] & tree.files["group"].isin(groups.index)]
-    files = files[files["path"].map(Path.is_file).astype(bool)]
-    for sentence in _refusals(tree, _with_counts(groups, files)):
-        raise UserError(sentence)
-    rows = files.join(groups.drop(columns=["name"]), on="group")
-    return pd.DataFrame(
-        {
-            "split": rows["split"],
-            "generator": rows["full_name"],
-            "label": rows["label"].map(LABELS),
-            "file": [path.relative_to(root).as_posix() for path in rows["path"]],
-            "words": [_words(path, folder) for path, folder in zip(rows["path"], rows["folder"], strict=True)],
-        }
-    ).reset_index(drop=True)
-
-
-def _words(path: Path, generator: Path) -> str:
-    first = path.relative_to(generator).parts[0]
-    return generator.name if first in LABELS else first
-
-
-def _refusals(tree: Tree, read: pd.DataFrame) -> Iterator[str]:
-    """Why the pipeline cannot read a tree, a sentence each; `read` are the groups of which it reads images."""
-    for folder in tree.strangers:
-        yield (
-            f"Unknown split folder {folder}.{_split_or_suite(folder.name)} Expected train, test and perhaps val "
-            f"in data.root, each holding <generator>/0_real and <generator>/1_fake, or a suite's folder."
-        )
-    for folder, suite in tree.suites.items():
-        yield from _suite_refusals(tree, folder, suite)
-    yield from (finding.message for finding in _defects(read))
-    for needed in ("train", "test"):
-        if needed not in set(read["split"]):
-            beside = " Or put the paper's suites beside train/." if needed == "test" else ""
-            yield f"Expected images under {tree.root / needed}/<generator>/{{0_real,1_fake}}, found none.{beside}"
-
-
-def _suite_refusals(tree: Tree, folder: Path, suite: Suite) -> Iterator[str]:
-    """A suite without generators, one that it has not, and training images that the pipeline would not read."""
-    own = tree.groups[tree.groups["folder"].map(lambda group: group.is_relative_to(folder)).astype(bool)]
-    if own[own["is_read"] & (own["column"] != "")].empty:
-        found = ", ".join(path.name for path in _folders(folder)[:FEW]) or "no folder"
-        yield (
-            f"Expected generators of {suite.name} ({suite.generators[0].folder}, {suite.generators[1].folder} ...) in "
-            f"{folder}, found {found}. Mend their names, or move the folder out of data.root."
-        )
-    for group in rows_of(own):
-        place, expected = group.folder.parent, tree.root / group.split
-        if not group.is_read and place.resolve() != expected.resolve():
-            yield (
-                f"Expected training images in {expected}, found {group.folder}: of a suite, test images "
-                f"alone are read. Move {place} there, or out of data.root."
-            )
-        if group.is_read and not group.column and not group.is_pool:
-            hint = did_you_mean(group.generator, [known.folder for known in suite.generators])
-            yield (
-                f"Expected generators of {suite.name} in {place}, found {group.generator}.{hint} "
-                f"Mend its name, or move it to {expected}."
-            )
+def ignored_files(tree: Tree) -> dict[str, int]:
+    """How many files in the label folders of a tree the pipeline passes over, by suffix: {".heic": 3}."""
+    paths = tree.files["path"]
+    return count_suffixes(paths[~(tree.files["is_image"] & paths.map(Path.is_file).astype(bool))])
