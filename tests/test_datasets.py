@@ -170,6 +170,13 @@ def test_captions_of_a_file_come_before_the_tables_and_templates_after(tree: Pat
     assert manifest["caption_source"].value_counts().to_dict() == {"file": len(plain) - 1, "template": 1}
 
 
+def test_a_file_name_may_be_in_another_unicode_form(tree: Path) -> None:
+    first, *rows = entries(tree)
+    (tree / first["file_name"]).rename(tree / first["file_name"].replace("000", "\u00fc"))
+    root = write_jsonl(tree, [{**first, "file_name": first["file_name"].replace("000", "u\u0308")}, *rows])
+    assert len(read(root, "imagefolder")) == len(rows) + 1
+
+
 def test_images_in_no_table_are_counted(tree: Path) -> None:
     root = write_jsonl(tree, entries(tree)[1:])
     manifest = read(root, "imagefolder")

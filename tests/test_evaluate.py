@@ -223,8 +223,9 @@ def test_settings_are_what_each_method_was_trained_with_not_what_the_file_says_n
 
 
 def test_what_is_unseen_by_accident_stands_in_metrics(
-    run: Run, evaluated: tuple[pd.DataFrame, pd.DataFrame, Any], tmp_path: Path
+    run: Run, evaluated: tuple[pd.DataFrame, pd.DataFrame, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("dgs.analysis.evaluate.read_losses", lambda folders, rho: pd.DataFrame())
     workspace, manifest = Workspace(tmp_path, tmp_path, "own"), run.prepared.manifest.copy()
     assert "cautions" not in write_tables(workspace, run.found, *evaluated[:2], run.prepared, run.params).summary
     manifest.loc[manifest["split"] != "test", "generator"] += "-class"

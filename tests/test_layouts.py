@@ -23,6 +23,10 @@ from dgs.errors import UserError
 
 PLAIN = ("train/a", "test/a")
 PROGAN = ("car", "cat", "chair", "horse")
+FORENSYNTHS = (
+    "progan", "stylegan", "stylegan2", "biggan", "cyclegan", "stargan", "gaugan", "crn", "imle", "seeingdark", "san",
+    "deepfake", "whichfaceisreal",
+)  # fmt: skip
 
 
 def plant(root: Path, places: tuple[str, ...], labels: tuple[str, ...] = ("0_real", "1_fake")) -> Path:
@@ -77,6 +81,11 @@ READ: dict[str, tuple[Callable[[Path], object], set[str], str]] = {
             root, (*(f"train/{name}" for name in sorted(PROGAN_CLASSES)), "test/progan/car", "test/gaugan")
         ),
         {"train/progan", "test/progan", "test/gaugan"},
+        "classes of ProGAN's training images",
+    ),
+    "all of ForenSynths": (
+        lambda root: plant(root, (*(f"train/{name}" for name in PROGAN), *(f"test/{name}" for name in FORENSYNTHS))),
+        {"train/progan", *(f"test/{name}" for name in FORENSYNTHS)},
         "classes of ProGAN's training images",
     ),
     "AIGIBench itself": (
@@ -157,7 +166,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda root: plant(root, ("train/cow", "train/dog", "test/a")),
         "cd {0}/train && mkdir NAME && mv cow dog NAME/",
     ),
-    "a class beside a generator": (lambda root: plant(root, (*PLAIN, "train/bus")), "cd {0}/train && mkdir NAME && mv bus NAME/"),
+    "a class beside a generator": (
+        lambda root: plant(root, (*PLAIN, "train/bus")),
+        "cd {0}/train && mkdir NAME && mv bus NAME/",
+    ),
     "a collection": (
         lambda root: plant(root, ("train/progan", "test/web/progan", "test/web/sdxl")),
         "mv {0}/test/web/* {0}/test/ && rmdir {0}/test/web",
@@ -314,6 +326,11 @@ def test_folders_names_mean_a_label_or_a_split_only_where_all_their_words_do(nam
     assert (label_meant(name), split_meant(name)) == (label, split)
 
 
-def test_a_folder_of_no_form_is_one_sentence(tmp_path: Path) -> None:
+def test_a_folder_of_no_form_is_one_sentence_with_the_renames_that_make_it_one(tmp_path: Path) -> None:
     put(tmp_path / "holiday/real", [1])
     assert "found holiday" in one_sentence(run("manifest", tmp_path))
+    root = plant(tmp_path / "published", ("progan_train/car", "progan_val/car", "CNN_synth_testset/san"))
+    said = one_sentence(run("manifest", root))
+    assert f"mv {root}/CNN_synth_testset {root}/test && mv {root}/progan_train {root}/train && mv" in said
+    with pytest.raises(UserError, match="To rename: mv "):
+        read(root)

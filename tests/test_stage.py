@@ -171,6 +171,12 @@ class TestTheCheckBeforeAnyStage:
             assert (result.exit_code, result.stdout) == (2, "")
             assert result.stderr.startswith(f"dgs: {sentence}") and result.stderr.count("\n") == 1
 
+    def test_names_that_are_no_utf8_are_refused_before_anything_runs(self, repo: Path, image_tree: ImageTree) -> None:
+        (root := image_tree()).joinpath("train/alpha/0_real/\udcc9\udcfa.txt").write_text("")
+        change(repo, "data.root", str(root))
+        result = CliRunner().invoke(app, ["check"])
+        assert result.exit_code == 2 and "first train/alpha/0_real/\\xc9\\xfa.txt: neither DVC" in result.stderr
+
     def test_captions_in_the_folder_of_images_are_watched_with_it(self, repo: Path, image_tree: ImageTree) -> None:
         (root := image_tree()).joinpath("captions.jsonl").write_text("")
         change(repo, "data.root", str(root))

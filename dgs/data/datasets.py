@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -54,9 +55,11 @@ def _metadata(root: Path, tables: list[Path]) -> Iterator[Entry]:
             name = fields.get("file_name") if isinstance(fields, dict) else None
             if not isinstance(name, str) or not name:
                 raise UserError(f"{where}: expected a file_name and a label, found {fields}. Mend that line.")
-            path = Path(os.path.normpath(table.parent / name.replace("\\", "/")))
-            if not path.is_relative_to(root) or not path.is_file():
-                raise UserError(f"{where}: expected an image at {path}, found none. Mend file_name, or add the file.")
+            asked = os.path.normpath(table.parent / name.replace("\\", "/"))
+            forms = (Path(asked), *(Path(unicodedata.normalize(form, asked)) for form in ("NFC", "NFD")))
+            path = next((path for path in forms if path.is_relative_to(root) and path.is_file()), None)
+            if path is None:
+                raise UserError(f"{where}: expected an image at {asked}, found none. Mend file_name, or add the file.")
             yield Entry(where, path.relative_to(root).as_posix(), -1, fields, [])
 
 

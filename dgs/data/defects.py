@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from dgs.data.layouts import FAKE, FEW, LABELS, REAL, folders, quoted, split_meant, split_or_suite
+from dgs.data.layouts import FAKE, FEW, LABELS, REAL, folders, renames, split_or_suite
 from dgs.data.suites import Suite, full_name, unseen_by_accident
 from dgs.data.tree import Tree, rows_of, with_counts
 from dgs.errors import UserError, did_you_mean
@@ -135,7 +135,7 @@ def _missing_splits(tree: Tree) -> Iterator[Finding]:
 def refusals(tree: Tree, groups: pd.DataFrame) -> Iterator[Finding]:
     """Why the pipeline cannot read a tree; `groups`: those that it would read, with the images of each."""
     for folder in tree.layout.strangers if tree.is_run or groups.empty else ():
-        yield Finding("suspicious", folder.name, _stranger(folder, tree.root), 1, (str(folder),))
+        yield Finding("suspicious", folder.name, _stranger(folder, tree), 1, (str(folder),))
     for sentence in tree.layout.refusals:
         yield Finding("suspicious", "", sentence, 1)
     for folder, suite in tree.layout.suites.items():
@@ -147,12 +147,11 @@ def refusals(tree: Tree, groups: pd.DataFrame) -> Iterator[Finding]:
             yield Finding("missing", str(split), message, 1)
 
 
-def _stranger(folder: Path, root: Path) -> str:
-    meant = split_meant(folder.name)
-    move = f" To rename it: mv {quoted(folder, root / meant)}" if meant and not (root / meant).exists() else ""
+def _stranger(folder: Path, tree: Tree) -> str:
     return (
         f"Unknown split folder {folder}.{split_or_suite(folder.name)} Expected train, test and perhaps val in "
-        f"data.root, each holding <generator>/0_real and <generator>/1_fake, or a suite's folder.{move}"
+        f"data.root, each holding <generator>/0_real and <generator>/1_fake, or a suite's folder."
+        f"{renames(tree.root, tree.layout.strangers)}"
     )
 
 

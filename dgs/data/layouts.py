@@ -135,6 +135,13 @@ def split_or_suite(name: str) -> str:
     return did_you_mean(name, [*SPLITS, *(known.name for known in SUITES)])
 
 
+def renames(root: Path, strangers: Iterable[Path]) -> str:
+    """The command that gives folders the names of the splits they are for; "" where none is one."""
+    meant = [(folder, root / split) for folder in strangers if (split := split_meant(folder.name))]
+    moves = [f"mv {quoted(folder, split)}" for folder, split in meant if not split.exists()]
+    return f" To rename: {' && '.join(moves)}" if moves else ""
+
+
 def label_meant(name: str) -> str:
     """The label that a folder of this name is for: "ai" and "Fake_images" -> "1_fake"; "" for other names."""
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
@@ -160,7 +167,7 @@ def read_layout(root: Path) -> Layout:
     Where no folder has these names, others that are common are taken: `LABEL_WORDS`, `SPLIT_WORDS`.
     """
     found = Layout()
-    outside: dict[Path, list[Path]] = {}  # files that lie above label folders
+    outside: dict[Path, list[Path]] = defaultdict(list)  # files that lie above label folders
     labelled: list[Path] = []
 
     def is_entered(folder: Path) -> bool:
@@ -172,7 +179,8 @@ def read_layout(root: Path) -> Layout:
             return len(folder.relative_to(root).parts) <= DEEP
         return False
 
-    outside.update(walk(root, is_entered))
+    for folder, files in walk(root, is_entered):
+        outside[folder] += files
     if not labelled and _read_other_names(root, outside, found):
         return found
     above = {root, *(parent for folder in labelled for parent in folder.parents)}
@@ -304,7 +312,7 @@ def _read_other_names(root: Path, inside: Mapping[Path, list[Path]], found: Layo
         divided = [child for child in folders(leaf) if split_meant(child.name)]
         for top in divided or [leaf]:  # also {real,fake}/<split>
             parts = top.relative_to(root).parts
-            words = [split for part in parts for split in map(split_meant, re.split("[_ ]", part)) if split]
+            words = [word for part in parts for word in map(split_meant, re.split("[_ ]", part)) if word]
             names = [part for part in parts if not split_meant(part) and part != leaf.name]
             generator = names[0] if names else UNNAMED
             grouped[words[0] if words else "", generator].append((label, top, generator))
@@ -312,7 +320,8 @@ def _read_other_names(root: Path, inside: Mapping[Path, list[Path]], found: Layo
     as_test = "val" if splits == {"train", "val"} else ""
     for (named_split, generator), tops in sorted(grouped.items()):
         above = Path(os.path.commonpath([top for _, top, _ in tops]))
-        part = Part(NO_SUITE, "test" if as_test == named_split else named_split or "train", above.parent)
+        split = "test" if named_split in ("", as_test) else named_split
+        part = Part(NO_SUITE, split, above.parent)
         folder = above if len(tops) > 1 else above.parent
         found.places.append(Place(part, generator, folder, tuple(tops)))
     named = {label: sorted({leaf.name for leaf in leaves if leaves[leaf] == label}) for label in LABELS}

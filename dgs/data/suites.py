@@ -16,6 +16,8 @@ PROGAN_CLASSES = {
     "airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 }  # fmt: skip
+# ForenSynths has these beside the generators that it shares with AIGCDetectBenchmark: a folder with them is not that.
+FORENSYNTHS = {"crn", "imle", "san", "seeingdark"}
 SHARED_REALS = "real"  # in place of a generator's name: photographs that all generators of the split are compared with
 
 
@@ -72,6 +74,7 @@ def _read_suites() -> tuple[Suite, ...]:
 
 NO_SUITE = Suite("", "", ())  # of folders outside the suites
 SUITES = UNIVERSAL_FAKE_DETECT, AIGC_DETECT_BENCHMARK, AIGI_BENCH = _read_suites()
+FEW = 6  # tested generators that a caution names
 RECOGNISED = 0.5  # a folder without a suite's name is that suite's where it holds this share of the generators
 
 
@@ -83,6 +86,8 @@ def suite_named(name: str) -> Suite | None:
 def suite_holding(folders: Iterable[str]) -> Suite | None:
     """The suite that most of these generators' folder names belong to, if they are half of it or more, or None."""
     names = list(folders)
+    if FORENSYNTHS & set(map(spelled, names)):
+        return None
     best = max(SUITES, key=lambda suite: suite.share_of(names))
     return best if best.share_of(names) >= RECOGNISED else None
 
@@ -159,9 +164,10 @@ def unseen_by_accident(trained: Collection[str], tested: Collection[str]) -> lis
         if _is_same(parted(name)[1], parted(twin)[1])
     ]
     if trained and tested and len(unseen) == len(tested):
+        few, others = sorted(tested)[:FEW], len(tested) - FEW
         notes.append(
             f"No tested generator was trained on: training has {', '.join(sorted(trained))}, tested are "
-            f"{', '.join(unseen)}, and every mean is one over unseen generators. If a folder of train/ is a class or "
-            f"another name of a tested one, give it that name."
+            f"{', '.join(few)}{f' and {others} more' if others > 0 else ''}, and every mean is one over unseen "
+            f"generators. If a folder of train/ is a class or another name of a tested one, give it that name."
         )
     return notes

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from dgs.data.images import is_image_name
-from dgs.data.layouts import FAKE, FEW, LABELS, REAL, Layout, Place, files_in, read_layout, split_or_suite
+from dgs.data.layouts import FAKE, FEW, LABELS, REAL, Layout, Place, files_in, read_layout, renames, split_or_suite
 from dgs.data.suites import SUITES, full_name, is_pool, pools_for
 from dgs.errors import UserError
 
@@ -161,7 +161,7 @@ def scan_tree(root: Path) -> Tree:
         suites = ", ".join(suite.name for suite in SUITES)
         found = ", ".join(child.name for child in tree.layout.strangers[:FEW]) or "no folders with images"
         own = [name for name, endings in TABLES.items() if any(path.name.endswith(endings) for path in files_in(root))]
-        hint = f" With data.layout: {own[0]} the pipeline reads it." if own else ""
+        hint = f" With data.layout: {own[0]} the pipeline reads it." if own else renames(root, tree.layout.strangers)
         raise UserError(
             f"Expected {root} to hold {suites}, or to be one of them, or to hold train, val or test, each with "
             f"<generator>/{REAL} and <generator>/{FAKE}; found {found}. Mend the path or rename the folders.{hint}"
