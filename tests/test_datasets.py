@@ -25,11 +25,12 @@ from dgs.data.manifest import ImageSource, build_manifest, data_hash, described,
 from dgs.data.packs import Pack
 from dgs.data.tree import scan_tree
 from dgs.errors import UserError
+from dgs.params import DataParams as Data
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
-def params(root: Path, layout: str, **more: Any) -> DataParams:
+def params(root: Path, layout: str, **more: Any) -> Data:
     return DataParams(layout=layout, root=str(root), rho=None, val_fraction=0.3, **more)
 
 
@@ -132,8 +133,8 @@ def test_the_manifest_is_that_of_the_same_images_in_folders(tree: Path, form: st
     root = write(tree)
     found = read(root, layout)
     columns = ["split", "generator", "label", "seen", "sha256", "caption", "caption_source"]
-    by_content = [table[columns].sort_values("sha256", ignore_index=True) for table in (found, expected)]
-    pd.testing.assert_frame_equal(*by_content)
+    one, other = (table[columns].sort_values("sha256", ignore_index=True) for table in (found, expected))
+    pd.testing.assert_frame_equal(one, other)
     assert data_hash(found) == data_hash(expected) and found["id"].is_unique
     source = pickle.loads(pickle.dumps(ImageSource(root)))
     for row in found.sample(frac=1, random_state=0).itertuples():

@@ -83,9 +83,9 @@ def lacking(tree: Tree, split: str) -> str:
 
 def find_missing(tree: Tree) -> Iterator[Finding]:
     """Whatever the pipeline refuses, what is missing in a tree, and what the names alone make suspicious."""
-    if names := names_no_utf8(tree.root):
-        shown = tuple(escaped(path.relative_to(tree.root)) for path in names)
-        yield Finding("suspicious", "", no_utf8(tree.root, names), len(names), shown)
+    if misnamed := names_no_utf8(tree.root):
+        shown = tuple(escaped(path.relative_to(tree.root)) for path in misnamed)
+        yield Finding("suspicious", "", no_utf8(tree.root, misnamed), len(misnamed), shown)
     yield from refusals(tree, tree.groups)
     yield from _missing_splits(tree)
     for group in rows_of(tree.groups):
@@ -168,7 +168,7 @@ def _strays(tree: Tree, group: Any) -> list[Path]:
     children = folders(group.folder)
     if group.folder == group.parent:  # of classes alone
         children = sorted({top.parent for _, top, _ in tops})
-    strays = []
+    strays: list[Path] = []
     for place in [group.folder] if any(path.name in LABELS for path in children) else children:
         inner = folders(place)
         others = [path for path in inner if path.name not in LABELS]

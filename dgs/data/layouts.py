@@ -332,8 +332,8 @@ def _read_other_names(root: Path, inside: Mapping[Path, list[Path]], found: Layo
     )
     if "" in splits:
         found.refusals.append(_undivided(root, leaves, generators[0]))
-    tops = {top for place in found.places for _, top, _ in place.tops}
-    beside = (folder for folder in inside if not tops & {folder, *folder.parents})
+    read = {top for place in found.places for _, top, _ in place.tops}
+    beside = (folder for folder in inside if not read & {folder, *folder.parents})
     found.loose = [file for folder in beside for file in inside[folder] if is_image_name(file)]
     return True
 
