@@ -291,7 +291,7 @@ class TestCommand:
         heading, *rows = (line.split("\t") for line in result.stdout.splitlines())
         assert heading == ["place", "generator", "column", "real", "fake"]
         assert ["AIGIBench/test", "Midjourney", "Midjourney-V6", "2", "1"] in rows and len(rows) == 25
-        assert "75 images in 25 groups, nothing amiss. No image was opened" in result.stderr
+        assert "75 images in 25 groups, nothing amiss. No image was decoded" in result.stderr
 
     def test_with_check_it_prints_what_is_amiss_and_exits_with_1(self, image_tree: ImageTree) -> None:
         root = image_tree(ONE)

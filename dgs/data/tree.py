@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
-from dgs.data.images import files_under, is_image_name
+from dgs.data.images import files_under, is_image
 from dgs.data.suites import (
     NO_SUITE,
     SHARED_REALS,
@@ -79,7 +79,7 @@ class Tree:
 
     groups: the fields of `Group`, real and fake (images, by their names).
     files: one row a file, by group, label and path; columns group (an index into `groups`), label ("0_real" or
-        "1_fake"), path and is_image (by its name: no file is opened).
+        "1_fake"), path and is_image (as `images.is_image`: without an image's suffix, the first bytes are read).
     suites, strangers: the root's folders that are suites, and those that are neither a suite nor a split.
     notes: a sentence for each folder that was not looked at.
     """
@@ -128,7 +128,7 @@ def _scan(root: Path, parts: list[Part], suites: dict[Path, Suite], strangers: l
                 continue
             for label in LABELS:
                 tops = [holder / label for holder in holders if (holder / label).is_dir()]
-                files += [(len(groups), label, path, is_image_name(path)) for path in sorted(files_under(tops))]
+                files += [(len(groups), label, path, is_image(path)) for path in sorted(files_under(tops))]
             column = known.column if known else ""
             pool = next((pool for pool in pools_for(suite, own) if (parent / pool).is_dir()), "")
             name, full = f"{place}/{own}", full_name(suite.name, column or own)
@@ -297,7 +297,7 @@ def _defects(groups: pd.DataFrame) -> Iterator[Finding]:
 def ignored_files(root: Path) -> dict[str, int]:
     """How many files in the label folders of a "folders" root the pipeline passes over, by suffix: {".heic": 3}."""
     files = scan_root(root).files
-    return count_suffixes(path for path in files["path"] if not (is_image_name(path) and path.is_file()))
+    return count_suffixes(path for path in files["path"] if not (is_image(path) and path.is_file()))
 
 
 def read_rows(root: Path) -> pd.DataFrame:
