@@ -1,7 +1,7 @@
 """A picture's file without its metadata: a decoder sees what pixels need, and of EXIF the orientation alone is read.
 
 Metadata is skipped, never decoded: it can neither make a decoder refuse a picture nor take memory beside the file's.
-GIF and BMP have none that a decoder stumbles over.
+BMP has none that a decoder stumbles over.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ JPEG_METADATA = (*range(0xE0, 0xF0), 0xFE)  # application segments and comments
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 WEBP_CHUNKS = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
 WEBP_EXIF, WEBP_METADATA = 0x08, 0x2C  # flags of a VP8X chunk: EXIF; EXIF, XMP or ICC profile
+GIF_CONTROL = 0xF9  # the extension that says which colour is transparent
 # Of TIFF: size, samples, compression, colours, strips, tiles, the tables of its compressions, and subsampling.
 TIFF_TAGS = frozenset(
     {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 326, 327, 328, 338,
@@ -42,7 +43,7 @@ class Entry(NamedTuple):
 
     tag: int
     type: int
-    count: int  # of values
+    length: int  # how many values
     value: bytes  # 4 or 8 bytes: the values, or where they are
     all: bytes  # the whole entry
 
@@ -75,8 +76,8 @@ class Directory:
             entry = bytes(self.data[at : at + size])
             if len(entry) < size:
                 return
-            tag, kind, count = head.unpack_from(entry)
-            yield Entry(tag, kind, count, entry[head.size :], entry)
+            tag, kind, length = head.unpack_from(entry)
+            yield Entry(tag, kind, length, entry[head.size :], entry)
             at += size
 
     def orientation(self) -> int:
@@ -84,7 +85,7 @@ class Directory:
         for entry in self.entries():
             if entry.tag == ORIENTATION and entry.type in INTEGERS:
                 form = struct.Struct(self.order + INTEGERS[entry.type])
-                if 1 <= entry.count <= len(entry.value) // form.size:
+                if 1 <= entry.length <= len(entry.value) // form.size:
                     (value,) = form.unpack_from(entry.value)
                     return value if 1 <= value <= 8 else 1
         return 1
@@ -223,6 +224,29 @@ def _webp(data: bytes) -> tuple[bytes, int]:
     return b"RIFF" + struct.pack("<L", size + 4) + b"WEBP" + chunks.ljust(size, b"\0"), _orientation(exif)
 
 
+def _end_of_blocks(data: bytes, at: int) -> int:
+    for _ in _turns():
+        if data[at] == 0:
+            break
+        at += 1 + data[at]
+    return at + 1
+
+
+def _gif(data: bytes) -> tuple[bytes, int]:
+    view = memoryview(data)
+    at = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)  # behind the palette
+    kept = Parts([view[:at]])
+    for _ in _turns():
+        if data[at] != 0x21:  # the first frame: the rest is pixels
+            kept.append(view[at:])
+            break
+        end = _end_of_blocks(data, at + 2)
+        if data[at + 1] == GIF_CONTROL:
+            kept.append(view[at:end])
+        at = end
+    return b"".join(kept), 1
+
+
 def _tiff(data: bytes) -> tuple[bytes, int]:
     directory = Directory(memoryview(data))
     return directory.with_tags(TIFF_TAGS), directory.orientation()
@@ -234,7 +258,7 @@ def _avif(data: bytes) -> tuple[bytes, int]:
 
 
 FORMATS: dict[str, Callable[[bytes], tuple[bytes, int]]] = {
-    "PNG": _png, "JPEG": _jpeg, "WEBP": _webp, "TIFF": _tiff, "AVIF": _avif,
+    "PNG": _png, "JPEG": _jpeg, "WEBP": _webp, "GIF": _gif, "TIFF": _tiff, "AVIF": _avif,
 }  # fmt: skip
 
 
