@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ImageTree, structured_image
+from pictures import PICTURE, chunk, encoded, jpeg_with, png_with, segment
 from PIL import Image
 from test_cli import one_sentence, run
 from test_suites import grow
@@ -281,6 +283,35 @@ class TestFileProperties:
         png(tmp_path / "a", 1, 21, 13)
         found = file_properties(tmp_path / "a.png")
         assert found[1:] == ("PNG", 21, 13, 0, False, "", (), "")
+
+    @pytest.mark.parametrize(
+        ("data", "metadata"),
+        [
+            (png_with(chunk(b"tEXt", b"prompt\0a red cube")), ("text",)),
+            (png_with(chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(3_000_000)))), ("unreadable metadata",)),
+            (png_with(chunk(b"tEXt", b"workflow\0" + bytes(20_000_000))), ("unreadable metadata",)),
+            (png_with(chunk(b"eXIf", b"garbage ")), ("EXIF",)),
+            (jpeg_with(segment(0xE0, b"JFIF\0\1")), ("unreadable metadata",)),
+        ],
+        ids=["text", "large text, compressed", "large text", "EXIF", "heading"],
+    )
+    def test_metadata_that_cannot_be_read_is_a_kind_of_it(
+        self, tmp_path: Path, data: bytes, metadata: tuple[str, ...]
+    ) -> None:
+        (tmp_path / "a.png").write_bytes(data)
+        found = file_properties(tmp_path / "a.png")
+        assert (found.error, found.width, found.height, found.metadata) == ("", *PICTURE.size, metadata)
+
+    @pytest.mark.parametrize(
+        ("name", "kind", "wrong"),
+        [("a.jfif", "JPEG", False), ("a.mpo", "JPEG", False), ("a.dib", "DIB", False), ("a.dib", "BMP", False),
+         ("a.avif", "AVIF", False), ("a.png", "AVIF", True), ("a", "PNG", False), ("a.jpg_large", "PNG", False)],
+    )  # fmt: skip
+    def test_a_suffix_is_wrong_where_it_is_another_formats(
+        self, tmp_path: Path, name: str, kind: str, wrong: bool
+    ) -> None:
+        (tmp_path / name).write_bytes(encoded(kind))
+        assert file_properties(tmp_path / name).wrong_suffix is wrong
 
 
 class TestCommand:
