@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import chunk, exif, png_with, turn
-from PIL import Image
+from pictures import PICTURE, chunk, exif, png_with, tiff_with, turn
+from PIL import Image, ImageFile
 
 from dgs.data import images
 from dgs.data.images import UnreadableImage, decode, fit, is_image, is_image_name, read, to_rgb
@@ -213,6 +213,47 @@ class TestRefusals:
         with pytest.raises(UnreadableImage) as error:
             read(tmp_path / name)
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def _half_transparent() -> Image.Image:
+    return Image.merge("RGBA", [*PICTURE.split(), Image.new("L", PICTURE.size, 128)])
+
+
+def _gray16() -> Image.Image:
+    return Image.fromarray(noise(6, 8)[..., 0].astype(np.uint16) * 257)
+
+
+RELEASE: dict[str, tuple[bytes, bool]] = {  # docs/release.md has these rows: a file, and whether pixels are the same
+    "PNG": (encode(PICTURE), True),
+    "JPEG": (encode(PICTURE, "JPEG"), True),
+    "CMYK": (encode(PICTURE.convert("CMYK"), "JPEG"), True),
+    "palette": (encode(PICTURE.convert("P")), True),
+    "animation": (encode(PICTURE, "GIF", save_all=True, append_images=[Image.new("RGB", PICTURE.size)]), True),
+    "orientation of a TIFF": (tiff_with(turn(6)), True),
+    "alpha": (encode(_half_transparent()), False),
+    "transparent colour": (encode(PICTURE, transparency=PICTURE.getpixel((0, 0))), False),
+    "orientation": (encode(PICTURE, exif=exif(turn(6))), False),
+    "gray of 16 bits": (encode(_gray16()), False),
+    "floats": (encode(Image.fromarray(np.linspace(0, 1, 30, dtype=np.float32).reshape(5, 6)), "TIFF"), False),
+}
+
+
+class TestBesideTheRelease:
+    """It opens a file with Pillow, turns nothing, converts to RGB, and fills up what is cut short."""
+
+    @pytest.mark.parametrize("what", RELEASE)
+    def test_where_it_reads_other_pixels(self, what: str) -> None:
+        data, is_same = RELEASE[what]
+        with Image.open(io.BytesIO(data)) as image:
+            theirs = np.asarray(image.convert("RGB"))
+        assert np.array_equal(theirs, decode(data)) is is_same
+
+    def test_what_is_cut_short_it_fills_with_gray(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        data = encode(Image.fromarray(noise(64, 64)), "JPEG")[:1_500]
+        refusal(data)
+        monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+        with Image.open(io.BytesIO(data)) as image:
+            assert set(np.asarray(image.convert("RGB"))[-16:].ravel()) == {128}
 
 
 @pytest.mark.parametrize(
