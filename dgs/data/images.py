@@ -240,17 +240,7 @@ def decode(data: bytes, name: str = "image", before: Callable[[int], object] = l
         raise UnreadableImage(f"Cannot decode {name}: the file is empty. Remove or replace it.")
     kind = format_of(data)
     try:
-        data, orientation = without_metadata(data, kind)
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            share = min(SHARES.get(str(image.format), 1.0), SHARES.get(image.mode, 1.0))
-            width, height = image.size
-            if width * height > share * MAX_PIXELS:
-                raise _too_large(name, f"{width} x {height} px", share)
-            before(int(width * height / share))
-            image.load()
-            if orientation == 1:  # or the decoder knows: an AVIF says it beside EXIF
-                orientation = _orientation(image)
-            rgb = _pixels(image)
+        return _turned(*_decoded(*without_metadata(data, kind), name, before))
     except UnreadableImage:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit, of 179 megapixels
@@ -262,7 +252,21 @@ def decode(data: bytes, name: str = "image", before: Callable[[int], object] = l
             if kind:
                 reason = f"a damaged header, or a variant of {kind} that is not read (save it with 8 or 16 bits)"
         raise UnreadableImage(f"Cannot decode {name}: {reason}. Remove or replace it.") from None
-    return _turned(rgb, orientation)
+
+
+def _decoded(
+    data: bytes, orientation: int, name: str, before: Callable[[int], object]
+) -> tuple[NDArray[np.uint8], int]:
+    """Pixels, not turned, and their orientation; the decoder's own copy of them is gone when they are turned."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        share = min(SHARES.get(str(image.format), 1.0), SHARES.get(image.mode, 1.0))
+        width, height = image.size
+        if width * height > share * MAX_PIXELS:
+            raise _too_large(name, f"{width} x {height} px", share)
+        before(int(width * height / share))
+        image.load()
+        # An AVIF says it beside EXIF, to the decoder.
+        return _pixels(image), orientation if orientation != 1 else _orientation(image)
 
 
 def _too_large(name: str, found: str, share: float = 1.0) -> UnreadableImage:
