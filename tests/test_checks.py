@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ImageTree, structured_image
+from pictures import PICTURE, chunk, encoded, jpeg_with, png_with, segment
 from PIL import Image
 from test_cli import one_sentence, run
 from test_suites import grow
@@ -283,6 +285,35 @@ class TestFileProperties:
         found = file_properties(tmp_path / "a.png")
         assert found[1:] == ("PNG", 21, 13, 0, False, "", (), "")
 
+    @pytest.mark.parametrize(
+        ("data", "metadata"),
+        [
+            (png_with(chunk(b"tEXt", b"prompt\0a red cube")), ("text",)),
+            (png_with(chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(3_000_000)))), ("unreadable metadata",)),
+            (png_with(chunk(b"tEXt", b"workflow\0" + bytes(20_000_000))), ("unreadable metadata",)),
+            (png_with(chunk(b"eXIf", b"garbage ")), ("EXIF",)),
+            (jpeg_with(segment(0xE0, b"JFIF\0\1")), ("unreadable metadata",)),
+        ],
+        ids=["text", "large text, compressed", "large text", "EXIF", "heading"],
+    )
+    def test_metadata_that_cannot_be_read_is_a_kind_of_it(
+        self, tmp_path: Path, data: bytes, metadata: tuple[str, ...]
+    ) -> None:
+        (tmp_path / "a.png").write_bytes(data)
+        found = file_properties(tmp_path / "a.png")
+        assert (found.error, found.width, found.height, found.metadata) == ("", *PICTURE.size, metadata)
+
+    @pytest.mark.parametrize(
+        ("name", "kind", "wrong"),
+        [("a.jfif", "JPEG", False), ("a.mpo", "JPEG", False), ("a.dib", "DIB", False), ("a.dib", "BMP", False),
+         ("a.avif", "AVIF", False), ("a.png", "AVIF", True), ("a", "PNG", False), ("a.jpg_large", "PNG", False)],
+    )  # fmt: skip
+    def test_a_suffix_is_wrong_where_it_is_another_formats(
+        self, tmp_path: Path, name: str, kind: str, wrong: bool
+    ) -> None:
+        (tmp_path / name).write_bytes(encoded(kind))
+        assert file_properties(tmp_path / name).wrong_suffix is wrong
+
 
 class TestCommand:
     def test_without_check_it_prints_counts_by_generator_with_the_papers_column(self, tmp_path: Path) -> None:
@@ -292,7 +323,7 @@ class TestCommand:
         heading, *rows = (line.split("\t") for line in result.stdout.splitlines())
         assert heading == ["place", "generator", "column", "real", "fake"]
         assert ["AIGIBench/test", "Midjourney", "Midjourney-V6", "2", "1"] in rows and len(rows) == 25
-        assert "75 images in 25 groups, nothing amiss. No image was opened" in result.stderr
+        assert "75 images in 25 groups, nothing amiss. No image was decoded" in result.stderr
 
     def test_with_check_it_prints_what_is_amiss_and_exits_with_1(self, image_tree: ImageTree) -> None:
         root = image_tree(ONE)

@@ -22,8 +22,10 @@ import numpy as np
 import pytest
 from clips import settings, write_checkpoint
 from conftest import structured_image
+from pictures import chunk, entry, exif, segment
 from PIL import Image
 
+from dgs.data.images import MAX_BYTES
 from dgs.model.checkpoint import read_info
 
 PYTHONS = re.compile(r'Traceback|File "|Warning|Exception|Error:')
@@ -103,10 +105,6 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 def png_of_zeros(width: int, height: int, channels: int = 3, bits: int = 8) -> bytes:
     """A valid PNG of black pixels in a few hundred kilobytes, made without the memory that decoding it takes."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     packer = zlib.compressobj(1)
     line = b"\0" * (1 + width * channels * bits // 8)
     packed = b"".join(packer.compress(line) for _ in range(height)) + packer.flush()
@@ -193,6 +191,31 @@ def plain(megapixels: int, mode: str = "RGB") -> Image.Image:
     return Image.new(mode, (10_000, megapixels * 100))
 
 
+TEXT = chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(1_000_000), 9))
+EXIF = segment(0xE1, b"Exif\0\0" + exif(entry(0x112, 3, 1, b"\1"), after=bytes(65_000)))
+MOST = 199_000_000  # of a file: `images.MAX_BYTES`, nearly
+
+
+def filled(data: bytes, at: int, piece: bytes) -> bytes:
+    return data[:at] + piece * ((MOST - len(data)) // len(piece)) + data[at:]
+
+
+def with_xmp(data: bytes) -> bytes:
+    size = (MOST - len(data)) // 2 * 2
+    return data[:4] + struct.pack("<L", len(data) + size) + data[8:] + b"XMP " + struct.pack("<L", size) + bytes(size)
+
+
+def with_tags(data: bytes) -> bytes:
+    """As many tags as a directory holds, each of 100 MB, in one another."""
+    (at,) = struct.unpack_from("<L", data, 4)
+    (count,) = struct.unpack_from("<H", data, at)
+    own = data[at + 2 : at + 2 + 12 * count]
+    tags = b"".join(entry(tag, 7, 100_000_000, b"\x08") for tag in range(1_000, 60_000))
+    data += bytes(MOST - len(data) - len(tags) - 1_000)
+    directory = struct.pack("<H", 59_000 + count) + own + tags + bytes(4)
+    return data[:4] + struct.pack("<L", len(data)) + data[8:] + directory
+
+
 LARGEST: dict[str, Callable[[], bytes]] = {
     "alpha.png": lambda: png_of_zeros(10_000, 8_000, channels=4),
     "rotated.jpg": lambda: encoded(plain(80), "JPEG", exif=ROTATED),
@@ -200,6 +223,10 @@ LARGEST: dict[str, Callable[[], bytes]] = {
     "uncompressed.tif": lambda: encoded(plain(66), "TIFF"),
     "alpha.webp": lambda: encoded(plain(48, "RGBA"), "WEBP", method=0),
     "full.avif": lambda: encoded(plain(48), "AVIF", speed=10, subsampling="4:4:4"),
+    "texts of 170 GB.png": lambda: filled(png_of_zeros(10_000, 8_000, channels=4), 33, TEXT),
+    "EXIF.jpg": lambda: filled(encoded(plain(80), "JPEG", exif=ROTATED), 2, EXIF),
+    "XMP.webp": lambda: with_xmp(encoded(plain(48, "RGBA"), "WEBP", method=0, exif=ROTATED)),
+    "tags.tif": lambda: with_tags(encoded(plain(20), "TIFF")),
 }
 
 
@@ -209,6 +236,7 @@ def test_two_of_the_largest_at_once_stay_below_two_gigabytes(name: str, tmp_path
     params = settings(clip_folder, patches={"enabled": True, "size": 8, "count": 16})
     checkpoint = write_checkpoint(tmp_path / "seed-0", clip_folder, params)
     (tmp_path / name).write_bytes(LARGEST[name]())
+    assert (tmp_path / name).stat().st_size < MAX_BYTES
     (tmp_path / "again").hardlink_to(tmp_path / name)
     outcome = score(tmp_path / name, tmp_path / "again", "--checkpoint", checkpoint)
     assert_civil(outcome)

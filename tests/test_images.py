@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from pictures import PICTURE, chunk, exif, png_with, tiff_with, turn
+from PIL import Image, ImageFile
 
 from dgs.data import images
-from dgs.data.images import UnreadableImage, decode, fit, is_image_name, read, to_rgb
+from dgs.data.images import UnreadableImage, decode, fit, is_image, is_image_name, read, to_rgb
 
-FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "DIB"]
+SUFFIXES = ["jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "bmp", "dib", "tif", "tiff", "gif", "avif", "avifs"]
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -112,14 +117,60 @@ class TestModes:
         exif[0x0112] = orientation
         assert np.array_equal(decode(encode(Image.fromarray(pixels), exif=exif)), upright(pixels))
 
+    @pytest.mark.parametrize("peak", [1.0, 255.0, 65_535.0])
+    def test_floats_are_scaled_to_eight_bits_whatever_white_is(self, peak: float) -> None:
+        levels = np.arange(256, dtype=np.float32).reshape(16, 16)
+        decoded = decode(encode(Image.fromarray(levels / np.float32(255) * np.float32(peak)), "TIFF"))
+        assert np.abs(decoded[..., 0].astype(int) - levels).max() <= (peak > 1)  # above 1 they are cut, not rounded
+
+    def test_floats_beyond_white_are_white_and_what_is_no_number_black(self) -> None:
+        values = np.array([[-0.2, 0.0, 0.5, 1.0, 1.3, np.nan, -np.inf]], dtype=np.float32)
+        decoded = decode(encode(Image.fromarray(values), "TIFF"))
+        assert decoded[0, :, 0].tolist() == [0, 0, 128, 255, 255, 0, 0]
+
+    @pytest.mark.parametrize("values", [[0, 70_000], [-4, 200]])
+    def test_grey_of_32_bits_is_named(self, values: list[int]) -> None:
+        message = refusal(encode(Image.fromarray(np.array([values], dtype=np.int32)), "TIFF"), "folder/a.tif")
+        assert f"found {values[0]} to {values[1]} (save the image with 16)" in message
+
+    @pytest.mark.parametrize("kind", ["I;16", "F"])
+    def test_white_may_be_zero(self, kind: str) -> None:
+        levels = np.arange(256).reshape(16, 16)
+        image = Image.fromarray((levels * 257).astype(np.uint16) if kind == "I;16" else levels.astype(np.float32))
+        stream = io.BytesIO()
+        image.save(stream, "TIFF")
+        data = bytearray(stream.getvalue())
+        at = data.index(b"\x06\x01\x03\0\1\0\0\0\1")  # the photometric interpretation: black is zero
+        data[at + 8] = 0
+        assert np.array_equal(decode(bytes(data))[..., 0], 255 - levels)
+
+    def test_sixteen_bits_of_colour_are_scaled_too(self) -> None:
+        head = struct.pack(">LLBBBBB", 2, 1, 16, 2, 0, 0, 0)
+        pixels = b"\0" + struct.pack(">6H", 0, 257, 25_700, 65_535, 12_850, 1)
+        data = b"".join([chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(pixels)), chunk(b"IEND", b"")])
+        assert decode(b"\x89PNG\r\n\x1a\n" + data).tolist() == [[[0, 1, 100], [255, 50, 0]]]
+
     def test_a_pil_image_is_left_as_it_was(self) -> None:
         image = Image.fromarray(noise(4, 4, 4), "RGBA")
         before = image.tobytes()
         to_rgb(image)
         assert (image.mode, image.tobytes()) == ("RGBA", before)
 
+    def test_a_pil_image_is_read_as_its_file(self) -> None:
+        for data in (encode(Image.fromarray(noise(4, 7)), exif=exif(turn(6))), png_with(chunk(b"eXIf", b"garbage "))):
+            with Image.open(io.BytesIO(data)) as image:
+                assert np.array_equal(to_rgb(image), decode(data))
+
 
 class TestRefusals:
+    def test_a_kind_that_is_not_read_is_named(self) -> None:
+        data = bytearray(encode(Image.fromarray(noise(4, 4)), "TIFF"))
+        at = data.index(b"\x02\x01\x03\0\3\0\0\0")  # bits a sample, three numbers elsewhere
+        data[at + 4] = 1
+        data[at + 8 : at + 10] = b"\x20\0"
+        message = refusal(bytes(data))
+        assert "a variant of TIFF that is not read" in message and "8 or 16 bits" in message
+
     def test_an_empty_file(self) -> None:
         message = refusal(b"")
         assert "empty" in message and "Remove or replace" in message
@@ -164,6 +215,47 @@ class TestRefusals:
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
+def _half_transparent() -> Image.Image:
+    return Image.merge("RGBA", [*PICTURE.split(), Image.new("L", PICTURE.size, 128)])
+
+
+def _gray16() -> Image.Image:
+    return Image.fromarray(noise(6, 8)[..., 0].astype(np.uint16) * 257)
+
+
+RELEASE: dict[str, tuple[bytes, bool]] = {  # docs/release.md has these rows: a file, and whether pixels are the same
+    "PNG": (encode(PICTURE), True),
+    "JPEG": (encode(PICTURE, "JPEG"), True),
+    "CMYK": (encode(PICTURE.convert("CMYK"), "JPEG"), True),
+    "palette": (encode(PICTURE.convert("P")), True),
+    "animation": (encode(PICTURE, "GIF", save_all=True, append_images=[Image.new("RGB", PICTURE.size)]), True),
+    "orientation of a TIFF": (tiff_with(turn(6)), True),
+    "alpha": (encode(_half_transparent()), False),
+    "transparent colour": (encode(PICTURE, transparency=PICTURE.getpixel((0, 0))), False),
+    "orientation": (encode(PICTURE, exif=exif(turn(6))), False),
+    "gray of 16 bits": (encode(_gray16()), False),
+    "floats": (encode(Image.fromarray(np.linspace(0, 1, 30, dtype=np.float32).reshape(5, 6)), "TIFF"), False),
+}
+
+
+class TestBesideTheRelease:
+    """It opens a file with Pillow, turns nothing, converts to RGB, and fills up what is cut short."""
+
+    @pytest.mark.parametrize("what", RELEASE)
+    def test_where_it_reads_other_pixels(self, what: str) -> None:
+        data, is_same = RELEASE[what]
+        with Image.open(io.BytesIO(data)) as image:
+            theirs = np.asarray(image.convert("RGB"))
+        assert np.array_equal(theirs, decode(data)) is is_same
+
+    def test_what_is_cut_short_it_fills_with_gray(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        data = encode(Image.fromarray(noise(64, 64)), "JPEG")[:1_500]
+        refusal(data)
+        monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+        with Image.open(io.BytesIO(data)) as image:
+            assert set(np.asarray(image.convert("RGB"))[-16:].ravel()) == {128}
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
@@ -173,6 +265,46 @@ class TestRefusals:
 )
 def test_image_names_are_told_by_the_last_suffix(names: list[str], expected: bool) -> None:
     assert [is_image_name(Path(name)) for name in names] == [expected] * 5
+
+
+class TestIsImage:
+    """What of a folder is read: by the suffix, and by the first bytes of a file with another or none."""
+
+    @pytest.mark.parametrize("suffix", SUFFIXES)
+    def test_a_suffix_of_a_format_is_enough_so_that_a_broken_file_is_named(self, tmp_path: Path, suffix: str) -> None:
+        for name in (f"a.{suffix}", f"b.{suffix.upper()}"):
+            (tmp_path / name).write_text("not found")
+            assert is_image(tmp_path / name)
+
+    @pytest.mark.parametrize("kind", FORMATS)
+    def test_a_file_without_a_suffix_is_known_by_its_content(self, tmp_path: Path, kind: str) -> None:
+        (tmp_path / "9f86d081").write_bytes(encode(Image.fromarray(noise(5, 5)), kind))
+        assert is_image(tmp_path / "9f86d081")
+        assert decode(read(tmp_path / "9f86d081")).shape == (5, 5, 3)
+
+    @pytest.mark.parametrize("name", ["a.jpg_large", "v1.2", "photo.jpg~", "a.txt", "a.mpo", "x.part"])
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "AVIF"])
+    def test_so_is_one_with_a_suffix_of_something_else(self, tmp_path: Path, name: str, kind: str) -> None:
+        (tmp_path / name).write_bytes(encode(Image.fromarray(noise(5, 5)), kind))
+        assert is_image(tmp_path / name)
+
+    @pytest.mark.parametrize("name", ["a.dng", "a.nef", "a.cr2", "a.txt"])
+    @pytest.mark.parametrize("kind", ["TIFF", "BMP", "DIB"])
+    def test_but_not_where_other_things_begin_in_the_same_way(self, tmp_path: Path, name: str, kind: str) -> None:
+        (tmp_path / name).write_bytes(encode(Image.fromarray(noise(5, 5)), kind))
+        assert not is_image(tmp_path / name)
+
+    def test_other_things_are_none(self, tmp_path: Path) -> None:
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "empty").write_bytes(b"")
+        (tmp_path / "notes.md").write_text("BMW\n")
+        (tmp_path / "short").write_bytes(b"\xff\xd8")
+        (tmp_path / "a.psd").write_bytes(b"8BPS\0\1" + bytes(30))
+        (tmp_path / "film.mp4").write_bytes(bytes(4) + b"ftypisom" + bytes(30))
+        (tmp_path / "a.heic").write_bytes(bytes(4) + b"ftypheic" + bytes(30))
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+        assert [path.name for path in tmp_path.iterdir() if is_image(path)] == []
 
 
 class TestFit:

@@ -17,6 +17,7 @@ from conftest import SPLITS, ImageTree, structured_image
 from settings import DataParams
 
 from dgs.analysis.metrics import detection_table
+from dgs.data.captioning import image_files
 from dgs.data.images import UnreadableImage, decode
 from dgs.data.manifest import (
     COLUMNS,
@@ -33,7 +34,8 @@ from dgs.data.manifest import (
     open_image,
     read_prompts,
 )
-from dgs.data.tree import MINIBENCH, ignored_files, scan_root
+from dgs.data.matching import match
+from dgs.data.tree import MINIBENCH, ignored_files, scan_root, scan_tree
 from dgs.errors import UserError
 
 NO_VAL = {"train": ("alpha", "beta"), "test": ("alpha", "gamma")}
@@ -267,6 +269,25 @@ class TestWhatIsFoundInAFolder:
         (real / "gone.png").symlink_to(real / "nowhere.png")
         assert ignored_files(scan_root(root)) == {".heic": 2, ".png": 1, ".txt": 1}
         assert ignored_files(scan_root(image_tree(name="plain"))) == {}
+
+    def test_an_image_is_read_whatever_its_name_and_the_same_everywhere(
+        self, image_tree: ImageTree, tmp_path: Path
+    ) -> None:
+        root = image_tree()
+        fakes = root / "train" / "alpha" / "1_fake"
+        before = len(manifest_of(root))
+        for number, (name, kind) in enumerate(
+            {"a.jfif": "JPEG", "b.avif": "AVIF", "9f86d081": "WEBP", "c.jpg_large": "JPEG", "d.apng": "PNG"}.items()
+        ):
+            structured_image(9_100 + number).save(fakes / name, kind)
+        manifest = manifest_of(root)
+        new = {Path(file).name for file in manifest["file"]} & {"a.jfif", "b.avif", "9f86d081", "c.jpg_large", "d.apng"}
+        assert len(new) == 5 and len(manifest) == before + 5
+        assert ignored_files(scan_root(root)) == {}
+        assert scan_tree(root).files["is_image"].all()
+        assert len(image_files(root)) == len(manifest)
+        copy = match(scan_tree(root), tmp_path / "matched", size=8)
+        assert (copy.summary["images"], copy.unreadable) == (len(manifest), 0)
 
     def test_cautions_name_what_a_reader_should_know(self, root: Path) -> None:
         path = next((root / "train" / "alpha" / "0_real").iterdir())

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dgs.analysis.forgetting import linear_cka
-from dgs.data.images import UnreadableImage, decode, files_under, fit, is_image_name, read
+from dgs.data.images import UnreadableImage, decode, files_under, fit, is_image, read
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
 from dgs.model.clip import load_clip
@@ -37,7 +37,7 @@ def compare_towers(a: str, b: str, images: Path, say: Callable[[str], None]) -> 
         UserError: no image that can be read, neither a folder nor NAME:TAG; as `load_clip`.
     """
     towers = [_load(name) for name in (a, b)]
-    names = [file for file in files_under([images]) if is_image_name(file)]
+    names = [file for file in files_under([images]) if is_image(file)]
     parts: list[list[Array]] = []
     for start in tqdm(range(0, len(names), BATCH), unit="batch", disable=len(names) <= BATCH):
         if pictures := list(_decoded(names[start : start + BATCH], say)):

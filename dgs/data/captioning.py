@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dgs.data.captions import BLIP, by_image, one_object, read_captions
-from dgs.data.images import UnreadableImage, decode, is_image_name, read
+from dgs.data.images import UnreadableImage, decode, is_image, read
 from dgs.data.layouts import LABELS, files_in
 from dgs.device import choose_device
 from dgs.errors import UserError, did_you_mean
@@ -270,7 +270,7 @@ def image_files(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise UserError(f"Expected a folder of images at {root}, found none. Mend the path.")
-    files = [path for path in sorted(files_in(root)) if is_image_name(path)]
+    files = [path for path in sorted(files_in(root)) if is_image(path)]
     labelled = [path for path in files if LABELS.keys() & set(path.relative_to(root).parts[:-1])]
     if not files:
         raise UserError(f"Expected image files in {root}, found none. Add some, or mend the path.")

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -21,8 +22,9 @@ from PIL import Image
 from PIL.JpegImagePlugin import get_sampling
 from tqdm import tqdm
 
+from dgs.data.containers import without_metadata
 from dgs.data.defects import Finding, find_missing, lacking
-from dgs.data.images import FORMATS, UnreadableImage, decode, read
+from dgs.data.images import FORMATS, UnreadableImage, decode, format_of, read
 from dgs.data.layouts import FAKE, LABELS, REAL
 from dgs.data.suites import full_name
 from dgs.data.tree import Tree, rows_of
@@ -38,6 +40,8 @@ METADATA = {
     "exif": "EXIF", "icc_profile": "ICC profile", "xmp": "XMP", "XML:com.adobe.xmp": "XMP", "photoshop": "Photoshop",
     "comment": "comment", "dpi": "resolution",
 }  # fmt: skip
+UNREADABLE = "unreadable metadata"  # a decoder refuses it, or it is above LARGE, which may take a decoder minutes
+LARGE = 1 << 24  # bytes
 CHROMA = ("4:4:4", "4:2:2", "4:2:0")  # subsampling, by the decoder's numbers
 PROPERTIES = ("format", "size", "quality", "metadata")  # that trivial rules are about
 
@@ -89,6 +93,16 @@ def _metadata(image: Image.Image) -> tuple[str, ...]:
     return tuple(sorted(found | ({"text"} if image.format == "PNG" and text else set())))
 
 
+def _opened(data: bytes) -> tuple[Any, tuple[str, ...]]:
+    """An image that can be decoded, with its header read, and the kinds of its metadata."""
+    pixels, _ = without_metadata(data, format_of(data))
+    if len(data) - len(pixels) <= LARGE:
+        with suppress(Exception):  # decoders raise anything at all on metadata
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            return image, _metadata(image)
+    return Image.open(io.BytesIO(pixels), formats=FORMATS), (UNREADABLE,)
+
+
 def file_properties(path: Path) -> FileProperties:
     """Read and decode one file; an unreadable one is no exception here, its `error` says why."""
     sha256 = ""
@@ -98,15 +112,16 @@ def file_properties(path: Path) -> FileProperties:
         decode(data, str(path))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                named = image.format or "unknown"
-                found = SAME.get(named, named)
+            image, metadata = _opened(data)
+            with image:
+                found = SAME.get(image.format, image.format)
                 tables = getattr(image, "quantization", None)
                 quality = jpeg_quality(tables[0]) if found == "JPEG" and tables and 0 in tables else 0
                 coding = _coding(image) if found == "JPEG" else ""
-                wrong_suffix = Image.registered_extensions().get(path.suffix.lower(), found) != found
-                metadata = _metadata(image)
-                return FileProperties(sha256, found, *image.size, quality, wrong_suffix, coding, metadata)
+                named = Image.registered_extensions().get(path.suffix.lower(), found)
+                wrong_suffix = SAME.get(named, named) != found
+                width, height = image.size
+                return FileProperties(sha256, found, width, height, quality, wrong_suffix, coding, metadata)
     except UnreadableImage as error:
         return FileProperties(sha256, error=str(error))
 
@@ -337,7 +352,7 @@ def _report(tree: Tree, added: Iterable[dict[str, Any]], findings: list[Finding]
 
 def listing(tree: Tree) -> Report:
     """What lies where and what is missing; no image is opened."""
-    unread = " No image was opened; --check does that."
+    unread = " No image was decoded; --check does that."
     return _report(tree, [{}] * len(tree.groups), list(find_missing(tree)), [], unread)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from dgs.data.images import is_image_name
+from dgs.data.images import is_image
 from dgs.data.layouts import LABELS, REAL, SPLITS, UNNAMED, files_in, label_meant, split_meant
 from dgs.data.packs import image_column, open_parquet
 from dgs.data.suites import SHARED_REALS
@@ -152,7 +152,7 @@ def read_dataset(root: Path, layout: str) -> tuple[pd.DataFrame, list[str]]:
         if needed not in set(found["split"]):
             raise UserError(f"Expected images of the split {needed} in {root}, found none. Name it in a column split.")
     notes = ["Labels: " + ", ".join(f"{word} is {('real', 'fake')[label]}" for label, word in sorted(said)) + "."]
-    others = {path.relative_to(root).as_posix() for path in files if is_image_name(path)} - set(found["file"])
+    others = {path.relative_to(root).as_posix() for path in files if is_image(path)} - set(found["file"])
     if is_folder and others:
         notes.append(f"{len(others)} images are in no table and not read, first {min(others)}.")
     return found, notes

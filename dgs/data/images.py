@@ -7,22 +7,26 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
+from dgs.data.containers import without_metadata
 from dgs.errors import UserError, printable
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 # Photographs and what generators write; not every format that Pillow knows: for EPS, say, it starts another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")
+HEAD = 16  # bytes that tell a format
+COMMON_HEADS = ("BMP", "DIB", "TIFF")  # other things begin so too, such as a camera's raw files
 MAX_PIXELS = 80_000_000  # refuse decompression bombs: 80 MP decode to 240 MB, and take 1 GB on the way
 SHARES = {"WEBP": 0.6, "AVIF": 0.6, "CMYK": 0.8}  # of MAX_PIXELS, where decoding takes more memory than that a pixel
 MAX_BYTES = 200_000_000  # of a file
 LONGEST = 16  # times the shorter side: what is longer is cut to its middle before it is scaled
 BAND = 1 << 22  # pixels converted at a time
+PHOTOMETRIC = 262  # TIFF's tag
 
 # Once and for all: warnings.catch_warnings around each image would not be safe in threads. What matters is an error.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -35,12 +39,50 @@ class UnreadableImage(UserError):
         super().__init__(printable(sentence))
 
 
-GRAY_MODES = ("I;16", "I;16B", "I;16L", "I")
+GRAY_MODES = ("I;16", "I;16B", "I;16L", "I", "F")
+WHITES = (1, 255, 65_535, 2**32 - 1)  # of floats
+# Of rows and columns, by EXIF's orientation.
+TURNS: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a[::-1].swapaxes(0, 1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a[:, ::-1].swapaxes(0, 1),
+}
+
+
+@cache
+def _extensions() -> frozenset[str]:
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
 
 def is_image_name(path: Path) -> bool:
-    """True where the last suffix is an image's, whatever its case."""
-    return path.suffix.lower() in EXTENSIONS
+    """True where the last suffix is one of a format in `FORMATS`, whatever its case."""
+    return path.suffix.lower() in _extensions()
+
+
+def is_image(path: Path) -> bool:
+    """True where a file's suffix or its first bytes are those of a format in `FORMATS`: what is read of a folder.
+
+    A suffix is enough, so that a broken image is not passed over in silence, and so is the content, whatever the name;
+    but of `COMMON_HEADS` only where there is no suffix.
+    """
+    if is_image_name(path):
+        return True
+    try:
+        found = format_of(read(path, HEAD))
+    except UnreadableImage:
+        return False
+    return found != "" and (found not in COMMON_HEADS or path.suffix == "")
+
+
+def format_of(head: bytes) -> str:
+    """The format that a file's first bytes announce; "" if none of `FORMATS`."""
+    Image.init()
+    accepts = ((name, Image.OPEN[name][1]) for name in FORMATS if name in Image.OPEN)
+    return next((name for name, accept in accepts if accept and accept(head[:HEAD].ljust(HEAD)) is True), "")
 
 
 def files_under(paths: Iterable[Path]) -> Iterator[Path]:
@@ -69,37 +111,73 @@ def files_under(paths: Iterable[Path]) -> Iterator[Path]:
             yield path
 
 
-def _band_to_rgb(band: Image.Image, gray_divisor: float) -> NDArray[np.uint8]:
-    if band.mode in GRAY_MODES:
-        gray = np.clip(np.asarray(band).astype(np.float64) / gray_divisor, 0, 255).astype(np.uint8)
-        return np.repeat(gray[..., None], 3, axis=2)
+def _grey_to_rgb(band: Image.Image, white: float, transparent: object, is_inverted: bool) -> NDArray[np.uint8]:
+    values = np.asarray(band)
+    scaled = np.nan_to_num(values.astype(np.float64) * 255 / white)
+    scaled = np.clip(np.rint(scaled) if white == 1 else scaled, 0, 255).astype(np.uint8)
+    grey = 255 - scaled if is_inverted else scaled
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _band_to_rgb(band: Image.Image) -> NDArray[np.uint8]:
     if band.mode in ("RGBA", "LA", "PA") or "transparency" in band.info:
         rgba = band.convert("RGBA")
         band = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
     return np.asarray(band.convert("RGB"))
 
 
-def _is_askew(image: Image.Image) -> bool:
-    return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+def _white(image: Image.Image) -> float:
+    """The value of white, which floats and 32-bit numbers do not say: the next that makes sense for the largest."""
+    if image.mode not in ("I", "F"):
+        return 65_535
+    low, high = (float(value) for value in image.getextrema())  # type: ignore[arg-type]
+    if image.mode == "F":  # in 0..1 or 0..255 as a rule, where some values may lie beyond white
+        return next((white for white in WHITES if high < 16 * white), 1)
+    if low < 0 or high > 65_535:
+        raise ValueError(
+            f"expected grey values of 8 or 16 bits, found {low:.0f} to {high:.0f} (save the image with 16)"
+        )
+    return 255 if high <= 255 else 65_535
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8, as an opened image says; 1 where that cannot be read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # metadata of any kind may be broken in any way
+        return 1
+
+
+def _turned(rgb: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(TURNS[orientation](rgb)) if orientation in TURNS else rgb
 
 
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """A PIL image of any mode to (H, W, 3) uint8: EXIF rotation applied, 16 bits scaled to 8, alpha over white.
+    """A PIL image of any mode as (H, W, 3) uint8: turned as EXIF says, 16 bits and floats scaled, alpha over white.
 
     In bands, so that beside the two images little memory is needed.
     """
-    if _is_askew(image):
-        image = ImageOps.exif_transpose(image)
-    divisor = 257.0
-    if image.mode == "I":  # which alone does not say how deep the file was
-        divisor = 1.0 if np.max(image.getextrema()) <= 255 else 257.0
+    image.load()
+    return _turned(_pixels(image), _orientation(image))
+
+
+def _pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """As `to_rgb`, not turned."""
+    is_grey = image.mode in GRAY_MODES
+    white = _white(image) if is_grey else 255
+    is_inverted = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0  # TIFF's "white is zero"
     width, height = image.size
     rgb = np.empty((height, width, 3), dtype=np.uint8)
     rows = max(1, BAND // width)
     for top in range(0, height, rows):
         bottom = min(height, top + rows)
         band = image if rows >= height else image.crop((0, top, width, bottom))
-        rgb[top:bottom] = _band_to_rgb(band, divisor)
+        if is_grey:
+            rgb[top:bottom] = _grey_to_rgb(band, white, image.info.get("transparency"), is_inverted)
+        else:
+            rgb[top:bottom] = _band_to_rgb(band)
     return rgb
 
 
@@ -129,8 +207,8 @@ def size_of(path: Path) -> int:
         return 0
 
 
-def read(path: Path) -> bytes:
-    """A file's bytes.
+def read(path: Path, most: int = MAX_BYTES) -> bytes:
+    """A file's bytes, the first `most` of them.
 
     Raises:
         UnreadableImage: missing, no permission, over `MAX_BYTES`, or no file: a folder, pipe, device or socket.
@@ -141,7 +219,7 @@ def read(path: Path) -> bytes:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             found = os.fstat(file.fileno())
             _require_file(found, path)
-            return file.read(found.st_size + 1) or b""  # the kernel's own files say 0, and may have no end
+            return file.read(min(found.st_size + 1, most)) or b""  # the kernel's own files say 0, and may have no end
     except OSError as error:
         raise UnreadableImage(f"Cannot read {path}: {error.strerror or error}.") from None
 
@@ -160,17 +238,9 @@ def decode(data: bytes, name: str = "image", before: Callable[[int], object] = l
     """
     if not data:
         raise UnreadableImage(f"Cannot decode {name}: the file is empty. Remove or replace it.")
+    kind = format_of(data)
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            share = min(SHARES.get(str(image.format), 1.0), SHARES.get(image.mode, 1.0))
-            width, height = image.size
-            if width * height > share * MAX_PIXELS:
-                raise _too_large(name, f"{width} x {height} px", share)
-            before(int(width * height / share))
-            image.load()
-            if _is_askew(image):
-                ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
+        return _turned(*_decoded(*without_metadata(data, kind), name, before))
     except UnreadableImage:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit, of 179 megapixels
@@ -179,7 +249,24 @@ def decode(data: bytes, name: str = "image", before: Callable[[int], object] = l
         reason = " ".join(str(error).split()) or type(error).__name__
         if "cannot identify image file" in reason:
             reason = f"not an image in a format that is read ({', '.join(FORMATS)})"
+            if kind:
+                reason = f"a damaged header, or a variant of {kind} that is not read (save it with 8 or 16 bits)"
         raise UnreadableImage(f"Cannot decode {name}: {reason}. Remove or replace it.") from None
+
+
+def _decoded(
+    data: bytes, orientation: int, name: str, before: Callable[[int], object]
+) -> tuple[NDArray[np.uint8], int]:
+    """Pixels, not turned, and their orientation; the decoder's own copy of them is gone when they are turned."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        share = min(SHARES.get(str(image.format), 1.0), SHARES.get(image.mode, 1.0))
+        width, height = image.size
+        if width * height > share * MAX_PIXELS:
+            raise _too_large(name, f"{width} x {height} px", share)
+        before(int(width * height / share))
+        image.load()
+        # An AVIF says it beside EXIF, to the decoder.
+        return _pixels(image), orientation if orientation != 1 else _orientation(image)
 
 
 def _too_large(name: str, found: str, share: float = 1.0) -> UnreadableImage:

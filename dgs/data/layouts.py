@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from dgs.data.images import is_image_name
+from dgs.data.images import is_image
 from dgs.data.suites import (
     NO_SUITE,
     PROGAN,
@@ -184,7 +184,7 @@ def read_layout(root: Path) -> Layout:
     if not labelled and _read_other_names(root, outside, found):
         return found
     above = {root, *(parent for folder in labelled for parent in folder.parents)}
-    found.loose = [file for folder in outside if folder in above for file in outside[folder] if is_image_name(file)]
+    found.loose = [file for folder in outside if folder in above for file in outside[folder] if is_image(file)]
     _read_suites(root, found)
     if not found.suites and (suite := _suite_of(root)):
         found.strangers = []
@@ -334,7 +334,7 @@ def _read_other_names(root: Path, inside: Mapping[Path, list[Path]], found: Layo
         found.refusals.append(_undivided(root, leaves, generators[0]))
     read = {top for place in found.places for _, top, _ in place.tops}
     beside = (folder for folder in inside if not read & {folder, *folder.parents})
-    found.loose = [file for folder in beside for file in inside[folder] if is_image_name(file)]
+    found.loose = [file for folder in beside for file in inside[folder] if is_image(file)]
     return True
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from dgs.data.images import is_image_name
+from dgs.data.images import is_image
 from dgs.data.layouts import FAKE, FEW, LABELS, REAL, Layout, Place, files_in, read_layout, renames, split_or_suite
 from dgs.data.suites import SUITES, full_name, is_pool, pools_for
 from dgs.errors import UserError
@@ -43,10 +43,10 @@ class Group(NamedTuple):
 class Tree:
     """The files in the label folders of a tree.
 
-    groups: the fields of `Group`, real and fake (images, by their names).
+    groups: the fields of `Group`, real and fake (images).
     files: one row a file, by group, label and path; columns group (an index into `groups`), label ("0_real" or
-        "1_fake"), path, is_image (by its name: no file is opened) and words (for a caption: the name of the class's
-        folder, or of the generator's).
+        "1_fake"), path, is_image (as `images.is_image`) and words (for a caption: the name of the class's folder, or
+        of the generator's).
     layout: what the folders were read as.
     """
 
@@ -131,7 +131,7 @@ def scan_root(root: Path) -> Tree:
     """Any folder, as the pipeline reads it: its splits, and the suites beside them."""
     layout = read_layout(root)
     files = [
-        (number, label, path, is_image_name(path), words)
+        (number, label, path, is_image(path), words)
         for number, place in enumerate(layout.places)
         for label in LABELS
         for path, words in sorted(
