@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from scipy.stats import kendalltau
 
 from dgs.analysis.metrics import headline, per_seed_values, read_detection, unique
@@ -33,7 +32,8 @@ from dgs.stats import (
     seed_interval,
     stratified_bootstrap,
 )
-from dgs.workspace import MAIN
+from dgs.tables import read_table
+from dgs.workspace import MAIN, yaml_text
 
 SUBJECT, BASELINE, PAPERS = "dgs_plus", "lora", "dgs"
 PARTS = ("poe_swad",)  # of the subject, so no rivals of it
@@ -91,7 +91,7 @@ def read_tables(root: Path, profile: str) -> dict[str, pd.DataFrame]:
     if (folder / "metrics.json").exists():
         data_hash = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["data_hash"]
         labels = pd.DataFrame({"profile": profile, "data_hash": data_hash}, index=[0])
-        detection, forgetting = read_detection(folder / "detection.csv"), pd.read_csv(folder / "forgetting.csv")
+        detection, forgetting = read_detection(folder / "detection.csv"), read_table(folder / "forgetting.csv")
         return {"detection": labels.merge(detection, how="cross"), "forgetting": labels.merge(forgetting, how="cross")}
     found = {name: table[table["profile"] == profile] for name, table in _stored(root).items()}
     if not found or found["detection"].empty:
@@ -277,7 +277,7 @@ def write_study(root: Path, names: Sequence[str], folder: Path) -> Path:
 
     conditions = [read_condition(root, name) for name in names]
     search = root / "results" / MAIN / "tuning.csv"
-    report = study_report(conditions, pd.read_csv(search) if search.exists() else None)
+    report = study_report(conditions, read_table(search) if search.exists() else None)
     folder.mkdir(parents=True, exist_ok=True)
     comparison_table(conditions).round(6).to_csv(folder / "table.csv", index=False)
     save(study_forest(generator_gaps(conditions)), folder / "forest.png")
@@ -290,5 +290,5 @@ def write_params(root: Path, names: Sequence[str], folder: Path) -> Path:
     content = {name: load_params(name, root).model_dump(mode="json") for name in names}
     for name, params in content.items():
         params["methods"] = unique(read_tables(root, name)["detection"]["method"])
-    (folder / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    (folder / "params.yaml").write_text(yaml_text(content), encoding="utf-8")
     return folder / "params.yaml"
