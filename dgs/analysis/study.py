@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from scipy.stats import kendalltau
 
-from dgs.analysis.metrics import headline, per_seed_values, read_detection, unique
-from dgs.analysis.report import COMPARED, markdown_table, plus_minus, render
+from dgs.analysis.metrics import AGAINST_ALIGNED, headline, label_of, per_seed_values, read_detection, unique
+from dgs.analysis.report import markdown_table, plus_minus, render
 from dgs.analysis.tuning import RULES, choices
 from dgs.atomic import replacing_file
 from dgs.errors import UserError
@@ -33,17 +34,14 @@ from dgs.stats import (
     stratified_bootstrap,
 )
 from dgs.tables import read_table
-from dgs.workspace import MAIN, yaml_text
+from dgs.workspace import MAIN
 
 SUBJECT, BASELINE, PAPERS = "dgs_plus", "lora", "dgs"
 PARTS = ("poe_swad",)  # of the subject, so no rivals of it
 GOALS = {0.9: 15.0, 0.75: 6.6, 0.5: 0.0}  # points above lora on unseen generators that were asked of the subject
 KEPT = 0.95  # share of the frozen tower's abilities that was asked of it
 UNSEEN, ABILITIES = "balanced_acc_unseen", ("zero_shot_kept", "retrieval_kept")
-SHOWN = {
-    key: COMPARED[key].label.removeprefix("balanced acc., ")
-    for key in (UNSEEN, "worst_generator_balanced_acc", "balanced_acc_seen", "ap_unseen", *ABILITIES)
-}
+SHOWN = (UNSEEN, "worst_generator_balanced_acc", "balanced_acc_seen", "ap_unseen", *ABILITIES)
 STORE = Path("results/study")  # the tables of all conditions, whose own results folders are not committed
 TABLES = ("detection", "forgetting")
 
@@ -54,6 +52,7 @@ class Condition:
 
     values: columns method, seed, metric, value, as `metrics.per_seed_values` gives them.
     cells: {method: balanced accuracy on unseen generators, a row a seed and a column a generator}.
+    labels: of `SHOWN`, in its order; they say if the text side in a measure was trained to the tower.
     """
 
     name: str
@@ -61,6 +60,7 @@ class Condition:
     data_hash: str
     values: pd.DataFrame
     cells: Mapping[str, pd.DataFrame]
+    labels: Mapping[str, str]
 
     def of(self, method: str, metric: str = UNSEEN) -> pd.Series:
         """Values by seed."""
@@ -127,7 +127,8 @@ def read_condition(root: Path, name: str) -> Condition:
         for method, rows in native[~native["seen"]].groupby("method", sort=False)
     }
     values = per_seed_values(detection, tables["forgetting"])
-    return Condition(name, float(native["rho"].iloc[0]), str(detection["data_hash"].iloc[0]), values, cells)
+    labels = {key: label_of(key, tables["forgetting"]).removeprefix("balanced acc., ") for key in SHOWN}
+    return Condition(name, float(native["rho"].iloc[0]), str(detection["data_hash"].iloc[0]), values, cells, labels)
 
 
 def comparison_table(conditions: Sequence[Condition]) -> pd.DataFrame:
@@ -196,7 +197,7 @@ def _ranking(condition: Condition) -> str:
         middle = percent_text(iqm(condition.cells[name].to_numpy()))
         gaps = [interval_text(condition.gap(name, other)) if name != other else "–" for other in (BASELINE, PAPERS)]
         rows.append([f"`{name}`", unseen, middle, *others, *gaps])
-    unseen, *others = SHOWN.values()
+    unseen, *others = condition.labels.values()
     return markdown_table(["method", unseen, "IQM", *others, f"minus `{BASELINE}`", f"minus `{PAPERS}`"], rows)
 
 
@@ -207,6 +208,7 @@ def _goals(conditions: Sequence[Condition]) -> str:
         gaps = {other: condition.gap(SUBJECT, other) for other in dict.fromkeys((BASELINE, PAPERS, rival))}
         measured = [condition.of(SUBJECT, metric) for metric in ABILITIES]
         kept = min((values.mean() for values in measured if not values.empty), default=None)
+        note = AGAINST_ALIGNED if condition.labels[ABILITIES[0]].endswith(AGAINST_ALIGNED) else ""
         wanted = "–" if goal is None else rounded_text(goal, sign=True)
         reached = goal is not None and min(gaps[other].mean for other in (BASELINE, PAPERS)) >= goal
         rows.append(
@@ -214,7 +216,7 @@ def _goals(conditions: Sequence[Condition]) -> str:
                 f"`{condition.name}`", wanted, interval_text(gaps[BASELINE]), interval_text(gaps[PAPERS]),
                 "yes" if reached else "no",
                 f"`{rival}`", interval_text(gaps[rival]), "yes" if gaps[rival].low > 0 else "no",
-                *(("–", "–") if kept is None else (percent_text(kept), "yes" if kept >= KEPT else "no")),
+                *(("–", "–") if kept is None else (percent_text(kept) + note, "yes" if kept >= KEPT else "no")),
             ]
         )  # fmt: skip
     header = [
@@ -290,5 +292,5 @@ def write_params(root: Path, names: Sequence[str], folder: Path) -> Path:
     content = {name: load_params(name, root).model_dump(mode="json") for name in names}
     for name, params in content.items():
         params["methods"] = unique(read_tables(root, name)["detection"]["method"])
-    (folder / "params.yaml").write_text(yaml_text(content), encoding="utf-8")
+    (folder / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return folder / "params.yaml"
