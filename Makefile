@@ -16,7 +16,7 @@ UV_VERSION := 0.13.9
 # An active conda environment named dgs (environment.yml) is used as it is; otherwise .venv is made.
 ifeq ($(CONDA_DEFAULT_ENV),dgs)
 BIN := $(CONDA_PREFIX)/bin
-READY :=
+READY := history
 else
 BIN := $(CURDIR)/.venv/bin
 READY := .venv/.ready
@@ -33,11 +33,16 @@ NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gr
 PARALLEL := -n logical --dist loadfile  # not by groups: pytest-xdist 3.8 loses them under pytest 9.2 without a word
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120
 
-.PHONY: environment repro test test-slow verify study real real-pictures real-captions bench lint report lab lock
+.PHONY: history environment repro test test-slow verify study real real-pictures real-captions bench lint report lab lock
 environment: $(READY)
 
+# DVC asks for a git repository, and refuses a copy without one (a ZIP) when everything is installed: made here, first.
+history:
+	@git rev-parse --git-dir > /dev/null 2>&1 || \
+	  { echo "dgs: DVC needs a git repository, found none: git init makes an empty one here."; git init --quiet .; }
+
 # torch comes first and by pip: it honours the machine's pip settings, and keeps a CPU build that is already there.
-.venv/.ready: requirements.lock pyproject.toml
+.venv/.ready: requirements.lock pyproject.toml | history
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	  { echo "dgs: expected Python 3.11 as python3.11 or python3, found $$($(PYTHON) --version). Set PYTHON=/path/to/python3.11."; exit 1; }
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

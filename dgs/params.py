@@ -93,7 +93,7 @@ class DataParams(_Group):
 
     layout: Literal["minibench", "folders", "imagefolder", "parquet"]
     root: PathName  # folder of the layout, relative to the repository or absolute
-    rho: float | None  # minibench only: P(fake | caption group) in training
+    rho: Rate | None  # minibench only: P(fake | caption group) in training
     shortcut: Literal["background", "object"]  # minibench only: what the caption groups are made by
     captions: PathName | None  # not for the minibench: JSON lines {"path" or "sha256", "caption"}, or {path: caption}
     val_fraction: Rate  # own images without a val split: this share of train, cut by content hash
@@ -134,7 +134,7 @@ class ModelParams(_Group):
 
 
 class ComputeParams(_Group):
-    """What it runs on; of these device, threads, gemm, batch_size and prefix_mb can change a result, by rounding."""
+    """What it runs on; of these jobs, workers, keep_mb and snapshot_seconds leave what is trained to the bit."""
 
     device: str
     gemm: Literal["auto", "torch", "onednn"]  # what multiplies matrices where adapters are: dgs.model.gemm

@@ -74,11 +74,21 @@ def _check_places(params: Params, root: Path) -> None:
             )
 
 
+def _not_looked_at(params: Params) -> tuple[str, ...]:
+    own = [method for method in params.methods if get_method(method).model is not None]
+    found = {"train.accumulate": (params.train.accumulate, 1), "model.precision": (params.model.precision, "fp32")}
+    given = [f"{name}: {value}" for name, (value, usual) in found.items() if value != usual]
+    if not own or not given:
+        return ()
+    what = f"{' and '.join(own)}, which brings a network of its own"
+    return (f"{what}, is trained in whole batches and in fp32, whatever is given ({', '.join(given)}).",)
+
+
 def check_params(params: Params, root: Path) -> tuple[str, ...]:
     """What can be known to be wrong before any stage runs: methods, folders, files and weights that are not there.
 
     Returns:
-        what is assumed of the CLIP, since nothing says it, a sentence each.
+        what is assumed of the CLIP, since nothing says it, and what is given and not looked at, a sentence each.
 
     Raises:
         UserError: the first mistake.
@@ -87,6 +97,8 @@ def check_params(params: Params, root: Path) -> tuple[str, ...]:
         if method != "default":
             get_method(method)
             params.for_method(method)
+    for method in params.methods:
+        get_method(method).of(params)
     if missing := [method for method in params.methods if method not in params.tuned]:
         raise UserError(f"Expected numbers of {missing[0]}, found none. Add to tuned: {missing[0]}: {{}}.")
     require_text(params.methods, params.model.text)
@@ -112,11 +124,15 @@ def check_params(params: Params, root: Path) -> tuple[str, ...]:
             f"Set it to a JSON-lines file, or to null."
         )
     if made_here(clip) and not (root / clip).is_dir():
-        return ()
+        return _not_looked_at(params)
     source = find_clip(params.model, root)
     if params.model.text == "own":
         source.require_text(clip)
-    return source.notes_at(params.image_size)
+    if not source.of_vision_transformer:
+        from dgs.model.tower_timm import require_tower  # loads timm, which takes seconds
+
+        require_tower(source, clip, params.image_size)
+    return (*_not_looked_at(params), *source.notes_at(params.image_size))
 
 
 def numbers_in_force(method: str | None, profile: str | None, root: Path | None = None) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 
 from dgs.errors import UserError
+from dgs.tables import read_table
 
 FILE = Path(__file__).parent / "manifest.csv"
 NEEDED = ("path", "repository", "commit", "source_path", "sha256")  # to lay pictures out
@@ -25,7 +26,7 @@ def read_manifest(file: Path = FILE) -> pd.DataFrame:
             stands there twice.
     """
     try:
-        rows = pd.read_csv(file, dtype=str, keep_default_na=False).fillna("")  # of a line that is too short
+        rows = read_table(file, str).fillna("")
     except (OSError, ValueError) as error:
         raise UserError(
             f"Expected a manifest of pictures (CSV) at {file}, found none that can be read: {error}."

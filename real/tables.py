@@ -11,6 +11,7 @@ from dgs.analysis.tuning import chosen, settings_text
 from dgs.model.methods.registry import METHODS
 from dgs.params import load_params
 from dgs.stats import Interval, seed_interval
+from dgs.tables import read_table
 from dgs.workspace import find_root
 from studies.tables import Cell, Table, current, number, told
 
@@ -49,7 +50,7 @@ SIDES = {"own": "CLIP's own", "contrast": "by contrast"} | {
 @cache
 def table(name: str, profile: str = PROFILE) -> pd.DataFrame:
     """results/<profile>/<name>.csv."""
-    return pd.read_csv(find_root() / "results" / profile / f"{name}.csv", keep_default_na=False, na_values=[""])
+    return read_table(find_root() / "results" / profile / f"{name}.csv")
 
 
 def row(name: str, results: str = PROFILE, **where: str) -> pd.Series | None:

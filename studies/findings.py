@@ -23,6 +23,7 @@ from dgs.analysis.study import (
 )
 from dgs.model.methods.registry import METHODS
 from dgs.stats import paired_difference, seed_interval
+from dgs.tables import read_table
 from dgs.workspace import find_root
 from studies.tables import Cell, Table, current, told
 
@@ -98,7 +99,7 @@ def kept_and_detected(name: str, metric: str, group: str) -> str:
 def validated(group: str, row: tuple[str, str]) -> str:
     """By a rule, all settings tried against those without the shortcut, or each method's best against a study."""
     rule, study = row
-    tried = pd.read_csv(find_root() / "results/mini/tuning.csv").set_index("method")
+    tried = read_table(find_root() / "results/mini/tuning.csv").set_index("method")
     if study:
         return rank_correlation(tried.groupby("method")[rule].max(), means(study), group)
     part = tried[tried.index.isin(GROUPS[group])]

@@ -13,12 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def copy_repository(target: Path, tiny: bool = True, git: bool = True) -> Path:
-    """Every file git knows, without results and lock.
+    """Every file git knows or would add, without results and lock.
 
     tiny: params.yaml becomes the tiny profile's values.
     git: a repository with one commit, as DVC needs it.
     """
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout.decode()
+    files = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(files, cwd=ROOT, check=True, capture_output=True).stdout.decode()
     for name in filter(None, listed.split("\0")):
         source = ROOT / name
         if source.is_file() and not name.startswith("results/") and name != "dvc.lock":

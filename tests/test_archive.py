@@ -69,6 +69,9 @@ def rewritten(archive: Path, target: Path, content: Callable[[bytes], bytes]) ->
     return target
 
 
+STORED = b"(S'storage'\nctorch\nHalfStorage\nS'0'\nS'cpu'\nI%d\ntQ"
+
+
 class _Harm:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("harmed"),))
@@ -95,13 +98,22 @@ def test_with_anything_else_in_it_is_one_sentence_and_runs_nothing(
     assert "\n" not in str(caught.value) and not (tmp_path / "harmed").exists()
 
 
-def test_whose_tensor_would_fill_the_memory_is_one_sentence(archive: Path, tmp_path: Path) -> None:
-    storage = b"(S'storage'\nctorch\nHalfStorage\nS'0'\nS'cpu'\nI%d\ntQ"
-    huge = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"I0\n(I%d\nt(I0\nttR."
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        (b"ctorch._utils\n_rebuild_tensor_v2\n(%sI0\n(I1000000000000000\nt(I0\nttR", "larger than its storage"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\n(%sI0\n(I%n\nt(I1\nttR" * 20_000, "larger than the file"),
+    ],
+    ids=["by strides", "by one storage many times"],
+)
+def test_whose_tensors_would_fill_the_memory_is_one_sentence(
+    tensors: bytes, sentence: str, archive: Path, tmp_path: Path
+) -> None:
     with zipfile.ZipFile(archive) as opened:
         count = next(entry.file_size for entry in opened.infolist() if entry.filename.endswith("/data/0")) // 2
-    with pytest.raises(UserError, match="a tensor is larger than its storage"):
-        read_archive(rewritten(archive, tmp_path / "x.pt", lambda data: huge % (count, 10**15)))
+    content = tensors.replace(b"%s", STORED % count).replace(b"%n", b"%d" % count) + b"."
+    with pytest.raises(UserError, match=sentence):
+        read_archive(rewritten(archive, tmp_path / "x.pt", lambda data: content))
 
 
 def test_of_another_architecture_or_no_archive_is_one_sentence(tmp_path: Path, archive: Path) -> None:

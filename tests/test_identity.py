@@ -87,10 +87,13 @@ class TestWhatChangesFeaturesAndNoTensor:
         with pytest.raises(UserError, match=r"visual\.positional_embedding"):
             load_checkpoint(kept, load(other))
 
+    @pytest.mark.parametrize(
+        "settings", [{"heads": 4}, {"no_causal_mask": True}, {"tokenizer_kwargs": {"clean": "canonicalize"}}], ids=str
+    )
     def test_of_the_text_side_alone_is_no_concern_of_scores(
-        self, kept: Path, clip_folder: Path, tmp_path: Path
+        self, settings: dict[str, Any], kept: Path, clip_folder: Path, tmp_path: Path
     ) -> None:
-        other = load(edited(clip_folder, tmp_path / "c", lambda c: c["model_cfg"]["text_cfg"].update(heads=4)))
+        other = load(edited(clip_folder, tmp_path / "c", lambda c: c["model_cfg"]["text_cfg"].update(settings)))
         assert other.identity != load(clip_folder).identity  # captions are embedded otherwise
         load_checkpoint(kept, other)
 
@@ -176,6 +179,7 @@ class TestATag:
         config = open_clip.get_pretrained_cfg(name, tag)
         quick = bool(open_clip.get_model_config(name).get("quick_gelu", False))
         params = ModelParams(clip=name, pretrained=tag)
+        assert config.get("quick_gelu", False) or not quick, "then it would load with QuickGELU, untold"
         if quick or not config.get("quick_gelu", False):
             source = find_clip(params, Path())
             assert (source.mean, source.std, source.notes) == (tuple(config["mean"]), tuple(config["std"]), ())
@@ -224,6 +228,11 @@ class TestAFile:
             find_clip(ModelParams(clip="ViT-B-32", pretrained="ViT-B-32.pt"), tmp_path)
         assert "TorchScript archive" in str(caught.value) and "model.clip: ViT-B-32-quickgelu" in str(caught.value)
 
+    def test_with_code_in_it_is_named_for_a_tower_of_timms_too(self, tmp_path: Path) -> None:
+        torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "vit.pt"))
+        with pytest.raises(UserError, match=r"found a TorchScript archive, it holds code.* as safetensors"):
+            find_clip(ModelParams(clip="timm/vit_tiny_patch16_224.augreg_in21k", pretrained="vit.pt"), tmp_path)
+
     def test_that_is_a_damaged_archive_is_left_to_what_loads_it(self, tmp_path: Path) -> None:
         torch.save({"x": torch.zeros(1)}, tmp_path / "w.pt")
         content = (tmp_path / "w.pt").read_bytes()
@@ -269,6 +278,12 @@ class TestAFolder:
             (json.dumps({"model_cfg": {"vision_cfg": {"image_size": None}}}), "to be the side of a square in px"),
             (json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {"mean": 0.5}}), "preprocess_cfg.mean"),
             (json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {"std": [1, 2, "3"]}}), "preprocess_cfg.std"),
+            (json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {"std": [0.2, 0, 0.2]}}), "three numbers above 0"),
+            (json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {"std": [0.2, -0.2, 0.2]}}), "from 0 to 1"),
+            (json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {"std": [58.4, 57.1, 57.4]}}), "from 0 to 1, as pix"),
+            (json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {"mean": [0.5, float("nan"), 0.5]}}), "from 0 to 1"),
+            (json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {"mean": [0.5, 0.5, True]}}), "from 0 to 1"),
+            (json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5, 0.5]}}), "from 0 to 1"),
             (json.dumps({"model_cfg": {**CONFIG, "quickgelu": True}}), "Cannot load the CLIP in model.clip"),
             (json.dumps({"model_cfg": {**CONFIG, "embed_dim": 25}}), "Cannot load the CLIP in model.clip"),
         ],

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import yaml
+from copies import copy_repository, run
 from settings import BASE, validate
 
 from dgs.errors import UserError
@@ -175,12 +176,34 @@ class TestFiles:
         message = refusal(load_params)
         assert expected in message and str(file) in message
 
-    @pytest.mark.parametrize("spelling", ["0.0001", "1e-4", "1.0e-4", "1E-04", "'1e-4'", "1e-04", ".0001"])
+    @pytest.mark.parametrize(
+        "spelling",
+        ["0.0001", "1e-4", "1.0e-4", "1E-04", "'1e-4'", "1e-04", ".0001", "+1e-4", "0.000_1", '"+.0001"', "1.e-4"],
+    )
     def test_a_number_is_a_number_however_it_is_spelled(self, tmp_path: Path, spelling: str) -> None:
         own = f"train:\n  stage2: {{lr: {spelling}}}\ntuned:\n  lora: {{train.stage1.lr: {spelling}}}\n"
         params = load_params("own", repository(tmp_path / "r", {"train": {"stage1": {"lr": None}}}, own=own))
         assert (params.train.stage2.lr, params.tuned["lora"]["train.stage1.lr"]) == (1e-4, 1e-4)
         assert params.for_method("lora").train.stage1.lr == 1e-4
+
+    @pytest.mark.parametrize("spelling", ["16", "1_6", "0x10", "0o20", "0b10000", "16.", "1.6e1", "'16'", "+16", "016"])
+    def test_a_count_too(self, tmp_path: Path, spelling: str) -> None:
+        own = f"train: {{batch_size: {spelling}}}\ntuned: {{lora: {{train.stage1.epochs: {spelling}}}}}\n"
+        params = load_params("own", repository(tmp_path / "r", {"train": {"stage1": {"epochs": None}}}, own=own))
+        assert (params.train.batch_size, params.for_method("lora").train.stage1.epochs) == (16, 16)
+
+    @pytest.mark.parametrize("name", [name for name, value in dotted(BASE).items() if type(value) in (int, float)])
+    def test_no_switch_is_a_number(self, name: str) -> None:
+        assert f"'{name}'" in refused(name, True)
+
+    @pytest.mark.parametrize(
+        "spelling", ["yes", "1:30", "2024-01-01", ".inf", "1e400", "'0x10'", "'1,5'", "true", "[1]"]
+    )
+    def test_what_is_no_number_is_refused_wherever_it_stands(self, tmp_path: Path, spelling: str) -> None:
+        own = {"train": {"stage1": {"lr": None}}}
+        for text in (f"train: {{stage1: {{lr: {spelling}}}}}", f"tuned: {{default: {{train.stage1.lr: {spelling}}}}}"):
+            root = repository(tmp_path / text.partition(":")[0], own, own=text)
+            assert "train.stage1.lr'" in refusal(lambda root: load_params("own", root).for_method("lora"), root)
 
     def test_words_stay_words_when_dvc_takes_their_quotes(self, tmp_path: Path) -> None:
         own = "data: {layout: folders, rho: null, root: yes, captions: on}\n"
@@ -188,12 +211,39 @@ class TestFiles:
         assert (params.data.root, params.data.captions) == ("yes", "on")
         assert read_yaml_text(yaml_text(params.model_dump())) == params.model_dump()
 
-    @pytest.mark.parametrize("name", ["1e3", "17", "0x10", "null", "true"])
+    @pytest.mark.parametrize("name", ["1e3", "17", "0x10", "0o7", "0b1", "1_0", "2024-01-01", "null", "true", "false"])
     def test_a_profile_whose_name_yaml_reads_as_something_else_is_refused(self, tmp_path: Path, name: str) -> None:
         """DVC would put its outputs into build/1000.0, the stages theirs into build/1e3."""
         root = repository(tmp_path / "r", **{name: "seeds: [1]\n"})
         with pytest.raises(UserError, match="a name that YAML does not read as something else, such as a number"):
             load_params(name, root)
+
+
+@pytest.mark.slow
+def test_what_dvc_rewrites_when_it_sets_a_number_is_read_as_before(tmp_path: Path) -> None:
+    """It writes the whole file anew: quotes go, numbers get other spellings."""
+    copy = copy_repository(tmp_path / "r")
+    odd = {
+        "train": {"surgery": {"eps": 0.111, "decay": 0.222, "mix": 0.333}, "log_gradients": "LOG", "log_every": 444},
+        "compute": {"device": "DEVICE"},
+        "tuned": {"lora": {"train.stage2.lr": 0.555}, "dgs": {"train.stage2.lr": 0.666}},
+    }
+    text = yaml_text(merged(read_yaml_text((copy / "params.yaml").read_text()), odd))
+    spelled = {
+        **{"0.111": "1e-5", "0.222": "'1e-2'", "0.333": "+.5", "444": "0x10", "0.555": '"2e-3"', "0.666": "1_0e-4"},
+        **{"LOG": "'yes'", "DEVICE": '"on"'},
+    }
+    for marked, spelling in spelled.items():
+        assert text.count(marked) == 1
+        text = text.replace(marked, spelling)
+    (copy / "params.yaml").write_text(text)
+    before = load_params(root=copy)
+    assert before.for_method("lora").train.stage2.lr == 2e-3 and before.compute.device == "on"
+    run(copy, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "--quiet", "-am", "odd spellings")
+    done = run(copy, "dvc", "exp", "run", "-S", "train.surgery.lam=1e-1", "sources")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert (copy / "params.yaml").read_text() != text.replace("lam: null", "lam: 0.1"), "else nothing is tried here"
+    assert load_params(root=copy) == before.replaced({"train.surgery.lam": 0.1})
 
 
 class TestNull:
@@ -313,6 +363,7 @@ class TestValidation:
             ("train.surgery.lam", [-0.1, *NOT_FINITE]),
             ("train.surgery.order", ["relaese"]),
             ("train.log_every", [0]),
+            ("data.rho", [True, -0.1, 1.5]),
             ("evaluate.retrieval_pool", [1]),
             ("evaluate.robustness.conditions", [[75], ["jpeg:750"]]),
             ("evaluate.robustness.seeds", [[-1]]),

@@ -104,7 +104,7 @@ def test_a_file_in_half_precision_is_imported_as_rounded(merged: bool, release: 
     require_equal_logits(rounded, tmp_path / "imported")
 
 
-@pytest.mark.parametrize("wrapper", ["model", "state_dict", "model.state_dict"])
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_state_dict", "model.state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
 def test_common_wrappings_are_looked_through(wrapper: str, prefix: str, tmp_path: Path) -> None:
     state = {"clip_model.ln_final.bias": torch.ones(3), "img_fc.bias": torch.ones(1)}

@@ -127,6 +127,20 @@ class TestMake:
             conda = dry_run(target, folder=tmp_path, CONDA_DEFAULT_ENV="dgs", CONDA_PREFIX="/opt/dgs")
             assert "venv" not in conda and "install" not in conda, target
 
+    def test_a_copy_without_git_gets_a_repository_before_anything_is_installed(self, tmp_path: Path) -> None:
+        """As a ZIP is: DVC refuses one, when gigabytes are installed."""
+        (tmp_path / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
+        for name in ("requirements.lock", "pyproject.toml"):
+            (tmp_path / name).write_text("")
+        for own in ({}, {"CONDA_DEFAULT_ENV": "dgs", "CONDA_PREFIX": "/opt/dgs"}):
+            printed = dry_run("repro", folder=tmp_path, **own)
+            assert printed.index("git init") < printed.index("dvc repro")
+            assert own or printed.index("git init") < printed.index("-m venv")
+        make = ["make", "--no-print-directory", "history"]
+        said = [subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, check=True).stdout for _ in "ab"]
+        assert said == ["dgs: DVC needs a git repository, found none: git init makes an empty one here.\n", ""]
+        assert (tmp_path / ".git").is_dir()
+
     def test_a_profile_has_its_own_pipeline(self) -> None:
         own, main = (dry_run("repro", *profile) for profile in (["PROFILE=paper"], []))
         assert "pipeline=$(dgs profile paper) && dvc repro $pipeline" in own and "results/paper/REPORT.md" in own

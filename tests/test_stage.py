@@ -118,6 +118,15 @@ class TestTheCheckBeforeAnyStage:
         check_file(None, warned.append)
         assert len(warned) == 1 and str(captions) in warned[0] and "dvc repro --force" in warned[0]
 
+    def test_what_a_network_of_its_own_does_not_look_at_is_said(self, repo: Path) -> None:
+        for name, value in {"methods": ["pixel_cnn"], "train.accumulate": 2, "model.precision": "bf16"}.items():
+            change(repo, name, value)
+        result = CliRunner().invoke(app, ["check"])
+        (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+        assert note.endswith("in fp32, whatever is given (train.accumulate: 2, model.precision: bf16).")
+        change(repo, "methods", ["probe"])
+        assert "note: " not in CliRunner().invoke(app, ["check"]).stderr
+
     def test_what_is_assumed_of_a_clip_is_said(self, repo: Path) -> None:
         shutil.copytree(repo / "sample/clip", repo / "mine")
         (repo / "mine/open_clip_config.json").write_text('{"model_cfg": {"vision_cfg": {"image_size": 64}}}')
@@ -131,6 +140,23 @@ class TestTheCheckBeforeAnyStage:
         [
             ({"sedes.x": 1}, "Unknown parameter 'sedes' in params.yaml. Did you mean 'seeds'?"),
             ({"methods": ["probe", "dsg"]}, "Unknown method 'dsg'. Did you mean 'dgs'?"),
+            (
+                {"methods": ["pcgrad"], "train.accumulate": 2},
+                "Expected train.accumulate and train.processes to be 1 for p",
+            ),
+            (
+                {"methods": ["upgrad"], "train.processes": 2},
+                "Expected train.accumulate and train.processes to be 1 for u",
+            ),
+            (
+                {
+                    "methods": ["probe"],
+                    "model.text": "none",
+                    "model.clip": "RN50-quickgelu",
+                    "model.pretrained": "openai",
+                },
+                "Expected a CLIP whose image side is a vision transformer (such as ViT-L-14-quickgelu), found Modified",
+            ),
             ({"data.root": "nowhere"}, "Expected a folder of images at data.root = nowhere, found none."),
             ({"data.root": "build/mini/a"}, "Expected data.root = build/mini/a to lie outside build/mini,"),
             ({"data.root": "build/mini"}, "Expected data.root = build/mini to lie outside build/mini,"),

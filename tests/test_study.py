@@ -29,6 +29,7 @@ from dgs.analysis.tuning import candidates
 from dgs.errors import UserError
 from dgs.model.methods.registry import METHODS
 from dgs.params import load_params
+from dgs.tables import read_table
 
 ROOT = Path(__file__).parents[1]
 SHIFT = {"lora": 0.5, "dgs": 0.1, "distillation": 1.5, "dgs_plus": 3.0, "poe_swad": 3.2}
@@ -104,6 +105,19 @@ def test_the_report_says_what_was_reached_and_what_was_not(root: Path) -> None:
     ranks = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
     assert ranks[0] == "poe_swad" and ranks[-1] == "dgs"
     assert len(pd.read_csv(report.parent / "table.csv")) == 2 * 5 * 6
+
+
+def test_what_a_text_side_that_was_trained_to_the_tower_takes_part_in_says_so(root: Path) -> None:
+    plain = study_report([read_condition(root, "strong")])
+    assert ", aligned text" not in plain
+    file = root / "results/strong/forgetting.csv"
+    rows = read_table(file)
+    rows["measure"] = rows["measure"].str.replace("zero_shot:", "zero_shot_aligned:")
+    rows.to_csv(file, index=False)
+    report = study_report([read_condition(root, name) for name in ("strong", "none")])
+    strong, none = (report.partition(f"## {name}")[2].partition("##")[0] for name in ("strong", "none"))
+    assert "zero-shot kept, aligned text | retrieval kept, aligned text |" in strong and "aligned" not in none
+    assert "| 97.0, aligned text | yes |" in report.partition("## What was asked")[2].partition("##")[0]
 
 
 def test_the_report_names_the_settings_that_each_rule_chose(root: Path) -> None:

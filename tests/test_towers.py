@@ -27,7 +27,7 @@ from dgs.model.clip import Clip, load_clip
 from dgs.model.clip_classifier import ClipClassifier
 from dgs.model.clip_source import find_clip
 from dgs.model.detector import Detector
-from dgs.model.tower_timm import SplitQkv, TimmTower, split_qkv, why_not
+from dgs.model.tower_timm import SplitQkv, TimmTower, require_tower, split_qkv, why_not
 from dgs.model.training_log import layer_of
 from dgs.params import Params
 
@@ -396,3 +396,32 @@ def test_open_clips_models_with_towers_of_timms_have_their_own_features(
 def test_open_clips_models_with_other_towers_are_refused(name: str) -> None:
     trunk = timm.create_model(open_clip.get_model_config(name)["vision_cfg"]["timm_model_name"], num_classes=0)
     assert why_not(trunk)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ({"clip": "timm/swin_tiny_patch4_window7_224.ms_in1k", "pretrained": "hub"}, "SwinTransformer is no plain"),
+        ({"clip": "timm/vit_tiny_r_s16_p8_224.augreg_in21k", "pretrained": "hub"}, "network of their own .HybridEmbed"),
+        (
+            {"clip": "timm/vit_tiny_patch16_224.augreg_in21k", "pretrained": "hub", "image_size": 100},
+            "multiple of 16 px",
+        ),
+        ({"clip": "convnext_base", "pretrained": "laion400m_s13b_b51k"}, "ConvNeXt is no plain transformer"),
+        ({"clip": "RN50-quickgelu", "pretrained": "yfcc15m"}, "found ModifiedResNet"),
+        ({"clip": "ViT-B-16-SigLIP2", "pretrained": "webli", "image_size": 100}, "multiple of 16 px"),
+        ({"clip": "ViT-B-16-SigLIP2", "pretrained": "webli", "image_size": 224}, None),
+        ({"clip": "ViT-B-32", "pretrained": "laion2b_s34b_b79k", "image_size": 224}, None),
+    ],
+    ids=lambda value: value["clip"] if isinstance(value, dict) else None,
+)
+def test_what_no_adapter_can_sit_on_is_refused_before_any_weight_is_there(
+    model: dict[str, Any], sentence: str | None
+) -> None:
+    params = ModelParams(**model)
+    source = find_clip(params, Path())
+    if sentence is None:
+        require_tower(source, params.clip, params.image_size)
+        return
+    with pytest.raises(UserError, match=sentence):
+        require_tower(source, params.clip, params.image_size)

@@ -6,7 +6,7 @@ what is measured: a new metric is a row of it and needs no inference. Rates are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from dgs.conditions import NATIVE
 from dgs.data.suites import SHARED_REALS, SUITES, is_pool, parted, pool_of
 from dgs.errors import UserError
 from dgs.stats import DECIMALS, Scored, best_threshold, rounded, seed_interval
+from dgs.tables import read_table
 
 # The scores, build/<profile>/evaluate/scores.parquet: one row an image, checkpoint and condition.
 SCORES = {
@@ -363,10 +364,7 @@ def write_detection(detection: pd.DataFrame, path: str | Path) -> None:
 
 def read_detection(path: str | Path) -> pd.DataFrame:
     """Reads detection.csv with its types: names and threshold rules stay text ("0.5", a generator named "NA")."""
-    numbers: Mapping[Any, list[str]] = {name: [""] for name in ("rho", *RATES)}
-    text = dict.fromkeys(("method", "generator", "condition", "applied_to", "threshold_rule"), str)
-    table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=numbers)
-    return table.astype({"seen": bool, **dict.fromkeys(("rho", *RATES), float)})
+    return read_table(path).astype({"seen": bool, **dict.fromkeys(("rho", *RATES), float)})
 
 
 def _conditions(test: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:

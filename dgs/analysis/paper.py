@@ -17,6 +17,7 @@ from dgs.analysis.report import markdown_table, plus_minus, render
 from dgs.data.suites import AIGC_DETECT_BENCHMARK, AIGI_BENCH, SUITES, UNIVERSAL_FAKE_DETECT
 from dgs.errors import UserError
 from dgs.stats import percent_text, rounded_text
+from dgs.tables import read_table
 
 PAGE = Path("docs/paper-tables.md")
 PRINTED = "PRINTED_AVERAGE"
@@ -40,7 +41,7 @@ SUMMARY: dict[str, Measure] = {
 
 def paper_cells(root: Path) -> pd.DataFrame:
     """The paper's cells: columns table, benchmark, metric, method, column, value (per cent); 732 cells and averages."""
-    return pd.read_csv(_existing(root / "docs/paper/paper_tables.csv"))
+    return read_table(_existing(root / "docs/paper/paper_tables.csv"))
 
 
 def averages(cells: pd.DataFrame, table: int) -> pd.DataFrame:
@@ -71,7 +72,7 @@ def misprinted(found: pd.DataFrame) -> pd.Series:
 
 def rerun_cells(root: Path) -> pd.DataFrame:
     """The authors' re-run: columns benchmark, generator (the paper's name), acc, ap, r_acc, f_acc; paper's order."""
-    found = pd.read_csv(_existing(root / "docs/paper/official_rerun.csv"))
+    found = read_table(_existing(root / "docs/paper/official_rerun.csv"))
     suites = {suite.name: suite for suite in (AIGC_DETECT_BENCHMARK, AIGI_BENCH, UNIVERSAL_FAKE_DETECT)}
     named = [
         suites[name].generator(folder) for name, folder in zip(found["benchmark"], found["generator"], strict=True)

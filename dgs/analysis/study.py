@@ -17,8 +17,8 @@ import pandas as pd
 import yaml
 from scipy.stats import kendalltau
 
-from dgs.analysis.metrics import headline, per_seed_values, read_detection, unique
-from dgs.analysis.report import COMPARED, markdown_table, plus_minus, render
+from dgs.analysis.metrics import AGAINST_ALIGNED, headline, label_of, per_seed_values, read_detection, unique
+from dgs.analysis.report import markdown_table, plus_minus, render
 from dgs.analysis.tuning import RULES, choices
 from dgs.atomic import replacing_file
 from dgs.errors import UserError
@@ -33,6 +33,7 @@ from dgs.stats import (
     seed_interval,
     stratified_bootstrap,
 )
+from dgs.tables import read_table
 from dgs.workspace import MAIN
 
 SUBJECT, BASELINE, PAPERS = "dgs_plus", "lora", "dgs"
@@ -40,10 +41,7 @@ PARTS = ("poe_swad",)  # of the subject, so no rivals of it
 GOALS = {0.9: 15.0, 0.75: 6.6, 0.5: 0.0}  # points above lora on unseen generators that were asked of the subject
 KEPT = 0.95  # share of the frozen tower's abilities that was asked of it
 UNSEEN, ABILITIES = "balanced_acc_unseen", ("zero_shot_kept", "retrieval_kept")
-SHOWN = {
-    key: COMPARED[key].label.removeprefix("balanced acc., ")
-    for key in (UNSEEN, "worst_generator_balanced_acc", "balanced_acc_seen", "ap_unseen", *ABILITIES)
-}
+SHOWN = (UNSEEN, "worst_generator_balanced_acc", "balanced_acc_seen", "ap_unseen", *ABILITIES)
 STORE = Path("results/study")  # the tables of all conditions, whose own results folders are not committed
 TABLES = ("detection", "forgetting")
 
@@ -54,6 +52,7 @@ class Condition:
 
     values: columns method, seed, metric, value, as `metrics.per_seed_values` gives them.
     cells: {method: balanced accuracy on unseen generators, a row a seed and a column a generator}.
+    labels: of `SHOWN`, in its order; they say if the text side in a measure was trained to the tower.
     """
 
     name: str
@@ -61,6 +60,7 @@ class Condition:
     data_hash: str
     values: pd.DataFrame
     cells: Mapping[str, pd.DataFrame]
+    labels: Mapping[str, str]
 
     def of(self, method: str, metric: str = UNSEEN) -> pd.Series:
         """Values by seed."""
@@ -91,7 +91,7 @@ def read_tables(root: Path, profile: str) -> dict[str, pd.DataFrame]:
     if (folder / "metrics.json").exists():
         data_hash = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["data_hash"]
         labels = pd.DataFrame({"profile": profile, "data_hash": data_hash}, index=[0])
-        detection, forgetting = read_detection(folder / "detection.csv"), pd.read_csv(folder / "forgetting.csv")
+        detection, forgetting = read_detection(folder / "detection.csv"), read_table(folder / "forgetting.csv")
         return {"detection": labels.merge(detection, how="cross"), "forgetting": labels.merge(forgetting, how="cross")}
     found = {name: table[table["profile"] == profile] for name, table in _stored(root).items()}
     if not found or found["detection"].empty:
@@ -127,7 +127,8 @@ def read_condition(root: Path, name: str) -> Condition:
         for method, rows in native[~native["seen"]].groupby("method", sort=False)
     }
     values = per_seed_values(detection, tables["forgetting"])
-    return Condition(name, float(native["rho"].iloc[0]), str(detection["data_hash"].iloc[0]), values, cells)
+    labels = {key: label_of(key, tables["forgetting"]).removeprefix("balanced acc., ") for key in SHOWN}
+    return Condition(name, float(native["rho"].iloc[0]), str(detection["data_hash"].iloc[0]), values, cells, labels)
 
 
 def comparison_table(conditions: Sequence[Condition]) -> pd.DataFrame:
@@ -196,7 +197,7 @@ def _ranking(condition: Condition) -> str:
         middle = percent_text(iqm(condition.cells[name].to_numpy()))
         gaps = [interval_text(condition.gap(name, other)) if name != other else "–" for other in (BASELINE, PAPERS)]
         rows.append([f"`{name}`", unseen, middle, *others, *gaps])
-    unseen, *others = SHOWN.values()
+    unseen, *others = condition.labels.values()
     return markdown_table(["method", unseen, "IQM", *others, f"minus `{BASELINE}`", f"minus `{PAPERS}`"], rows)
 
 
@@ -207,6 +208,7 @@ def _goals(conditions: Sequence[Condition]) -> str:
         gaps = {other: condition.gap(SUBJECT, other) for other in dict.fromkeys((BASELINE, PAPERS, rival))}
         measured = [condition.of(SUBJECT, metric) for metric in ABILITIES]
         kept = min((values.mean() for values in measured if not values.empty), default=None)
+        note = AGAINST_ALIGNED if condition.labels[ABILITIES[0]].endswith(AGAINST_ALIGNED) else ""
         wanted = "–" if goal is None else rounded_text(goal, sign=True)
         reached = goal is not None and min(gaps[other].mean for other in (BASELINE, PAPERS)) >= goal
         rows.append(
@@ -214,7 +216,7 @@ def _goals(conditions: Sequence[Condition]) -> str:
                 f"`{condition.name}`", wanted, interval_text(gaps[BASELINE]), interval_text(gaps[PAPERS]),
                 "yes" if reached else "no",
                 f"`{rival}`", interval_text(gaps[rival]), "yes" if gaps[rival].low > 0 else "no",
-                *(("–", "–") if kept is None else (percent_text(kept), "yes" if kept >= KEPT else "no")),
+                *(("–", "–") if kept is None else (percent_text(kept) + note, "yes" if kept >= KEPT else "no")),
             ]
         )  # fmt: skip
     header = [
@@ -277,7 +279,7 @@ def write_study(root: Path, names: Sequence[str], folder: Path) -> Path:
 
     conditions = [read_condition(root, name) for name in names]
     search = root / "results" / MAIN / "tuning.csv"
-    report = study_report(conditions, pd.read_csv(search) if search.exists() else None)
+    report = study_report(conditions, read_table(search) if search.exists() else None)
     folder.mkdir(parents=True, exist_ok=True)
     comparison_table(conditions).round(6).to_csv(folder / "table.csv", index=False)
     save(study_forest(generator_gaps(conditions)), folder / "forest.png")

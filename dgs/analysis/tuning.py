@@ -19,6 +19,7 @@ from dgs.errors import UserError
 from dgs.model.methods.registry import METHODS, Method, get_method
 from dgs.model.methods.text_expert import caption_probability, ipw_weights
 from dgs.params import Params
+from dgs.tables import read_table
 
 Candidate = dict[str, float]
 LR, EPOCHS, LR_FROZEN = "train.stage2.lr", "train.stage1.epochs", "train.stage1.lr"
@@ -130,7 +131,7 @@ def trials(
     """
     done: list[list[str]] = []
     if out.exists() and todo:
-        done = pd.read_csv(out, dtype=str)[list(todo[0])].to_numpy().tolist()
+        done = read_table(out, str)[list(todo[0])].to_numpy().tolist()
     left = [what for what in todo if [str(value) for value in what.values()] not in done]
     out.parent.mkdir(parents=True, exist_ok=True)
     trial = delayed(lambda what: {**what, **run(*what.values(), *rest)})
@@ -166,7 +167,7 @@ def tune(
 
 def rows_of(out: Path, root: Path, folder: Path) -> pd.DataFrame:
     """What a table of trials holds for the images that are prepared in `folder`; its other rows are of other images."""
-    table = pd.read_csv(out)
+    table = read_table(out)
     return table[table["data_hash"] == load_training(folder, root).info["training_hash"]]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from dgs.errors import UserError
+from dgs.tables import NAMES, read_table
 
 SIDES = ("committed", "reproduced")
 METRICS, REPORT = "metrics.json", "REPORT.md"
@@ -89,7 +90,7 @@ def _table(
     name: str, wanted: list[str], folders: Sequence[Path], tolerance: float, seeds: Collection[int] | None
 ) -> Iterator[str]:
     def read(path: Path) -> pd.DataFrame:
-        table = pd.read_csv(path, dtype={"threshold_rule": str, "seen": str})
+        table = read_table(path, {**NAMES, "seen": str})
         return table if seeds is None or "seed" not in table else table[table["seed"].isin(seeds)]
 
     tables, wrong = _read(name, "table", folders, read)
@@ -147,8 +148,8 @@ def _check_seeds(committed: Path, seeds: Collection[int]) -> None:
     if not table.is_file():
         return  # that results are missing is said elsewhere
     try:
-        found = set(pd.read_csv(table, usecols=["seed"])["seed"].unique().tolist())
-    except ValueError:
+        found = set(read_table(table)["seed"].unique().tolist())
+    except (KeyError, ValueError):
         raise UserError(f"Expected a column seed in {table}, found none. Name another results folder.") from None
     if not seeds or not set(seeds) <= found:
         raise UserError(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import pickle
+import pickletools
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,46 +22,119 @@ DTYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "DoubleSt
 CONSTANTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 
 
+GIVEN = ("INT", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "STRING", "BINUNICODE", "GLOBAL")
+MODULE, TENSOR, ORDERED = "__torch__.", "torch._utils _rebuild_tensor_v2", "collections OrderedDict"
+MOST = 100_000_000  # bytes of data.pkl; OpenAI's have less than a hundredth
+
+
 class _Module:
-    """Stands for every class of the archive: it holds what was kept of an instance, and can do nothing."""
+    """Stands for an instance of any class of the archive: it holds what was kept of it, and can do nothing."""
 
     state: Any = None
 
-    def __init__(self, *_: Any) -> None:
-        pass
 
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Reader(pickle.Unpickler):
-    """Reads an archive's data.pkl; the only names that it knows are of `_Module`, of tensors and of their storages."""
+class _Reader:
+    """Reads an archive's data.pkl as data: a list of opcodes, in which names are words and nothing is looked up."""
 
     def __init__(self, archive: zipfile.ZipFile, data: str) -> None:
-        super().__init__(archive.open(data))
-        self.archive, self.folder = archive, data.removesuffix(".pkl")
+        self.archive, self.data, self.folder = archive, data, data.removesuffix(".pkl")
+        stored = [entry for entry in archive.infolist() if entry.compress_type == zipfile.ZIP_STORED]
+        self.left = 2 * sum(entry.file_size for entry in stored)  # bytes that tensors may have
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[Any, Any] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("__torch__"):
-            return _Module
-        known = {("torch._utils", "_rebuild_tensor_v2"): _tensor, ("collections", "OrderedDict"): OrderedDict}
-        known |= {("torch", storage): storage for storage in DTYPES}
-        if (module, name) not in known:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return known[module, name]
+    def read(self) -> Any:
+        """What it says: modules, tensors, and dicts, lists and tuples of them.
 
-    def persistent_load(self, key: Any) -> Tensor:
+        Raises:
+            Exception: it says anything else; such a file fails in many ways.
+        """
+        entry = self.archive.getinfo(self.data)
+        if entry.file_size > MOST:
+            raise ValueError(f"{self.data} is larger than {MOST} bytes")
+        opcodes = self._opcodes()
+        for opcode, given, _ in pickletools.genops(self.archive.read(entry)):
+            if opcode.name == "STOP":
+                break
+            if opcode.name not in opcodes:
+                raise ValueError(f"it has the opcode {opcode.name}")
+            opcodes[opcode.name](given)
+        return self.stack.pop()
+
+    def _opcodes(self) -> dict[str, Callable[[Any], object]]:
+        """What each opcode that such an archive may have does with the value that it brings."""
+        push, pop, last, marked = self.stack.append, self.stack.pop, self._last, self._marked
+        return {
+            **dict.fromkeys(GIVEN, push),
+            "PROTO": lambda _: None,
+            "NONE": lambda _: push(None),
+            "NEWTRUE": lambda _: push(True),
+            "NEWFALSE": lambda _: push(False),
+            "EMPTY_TUPLE": lambda _: push(()),
+            "EMPTY_LIST": lambda _: push([]),
+            "EMPTY_DICT": lambda _: push({}),
+            "MARK": lambda _: self.marks.append(len(self.stack)),
+            "TUPLE": lambda _: push(tuple(marked())),
+            "TUPLE1": lambda _: push(tuple(last(1))),
+            "TUPLE2": lambda _: push(tuple(last(2))),
+            "TUPLE3": lambda _: push(tuple(last(3))),
+            "APPEND": lambda _: self._add(last(1)),
+            "APPENDS": lambda _: self._add(marked()),
+            "SETITEM": lambda _: self._set(last(2)),
+            "SETITEMS": lambda _: self._set(marked()),
+            **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda key: self.memo.update({key: self.stack[-1]})),
+            **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda key: push(self.memo[key])),
+            "BINPERSID": lambda _: push(self._storage(pop())),
+            **dict.fromkeys(("NEWOBJ", "REDUCE"), lambda _: push(self._made(*last(2)))),
+            "BUILD": lambda _: self._keep(pop()),
+        }
+
+    def _last(self, count: int) -> list[Any]:
+        items = self.stack[-count:]
+        del self.stack[-count:]
+        return items
+
+    def _marked(self) -> list[Any]:
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def _add(self, items: list[Any]) -> None:
+        self.stack[-1].extend(items)
+
+    def _set(self, items: list[Any]) -> None:
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def _keep(self, state: Any) -> None:
+        if not isinstance(self.stack[-1], _Module):
+            raise ValueError("it sets what is no module")
+        self.stack[-1].state = state
+
+    def _made(self, what: Any, arguments: Any) -> Any:
+        if isinstance(what, str) and what.startswith(MODULE):
+            return _Module()
+        if what == TENSOR:
+            return self._tensor(*arguments)
+        if what == ORDERED and not arguments:
+            return {}
+        raise ValueError(f"it names {what}")
+
+    def _storage(self, key: Any) -> Tensor:
         _, storage, number, _, count = key
-        entry, dtype = self.archive.getinfo(f"{self.folder}/{int(number)}"), DTYPES[storage]
+        entry, dtype = self.archive.getinfo(f"{self.folder}/{int(number)}"), DTYPES[storage.removeprefix("torch ")]
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != count * dtype.itemsize:
-            raise pickle.UnpicklingError(f"storage {number} has another size than it says")
+            raise ValueError(f"storage {number} has another size than it says")
         return torch.frombuffer(bytearray(self.archive.read(entry)), dtype=dtype)
 
-
-def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
-    if math.prod(size) > storage.numel():  # by strides of 0, of any size
-        raise pickle.UnpicklingError("a tensor is larger than its storage")
-    return torch.as_strided(storage, size, stride, offset).clone()
+    def _tensor(self, storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+        if math.prod(size) > storage.numel():  # by strides of 0, of any size
+            raise ValueError("a tensor is larger than its storage")
+        self.left -= math.prod(size) * storage.element_size()
+        if self.left < 0:  # by one storage in many tensors
+            raise ValueError("its tensors are larger than the file")
+        return torch.as_strided(storage, size, stride, offset).clone()
 
 
 def _tensors(module: _Module, seen: set[int], path: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -83,7 +155,7 @@ def read_archive(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             (data,) = (name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl"))
-            return dict(_tensors(_Reader(archive, data).load(), set()))
+            return dict(_tensors(_Reader(archive, data).read(), set()))
     except FileNotFoundError:
         raise UserError(f"Expected OpenAI's file of a CLIP at {path}, found none.") from None
     except Exception as error:  # what is no such archive, or a damaged one, fails in many ways

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgs.errors import UserError
-from dgs.model.clip_source import NO_TEXT, RANDOM, WEIGHTS, ClipSource, find_clip
+from dgs.model.clip_source import NO_TEXT, RANDOM, WEIGHTS, ClipSource, find_clip, no_tower
 from dgs.model.gemm import Gemm
 from dgs.model.identity import features_hash, features_of, weights_hash
 from dgs.model.tower_timm import TimmTower, create_timm
@@ -161,11 +161,7 @@ def as_tower(visual: Any, name: str, image_size: int) -> Any:
         return TimmTower(visual.trunk, visual.head, name, image_size)
     blocks = visual.transformer.resblocks if isinstance(visual, VisionTransformer) else None
     if blocks is None or not all(isinstance(block, ResidualAttentionBlock) for block in blocks):
-        raise UserError(
-            "Expected a CLIP whose image side is a vision transformer (such as ViT-L-14-quickgelu), found "
-            f"{type(visual).__name__}{'' if blocks is None else ' of ' + type(blocks[0]).__name__}. "
-            "Choose another model.clip."
-        )
+        raise no_tower(f"{type(visual).__name__}{'' if blocks is None else ' of ' + type(blocks[0]).__name__}")
     resize(visual, image_size)
     visual.__class__ = ClipTower
     for block in blocks:
@@ -306,7 +302,7 @@ def load_clip(params: ModelParams, root: Path, image_size: int, text: bool = Tru
         source.require_text(params.clip)
     model = _load(source, params)
     tokenizer = _tokenizer(source, params.clip) if text else None
-    own, features = weights_hash(model), features_of(model)
+    own, features = weights_hash(model), {**features_of(model), **source.text_settings}
     if not text:
         _keep_image_side(model)
     model.visual = as_tower(model.visual, params.clip, image_size)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dgs.errors import UserError, did_you_mean
-from dgs.params import ModelParams
+from dgs.params import ModelParams, dotted
 from dgs.workspace import no_such_clip, weights_twice
 
 RANDOM = "random"  # model.pretrained: seeded random weights, for tests of geometry
@@ -21,6 +21,7 @@ CONSTANTS = ("mean", "std")
 USUAL_SIDE = 224  # px, open_clip's default too
 NO_TEXT = {"text": "none"}  # "dgs" of a config whose folder holds the image side alone
 QUICK = "-quickgelu"
+NEVER_RUN = "it holds code, which is never run here."
 Constants = tuple[float, ...]  # of red, green and blue
 
 
@@ -29,7 +30,7 @@ class ClipSource:
     """Where a CLIP comes from.
 
     folder: its own, else None.
-    config: the content of a folder's open_clip_config.json.
+    config: the content of a folder's open_clip_config.json; of a name of open_clip's, "model_cfg" alone.
     weights: an open_clip tag, HUB, a file's path, RANDOM, or None for a folder.
     mean, std: normalisation constants that go with the weights.
     notes: what was assumed, since nothing says it; a sentence each.
@@ -46,9 +47,26 @@ class ClipSource:
     timm: str | None = None
     side: int = USUAL_SIDE
 
+    @property
+    def has_text(self) -> bool:
+        """False of an image tower alone."""
+        return self.timm is None and self.config.get("dgs") != NO_TEXT
+
+    @property
+    def of_vision_transformer(self) -> bool:
+        """Whether the config names open_clip's own vision transformer: others may be none, or of another kind."""
+        vision = self.config.get("model_cfg", {}).get("vision_cfg", {})
+        return self.timm is None and "timm_model_name" not in vision and not isinstance(vision.get("layers"), list)
+
+    @property
+    def text_settings(self) -> dict[str, Any]:
+        """What the config says of the text side, by name: of its mask and its tokenizer no module tells."""
+        text = self.config.get("model_cfg", {}).get("text_cfg")
+        return dotted(text, "text_cfg.") if self.has_text and isinstance(text, dict) else {}
+
     def require_text(self, name: str) -> None:
         """Raise UserError, naming model.clip = `name`, unless there is a text side."""
-        if self.timm is not None or self.config.get("dgs") == NO_TEXT:
+        if not self.has_text:
             raise UserError(
                 f"Expected model.clip = {name} to have a text side, found an image tower alone. "
                 f"Set model.text to aligned or none."
@@ -94,9 +112,14 @@ def _folder(folder: Path) -> ClipSource:
     missing = [name for name in CONSTANTS if preprocess.get(name) is None]
     constants = {name: _usual()[name] if name in missing else preprocess[name] for name in CONSTANTS}
     for name, value in constants.items():
-        if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(_is_number(v) for v in value):
-            where = f"preprocess_cfg.{name} of {folder / CONFIG}"
-            raise UserError(f"Expected {where} to be three numbers, found {value!r}. Restore it.")
+        if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(_is_share(v) for v in value):
+            said = "three numbers from 0 to 1, as pixels are"
+        elif name == "std" and not all(value):
+            said = "three numbers above 0, which pixels are divided by"
+        else:
+            continue
+        where = f"preprocess_cfg.{name} of {folder / CONFIG}"
+        raise UserError(f"Expected {where} to be {said}, found {value!r}. Restore it.")
     notes = [
         f"{folder / CONFIG} has no preprocess_cfg.{name}; open_clip's own is assumed, {list(constants[name])}."
         for name in missing
@@ -116,8 +139,8 @@ def _usual() -> dict[str, Constants]:
     return {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _name(params: ModelParams, root: Path) -> ClipSource:
@@ -129,28 +152,36 @@ def _name(params: ModelParams, root: Path) -> ClipSource:
     if weights is None:
         raise UserError(f"Expected model.pretrained for '{name}': an open_clip tag such as openai, or a file.")
     config = open_clip.get_model_config(name)
+    of_name = {"model_cfg": config}
     quick, side = bool(config.get("quick_gelu", False)), config["vision_cfg"].get("image_size", USUAL_SIDE)
     tags = open_clip.list_pretrained_tags_by_model(name)
     tag = open_clip.get_pretrained_cfg(name, weights)
     if tag:
         if tag.get("quick_gelu", False) and not quick:  # of the other way about open_clip has none
             raise _other_activation(name, weights, quick, names)
-        return ClipSource(None, {}, weights, tuple(tag["mean"]), tuple(tag["std"]), side=side)
+        return ClipSource(None, of_name, weights, tuple(tag["mean"]), tuple(tag["std"]), side=side)
     own = [open_clip.get_pretrained_cfg(name, known) for known in tags]
     of_tags = {(tuple(known["mean"]), tuple(known["std"])) for known in own}  # of SigLIP all differ from CLIP's
     mean, std = of_tags.pop() if len(of_tags) == 1 else _usual().values()
     if weights == RANDOM:
-        return ClipSource(None, {}, weights, mean, std, side=side)
+        return ClipSource(None, of_name, weights, mean, std, side=side)
     file = root / weights
     if not file.is_file():
         raise _no_such_tag(name, weights, quick, tags)
-    _require_tensors(name, file, weights)
+    if _holds_code(file):
+        right = name if name.endswith(QUICK) else _twin(name)
+        raise _no_tensors_alone(
+            weights,
+            f"as OpenAI publishes CLIP: {NEVER_RUN} Convert its tensors alone: dgs tower --archive {weights} "
+            f"--out DIR, and set model.clip: DIR, model.pretrained: null. With network: model.clip: {right}, "
+            f"model.pretrained: openai.",
+        )
     other = f" (for {_activation(not quick)} set model.clip: {_twin(name)})" if _twin(name) in names else ""
     note = (
         f"{weights} does not say how it was trained: {_activation(quick)} is assumed, as {name} says{other}, and the "
         f"constants mean {list(mean)}, std {list(std)}."
     )
-    return ClipSource(None, {}, str(file), mean, std, (note,), side=side)
+    return ClipSource(None, of_name, str(file), mean, std, (note,), side=side)
 
 
 def _timm(params: ModelParams, root: Path) -> ClipSource:
@@ -186,8 +217,18 @@ def _timm(params: ModelParams, root: Path) -> ClipSource:
     file = root / weights
     if not file.is_file():
         raise UserError(f"Expected model.pretrained for '{params.clip}' to be {HUB} or a file, found '{weights}'.")
+    if _holds_code(file):
+        raise _no_tensors_alone(weights, f"{NEVER_RUN} Save the model's state_dict() as safetensors, or set {HUB}.")
     note = f"{weights} does not say how it was trained: {params.clip}'s own activation and constants are assumed."
     return ClipSource(None, {}, str(file), mean, std, (note,), name, config.input_size[-1])
+
+
+def no_tower(found: str) -> UserError:
+    """The image side that model.clip stands for is another network than adapters can sit on."""
+    return UserError(
+        f"Expected a CLIP whose image side is a vision transformer (such as ViT-L-14-quickgelu), found {found}. Choose "
+        f"another model.clip."
+    )
 
 
 def _activation(quick: bool) -> str:
@@ -219,17 +260,14 @@ def _no_such_tag(name: str, tag: str, quick: bool, tags: list[str]) -> UserError
     )
 
 
-def _require_tensors(name: str, file: Path, said: str) -> None:
-    """Raise UserError for an archive of TorchScript: code with tensors, as OpenAI publishes its CLIP (`*.pt`)."""
+def _holds_code(file: Path) -> bool:
+    """Whether it is an archive of TorchScript: code with tensors."""
     try:
         with zipfile.ZipFile(file) as archive:
-            if not any(Path(entry).name == "constants.pkl" for entry in archive.namelist()):
-                return
+            return any(Path(entry).name == "constants.pkl" for entry in archive.namelist())
     except (zipfile.BadZipFile, OSError):  # no archive, or a damaged one: loading it says so
-        return
-    right = name if name.endswith(QUICK) else _twin(name)
-    raise UserError(
-        f"Expected tensors alone at model.pretrained = {said}, found a TorchScript archive, as OpenAI publishes CLIP: "
-        f"it holds code, which is never run here. Convert its tensors alone: dgs tower --archive {said} --out DIR, and "
-        f"set model.clip: DIR, model.pretrained: null. With network: model.clip: {right}, model.pretrained: openai."
-    )
+        return False
+
+
+def _no_tensors_alone(said: str, rest: str) -> UserError:
+    return UserError(f"Expected tensors alone at model.pretrained = {said}, found a TorchScript archive, {rest}")

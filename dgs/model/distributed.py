@@ -9,7 +9,6 @@ batch. That needs a sum, and only that.
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from datetime import timedelta
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -309,8 +308,8 @@ def _member(
             ) from None
         time.sleep(1.0)  # if another process died, its end is noticed before the complaint about it
         raise
-    # Pickled here: the line would hand tensors over as shared memory, which ends with this process.
-    line.send((True, pickle.dumps(result if number == 0 else None)))
+    line.send((True, result if number == 0 else None))
+    line.poll(None)  # tensors in it are handed over as shared memory of this process: it is ended when they are there
 
 
 def run(processes: int, function: Callable[..., T], *arguments: Any, timeout: float = TIMEOUT) -> T:
@@ -328,7 +327,7 @@ def run(processes: int, function: Callable[..., T], *arguments: Any, timeout: fl
     """
     if processes == 1:
         return function(*arguments)
-    results: dict[int, bytes] = {}
+    results: dict[int, Any] = {}
     with (
         tempfile.TemporaryDirectory(prefix="dgs-") as folder,
         started(processes, _member, processes, folder, timeout, function, arguments, daemon=False) as members,
@@ -338,4 +337,4 @@ def run(processes: int, function: Callable[..., T], *arguments: Any, timeout: fl
             for line in wait(list(waiting)):
                 member = waiting.pop(line)
                 results[member.number] = member.recv("train", AFTER_DEATH)
-    return pickle.loads(results[0])
+    return cast(T, results[0])

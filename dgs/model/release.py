@@ -72,8 +72,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
         raise UserError(f"Cannot read {path} as tensors alone ({reason}). Other content is never loaded.") from None
     for _ in WRAPPERS:
-        inner = [content[name] for name in WRAPPERS if isinstance(content, Mapping) and name in content]
-        content = inner[0] if inner and isinstance(inner[0], Mapping) else content
+        inner = [content.get(name) for name in WRAPPERS] if isinstance(content, Mapping) else []
+        content = next((each for each in inner if isinstance(each, Mapping)), content)
     if not isinstance(content, Mapping):
         raise UserError(f"Expected a state dict in {path}, found {type(content).__name__}.")
     for name, value in content.items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dgs.errors import UserError
-from dgs.model.clip_source import HUB, RANDOM, TIMM
+from dgs.model.clip_source import HUB, RANDOM, TIMM, ClipSource, no_tower
 
 ATTENTIONS = (Attention, AttentionRope, EvaAttention)
 CLOSE = 1e-4  # of the largest feature: how far our walk through a tower may be from timm's own
@@ -72,13 +72,7 @@ class TimmTower(nn.Module):
 
     def __init__(self, trunk: Any, head: nn.Module, name: str, image_size: int) -> None:
         super().__init__()
-        if reason := why_not(trunk):
-            raise UserError(f"Expected a vision transformer for model.clip, found {name}: {reason}. Choose another.")
-        height, width = trunk.patch_embed.patch_size
-        if image_size % height or image_size % width:
-            raise UserError(
-                f"Expected model.image_size to be a multiple of {height} px, the patch of {name}, found {image_size}."
-            )
+        require_adaptable(trunk, name, image_size)
         if tuple(trunk.patch_embed.img_size) != (image_size, image_size):
             trunk.set_input_size(img_size=(image_size, image_size))
         self.trunk, self.head = trunk.eval(), head.eval()
@@ -152,6 +146,28 @@ def why_not(trunk: Any) -> str:
     if any(isinstance(module, _BatchNorm) for module in trunk.modules()):
         return "it has batch norm, which training would change"
     return ""
+
+
+def require_adaptable(trunk: Any, name: str, image_size: int) -> None:
+    """Raise UserError, naming model.clip = `name`, unless a `TimmTower` can be made of a timm model."""
+    if reason := why_not(trunk):
+        raise UserError(f"Expected a vision transformer for model.clip, found {name}: {reason}. Choose another.")
+    height, width = trunk.patch_embed.patch_size
+    if image_size % height or image_size % width:
+        raise UserError(
+            f"Expected model.image_size to be a multiple of {height} px, the patch of {name}, found {image_size}."
+        )
+
+
+def require_tower(source: ClipSource, name: str, image_size: int) -> None:
+    """Raise UserError where loading model.clip = `name` would, for its architecture, before any weight is there."""
+    vision = source.config.get("model_cfg", {}).get("vision_cfg", {})
+    if kind := source.timm or vision.get("timm_model_name"):
+        with torch.device("meta"):  # no memory, no time
+            trunk: Any = timm.create_model(kind, num_classes=0)
+        require_adaptable(trunk, name, image_size)
+    elif isinstance(vision.get("layers"), list):
+        raise no_tower("ModifiedResNet")
 
 
 def create_timm(name: str, weights: str) -> Any:
