@@ -39,7 +39,8 @@ environment: $(READY)
 # DVC asks for a git repository, and refuses a copy without one (a ZIP) when everything is installed: made here, first.
 history:
 	@git rev-parse --git-dir > /dev/null 2>&1 || \
-	  { echo "dgs: DVC needs a git repository, found none: git init makes an empty one here."; git init --quiet .; }
+	  { echo "dgs: DVC needs a git repository, found none: git init makes an empty one here."; git init --quiet .; } || \
+	  { echo "dgs: expected git to make it, found that it did not. Install git, or mend what it says above."; exit 1; }
 
 # torch comes first and by pip: it honours the machine's pip settings, and keeps a CPU build that is already there.
 .venv/.ready: requirements.lock pyproject.toml | history

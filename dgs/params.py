@@ -390,8 +390,17 @@ def validate_as(kind: type[Group], content: Mapping[str, Any], source: str) -> G
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        first = min(error.errors(include_url=False), key=lambda each: each["type"] == "missing")  # others are typos
+        rank = {
+            "invalid_key": 0,
+            "missing": 2,
+        }  # the first explains others, such as the 0 of 0,5; the second is a typo's
+        first = min(error.errors(include_url=False), key=lambda each: rank.get(each["type"], 1))
     name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "invalid_key":
+        raise UserError(
+            f"Expected names of parameters in {source}, found {first['input']!r} in {name.rpartition('.')[0] or 'it'}. "
+            f"If it comes of a decimal comma, write a point."
+        )
     if first["type"] == "missing":
         raise UserError(f"Expected the parameter '{name}' in {source}, found none. Add it.")
     if first["type"] == "extra_forbidden":

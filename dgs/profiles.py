@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dgs.errors import UserError, did_you_mean
-from dgs.model.clip_source import find_clip
+from dgs.model.clip_source import find_clip, require_weights
 from dgs.model.methods.registry import METHODS, get_method, require_text
 from dgs.params import Params, dotted, merged_params, only_params, read_overlays, validate
 from dgs.workspace import (
@@ -126,6 +126,7 @@ def check_params(params: Params, root: Path) -> tuple[str, ...]:
     if made_here(clip) and not (root / clip).is_dir():
         return _not_looked_at(params)
     source = find_clip(params.model, root)
+    require_weights(source)
     if params.model.text == "own":
         source.require_text(clip)
     if not source.of_vision_transformer:

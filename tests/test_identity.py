@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
 from dgs.model.checkpoint import load_checkpoint, read_info
+from dgs.model.checkpoint_files import WRAPPERS
 from dgs.model.clip import Clip, load_clip, resize
-from dgs.model.clip_source import find_clip
+from dgs.model.clip_source import find_clip, require_weights
 from dgs.model.detector import Detector
 from dgs.model.identity import differences, features_of, image_side
 
@@ -179,10 +180,11 @@ class TestATag:
         config = open_clip.get_pretrained_cfg(name, tag)
         quick = bool(open_clip.get_model_config(name).get("quick_gelu", False))
         params = ModelParams(clip=name, pretrained=tag)
-        assert config.get("quick_gelu", False) or not quick, "then it would load with QuickGELU, untold"
         if quick or not config.get("quick_gelu", False):
             source = find_clip(params, Path())
-            assert (source.mean, source.std, source.notes) == (tuple(config["mean"]), tuple(config["std"]), ())
+            assert (source.mean, source.std) == (tuple(config["mean"]), tuple(config["std"]))
+            untold = quick and not config.get("quick_gelu", False)
+            assert ["QuickGELU: it is assumed" in note for note in source.notes] == [True] * untold
             return
         with pytest.raises(UserError, match=rf"trained with QuickGELU; .*Set model\.clip: {name}-quickgelu\."):
             find_clip(params, Path())
@@ -243,6 +245,103 @@ class TestAFile:
     def test_of_tensors_in_a_zip_is_no_such_archive(self, tmp_path: Path) -> None:
         torch.save({"x": torch.zeros(1)}, tmp_path / "w.pt")
         assert find_clip(ModelParams(clip="ViT-B-32", pretrained="w.pt"), tmp_path).weights == str(tmp_path / "w.pt")
+
+
+class TestTensorsInAFile:
+    """Of open_clip's architecture `tiny-file`, as people save them."""
+
+    @pytest.fixture(scope="class")
+    def state(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+        config = tmp_path_factory.mktemp("config") / "tiny-file.json"
+        config.write_text(json.dumps(CONFIG))
+        open_clip.add_model_config(config)
+        torch.manual_seed(3)
+        return open_clip.CLIP(**CONFIG).state_dict()
+
+    def loaded(self, folder: Path, name: str) -> Tensor:
+        params = ModelParams(clip="tiny-file", pretrained=name)
+        require_weights(find_clip(params, folder))
+        return load_clip(params, folder, 32, text=False).model.visual.conv1.weight
+
+    @pytest.mark.parametrize(
+        "wrapped",
+        [
+            *({name: "state"} for name in WRAPPERS),
+            {"epoch": 3, "model": {"state_dict": "state"}},
+            *({"": prefix} for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "model.")),
+            {"state_dict": "state", "model": "ViT-B-32"},
+            {"sizes": torch.tensor(32)},
+        ],
+        ids=str,
+    )
+    def test_is_found_below_common_wrappings(
+        self, wrapped: dict[str, Any], state: dict[str, Tensor], tmp_path: Path
+    ) -> None:
+        def filled(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: filled(each) for name, each in value.items()}
+            return state if value == "state" else value
+
+        content = filled(wrapped)
+        if "" in wrapped:
+            content = {wrapped[""] + name: value for name, value in state.items()}
+        elif "sizes" in wrapped:  # as OpenAI's own have them
+            content = {**state, "input_resolution": wrapped["sizes"], "context_length": torch.tensor(16)}
+        torch.save(content, tmp_path / "w.pt")
+        assert torch.equal(self.loaded(tmp_path, "w.pt"), state["visual.conv1.weight"])
+
+    def test_is_read_by_its_content_whatever_its_name(self, state: dict[str, Tensor], tmp_path: Path) -> None:
+        save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "w.pt")
+        torch.save(state, tmp_path / "w.safetensors")
+        torch.save(state, tmp_path / "w.bin", _use_new_zipfile_serialization=False)
+        for name in ("w.pt", "w.safetensors", "w.bin"):
+            assert torch.equal(self.loaded(tmp_path, name), state["visual.conv1.weight"])
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            (lambda s: {**s, "visual.proj": s["visual.proj"] * torch.nan}, "Expected finite numbers in"),
+            (lambda s: {name: value.int() for name, value in s.items()}, "Expected dense real tensors in"),
+            (lambda s: {"model": s, "ema": s}, "Expected one state dict in .*, found model and ema"),
+            (lambda s: [s], "Expected a state dict in .*, found list"),
+            (lambda s: nn.Linear(2, 2), "Cannot read .* as tensors alone"),
+        ],
+    )
+    def test_that_would_give_other_features_is_refused(
+        self, change: Callable[[dict[str, Tensor]], object], sentence: str, state: dict[str, Tensor], tmp_path: Path
+    ) -> None:
+        torch.save(change(state), tmp_path / "w.pt")
+        with pytest.raises(UserError, match=rf"Cannot load the weights 'w\.pt' of tiny-file \({sentence}"):
+            self.loaded(tmp_path, "w.pt")
+
+    @pytest.mark.parametrize(
+        ("edit", "found"),
+        [
+            (lambda data: data[: len(data) // 2], "a ZIP archive that is cut short"),
+            (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+            (lambda data: b"<!DOCTYPE html>", "another kind of file"),
+            (lambda data: b"", "another kind of file"),
+            (lambda data: data.replace(b"data.pkl", b"data.txt"), "a ZIP archive of other files"),
+        ],
+    )
+    def test_that_is_none_is_named_by_the_check(
+        self, edit: Callable[[bytes], bytes], found: str, state: dict[str, Tensor], clip_folder: Path, tmp_path: Path
+    ) -> None:
+        torch.save(state, tmp_path / "w.pt")
+        data = edit((tmp_path / "w.pt").read_bytes())
+        (tmp_path / "w.pt").write_bytes(data)
+        folder = shutil.copytree(clip_folder, tmp_path / "clip")
+        (folder / "open_clip_model.safetensors").write_bytes(data)
+        for own in ({"clip": "tiny-file", "pretrained": "w.pt"}, {"clip": "clip"}):
+            with pytest.raises(UserError, match=rf"Expected tensors .* found {found}"):
+                require_weights(find_clip(ModelParams(**own), tmp_path))
+
+    def test_that_is_cut_short_in_safetensors_too(self, clip_folder: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(clip_folder, tmp_path / "clip")
+        file = folder / "open_clip_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(UserError, match="found a damaged safetensors file"):
+            require_weights(find_clip(ModelParams(clip="clip"), tmp_path))
 
 
 class TestAFolder:

@@ -205,6 +205,14 @@ class TestFiles:
             root = repository(tmp_path / text.partition(":")[0], own, own=text)
             assert "train.stage1.lr'" in refusal(lambda root: load_params("own", root).for_method("lora"), root)
 
+    @pytest.mark.parametrize(
+        "text", ["train: {stage2: {lr: 1,5}}", "train: {stage2: {lr: 0,0001}}", "model: {lora: {alpha: 6,5}}", "5: 1"]
+    )
+    def test_a_decimal_comma_is_named(self, tmp_path: Path, text: str) -> None:
+        """Between braces YAML reads 1,5 as 1, and 5 as another name."""
+        message = refusal(load_params, "own", repository(tmp_path / "r", own=text))
+        assert "Expected names of parameters" in message and message.endswith("a decimal comma, write a point.")
+
     def test_words_stay_words_when_dvc_takes_their_quotes(self, tmp_path: Path) -> None:
         own = "data: {layout: folders, rho: null, root: yes, captions: on}\n"
         params = load_params("own", repository(tmp_path / "r", own=own))

@@ -141,6 +141,12 @@ class TestMake:
         assert said == ["dgs: DVC needs a git repository, found none: git init makes an empty one here.\n", ""]
         assert (tmp_path / ".git").is_dir()
 
+    def test_a_repository_that_git_cannot_make_is_a_sentence(self, tmp_path: Path) -> None:
+        (tmp_path / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
+        (tmp_path / ".git").write_text("gitdir: /nowhere\n")  # as a worktree that was copied alone
+        done = subprocess.run(["make", "history"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode != 0 and "dgs: expected git to make it, found that it did not." in done.stdout
+
     def test_a_profile_has_its_own_pipeline(self) -> None:
         own, main = (dry_run("repro", *profile) for profile in (["PROFILE=paper"], []))
         assert "pipeline=$(dgs profile paper) && dvc repro $pipeline" in own and "results/paper/REPORT.md" in own

@@ -14,17 +14,19 @@ from torch import Tensor
 
 from dgs.atomic import replacing
 from dgs.errors import UserError
+from dgs.model.checkpoint_files import CONSTANTS
 from dgs.model.release import Release, expected_clip, write_clip
 
-DTYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "DoubleStorage": torch.float64,
-          "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool}  # fmt: skip
-# No weights: a constant of the text side, which open_clip makes itself, and sizes, which shapes tell.
-CONSTANTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
-
-
+DTYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+          "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
+          "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+          "BoolStorage": torch.bool}  # fmt: skip
 GIVEN = ("INT", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "STRING", "BINUNICODE", "GLOBAL")
-MODULE, TENSOR, ORDERED = "__torch__.", "torch._utils _rebuild_tensor_v2", "collections OrderedDict"
-MOST = 100_000_000  # bytes of data.pkl; OpenAI's have less than a hundredth
+MODULE, TENSOR, ORDERED = "__torch__", "torch._utils _rebuild_tensor_v2", "collections OrderedDict"
+JIT = "torch.jit._pickle "
+LISTS = tuple(f"{JIT}build_{of}list" for of in ("int", "double", "bool", "tensor"))
+WRAPPED = (*LISTS, f"{JIT}restore_type_tag", "torch device")  # what is called on a value that says it all
+MOST = 10_000_000  # bytes of data.pkl; OpenAI's have less than a tenth
 
 
 class _Module:
@@ -113,8 +115,10 @@ class _Reader:
         self.stack[-1].state = state
 
     def _made(self, what: Any, arguments: Any) -> Any:
-        if isinstance(what, str) and what.startswith(MODULE):
+        if isinstance(what, str) and what.split()[0].split(".")[0] == MODULE:
             return _Module()
+        if what in WRAPPED and arguments:
+            return arguments[0]
         if what == TENSOR:
             return self._tensor(*arguments)
         if what == ORDERED and not arguments:
@@ -124,9 +128,13 @@ class _Reader:
     def _storage(self, key: Any) -> Tensor:
         _, storage, number, _, count = key
         entry, dtype = self.archive.getinfo(f"{self.folder}/{int(number)}"), DTYPES[storage.removeprefix("torch ")]
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != count * dtype.itemsize:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"storage {number} is compressed")
+        if entry.file_size != count * dtype.itemsize:
             raise ValueError(f"storage {number} has another size than it says")
-        return torch.frombuffer(bytearray(self.archive.read(entry)), dtype=dtype)
+        return (
+            torch.frombuffer(bytearray(self.archive.read(entry)), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+        )
 
     def _tensor(self, storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
         if math.prod(size) > storage.numel():  # by strides of 0, of any size
@@ -155,7 +163,10 @@ def read_archive(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             (data,) = (name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl"))
-            return dict(_tensors(_Reader(archive, data).read(), set()))
+            read = _Reader(archive, data).read()
+            if not isinstance(read, _Module):
+                raise ValueError("it holds no module: tensors alone are for model.pretrained as they are")
+            return dict(_tensors(read, set()))
     except FileNotFoundError:
         raise UserError(f"Expected OpenAI's file of a CLIP at {path}, found none.") from None
     except Exception as error:  # what is no such archive, or a damaged one, fails in many ways

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,11 +15,12 @@ import open_clip
 import torch
 from open_clip.model import resize_pos_embed
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgs.errors import UserError
+from dgs.model.checkpoint_files import read_state, reason_of
 from dgs.model.clip_source import NO_TEXT, RANDOM, WEIGHTS, ClipSource, find_clip, no_tower
 from dgs.model.gemm import Gemm
 from dgs.model.identity import features_hash, features_of, weights_hash
@@ -231,10 +233,11 @@ def _from_folder(folder: Path, config: Mapping[str, Any]) -> Any:
         attach(model, config)
         if config.get("dgs") == NO_TEXT:
             _keep_image_side(model)
-        model.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()})
+        model.load_state_dict({name: tensor.float() for name, tensor in read_state(folder / WEIGHTS).items()})
     except Exception as error:  # configs and weights that do not fit fail in many ways
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"Cannot load the CLIP in model.clip = {folder} ({reason}). Restore that folder.") from None
+        raise UserError(
+            f"Cannot load the CLIP in model.clip = {folder} ({reason_of(error)}). Restore that folder."
+        ) from None
     return model
 
 
@@ -244,24 +247,35 @@ def _keep_image_side(model: nn.Module) -> None:
             delattr(model, name)
 
 
+def _from_file(name: str, file: Path) -> Any:
+    """As open_clip loads a file; if it cannot, it loads a copy of the tensors alone, which may be wrapped there."""
+    state = {key: value.contiguous().clone() for key, value in read_state(file).items()}
+    if not state:
+        raise ValueError("it holds no tensor")
+    try:
+        return open_clip.create_model(name, pretrained=str(file))
+    except Exception:  # wrong files fail in many ways
+        with tempfile.TemporaryDirectory(prefix="dgs-") as folder:
+            save_file(state, f"{folder}/{WEIGHTS}")
+            return open_clip.create_model(name, pretrained=f"{folder}/{WEIGHTS}")
+
+
 def _from_name(name: str, weights: str, said: str) -> Any:
     if weights == RANDOM:
         torch.manual_seed(0)
         return open_clip.create_model(name, pretrained=None)
+    file = Path(weights)
     try:
         with _quiet():  # a hub that cannot be reached is retried for a minute, each time with a page of log
-            return open_clip.create_model(name, pretrained=weights)
+            return _from_file(name, file) if file.is_file() else open_clip.create_model(name, pretrained=weights)
     except Exception as error:  # offline hubs and wrong files fail in many ways
-        reason = " ".join(str(error).split()).split(". ")[0][:200]
         advice = (
             f"Expected tensors of {name} under open_clip's names: give another file."
-            if Path(weights).is_file()
+            if file.is_file()
             else f"With network: python -c \"import open_clip; open_clip.create_model('{name}', pretrained='{weights}')"
             f'"; without: set model.pretrained to a weights file.'
         )
-        raise UserError(
-            f"Cannot load the weights '{said}' of {name} ({type(error).__name__}: {reason}). {advice}"
-        ) from None
+        raise UserError(f"Cannot load the weights '{said}' of {name} ({reason_of(error)}). {advice}") from None
 
 
 def _load(source: ClipSource, params: ModelParams) -> Any:
@@ -278,9 +292,8 @@ def _tokenizer(source: ClipSource, name: str) -> Any:
         with _quiet():
             return open_clip.get_tokenizer(f"local-dir:{source.folder}" if source.folder else name)
     except Exception as error:  # SigLIP's come from a hub, which fails in many ways
-        reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise UserError(
-            f'Cannot load the tokenizer of {name} ({type(error).__name__}: {reason}). With network: python -c "import '
+            f'Cannot load the tokenizer of {name} ({reason_of(error)}). With network: python -c "import '
             f"open_clip; open_clip.get_tokenizer('{name}')\"; without: set model.text to aligned or none."
         ) from None
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dgs.errors import UserError, did_you_mean
+from dgs.model.checkpoint_files import CODE, FORMS, form_of
 from dgs.params import ModelParams, dotted
 from dgs.workspace import no_such_clip, weights_twice
 
@@ -157,9 +157,12 @@ def _name(params: ModelParams, root: Path) -> ClipSource:
     tags = open_clip.list_pretrained_tags_by_model(name)
     tag = open_clip.get_pretrained_cfg(name, weights)
     if tag:
-        if tag.get("quick_gelu", False) and not quick:  # of the other way about open_clip has none
+        of_tag = bool(tag.get("quick_gelu", False))
+        if of_tag and not quick:
             raise _other_activation(name, weights, quick, names)
-        return ClipSource(None, of_name, weights, tuple(tag["mean"]), tuple(tag["std"]), side=side)
+        untold = f"open_clip's entry of '{weights}' does not name QuickGELU: it is assumed, as {name} alone says."
+        notes = (untold,) if quick and not of_tag else ()
+        return ClipSource(None, of_name, weights, tuple(tag["mean"]), tuple(tag["std"]), notes, side=side)
     own = [open_clip.get_pretrained_cfg(name, known) for known in tags]
     of_tags = {(tuple(known["mean"]), tuple(known["std"])) for known in own}  # of SigLIP all differ from CLIP's
     mean, std = of_tags.pop() if len(of_tags) == 1 else _usual().values()
@@ -168,7 +171,7 @@ def _name(params: ModelParams, root: Path) -> ClipSource:
     file = root / weights
     if not file.is_file():
         raise _no_such_tag(name, weights, quick, tags)
-    if _holds_code(file):
+    if form_of(file) == CODE:
         right = name if name.endswith(QUICK) else _twin(name)
         raise _no_tensors_alone(
             weights,
@@ -217,7 +220,7 @@ def _timm(params: ModelParams, root: Path) -> ClipSource:
     file = root / weights
     if not file.is_file():
         raise UserError(f"Expected model.pretrained for '{params.clip}' to be {HUB} or a file, found '{weights}'.")
-    if _holds_code(file):
+    if form_of(file) == CODE:
         raise _no_tensors_alone(weights, f"{NEVER_RUN} Save the model's state_dict() as safetensors, or set {HUB}.")
     note = f"{weights} does not say how it was trained: {params.clip}'s own activation and constants are assumed."
     return ClipSource(None, {}, str(file), mean, std, (note,), name, config.input_size[-1])
@@ -260,14 +263,12 @@ def _no_such_tag(name: str, tag: str, quick: bool, tags: list[str]) -> UserError
     )
 
 
-def _holds_code(file: Path) -> bool:
-    """Whether it is an archive of TorchScript: code with tensors."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return any(Path(entry).name == "constants.pkl" for entry in archive.namelist())
-    except (zipfile.BadZipFile, OSError):  # no archive, or a damaged one: loading it says so
-        return False
+def require_weights(source: ClipSource) -> None:
+    """Raise UserError where a source's weights are a file that, by its form, holds no tensors."""
+    file = source.folder / WEIGHTS if source.folder else Path(source.weights or "")
+    if file.is_file() and (found := form_of(file)) not in FORMS:
+        raise UserError(f"Expected tensors (safetensors, or a state dict by torch.save) in {file}, found {found}.")
 
 
 def _no_tensors_alone(said: str, rest: str) -> UserError:
-    return UserError(f"Expected tensors alone at model.pretrained = {said}, found a TorchScript archive, {rest}")
+    return UserError(f"Expected tensors alone at model.pretrained = {said}, found a {CODE}, {rest}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
+from dgs.model.checkpoint_files import read_state
 from dgs.model.clip import Clip
 from dgs.params import Params, dotted, merged_params, validate
 
@@ -25,8 +26,6 @@ State = Mapping[str, Tensor]
 STUDENT, PROBE = "clip_model.", "clip_model_frozen."
 IMAGE_BLOCK, TEXT_BLOCK = "visual.transformer.resblocks.", "transformer.resblocks."
 ALPHA = 6.0  # of the release's adapters; a file of merged ones is checked against it
-WRAPPERS = ("model", "state_dict", "model_state_dict")  # under which training scripts save a state dict
-PREFIXES = ("module.", "_orig_mod.", "model.")  # of names, by DataParallel, torch.compile and trainers
 # Tensors whose shapes give every size of a CLIP, with their numbers of dimensions.
 SIZED_BY = {
     "visual.conv1.weight": 4,
@@ -59,34 +58,10 @@ class Release:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth` file: a state dict, bare or wrapped (`WRAPPERS`, `PREFIXES`); no code in it is ever run.
-
-    Raises:
-        UserError: missing, damaged, or holding anything but tensors.
-    """
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"Expected a checkpoint file of the release at {path}, found none.") from None
-    except Exception as error:  # damaged files fail in many ways
-        reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
-        raise UserError(f"Cannot read {path} as tensors alone ({reason}). Other content is never loaded.") from None
-    for _ in WRAPPERS:
-        inner = [content.get(name) for name in WRAPPERS] if isinstance(content, Mapping) else []
-        content = next((each for each in inner if isinstance(each, Mapping)), content)
-    if not isinstance(content, Mapping):
-        raise UserError(f"Expected a state dict in {path}, found {type(content).__name__}.")
-    for name, value in content.items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"Expected only tensors in {path}, found {type(value).__name__} under {name!r}.")
-        if value.layout is not torch.strided or not value.is_floating_point():
-            raise UserError(f"Expected dense real tensors in {path}, found {value.dtype}, {value.layout} in {name}.")
-        if not torch.isfinite(value).all():
-            raise UserError(f"Expected finite numbers in {path}, found others in {name}.")
-    state = {str(name): value for name, value in content.items()}
-    while state and (shared := [prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)]):
-        state = _below(state, shared[0])
-    return state
+    """The tensors of a checkpoint file of the release, as `read_state`. Raises UserError too if there is no file."""
+    if not path.exists():
+        raise UserError(f"Expected a checkpoint file of the release at {path}, found none.")
+    return read_state(path)
 
 
 def _below(state: State, prefix: str) -> dict[str, Tensor]:

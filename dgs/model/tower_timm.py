@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dgs.errors import UserError
+from dgs.model.checkpoint_files import read_state, reason_of
 from dgs.model.clip_source import HUB, RANDOM, TIMM, ClipSource, no_tower
 
 ATTENTIONS = (Attention, AttentionRope, EvaAttention)
@@ -183,10 +185,9 @@ def create_timm(name: str, weights: str) -> Any:
     try:
         trunk: Any = timm.create_model(name, pretrained=weights == HUB, num_classes=0)
         if weights not in (HUB, RANDOM):
-            state = timm.models.load_state_dict(weights)  # tensors alone: no code of a pickle is run
+            state = read_state(Path(weights))
             trunk.load_state_dict({key: value for key, value in state.items() if not key.startswith("head.")})
     except Exception as error:  # offline hubs and wrong files fail in many ways
-        reason = " ".join(str(error).split()).split(". ")[0][:200]
         advice = (
             f"With network: python -c \"import timm; timm.create_model('{name}', pretrained=True)\"; without: set "
             f"model.pretrained to a safetensors file of it."
@@ -194,9 +195,7 @@ def create_timm(name: str, weights: str) -> Any:
             else f"Expected tensors of {name} under timm's names: give another file."
         )
         what = "from the hub" if weights == HUB else weights
-        raise UserError(
-            f"Cannot load the weights of {TIMM}{name}, {what} ({type(error).__name__}: {reason}). {advice}"
-        ) from None
+        raise UserError(f"Cannot load the weights of {TIMM}{name}, {what} ({reason_of(error)}). {advice}") from None
     model, visual = nn.Module(), nn.Module()
     visual.trunk, visual.head = trunk, nn.Identity()
     model.visual = visual
