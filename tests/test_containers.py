@@ -21,6 +21,7 @@ from pictures import (
     encoded,
     entry,
     exif,
+    gif_with,
     jpeg_with,
     mutated,
     png_with,
@@ -247,6 +248,7 @@ class TestMetadata:
             png_with(chunk(b"tEXt", b"") * 60),
             jpeg_with(segment(0xFE, b"") * 60),
             webp_with(*[(b"zzzz", b"")] * 60),
+            gif_with(*[b"\x21\xfe" + b"\1x" * 9 + b"\0"] * 6),
         ):
             with pytest.raises(UnreadableImage, match="more than 50 parts"):
                 decode(data, "x")

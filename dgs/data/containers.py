@@ -223,8 +223,8 @@ def _webp(data: bytes) -> tuple[bytes, int]:
     return b"RIFF" + struct.pack("<L", size + 4) + b"WEBP" + chunks.ljust(size, b"\0"), _orientation(exif)
 
 
-def _end_of_blocks(data: bytes, at: int) -> int:
-    for _ in _turns():
+def _end_of_blocks(data: bytes, at: int, turns: Iterator[None]) -> int:
+    for _ in turns:
         if data[at] == 0:
             break
         at += 1 + data[at]
@@ -234,12 +234,12 @@ def _end_of_blocks(data: bytes, at: int) -> int:
 def _gif(data: bytes) -> tuple[bytes, int]:
     view = memoryview(data)
     at = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)  # behind the palette
-    kept = Parts([view[:at]])
-    for _ in _turns():
+    kept, turns = Parts([view[:at]]), _turns()
+    for _ in turns:
         if data[at] != 0x21:  # the first frame: the rest is pixels
             kept.append(view[at:])
             break
-        end = _end_of_blocks(data, at + 2)
+        end = _end_of_blocks(data, at + 2, turns)
         if data[at + 1] == GIF_CONTROL:
             kept.append(view[at:end])
         at = end
