@@ -216,7 +216,7 @@ SPOILT = {  # what metadata may be called, so that a decoder looks for more in i
     "PNG": [b"iCCP", b"zTXt", b"iTXt", b"eXIf", b"pHYs", b"gAMA", b"fcTL", b"fdAT", b"acTL", b"sRGB", b"cICP", b"prVt"],
     "JPEG": [*range(0xE1, 0xEE), 0xEF, 0xFE],
     "WEBP": [b"ICCP", b"EXIF", b"XMP ", b"zzzz"],
-    "GIF": [0x01, 0xFE, 0xFF, 0x42],
+    "GIF": [0x01, 0xF9, 0xFE, 0xFF, 0x42],
     "TIFF": [270, 282, 296, 330, 33_723, 34_377, 34_665, 34_853, 37_724, 50_341, 65_000],
 }
 

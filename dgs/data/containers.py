@@ -25,7 +25,7 @@ PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 TRANSPARENT = {0: 2, 2: 6}  # bytes of the transparent grey and colour
 WEBP_CHUNKS = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
 WEBP_EXIF, WEBP_METADATA = 0x08, 0x2C  # flags of a VP8X chunk: EXIF; EXIF, XMP or ICC profile
-GIF_CONTROL = 0xF9  # the extension that says which colour is transparent
+GIF_CONTROL = b"\xf9\4"  # the extension that says which colour is transparent, in a block of 4 bytes
 # Of TIFF: size, samples, compression, colours, strips, tiles, the tables of its compressions, and subsampling.
 TIFF_TAGS = frozenset(
     {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 326, 327, 328, 338,
@@ -240,7 +240,7 @@ def _gif(data: bytes) -> tuple[bytes, int]:
             kept.append(view[at:])
             break
         end = _end_of_blocks(data, at + 2, turns)
-        if data[at + 1] == GIF_CONTROL:
+        if data[at + 1 : at + 3] == GIF_CONTROL:
             kept.append(view[at:end])
         at = end
     return b"".join(kept), 1
