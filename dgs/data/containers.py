@@ -150,7 +150,8 @@ def _transparency(body: bytes, depth: int, colour: int) -> bytes:
 
 
 def _png(data: bytes) -> tuple[bytes, int]:
-    view, exif, exif_as_text = memoryview(data), [], []
+    view, exif = memoryview(data), []
+    exif_as_text: list[memoryview] = []
     kept, at = Parts([view[:8]]), 8
     depth, colour = data[24], data[25]
     for _ in _turns():
