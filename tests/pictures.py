@@ -82,6 +82,12 @@ def webp_with(*chunks: tuple[bytes, bytes]) -> bytes:
     return riff((b"VP8X", extended), (b"VP8L", data[20 : 20 + struct.unpack_from("<L", data, 16)[0]]), *chunks)
 
 
+def gif_with(*extensions: bytes) -> bytes:
+    data = plain("GIF")
+    at = 13 + (3 << (data[10] & 7) + 1)  # behind the palette
+    return data[:at] + b"".join(extensions) + data[at:]
+
+
 def tiff_with(*entries: bytes, after: bytes = b"", **options: Any) -> bytes:
     """A TIFF whose directory, at its end, has further entries, in their order; `after` lies at 8 in the file."""
     data = encoded("TIFF", **options)
@@ -127,13 +133,11 @@ def _tiff(parts: Parts) -> bytes:
 
 
 def _gif(parts: Parts) -> bytes:
-    data = plain("GIF")
-    at = 13 + (3 << (data[10] & 7) + 1)  # behind the palette
     blocks = []
     for label, body in parts.metadata:
         pieces = [body[i : i + 255] for i in range(0, len(body), 255)]
         blocks.append(bytes([0x21, label]) + b"".join(bytes([len(piece)]) + piece for piece in pieces) + b"\0")
-    return data[:at] + b"".join(blocks) + data[at:]
+    return gif_with(*blocks)
 
 
 def _avif(parts: Parts) -> bytes:
@@ -212,7 +216,7 @@ SPOILT = {  # what metadata may be called, so that a decoder looks for more in i
     "PNG": [b"iCCP", b"zTXt", b"iTXt", b"eXIf", b"pHYs", b"gAMA", b"fcTL", b"fdAT", b"acTL", b"sRGB", b"cICP", b"prVt"],
     "JPEG": [*range(0xE1, 0xEE), 0xEF, 0xFE],
     "WEBP": [b"ICCP", b"EXIF", b"XMP ", b"zzzz"],
-    "GIF": [0x01, 0xFE, 0xFF, 0x42],
+    "GIF": [0x01, 0xF9, 0xFE, 0xFF, 0x42],
     "TIFF": [270, 282, 296, 330, 33_723, 34_377, 34_665, 34_853, 37_724, 50_341, 65_000],
 }
 

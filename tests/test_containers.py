@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import tracemalloc
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from pictures import (
     encoded,
     entry,
     exif,
+    gif_with,
     jpeg_with,
     mutated,
     png_with,
@@ -141,6 +143,18 @@ class TestOrientation:
         blocks = [b"garbage ", exif(turn(6)), exif(turn(3))]
         assert np.array_equal(decode(png_with(*(chunk(b"eXIf", block) for block in blocks))), UPRIGHT[6](PIXELS))
 
+    def test_so_does_one_that_says_nothing_or_that_the_picture_is_upright(self) -> None:
+        for first in (exif(turn(1)), exif(entry(0x10F, 2, 4, b"abc"))):
+            blocks = [segment(0xE1, b"Exif\0\0" + block) for block in (first, exif(turn(6)))]
+            assert np.array_equal(decode(jpeg_with(*blocks)), jpeg_pixels())
+
+    @pytest.mark.parametrize(("in_chunk", "in_text"), [(1, 6), (6, 1)])
+    def test_a_chunk_of_a_png_comes_before_its_text(self, in_chunk: int, in_text: int) -> None:
+        text = b"Raw profile type exif\0\nexif\n  9\n" + exif(turn(in_text)).hex().encode()
+        pieces = [chunk(b"tEXt", text), chunk(b"eXIf", exif(turn(in_chunk)))]
+        for order in (pieces, pieces[::-1]):
+            assert np.array_equal(decode(png_with(*order)), UPRIGHT[in_chunk](PIXELS))
+
     def test_xmp_turns_nothing(self) -> None:
         says = XMP.replace(b'tiff:Software="a camera"', b'tiff:Orientation="6"')
         data = png_with(chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + says))
@@ -234,9 +248,23 @@ class TestMetadata:
             png_with(chunk(b"tEXt", b"") * 60),
             jpeg_with(segment(0xFE, b"") * 60),
             webp_with(*[(b"zzzz", b"")] * 60),
+            gif_with(*[b"\x21\xfe" + b"\1x" * 9 + b"\0"] * 6),
         ):
             with pytest.raises(UnreadableImage, match="more than 50 parts"):
                 decode(data, "x")
+
+    def test_it_is_gone_before_memory_for_pixels_is_asked_for(self) -> None:
+        seen: list[int] = []
+
+        def content() -> bytes:
+            return png_with(chunk(b"tEXt", bytes(30_000_000)))
+
+        tracemalloc.start()
+        try:
+            decode(content(), "x", lambda _: seen.append(tracemalloc.get_traced_memory()[0]))
+        finally:
+            tracemalloc.stop()
+        assert len(seen) == 1 and seen[0] < 3_000_000
 
     def test_no_format_is_mended(self) -> None:
         for kind in ("PNG", "JPEG", "WEBP", "TIFF", "AVIF", "GIF", "BMP"):
@@ -298,6 +326,12 @@ class TestPixels:
         image.putpixel((0, 0), (10, 20, 30))
         data = png_with(chunk(b"tRNS", struct.pack(">3H", 10, 20, 30), checksum), image=image)
         assert decode(data).tolist() == [[[255, 255, 255], [9, 9, 9]]]
+
+    @pytest.mark.parametrize("mode", ["L", "RGB"])
+    def test_one_that_is_cut_short_is_none(self, mode: str) -> None:
+        image = PICTURE.convert(mode)
+        data = png_with(chunk(b"tRNS", b"\0"), image=image)
+        assert np.array_equal(decode(data), np.asarray(image.convert("RGB")))
 
     @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
     def test_so_does_a_transparent_grey_of_any_depth(self, depth: int) -> None:

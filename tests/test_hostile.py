@@ -239,6 +239,7 @@ def test_two_of_the_largest_at_once_stay_below_two_gigabytes(name: str, tmp_path
     assert (tmp_path / name).stat().st_size < MAX_BYTES
     (tmp_path / "again").hardlink_to(tmp_path / name)
     outcome = score(tmp_path / name, tmp_path / "again", "--checkpoint", checkpoint)
+    print(f"{name}: peak {outcome.peak / 1e6:.0f} MB, without mapped files {outcome.own / 1e6:.0f} MB")
     assert_civil(outcome)
     assert [set(row) for row in outcome.rows.values()] == [{"path", "probability", "verdict"}] * 2
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import PICTURE, chunk, exif, png_with, tiff_with, turn
+from pictures import PICTURE, chunk, entry, exif, png_with, tiff_with, turn
 from PIL import Image, ImageFile
 
 from dgs.data import images
@@ -93,6 +93,14 @@ class TestModes:
         expected = np.resize(colour, 3) * alpha / 255 + 255 * (1 - alpha / 255)
         assert np.abs(decoded - expected).max() <= 1
 
+    @pytest.mark.parametrize(("mode", "premultiplied"), [("RGBA", (100, 50, 0)), ("LA", (100,))])
+    def test_so_does_alpha_that_a_tiff_has_multiplied_already(self, mode: str, premultiplied: tuple[int, ...]) -> None:
+        data = encode(Image.new(mode, (3, 2), (*premultiplied, 128)), "TIFF")
+        unassociated = entry(338, 3, 1, b"\2")
+        assert data.count(unassociated) == 1
+        decoded = decode(data.replace(unassociated, entry(338, 3, 1, b"\1")))
+        assert np.abs(decoded - (np.resize(premultiplied, 3) + 127)).max() <= 2
+
     def test_an_animation_is_its_first_frame(self) -> None:
         first, second = Image.new("RGB", (5, 4), (255, 0, 0)), Image.new("RGB", (5, 4), (0, 0, 255))
         decoded = decode(encode(first, "GIF", save_all=True, append_images=[second], duration=50))
@@ -170,6 +178,13 @@ class TestRefusals:
         data[at + 8 : at + 10] = b"\x20\0"
         message = refusal(bytes(data))
         assert "a variant of TIFF that is not read" in message and "8 or 16 bits" in message
+
+    def test_no_number_of_a_decoder_is_passed_on(self) -> None:
+        data = bytearray(encode(PICTURE, "TIFF", compression="jpeg"))
+        (at,) = struct.unpack_from("<L", data, data.index(entry(273, 4, 1, b"")[:8]) + 8)
+        data[at : at + 4] = b"none"
+        message = refusal(bytes(data))
+        assert "damaged, or a variant of TIFF that is not read" in message and "error" not in message
 
     def test_an_empty_file(self) -> None:
         message = refusal(b"")

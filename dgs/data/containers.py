@@ -10,6 +10,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import repeat
 from typing import NamedTuple
 
@@ -21,9 +22,10 @@ MAX_TAGS = 1 << 16  # of a directory
 MAX_PARTS = 1 << 20  # of a file: many times what pictures have
 JPEG_METADATA = (*range(0xE0, 0xF0), 0xFE)  # application segments and comments
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+TRANSPARENT = {0: 2, 2: 6}  # bytes of the transparent grey and colour
 WEBP_CHUNKS = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
 WEBP_EXIF, WEBP_METADATA = 0x08, 0x2C  # flags of a VP8X chunk: EXIF; EXIF, XMP or ICC profile
-GIF_CONTROL = 0xF9  # the extension that says which colour is transparent
+GIF_CONTROL = b"\xf9\4"  # the extension that says which colour is transparent, in a block of 4 bytes
 # Of TIFF: size, samples, compression, colours, strips, tiles, the tables of its compressions, and subsampling.
 TIFF_TAGS = frozenset(
     {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 326, 327, 328, 338,
@@ -122,14 +124,10 @@ def _bare(block: memoryview) -> memoryview:
 
 
 def _orientation(blocks: Iterable[memoryview]) -> int:
-    """Of the first EXIF block that turns the picture; 1 where none does or none can be read."""
+    """Of the first EXIF block that can be read; 1 where none can."""
     for block in blocks:
-        try:
-            turn = Directory(_bare(block)).orientation()
-        except UNREADABLE:
-            continue
-        if turn != 1:
-            return turn
+        with suppress(*UNREADABLE):
+            return Directory(_bare(block)).orientation()
     return 1
 
 
@@ -146,13 +144,14 @@ def _raw_exif(name: bytes, text: bytes) -> Iterator[memoryview]:
 
 def _transparency(body: bytes, depth: int, colour: int) -> bytes:
     """A PNG's transparent grey of less than 8 bits as it is among 8, which is how a decoder compares it."""
-    if colour == 0 and depth in (2, 4) and len(body) >= 2:
+    if colour == 0 and depth in (2, 4):
         return struct.pack(">H", int.from_bytes(body[:2]) * 255 // (2**depth - 1))
     return body
 
 
 def _png(data: bytes) -> tuple[bytes, int]:
     view, exif = memoryview(data), []
+    exif_as_text: list[memoryview] = []
     kept, at = Parts([view[:8]]), 8
     depth, colour = data[24], data[25]
     for _ in _turns():
@@ -160,19 +159,20 @@ def _png(data: bytes) -> tuple[bytes, int]:
             break
         size, name = struct.unpack_from(">L4s", data, at)
         begin, end = at + 8, at + 12 + size
-        if name == b"tRNS":  # ancillary: viewers pay no heed to its checksum
-            chunk = name + _transparency(data[begin : begin + size], depth, colour)
-            kept.append(struct.pack(">L", len(chunk) - 4) + chunk + struct.pack(">L", zlib.crc32(chunk)))
+        if name == b"tRNS":  # ancillary: viewers pay no heed to its checksum, nor to one cut short
+            if size >= TRANSPARENT.get(colour, 0):
+                chunk = name + _transparency(data[begin : begin + size], depth, colour)
+                kept.append(struct.pack(">L", len(chunk) - 4) + chunk + struct.pack(">L", zlib.crc32(chunk)))
         elif name in PNG_CHUNKS:
             kept.append(view[at:end])
         elif name == b"eXIf":
             exif.append(view[begin : begin + size])
         elif name in (b"zTXt", b"tEXt") and data.startswith(RAW_EXIF, begin):
-            exif += _raw_exif(name, data[begin : begin + size])
+            exif_as_text.extend(_raw_exif(name, data[begin : begin + size]))
         at = end
         if name == b"IEND":
             break
-    return b"".join(kept), _orientation(exif)
+    return b"".join(kept), _orientation(exif + exif_as_text)
 
 
 def _decides_colours(marker: int, body: memoryview) -> bool:
@@ -224,8 +224,8 @@ def _webp(data: bytes) -> tuple[bytes, int]:
     return b"RIFF" + struct.pack("<L", size + 4) + b"WEBP" + chunks.ljust(size, b"\0"), _orientation(exif)
 
 
-def _end_of_blocks(data: bytes, at: int) -> int:
-    for _ in _turns():
+def _end_of_blocks(data: bytes, at: int, turns: Iterator[None]) -> int:
+    for _ in turns:
         if data[at] == 0:
             break
         at += 1 + data[at]
@@ -235,13 +235,13 @@ def _end_of_blocks(data: bytes, at: int) -> int:
 def _gif(data: bytes) -> tuple[bytes, int]:
     view = memoryview(data)
     at = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)  # behind the palette
-    kept = Parts([view[:at]])
-    for _ in _turns():
+    kept, turns = Parts([view[:at]]), _turns()
+    for _ in turns:
         if data[at] != 0x21:  # the first frame: the rest is pixels
             kept.append(view[at:])
             break
-        end = _end_of_blocks(data, at + 2)
-        if data[at + 1] == GIF_CONTROL:
+        end = _end_of_blocks(data, at + 2, turns)
+        if data[at + 1 : at + 3] == GIF_CONTROL:
             kept.append(view[at:end])
         at = end
     return b"".join(kept), 1

@@ -31,6 +31,9 @@ PHOTOMETRIC = 262  # TIFF's tag
 # Once and for all: warnings.catch_warnings around each image would not be safe in threads. What matters is an error.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
+# What decoders say of a picture that they do not know how to decode.
+UNIDENTIFIED = ("cannot identify image file", "decoder error", "raw mode")
+
 
 class UnreadableImage(UserError):
     """The file is not an image that can be decoded whole. One line, whatever its name is."""
@@ -122,7 +125,9 @@ def _grey_to_rgb(band: Image.Image, white: float, transparent: object, is_invert
 
 
 def _band_to_rgb(band: Image.Image) -> NDArray[np.uint8]:
-    if band.mode in ("RGBA", "LA", "PA") or "transparency" in band.info:
+    if band.mode == "La":  # which converts to nothing else
+        band = band.convert("LA")
+    if band.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in band.info:
         rgba = band.convert("RGBA")
         band = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
     return np.asarray(band.convert("RGB"))
@@ -240,17 +245,18 @@ def decode(data: bytes, name: str = "image", before: Callable[[int], object] = l
         raise UnreadableImage(f"Cannot decode {name}: the file is empty. Remove or replace it.")
     kind = format_of(data)
     try:
-        return _turned(*_decoded(*without_metadata(data, kind), name, before))
+        data, orientation = without_metadata(data, kind)  # now the file goes, where the caller kept none
+        return _turned(*_decoded(data, orientation, name, before))
     except UnreadableImage:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit, of 179 megapixels
         raise _too_large(name, "more than 179") from None
     except Exception as error:  # decoders raise anything at all on hostile bytes
         reason = " ".join(str(error).split()) or type(error).__name__
-        if "cannot identify image file" in reason:
+        if any(words in reason for words in UNIDENTIFIED):
             reason = f"not an image in a format that is read ({', '.join(FORMATS)})"
             if kind:
-                reason = f"a damaged header, or a variant of {kind} that is not read (save it with 8 or 16 bits)"
+                reason = f"damaged, or a variant of {kind} that is not read (save it plainly, with 8 or 16 bits)"
         raise UnreadableImage(f"Cannot decode {name}: {reason}. Remove or replace it.") from None
 
 

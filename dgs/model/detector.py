@@ -223,10 +223,10 @@ class Detector:
                 sha = hashlib.sha256(pixels.tobytes()).hexdigest()
             else:
                 with self._bytes.take(size_of(Path(image))):
-                    data = read(Path(image))
-                    pixels = decode(data, str(image), lambda count: held.enter_context(self._pixels.take(count)))
-                    sha = hashlib.sha256(data).hexdigest()
-                    del data
+                    content = [read(Path(image))]
+                    sha = hashlib.sha256(content[0]).hexdigest()
+                    # Handed over: its metadata, which may be most of it, is gone before memory for pixels is taken.
+                    pixels = decode(content.pop(), str(image), lambda n: held.enter_context(self._pixels.take(n)))
             patches = None
             if self.params.patches.enabled:
                 patches = patch_indices(pixels, self.params.patches.size, self.params.patches.count)
