@@ -11,6 +11,11 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
+def is_text(value: object) -> bool:
+    """True for text that a file can hold: JSON may name halves of a sign, which UTF-8 has not."""
+    return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode()
+
+
 class UserError(Exception):
     """A mistake the user can mend: the message says what was expected, what was found and what to do.
 

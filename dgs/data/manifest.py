@@ -22,7 +22,7 @@ from dgs.data.layouts import LABELS, SPLITS
 from dgs.data.packs import Pack
 from dgs.data.suites import SHARED_REALS, SUITES, full_name, is_seen, parted, unseen_by_accident
 from dgs.data.tree import MINIBENCH, ignored_files, passed_over, scan_root
-from dgs.errors import UserError
+from dgs.errors import UserError, printable
 from dgs.params import DataParams
 from dgs.workspace import Workspace, require_data_root
 
@@ -259,7 +259,7 @@ def described(manifest: pd.DataFrame, info: Mapping[str, Any], root: Path) -> st
         *(f"NOTE: {note}" for note in notes),
         *(f"CAUTION: {caution}" for caution in [*loose, *cautions(manifest, ignored)]),
     ]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def data_hash(manifest: pd.DataFrame) -> str:
