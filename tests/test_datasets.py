@@ -186,6 +186,16 @@ def test_images_in_no_table_are_counted(tree: Path) -> None:
     )
 
 
+def test_all_images_that_cannot_be_read_are_named_in_one_round(tree: Path) -> None:
+    root = write_jsonl(tree, entries(tree))
+    broken = [root / file for file in files(tree)[:5]]
+    for path in broken:
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError) as error:
+        read(root, "imagefolder")
+    assert all(path.name in str(error.value) for path in broken) and str(error.value).count("Cannot decode") == 5
+
+
 def test_a_manifest_of_folders_names_the_layout(tree: Path) -> None:
     with pytest.raises(UserError, match=r"With data\.layout: parquet the pipeline reads it"):
         scan_tree(write_parquet(tree, entries(tree)))

@@ -448,6 +448,15 @@ class TestUnseenByAccident:
         assert f"CAUTION: {finding.message}" in described(manifest, facts(manifest, params(root)), root)
 
 
+def test_a_generator_that_a_suite_lacks_but_would_count_in_its_means_is_a_caution(tmp_path: Path) -> None:
+    root = grow(tmp_path / "images/test", AIGI_BENCH).parent
+    report, manifest = both(plant(root, ("train/progan", "test/newest")))
+    assert isinstance(manifest, pd.DataFrame)
+    (finding,) = report.findings
+    assert finding.message.startswith("newest count as generators of AIGIBench and enter its means")
+    assert f"CAUTION: {finding.message}" in described(manifest, facts(manifest, params(root)), root)
+
+
 class TestAll:
     def test_json_lists_all_broken_files_and_all_copies_and_the_text_how_many_more(self, tmp_path: Path) -> None:
         root = plant(tmp_path / "images", ("train/b", "test/b"))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from dgs.data.layouts import FAKE, FEW, LABELS, REAL, folders, label_meant, laid_out, renames, split_or_suite
-from dgs.data.suites import Suite, full_name, unseen_by_accident
+from dgs.data.suites import Suite, foreign, full_name, unseen_by_accident
 from dgs.data.tree import Tree, no_layout, rows_of, with_counts
 from dgs.errors import UserError, did_you_mean, printable
 from dgs.workspace import escaped, names_no_utf8, no_utf8
@@ -112,7 +112,8 @@ def find_missing(tree: Tree) -> Iterator[Finding]:
             yield Finding("missing", full_name(suite.name, split), message, len(absent), tuple(absent))
     if loose := tuple(map(str, tree.layout.loose)):
         yield Finding("suspicious", "", tree.loose_images(), len(loose), loose)
-    for sentence in unseen_by_accident(tree.generators_of("train"), tree.generators_of("test")):
+    tested = tree.generators_of("test")
+    for sentence in [*foreign(tested), *unseen_by_accident(tree.generators_of("train"), tested)]:
         yield Finding("suspicious", "test", sentence, 1)
 
 

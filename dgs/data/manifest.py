@@ -20,7 +20,7 @@ from dgs.data.defects import read_rows
 from dgs.data.images import UnreadableImage, decode, read
 from dgs.data.layouts import LABELS, SPLITS
 from dgs.data.packs import Pack
-from dgs.data.suites import SHARED_REALS, SUITES, full_name, is_seen, parted, unseen_by_accident
+from dgs.data.suites import SHARED_REALS, SUITES, foreign, full_name, is_seen, parted, unseen_by_accident
 from dgs.data.tree import MINIBENCH, ignored_files, passed_over, scan_root
 from dgs.errors import UserError, printable
 from dgs.params import DataParams
@@ -146,7 +146,9 @@ def _own(root: Path, params: DataParams, captions_file: Path | None) -> pd.DataF
         except UnreadableImage as error:
             unreadable.append(str(error))
     if unreadable:
-        check = f" For all of them: dgs manifest {root} --check --json" if params.layout == "folders" else ""
+        check = f" For all of them: dgs manifest {root} --check --json"
+        if params.layout != "folders":  # which that command does not read
+            check = "".join(f" Also: {error}" for error in unreadable[1:FEW])
         raise UserError(f"{len(unreadable)} of {len(manifest)} images cannot be read, first: {unreadable[0]}{check}")
     manifest["sha256"] = hashes
     captions = read_captions(captions_file) if captions_file else {}
@@ -303,7 +305,8 @@ def cautions(manifest: pd.DataFrame, ignored: Mapping[str, int]) -> list[str]:
     notes = []
     if several := duplicates_across_splits(manifest):
         notes.append(f"{several} images occur in several splits: test numbers will flatter.")
-    notes += _incomplete(set(manifest.loc[manifest["split"] == "test", "generator"]))
+    tested = set(manifest.loc[manifest["split"] == "test", "generator"])
+    notes += _incomplete(tested) + foreign(tested)
     notes += passed_over(ignored) + unseen_by_accident(*trained_and_tested(manifest))
     if manifest["caption"].nunique() < 2:
         notes.append("All images have the same caption: the text side has nothing to reveal, so surgery has no use.")

@@ -151,6 +151,19 @@ def is_same(one: str, other: str) -> bool:
     return spelled(one) == spelled(other) != "" or any(k.answers_to(one) and k.answers_to(other) for k in known)
 
 
+def foreign(tested: Iterable[str]) -> list[str]:
+    """A sentence for each suite with tested generators under its name that it does not have."""
+    notes = []
+    for suite in SUITES:
+        own = [inner for known, inner in map(parted, sorted(tested)) if known == suite.name]
+        if others := [name for name in own if not suite.generator(name) and not is_pool(full_name(suite.name, name))]:
+            notes.append(
+                f"{', '.join(others[:FEW])} count as generators of {suite.name} and enter its means, which has no such "
+                f"generator: put the suite into a folder of its own name beside train/, and others into test/."
+            )
+    return notes
+
+
 def _told_apart(name: str, other: str) -> str:
     """A name; with its signs as numbers where the other one looks the same."""
     look = [unicodedata.normalize("NFC", each) for each in (name, other)]
