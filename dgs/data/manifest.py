@@ -30,6 +30,7 @@ MINIBENCH_SPLITS = (*SPLITS, "val_unbiased")  # val has the shortcut of train, v
 SEMANTICS = ("shape", "colour", "background")  # the minibench's attributes that zero-shot is measured on
 PROMPTS = "prompts.json"  # of the minibench: {attribute: {value: zero-shot prompts}}
 FEW = 30  # validation images of a label, below which a threshold is rough
+NAMED = 30  # broken images of a table that a refusal names
 COLUMNS = ("id", "split", "generator", "label", "seen", "file", "row", "sha256", "caption", "caption_source")
 
 
@@ -148,7 +149,7 @@ def _own(root: Path, params: DataParams, captions_file: Path | None) -> pd.DataF
     if unreadable:
         check = f" For all of them: dgs manifest {root} --check --json"
         if params.layout != "folders":  # which that command does not read
-            check = "".join(f" Also: {error}" for error in unreadable[1:FEW])
+            check = "".join(f" Also: {error}" for error in unreadable[1:NAMED])
         raise UserError(f"{len(unreadable)} of {len(manifest)} images cannot be read, first: {unreadable[0]}{check}")
     manifest["sha256"] = hashes
     captions = read_captions(captions_file) if captions_file else {}
