@@ -149,15 +149,15 @@ def _require_both(found: pd.DataFrame) -> None:
         only = {0: "real", 1: "fake"}[labels.iloc[0]] if labels.nunique() == 1 and generator != SHARED_REALS else ""
         if only == "real" or (only and split not in shared):
             raise UserError(
-                f"Expected real and fake images of {printable(generator)} in {split}, found {only} ones alone. Leave "
-                f"generator empty for photographs that all generators of a split are compared with."
+                f"Expected real and fake images of {printable(str(generator))} in {split}, found {only} ones alone. "
+                f"Leave generator empty for photographs that all generators of a split are compared with."
             )
 
 
 def _incomplete(tables: list[Path]) -> list[str]:
     """A sentence on parts of a file that are not there: 00001-of-00002 without 00000-of-00002."""
-    parts = [(table, *match.groups()) for table in tables if (match := SHARD.fullmatch(table.name))]
-    counts = Counter((table.parent / name, int(total)) for table, name, _, total in parts)
+    found = ((table, SHARD.fullmatch(table.name)) for table in tables)
+    counts = Counter((table.parent / match[1], int(match[3])) for table, match in found if match)
     few = [f"{count} of {total} of {name}" for (name, total), count in counts.items() if count < total]
     return [f"Files are missing, here are {listed(few)}."] if few else []
 
