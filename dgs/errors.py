@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeGuard
 
 
 def printable(name: str) -> str:
     """A file's name as it may be shown: what could break a line or steer a terminal is escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """True for text that a file can hold: JSON may name halves of a sign, which UTF-8 has not."""
+    return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode()
 
 
 class UserError(Exception):

@@ -127,34 +127,38 @@ def require_data_root(root: Path, asked: str) -> None:
         raise UserError(no_utf8(root, names))
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """True for a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a loop of links: reading it says so
         return False
 
 
-def walk(top: Path, is_entered: Callable[[Path], bool] = lambda folder: True) -> Iterator[tuple[Path, list[Path]]]:
+def walk(
+    top: Path, is_entered: Callable[[Path], bool] = lambda folder: True, again: bool = False
+) -> Iterator[tuple[Path, list[Path]]]:
     """Every folder below `top` that `is_entered` lets in, with its files, by name; what cannot be opened is a file.
 
-    Links are followed, and no folder is entered twice.
+    Links are followed, and no folder is entered twice; or, with `again`, only none that it lies in.
     """
     entered: set[str] = set()
-    todo = [top]
+    todo: list[tuple[Path, frozenset[str]]] = [(top, frozenset())]
     while todo:
-        folder = todo.pop()
+        folder, around = todo.pop()
         try:
             real = os.path.realpath(folder)
-            if real in entered:
+            if real in (around if again else entered):
                 continue
             entered.add(real)
+            inside = around | {real}
             with os.scandir(folder) as found:
-                entries = {entry.name: _is_folder(entry) for entry in sorted(found, key=lambda entry: entry.name)}
+                entries = {entry.name: is_folder(entry) for entry in sorted(found, key=lambda entry: entry.name)}
         except OSError:
             yield folder.parent, [folder]
             continue
         inner = [folder / name for name, is_folder in entries.items() if is_folder]
-        todo += reversed([child for child in inner if is_entered(child)])
+        todo += reversed([(child, inside) for child in inner if is_entered(child)])
         yield folder, [folder / name for name, is_folder in entries.items() if not is_folder]
 
 

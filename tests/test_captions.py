@@ -75,6 +75,8 @@ class TestReading:
             ({"path": "b.jpg", "caption": "  "}, ["expected a 'caption'"]),
             ({"path": "b.jpg", "caption": 3}, ["expected a 'caption'"]),
             ({"path": 3, "caption": "a cat"}, ["'path' or 'sha256'"]),
+            ("[" * 100_000, ["not JSON", "one object a line"]),
+            ('{"path": "b.jpg", "caption": "\\ud800"}', ["expected a 'caption'"]),
             ({"path": "a.jpg", "caption": "another"}, ["different caption", "'a.jpg'", "Keep one"]),
         ],
     )
@@ -139,6 +141,13 @@ class TestAssigning:
         images = pd.DataFrame({"file": [composed, decomposed], "sha256": ["s", "t"]})
         assert list(assign_captions(images, {composed: "one", decomposed: "two"})) == ["one", "two"]
 
+    @pytest.mark.parametrize("other", ["/x/train/u\u0308.jpg", "train/u\u0308.jpg", "D:/y/train/\u00fc.jpg"])
+    def test_two_captions_of_one_image_are_an_error_however_it_is_named(self, other: str) -> None:
+        captions = {"train/\u00fc.jpg": "one", other: "another"}
+        with pytest.raises(UserError, match="Expected one caption of train/"):
+            by_image(captions, ["train/\u00fc.jpg"])
+        assert by_image(dict.fromkeys(captions, "one"), ["train/\u00fc.jpg"]) == {"train/\u00fc.jpg": "one"}
+
     def test_an_absolute_path_names_the_image_that_it_ends_in(self) -> None:
         files = ["train/x/0_real/a.jpg", "0_real/a.jpg"]
         for start in ("/home/somebody/data/", "C:/data/", "/"):
@@ -165,6 +174,8 @@ class TestOneObject:
             ('{"a.jpg": 3}', ["no text for 'a.jpg'"]),
             ('{"a.jpg": " "}', ["no text for 'a.jpg'"]),
             ('{"a.jpg": ["a cat"]}', ["no text for 'a.jpg'"]),
+            ('{"a.jpg": "\\ud800"}', ["no text for 'a.jpg'"]),
+            ('{"a":' * 100_000, ["not JSON"]),
             ('{"a.jpg": "a cat", "./a.jpg": "a dog"}', ["a second, different caption for './a.jpg'"]),
             ('{"a.jpg": "a cat",\n "b.jpg": "a d', ["not JSON"]),
         ],

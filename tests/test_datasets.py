@@ -186,9 +186,73 @@ def test_images_in_no_table_are_counted(tree: Path) -> None:
     )
 
 
+def test_all_images_that_cannot_be_read_are_named_in_one_round(tree: Path) -> None:
+    root = write_jsonl(tree, entries(tree))
+    broken = [root / file for file in files(tree)[:5]]
+    for path in broken:
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError) as error:
+        read(root, "imagefolder")
+    assert all(path.name in str(error.value) for path in broken) and str(error.value).count("Cannot decode") == 5
+
+
 def test_a_manifest_of_folders_names_the_layout(tree: Path) -> None:
     with pytest.raises(UserError, match=r"With data\.layout: parquet the pipeline reads it"):
         scan_tree(write_parquet(tree, entries(tree)))
+
+
+# Other spellings of the same table: what is changed in its rows.
+SAME: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "labels as floats": lambda row: row | {"label": float(row["label"] == "fake")},
+    "labels as text of floats": lambda row: row | {"label": f"{row['label'] == 'fake':.1f}"},
+    "labels by folders": lambda row: {key: value for key, value in row.items() if key != "label"},
+    "NaN for none": lambda row: row | {"split": float("nan"), "note": float("nan")},
+    "a folder named as another split": lambda row: row,
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_tables_that_say_the_same_give_the_same_manifest(tree: Path, case: str) -> None:
+    expected = data_hash(read(write_jsonl(tree, entries(tree)), "imagefolder"))
+    root = write_jsonl(tree, [SAME[case](row) for row in entries(tree)])
+    if case == "a folder named as another split":
+        (root / "metadata.jsonl").unlink()
+        root = tree.parent / "around"
+        root.mkdir()
+        tree.rename(root / "hard-test")
+        write_by_split(root / "hard-test", entries(root / "hard-test"))
+    assert data_hash(read(root, "imagefolder")) == expected
+
+
+def test_photographs_without_a_generator_are_for_all_whether_the_key_is_there_or_not(tree: Path) -> None:
+    rows = entries(tree)
+    bare = [row if row["label"] == "fake" else {k: v for k, v in row.items() if k != "generator"} for row in rows]
+    manifest = read(write_jsonl(tree, bare), "imagefolder")
+    assert set(manifest.loc[manifest["label"] == 0, "generator"]) == {"real"}
+
+
+def test_a_file_that_names_its_numbers_names_those_of_the_others(tree: Path) -> None:
+    rows = entries(tree, real=1, fake=0)
+    root = write_parquet(tree, [row for row in rows if row["split"] == "train"], features=NAMES)
+    write_parquet(tree, [row for row in rows if row["split"] == "test"])
+    expected = read(tree, "folders")[["sha256", "label"]].sort_values("sha256", ignore_index=True)
+    found = read(root, "parquet")[["sha256", "label"]].sort_values("sha256", ignore_index=True)
+    pd.testing.assert_frame_equal(found, expected)
+
+
+def test_the_file_decides_the_split_before_a_word_in_a_folders_name(tree: Path) -> None:
+    root = write_parquet(tree, entries(tree))
+    (root / "data").rename(root / "hard-test")
+    assert set(read(root, "parquet")["split"]) == {"train", "val", "test"}
+
+
+def test_columns_that_are_not_read_and_files_that_are_missing_are_said(tree: Path) -> None:
+    root = write_parquet(tree, [row | {"prompt": "x"} for row in entries(tree)], columns=("label", "prompt"))
+    (root / "data/train-00000-of-00001.parquet").rename(root / "data/train-00001-of-00003.parquet")
+    manifest = read(root, "parquet")
+    said = described(manifest, facts(manifest, params(root, "parquet")), root)
+    assert "NOTE: Columns that are not read: prompt." in said
+    assert f"NOTE: Files are missing, here are 1 of 3 of {root}/data/train." in said
 
 
 @pytest.mark.parametrize("rows", [1, 40, 10**6])
@@ -258,6 +322,18 @@ WRONG: dict[str, tuple[Callable[[Path], tuple[Path, str]], str]] = {
     "a number too large": (changed(label=2), "found 2"),
     "a strange split": (changed(split="holdout"), "expected a split (train, val, test)"),
     "a fake called real": (changed(generator="real", label="fake"), "expected a generator of a fake, found real"),
+    "a name that no system has": (changed(file_name="x" * 5000), "line 4: expected an image at"),
+    "half a sign": (changed(text="\ud800"), "line 4: expected text as text, found \\ud800."),
+    "a list of texts": (changed(text=["a", "b"]), "line 4: expected text as text"),
+    "nested without end": (
+        lambda tree: (write_jsonl(tree, []).joinpath("metadata.jsonl").write_text("[" * 10**5) and tree, "imagefolder"),
+        "to be text in UTF-8, an entry a line",
+    ),
+    "photographs of no fakes": (changed(label="real", generator="coco"), "images of coco in"),
+    "two splits in one name": (
+        changed(split=None, file_name="train_test.png"),
+        "expected a split (train, val, test)",
+    ),
     "an image twice": (lambda tree: (write_jsonl(tree, entries(tree) * 2), "imagefolder"), "Expected each image once"),
     "a torn line": (torn, "Expected"),
     "no test": (
@@ -277,6 +353,7 @@ WRONG: dict[str, tuple[Callable[[Path], tuple[Path, str]], str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_wrong_is_one_sentence(tree: Path, case: str) -> None:
     make, fact = WRONG[case]
+    (tree / "train_test.png").write_bytes(next(tree.rglob("*.png")).read_bytes())
     root, layout = make(tree)
     with pytest.raises((UserError, UnreadableImage)) as error:
         read(root, layout)

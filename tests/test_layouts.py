@@ -14,6 +14,7 @@ from settings import DataParams
 from test_cli import one_sentence, run
 from trees import grow, put
 
+from dgs.data.captioning import image_files
 from dgs.data.checks import Report, check
 from dgs.data.layouts import SYSTEMS, label_meant, split_meant
 from dgs.data.manifest import build_manifest, described, facts
@@ -21,6 +22,7 @@ from dgs.data.suites import AIGI_BENCH, PROGAN_CLASSES, unseen_by_accident
 from dgs.data.tree import scan_tree
 from dgs.errors import UserError
 from dgs.params import DataParams as Data
+from dgs.workspace import walk
 
 PLAIN = ("train/a", "test/a")
 PROGAN = ("car", "cat", "chair", "horse")
@@ -57,6 +59,13 @@ def both(root: Path) -> tuple[Report, pd.DataFrame | str]:
         return report, read(root)
     except UserError as error:
         return report, str(error)
+
+
+def link_photographs(root: Path) -> None:
+    plant(root, ("train/a", "test/a"), ("fake", "real"))
+    for seed, place in enumerate(("train/b", "test/c")):
+        put(root / place / "fake", [seed])
+        (root / place / "real").symlink_to(Path("../a/real"))
 
 
 # What is read: the folders and their labels' names -> the generators by split, and words of the line that says how.
@@ -124,6 +133,25 @@ READ: dict[str, tuple[Callable[[Path], object], set[str], str]] = {
         {"train/generated", "test/generated"},
         "Real is real",
     ),
+    "labels directly in splits": (
+        lambda root: plant(root, ("train", "test")),
+        {"train/generated", "test/generated"},
+        "is real, 1_fake is fake, of the generator generated.",
+    ),
+    "labels directly in one split": (
+        lambda root: (
+            plant(root, ("train/generated", "train/a")),
+            put(root / "test/REAL", [1]),
+            put(root / "test/FAKE", [2]),
+        ),
+        {"train/generated", "train/a", "test/generated"},
+        "is real, FAKE is fake, of the generator generated.",
+    ),
+    "photographs linked into two generators": (
+        link_photographs,
+        {"train/a", "train/b", "test/c", "test/a"},
+        "real is real, fake is fake; generators: a, b, c.",
+    ),
     "labels above splits": (
         lambda root: plant(root, ("real", "fake"), ("train", "test")),
         {"train/generated", "test/generated"},
@@ -153,7 +181,7 @@ def test_a_published_tree_is_read_alike_by_both_with_a_line_that_says_how(tmp_pa
     assert any(said in note for note in report.notes), report.notes
     rows = described(manifest, facts(manifest, params(root)), root)
     assert said in rows and "CAUTION: No tested" not in rows
-    images = list(root.rglob("*.png"))
+    images = [file for folder, files in walk(root, again=True) for file in files]
     assert len(manifest) == len(images) == sum(row["real"] + row["fake"] for row in report.rows)
 
 
@@ -190,6 +218,67 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a folder that is none": (lambda root: plant(root, (*PLAIN, "notes/x")), "Unknown split folder {0}/notes."),
     "no test": (lambda root: plant(root, ("train/a",)), "Expected images under {0}/test/<generator>"),
+    "collections under other names": (
+        lambda root: plant(
+            root, tuple(f"{name}/{split}" for name in ("GAN/x", "DM/ADM", "DM/sd") for split in ("train", "test")),
+            ("real", "fake"),
+        ),
+        "(ADM, sd), which would count as its classes. Move them up: mv {0}/DM/* {0}/ && rmdir {0}/DM",
+    ),
+    "GenImage in a folder of its own": (
+        lambda root: plant(
+            root, tuple(f"GenImage/{name}/{split}" for name in ("ADM/adm", "BigGAN/x") for split in ("train", "val")),
+            ("nature", "ai"),
+        ),
+        "found GenImage alone, and in it ADM, BigGAN. Give {0}/GenImage as the folder",
+    ),
+    "generators below a label": (
+        lambda root: plant(root, ("train", "test"), ("real/coco", "fake/ADM", "fake/newest")),
+        "mkdir -p {0}/test/ADM && mv {0}/test/fake/ADM {0}/test/ADM/1_fake",
+    ),
+    "a collection that is a link": (
+        lambda root: (
+            plant(root, PLAIN), plant(root.parent / "web", ("progan",)), (root / "test/web").symlink_to("../../web"),
+        ),
+        "/web/* {0}/test/ && rm {0}/test/web",
+    ),
+    "two folders of the usual names": (
+        lambda root: plant(root, ("",)),
+        "mv {0}/0_real {0}/train/generated/0_real && mv {0}/1_fake {0}/train/generated/1_fake",
+    ),
+    "generators of the usual labels without splits": (
+        lambda root: plant(root, ("x", "y")),
+        "mv {0}/x/1_fake {0}/train/x/1_fake && mv {0}/y/0_real {0}/train/y/0_real",
+    ),
+    "photographs directly in a split": (
+        lambda root: (put(root / "train/0_real", [1]), plant(root, PLAIN, ("1_fake",))),
+        "mkdir -p {0}/train/real && mv {0}/train/0_real {0}/train/real",
+    ),
+    "images in no label folder": (
+        lambda root: put(plant(root, PLAIN) / "test/newest", [1, 2]),
+        "found 2 images in none of them. If all are of 1_fake: mv {0}/test/newest {0}/test/newest- && "
+        "mkdir -p {0}/test/newest && mv {0}/test/newest- {0}/test/newest/1_fake",
+    ),
+    "photographs in no label folder": (
+        lambda root: put(plant(root, PLAIN) / "test/real", [1, 2]),
+        "mv {0}/test/real- {0}/test/real/0_real",
+    ),
+    "real beside generators": (
+        lambda root: plant(root, ("train/a", "test/lsun"), ("1_fake", "adm", "real", "0_real")),
+        "/real. Did you mean '0_real'?",
+    ),
+    "one label under another name": (
+        lambda root: (plant(root, PLAIN, ("ai", "nature")), plant(root, ("test/b",), ("ai",))),
+        "Expected real images of b in {0}/test/b, found none (3 fake).",
+    ),
+    "a link to a disk that is not there": (
+        lambda root: (plant(root, PLAIN) / "train/b").symlink_to("/nowhere/sdxl"),
+        "Expected a file or folder at {0}/train/b, found a link to /nowhere/sdxl",
+    ),
+    "such a link under other names": (
+        lambda root: (plant(root, PLAIN, ("ai", "nature")) / "train/b").symlink_to("/nowhere/sdxl"),
+        "Expected a file or folder at {0}/train/b, found a link to /nowhere/sdxl",
+    ),
     "two folders": (
         lambda root: plant(root, ("",), ("real", "fake")),
         "mkdir -p {0}/train/generated {0}/test/generated && mv {0}/real {0}/train/generated/0_real",
@@ -254,10 +343,15 @@ class TestBesideImages:
         said = f"Folders of systems, and hidden ones, passed over: 1 {name}."
         assert said in report.notes and said in described(manifest, facts(manifest, params(root)), root)
 
+    def test_they_are_counted_once_where_labels_have_other_names_too(self, tmp_path: Path) -> None:
+        root = plant(tmp_path / "images", PLAIN, ("nature", "ai"))
+        put(root / "train/a/ai/@eaDir/0.png", [7])
+        assert "Folders of systems, and hidden ones, passed over: 1 @eaDir." in scan_tree(root).notes
+
     def test_their_names_are_compared_without_case(self) -> None:
         assert all(name == name.casefold() for name in SYSTEMS)
 
-    @pytest.mark.parametrize("place", ["", "train", "train/a", "train/c", "test/c/x"])
+    @pytest.mark.parametrize("place", ["", "train", "train/a", "train/c", "test/c/x", "val"])
     def test_images_beside_label_folders_are_counted_and_named(self, tmp_path: Path, place: str) -> None:
         root = plant(tmp_path / "images", (*PLAIN, "train/c/x", "test/c/x"))
         put(root / place, [7, 8])
@@ -282,8 +376,62 @@ class TestBesideImages:
         result = run("manifest", root, "--check")
         assert result.exit_code == 1 and "\\x" in result.stdout
 
+    @pytest.mark.parametrize("labels", [("0_real", "1_fake"), ("nature", "ai")])
+    def test_captions_are_made_of_the_images_that_are_read_alone(self, tmp_path: Path, labels: tuple[str, str]) -> None:
+        root = plant(tmp_path / "images", PLAIN, labels)
+        put(root / "train", [7])
+        assert sorted(read(root)["file"]) == [path.relative_to(root).as_posix() for path in image_files(root)]
+
+    @pytest.mark.parametrize("labels", [("0_real/coco", "1_fake/x"), ("real/coco", "fake/x")])
+    def test_folders_below_label_folders_are_read_and_named(self, tmp_path: Path, labels: tuple[str, str]) -> None:
+        report, manifest = both(plant(tmp_path / "images", PLAIN, labels))
+        assert len(manifest) == 12 and groups(pd.DataFrame(manifest)) == {"train/a", "test/a"}
+        (note,) = [note for note in report.notes if note.startswith("Folders below label folders, read as part of")]
+        assert f"test/a/{Path(labels[0]).parent} (coco)" in note
+
+
+def test_folders_around_the_splits_are_named_by_both(tmp_path: Path) -> None:
+    root = plant(tmp_path / "images", ("my/data/train/a", "my/data/test/a"))
+    with pytest.raises(UserError, match=f"These lie in {root}/my/data: give that folder") as refused:
+        scan_tree(root)
+    with pytest.raises(UserError) as error:
+        read(root)
+    assert str(error.value) == str(refused.value)
+
+
+def test_images_without_any_folder_of_a_name_are_counted_by_both_with_a_command_that_begins(tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    put(flat / "train", [1, 2])
+    generators = plant(tmp_path / "bare", ("",), ("dalle2", "firefly"))
+    for root, fact in (
+        (flat, "2 images in none of these"),
+        (generators, f"mkdir -p {generators}/test/dalle2 && mv {generators}/dalle2 {generators}/test/dalle2/1_fake"),
+    ):
+        with pytest.raises(UserError) as refused:
+            scan_tree(root)
+        with pytest.raises(UserError) as error:
+            read(root)
+        assert fact in str(error.value) and str(error.value) == str(refused.value)
+
+
+def test_names_that_would_break_a_line_are_escaped_wherever_they_are_printed(tmp_path: Path) -> None:
+    root = plant(tmp_path / "images", ("train/new\nline", "test/tab\tx", "test/esc\x1b[2J"))
+    (root / "test/tab\tx/1_fake/00000.png").unlink(missing_ok=True)
+    result = run("manifest", root, "--check")
+    table = [line.split("\t") for line in result.stdout.splitlines() if line.startswith(("train", "test"))]
+    assert [row[1] for row in table] == ["esc\\x1b[2J", "tab\\tx", "new\\nline"] and len({*map(len, table)}) == 1
+    assert "new\\nline" in result.stderr + result.stdout and "\x1b[2J" not in result.stderr + result.stdout
+    shutil.rmtree(root / "test/tab\tx/0_real")
+    manifest = one_sentence(run("match", root / "gone\nfolder", tmp_path / "out"))
+    assert "gone\\nfolder" in manifest
+
 
 class TestUnseenByAccident:
+    def test_unicode_forms_and_scripts_other_than_latin_are_told_apart(self) -> None:
+        (note,) = unseen_by_accident({"Mu\u0308", "x"}, {"M\u00fc", "x"})
+        assert note.startswith("'M\\xfc' counts as unseen, though 'Mu\\u0308' in train")
+        assert unseen_by_accident({"\u901a\u4e49", "x"}, {"\u6587\u5fc3", "x"}) == []
+
     def test_a_tested_generator_under_another_name_than_in_training_is_a_caution(self) -> None:
         (note,) = unseen_by_accident({"sdv1.4", "x"}, {"stable_diffusion_v_1_4", "x"})
         assert note.startswith("stable_diffusion_v_1_4 counts as unseen, though sdv1.4 in train is the same generator")
@@ -298,6 +446,15 @@ class TestUnseenByAccident:
         (finding,) = report.findings
         assert finding.message.startswith("No tested generator was trained on: training has a, tested are b, c, and")
         assert f"CAUTION: {finding.message}" in described(manifest, facts(manifest, params(root)), root)
+
+
+def test_a_generator_that_a_suite_lacks_but_would_count_in_its_means_is_a_caution(tmp_path: Path) -> None:
+    root = grow(tmp_path / "images/test", AIGI_BENCH).parent
+    report, manifest = both(plant(root, ("train/progan", "test/newest")))
+    assert isinstance(manifest, pd.DataFrame)
+    (finding,) = report.findings
+    assert finding.message.startswith("newest count as generators of AIGIBench and enter its means")
+    assert f"CAUTION: {finding.message}" in described(manifest, facts(manifest, params(root)), root)
 
 
 class TestAll:

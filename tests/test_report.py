@@ -167,8 +167,9 @@ def test_links_are_relative(tmp_path: Path) -> None:
         report(tmp_path, make_detection(), figures=["/tmp/x.png"])
 
 
-def test_a_pipe_in_a_name_does_not_break_the_table() -> None:
+def test_a_pipe_or_a_new_line_in_a_name_does_not_break_the_table() -> None:
     assert markdown_table(["a", "b"], [["x|y", "1"]]).splitlines() == ["| a | b |", "| --- | ---: |", "| x\\|y | 1 |"]
+    assert markdown_table(["a"], [["x\ny"]]).splitlines()[2:] == ["| x\\ny |"]
 
 
 # Rates of five seeds whose mean is the key exactly; floats of it differ in the last bits with the order of the sum.

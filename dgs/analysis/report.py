@@ -29,6 +29,7 @@ from dgs.analysis.metrics import (
 )
 from dgs.analysis.robustness import changes, conditions_of, format_conditions, means_over_generators, readings
 from dgs.conditions import NATIVE
+from dgs.errors import printable
 from dgs.params import dotted
 from dgs.stats import (
     Interval,
@@ -141,12 +142,16 @@ def render(template: str, **values: Any) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
 
 
+def _cell(content: object) -> str:
+    return "".join(printable(sign) if sign < " " else sign for sign in str(content)).replace("|", "\\|")
+
+
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]], left: bool = False) -> str:
     """A Markdown table; a pipe inside a cell is escaped.
 
     The first column stands to the left, the others to the right, or with `left` to the left too. Empty without rows.
     """
-    top, *lines = ([str(cell).replace("|", "\\|") for cell in line] for line in (header, *rows))
+    top, *lines = ([_cell(cell) for cell in line] for line in (header, *rows))
     aligned = ["---", *["---" if left else "---:"] * (len(top) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (top, aligned, *lines) if lines)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dgs.errors import UserError
+from dgs.errors import UserError, printable
 
 if TYPE_CHECKING:
     from dgs.params import Params
@@ -25,7 +25,7 @@ def for_users() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        say(f"dgs: {error}")
+        say(f"dgs: {printable(str(error))}")
         sys.exit(2)
 
 

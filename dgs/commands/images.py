@@ -70,7 +70,7 @@ def manifest(
     for finding in report.findings:
         show(as_json, finding.record(), finding.text())
     for note in report.notes:
-        say(note)
+        say(printable(note))
     if report.findings:
         raise typer.Exit(1)
 
@@ -95,12 +95,12 @@ def match_images(
     for row in found.rows:
         both = zip(accuracies(row["before"]), accuracies(row["after"]), strict=True)
         counts = [str(row[name]) for name in ("real", "fake", "left_out")]
-        cells = [full_name(row["suite"], row["split"]), row["generator"], *counts, *map(" -> ".join, both)]
+        cells = [full_name(row["suite"], row["split"]), printable(row["generator"]), *counts, *map(" -> ".join, both)]
         show(as_json, {"kind": "images", **row}, "\t".join(cells))
     for each in found.left_out:
         show(as_json, {"kind": "left_out", **each}, f"left out: {printable(each['path'])}: {each['why']}")
     show(as_json, {"kind": "copy", **found.summary})
     for note in found.notes:
-        say(note)
+        say(printable(note))
     if found.unreadable:
         raise typer.Exit(1)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from dgs.data.captions import BLIP, by_image, one_object, read_captions
 from dgs.data.images import UnreadableImage, decode, is_image, read
 from dgs.data.layouts import LABELS, files_in
+from dgs.data.tree import scan_root
 from dgs.device import choose_device
 from dgs.errors import UserError, did_you_mean
 
@@ -262,8 +263,7 @@ class Coverage:
 def image_files(root: Path) -> list[Path]:
     """The image files of a folder, in the order of names.
 
-    Where there are label folders (0_real, 1_fake), only the images in them count, as for the pipeline: it refuses
-    captions of others.
+    Where there are label folders, only the images in them count, as for the pipeline: it refuses captions of others.
 
     Raises:
         UserError: no such folder, or no image in it.
@@ -274,7 +274,8 @@ def image_files(root: Path) -> list[Path]:
     labelled = [path for path in files if LABELS.keys() & set(path.relative_to(root).parts[:-1])]
     if not files:
         raise UserError(f"Expected image files in {root}, found none. Add some, or mend the path.")
-    return labelled or files
+    tree = scan_root(root)
+    return sorted(tree.files.loc[tree.files["is_image"], "path"]) or labelled or files
 
 
 @dataclass

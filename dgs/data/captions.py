@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgs.errors import UserError, did_you_mean
+from dgs.errors import UserError, did_you_mean, is_text, printable
 
 if TYPE_CHECKING:  # the command line imports this module at its start
     import pandas as pd
@@ -45,8 +45,8 @@ def read_captions(path: Path) -> dict[str, str]:
         where = f"{path.name}, line {number}:"
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} not JSON ({error.msg}). Expected one object a line.") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} not JSON ({getattr(error, 'msg', error)}). Expected one object a line.") from None
         if not isinstance(entry, dict):
             raise UserError(f"{where} expected an object, found {type(entry).__name__}.")
         if unknown := sorted(set(entry) - {"path", "sha256", "caption"}):
@@ -54,7 +54,7 @@ def read_captions(path: Path) -> dict[str, str]:
             raise UserError(f"{where} unknown key '{unknown[0]}'.{hint} Expected caption and path or sha256.")
         key = entry.get("path") or entry.get("sha256")
         caption = entry.get("caption")
-        if not isinstance(key, str) or not isinstance(caption, str) or not caption.strip():
+        if not is_text(key) or not is_text(caption) or not caption.strip():
             raise UserError(f"{where} expected a 'caption' and a 'path' or 'sha256', found {sorted(entry)}.")
         key = _as_posix(key)
         if captions.setdefault(key, caption.strip()) != caption.strip():
@@ -70,13 +70,13 @@ def one_object(text: str, name: str) -> dict[str, str]:
     """The captions of a file that is one JSON object {path: caption}; {} for a file of lines."""
     try:
         pairs: Any = json.loads(text, object_pairs_hook=lambda pairs: pairs) if text.lstrip()[:1] == "{" else ()
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return {}
     captions: dict[str, str] = {}
     for key, caption in pairs if not {"path", "sha256", "caption"} & {key for key, _ in pairs} else ():
-        if not isinstance(caption, str) or not caption.strip():
+        if not is_text(key) or not is_text(caption) or not caption.strip():
             raise UserError(
-                f"{name}: expected an object {{path: caption}}, found no text for '{key}'. Mend that entry."
+                f"{name}: expected an object {{path: caption}}, found no text for '{printable(key)}'. Mend that entry."
             )
         if captions.setdefault(_as_posix(key), caption.strip()) != caption.strip():
             raise UserError(f"{name}: a second, different caption for '{key}'. Keep one of them.")
@@ -88,15 +88,20 @@ def by_image(captions: Mapping[str, str], files: Iterable[str]) -> dict[str, str
 
     Otherwise: in another Unicode form ("u" and two dots for "ü", as macOS writes it), or by an absolute path, of any
     machine, that ends in the image's.
+
+    Raises:
+        UserError: an image that two keys give different captions.
     """
     exact = set(files)
     plain = {unicodedata.normalize("NFC", file): file for file in exact}
     found = {key: caption for key, caption in captions.items() if key in exact}
-    for key, caption in captions.items():
+    for key, caption in ((key, caption) for key, caption in captions.items() if key not in exact):
         parts = unicodedata.normalize("NFC", key).split("/")
         is_absolute = key.startswith("/") or key[1:2] == ":"
         tails = ("/".join(parts[start:]) for start in range(len(parts) if is_absolute else 1))
-        found.setdefault(next((plain[tail] for tail in tails if tail in plain), key), caption)
+        image = next((plain[tail] for tail in tails if tail in plain), key)
+        if found.setdefault(image, caption) != caption:
+            raise UserError(f"Expected one caption of {image}, found another under '{key}'. Keep one of them.")
     return found
 
 

@@ -28,6 +28,7 @@ from dgs.data.images import FORMATS, UnreadableImage, decode, format_of, read
 from dgs.data.layouts import FAKE, LABELS, REAL
 from dgs.data.suites import full_name
 from dgs.data.tree import Tree, rows_of
+from dgs.errors import printable
 
 WORTH_A_POOL = 500  # with fewer images, starting other processes takes longer than reading
 LIMIT = 0.6  # balanced accuracy above which a rule is worth a warning
@@ -329,7 +330,7 @@ def columns(row: dict[str, Any]) -> list[str]:
     """A row of a report as text; "-" where there is nothing to say."""
     counts = [str(row[name]) for name in ("real", "fake", "corrupt", "copies") if name in row]
     shown = accuracies(row["rules"]) if "rules" in row else []
-    return [full_name(row["suite"], row["split"]), row["generator"], row["column"] or "-", *counts, *shown]
+    return [full_name(row["suite"], row["split"]), printable(row["generator"]), row["column"] or "-", *counts, *shown]
 
 
 def accuracies(rules: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -376,7 +377,7 @@ def compared(groups: pd.DataFrame, readable: pd.DataFrame) -> Iterator[tuple[Any
     """Each group with its real files, those of its pool among them, and its fake ones."""
     parts: dict[Any, pd.DataFrame] = dict(iter(readable.groupby(["group", "label"])))
     for group in rows_of(groups):
-        pool = groups.index[groups["folder"] == group.parent / group.pool]
+        pool = groups.index[(groups["folder"] == group.parent / group.pool) & (group.pool != "")]
         real, *shared = (parts.get((number, REAL), readable[:0]) for number in (group.Index, *pool))
         yield group, pd.concat([real, *shared]), parts.get((group.Index, FAKE), readable[:0])
 

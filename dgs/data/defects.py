@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from dgs.data.layouts import FAKE, FEW, LABELS, REAL, folders, renames, split_or_suite
-from dgs.data.suites import Suite, full_name, unseen_by_accident
-from dgs.data.tree import Tree, rows_of, with_counts
-from dgs.errors import UserError, did_you_mean
+from dgs.data.layouts import FAKE, FEW, LABELS, REAL, folders, label_meant, laid_out, renames, split_or_suite
+from dgs.data.suites import Suite, foreign, full_name, unseen_by_accident
+from dgs.data.tree import Tree, no_layout, rows_of, with_counts
+from dgs.errors import UserError, did_you_mean, printable
 from dgs.workspace import escaped, names_no_utf8, no_utf8
 
 COUNTS = {REAL: "real", FAKE: "fake"}
@@ -37,7 +37,7 @@ class Finding:
         more, rest = [example.rstrip(".") for example in self.examples[1:FEW]], len(self.examples) - FEW
         more += [f"and {rest} more, which --json lists"] if rest > 0 else []
         also = f" Also {'; '.join(more)}." if more else ""
-        return f"{self.kind}: {self.message}{also}"
+        return printable(f"{self.kind}: {self.message}{also}")
 
 
 def read_rows(tree: Tree) -> pd.DataFrame:
@@ -112,7 +112,8 @@ def find_missing(tree: Tree) -> Iterator[Finding]:
             yield Finding("missing", full_name(suite.name, split), message, len(absent), tuple(absent))
     if loose := tuple(map(str, tree.layout.loose)):
         yield Finding("suspicious", "", tree.loose_images(), len(loose), loose)
-    for sentence in unseen_by_accident(tree.generators_of("train"), tree.generators_of("test")):
+    tested = tree.generators_of("test")
+    for sentence in [*foreign(tested), *unseen_by_accident(tree.generators_of("train"), tested)]:
         yield Finding("suspicious", "test", sentence, 1)
 
 
@@ -134,7 +135,9 @@ def _missing_splits(tree: Tree) -> Iterator[Finding]:
 
 def refusals(tree: Tree, groups: pd.DataFrame) -> Iterator[Finding]:
     """Why the pipeline cannot read a tree; `groups`: those that it would read, with the images of each."""
-    for folder in tree.layout.strangers if tree.is_run or groups.empty else ():
+    if sentence := no_layout(tree):
+        yield Finding("missing", "", sentence, 1)
+    for folder in tree.layout.strangers if tree.is_run else ():
         yield Finding("suspicious", folder.name, _stranger(folder, tree), 1, (str(folder),))
     for sentence in tree.layout.refusals:
         yield Finding("suspicious", "", sentence, 1)
@@ -163,7 +166,7 @@ def _first_hint(names: Iterable[str], known: Iterable[str]) -> str:
 def _strays(tree: Tree, group: Any) -> list[Path]:
     """Folders of a generator, or of its classes, that lie where only label folders should."""
     tops = tree.tops(group)
-    if any(top.name not in LABELS for _, top, _ in tops):
+    if any(top.name not in LABELS or top.parent == group.parent for _, top, _ in tops):
         return []
     children = folders(group.folder)
     if group.folder == group.parent:  # of classes alone
@@ -181,7 +184,9 @@ def _defects(tree: Tree, groups: pd.DataFrame) -> Iterator[Finding]:
     taken: dict[tuple[str, str], Path] = {}
     for group in rows_of(groups):
         folder, found, strays = group.folder, {REAL: group.real, FAKE: group.fake}, _strays(tree, group)
-        stray = f"{strays[0]}.{_first_hint((path.name for path in strays), LABELS)}" if strays else "none."
+        misspelled = {path: hint for path in strays if (hint := did_you_mean(path.name, LABELS))}
+        first_stray = next(iter(misspelled), strays[0] if strays else None)
+        stray = f"{first_stray}.{misspelled.get(first_stray, '')}" if first_stray else "none."
         if (first := taken.setdefault((group.split, group.full_name), group.folder)) != group.folder:
             message = (
                 f"Expected one folder of {group.full_name}, found {first} and {folder}: two spellings of one "
@@ -190,6 +195,10 @@ def _defects(tree: Tree, groups: pd.DataFrame) -> Iterator[Finding]:
             yield Finding("suspicious", group.place, message, 1, (str(first), str(folder)))
         if not group.suite and (strays or not folders(folder)):
             what_to_do = "Rename or move it." if strays else "Add them, or remove it."
+            if loose := sum(path.parent == folder for path in tree.layout.loose):
+                label = label_meant(group.generator) or FAKE
+                stray = f"{loose} images in none of them."
+                what_to_do = f"If all are of {label}: {laid_out(folder, label, folder)}"
             message = f"Expected label folders {REAL} and {FAKE} alone in {folder}, found {stray} {what_to_do}"
             yield Finding("missing", group.name, message, 1, tuple(map(str, strays)))
             continue
@@ -207,6 +216,11 @@ def _defects(tree: Tree, groups: pd.DataFrame) -> Iterator[Finding]:
                     f"Expected images in {folder / label}, found none ({found[other]} in {other}), nor in "
                     f"<class>/{label}{f', but found {stray}' if strays else '.'} Add some, or remove {folder}."
                 )
+                if any(top.name not in LABELS for _, top, _ in tree.tops(group)):
+                    message = (
+                        f"Expected {COUNTS[label]} images of {group.generator} in {folder}, found none "
+                        f"({found[other]} {COUNTS[other]}). Add some, or remove those."
+                    )
                 yield Finding("missing", group.name, message, 1, (str(folder / label),))
 
 

@@ -20,9 +20,9 @@ from dgs.data.defects import read_rows
 from dgs.data.images import UnreadableImage, decode, read
 from dgs.data.layouts import LABELS, SPLITS
 from dgs.data.packs import Pack
-from dgs.data.suites import SHARED_REALS, SUITES, full_name, is_seen, parted, unseen_by_accident
+from dgs.data.suites import SHARED_REALS, SUITES, foreign, full_name, is_seen, parted, unseen_by_accident
 from dgs.data.tree import MINIBENCH, ignored_files, passed_over, scan_root
-from dgs.errors import UserError
+from dgs.errors import UserError, printable
 from dgs.params import DataParams
 from dgs.workspace import Workspace, require_data_root
 
@@ -30,6 +30,7 @@ MINIBENCH_SPLITS = (*SPLITS, "val_unbiased")  # val has the shortcut of train, v
 SEMANTICS = ("shape", "colour", "background")  # the minibench's attributes that zero-shot is measured on
 PROMPTS = "prompts.json"  # of the minibench: {attribute: {value: zero-shot prompts}}
 FEW = 30  # validation images of a label, below which a threshold is rough
+NAMED = 30  # broken images of a table that a refusal names
 COLUMNS = ("id", "split", "generator", "label", "seen", "file", "row", "sha256", "caption", "caption_source")
 
 
@@ -146,7 +147,9 @@ def _own(root: Path, params: DataParams, captions_file: Path | None) -> pd.DataF
         except UnreadableImage as error:
             unreadable.append(str(error))
     if unreadable:
-        check = f" For all of them: dgs manifest {root} --check --json" if params.layout == "folders" else ""
+        check = f" For all of them: dgs manifest {root} --check --json"
+        if params.layout != "folders":  # which that command does not read
+            check = "".join(f" Also: {error}" for error in unreadable[1:NAMED])
         raise UserError(f"{len(unreadable)} of {len(manifest)} images cannot be read, first: {unreadable[0]}{check}")
     manifest["sha256"] = hashes
     captions = read_captions(captions_file) if captions_file else {}
@@ -259,7 +262,7 @@ def described(manifest: pd.DataFrame, info: Mapping[str, Any], root: Path) -> st
         *(f"NOTE: {note}" for note in notes),
         *(f"CAUTION: {caution}" for caution in [*loose, *cautions(manifest, ignored)]),
     ]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def data_hash(manifest: pd.DataFrame) -> str:
@@ -303,7 +306,8 @@ def cautions(manifest: pd.DataFrame, ignored: Mapping[str, int]) -> list[str]:
     notes = []
     if several := duplicates_across_splits(manifest):
         notes.append(f"{several} images occur in several splits: test numbers will flatter.")
-    notes += _incomplete(set(manifest.loc[manifest["split"] == "test", "generator"]))
+    tested = set(manifest.loc[manifest["split"] == "test", "generator"])
+    notes += _incomplete(tested) + foreign(tested)
     notes += passed_over(ignored) + unseen_by_accident(*trained_and_tested(manifest))
     if manifest["caption"].nunique() < 2:
         notes.append("All images have the same caption: the text side has nothing to reveal, so surgery has no use.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -62,7 +63,7 @@ class Suite:
 @cache
 def spelled(name: str) -> str:
     """A name as it is compared: lower case, letters and digits alone ("StyleGAN-XL" -> "styleganxl")."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", name).casefold())
 
 
 def _read_suites() -> tuple[Suite, ...]:
@@ -144,10 +145,29 @@ def is_generator(name: str) -> bool:
     return any(suite.generator(name) for suite in SUITES)
 
 
-def _is_same(one: str, other: str) -> bool:
+def is_same(one: str, other: str) -> bool:
     """True if two folders have a generator's name in two spellings."""
     known = (generator for suite in SUITES for generator in suite.generators)
-    return spelled(one) == spelled(other) or any(each.answers_to(one) and each.answers_to(other) for each in known)
+    return spelled(one) == spelled(other) != "" or any(k.answers_to(one) and k.answers_to(other) for k in known)
+
+
+def foreign(tested: Iterable[str]) -> list[str]:
+    """A sentence for each suite with tested generators under its name that it does not have."""
+    notes = []
+    for suite in SUITES:
+        own = [inner for known, inner in map(parted, sorted(tested)) if known == suite.name]
+        if others := [name for name in own if not suite.generator(name) and not is_pool(full_name(suite.name, name))]:
+            notes.append(
+                f"{', '.join(others[:FEW])} count as generators of {suite.name} and enter its means, which has no such "
+                f"generator: put the suite into a folder of its own name beside train/, and others into test/."
+            )
+    return notes
+
+
+def _told_apart(name: str, other: str) -> str:
+    """A name; with its signs as numbers where the other one looks the same."""
+    look = [unicodedata.normalize("NFC", each) for each in (name, other)]
+    return ascii(name) if name != other and look[0] == look[1] else name
 
 
 def unseen_by_accident(trained: Collection[str], tested: Collection[str]) -> list[str]:
@@ -157,11 +177,11 @@ def unseen_by_accident(trained: Collection[str], tested: Collection[str]) -> lis
     """
     unseen = [name for name in sorted(tested) if not is_seen(name, trained)]
     notes = [
-        f"{name} counts as unseen, though {twin} in train is the same generator by its name: call both folders alike, "
-        f"or its images enter the means over unseen generators."
+        f"{_told_apart(name, twin)} counts as unseen, though {_told_apart(twin, name)} in train is the same generator "
+        f"by its name: call both folders alike, or its images enter the means over unseen generators."
         for name in unseen
         for twin in sorted(trained)
-        if _is_same(parted(name)[1], parted(twin)[1])
+        if is_same(parted(name)[1], parted(twin)[1])
     ]
     if trained and tested and len(unseen) == len(tested):
         few, others = sorted(tested)[:FEW], len(tested) - FEW

@@ -8,15 +8,29 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from dgs.data.images import is_image
-from dgs.data.layouts import FAKE, FEW, LABELS, REAL, Layout, Place, files_in, read_layout, renames, split_or_suite
+from dgs.data.layouts import (
+    FAKE,
+    LABELS,
+    REAL,
+    Layout,
+    Place,
+    files_in,
+    folders,
+    laid_out,
+    listed,
+    read_layout,
+    renames,
+    split_or_suite,
+)
 from dgs.data.suites import SUITES, full_name, is_pool, pools_for
-from dgs.errors import UserError
+from dgs.errors import UserError, printable
 
 MINIBENCH = "minibench.json"  # the packed benchmark's description
 TABLES = {"imagefolder": ("metadata.jsonl", "metadata.csv"), "parquet": (".parquet",)}  # of other layouts, by file
@@ -62,14 +76,19 @@ class Tree:
 
     def reading(self) -> list[str]:
         """How the tree was read, and what in it was not looked at, a sentence each."""
-        passed = ", ".join(f"{count} {name}" for name, count in sorted((+self.layout.passed).items()))
+        tops = sorted({top for place in self.layout.places for _, top, _ in place.tops})
+        inner = {top: [path.name for path in folders(top)] for top in tops}
+        below = listed(f"{top} ({listed(names)})" for top, names in inner.items() if names)
+        merged = [f"Folders below label folders, read as part of them: {below}."] if below else []
+        count_by_name = Counter(path.name for path in self.layout.passed)
+        passed = ", ".join(f"{count} {printable(name)}" for name, count in sorted(count_by_name.items()))
         systems = [f"Folders of systems, and hidden ones, passed over: {passed}."] if passed else []
         strangers = [
             f"{folder} is neither a split nor a suite: not looked at.{split_or_suite(folder.name)}"
             for folder in self.layout.strangers
             if not self.is_run
         ]
-        return [*self.layout.notes, *strangers, *systems]
+        return [*self.layout.notes, *merged, *strangers, *systems]
 
     def loose_images(self) -> str:
         """A sentence on the images beside the label folders; "" where there are none."""
@@ -157,16 +176,32 @@ def scan_tree(root: Path) -> Tree:
             f"Expected folders of images in {root}, found a packed benchmark. Run dgs minibench audit on it."
         )
     tree = scan_root(root)
-    if tree.groups.empty and not tree.layout.suites and not any(part.suite.name for part in tree.layout.parts):
-        suites = ", ".join(suite.name for suite in SUITES)
-        found = ", ".join(child.name for child in tree.layout.strangers[:FEW]) or "no folders with images"
-        own = [name for name, endings in TABLES.items() if any(path.name.endswith(endings) for path in files_in(root))]
-        hint = f" With data.layout: {own[0]} the pipeline reads it." if own else renames(root, tree.layout.strangers)
-        raise UserError(
-            f"Expected {root} to hold {suites}, or to be one of them, or to hold train, val or test, each with "
-            f"<generator>/{REAL} and <generator>/{FAKE}; found {found}. Mend the path or rename the folders.{hint}"
-        )
+    if sentence := no_layout(tree):
+        raise UserError(sentence)
     return tree
+
+
+def no_layout(tree: Tree) -> str:
+    """Why a tree is of no layout at all, with what would make it one; "" where it is of one."""
+    root, layout = tree.root, tree.layout
+    if not tree.groups.empty or layout.suites or layout.refusals or any(part.suite.name for part in layout.parts):
+        return ""
+    suites = ", ".join(suite.name for suite in SUITES)
+    found = listed(child.name for child in layout.strangers) or "no folders with images"
+    found += f", {len(layout.loose)} images in none of these" if layout.loose else ""
+    own = [name for name, endings in TABLES.items() if any(path.name.endswith(endings) for path in files_in(root))]
+    hint = f" With data.layout: {own[0]} the pipeline reads it." if own else renames(root, layout.strangers)
+    if layout.inner:
+        hint = f" These lie in {layout.inner}: give that folder."
+    elif not hint:
+        images = (file for path in layout.strangers for file in files_in(path) if is_image(file))
+        for first in (image.parent for image in islice(images, 1)):
+            move = laid_out(first, FAKE, root / "test" / first.name)
+            hint = f" For example, if {first} is a generator's ({REAL} for photographs): {move}"
+    return (
+        f"Expected {root} to hold {suites}, or to be one of them, or to hold train, val or test, each with "
+        f"<generator>/{REAL} and <generator>/{FAKE}; found {found}. Mend the path or rename the folders.{hint}"
+    )
 
 
 def count_suffixes(files: Iterable[Path]) -> dict[str, int]:
