@@ -331,7 +331,13 @@ NO_LABELS = "Expected label folders 0_real and 1_fake alone in"
 REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no folder": (shutil.rmtree, ("Expected a folder", "data.root = ", "found none", "Create it or mend the path")),
     "a file": (lambda root: (shutil.rmtree(root), root.write_bytes(b"PK")), ("Expected a folder", "data.root")),
-    "nothing": (lambda root: (shutil.rmtree(root), root.mkdir()), ("/train/<generator>/{0_real,1_fake}, found none",)),
+    "nothing": (
+        lambda root: (shutil.rmtree(root), root.mkdir()),
+        (
+            "to hold train, val or test",
+            "found no folders with images",
+        ),
+    ),
     "no train": (lambda root: shutil.rmtree(root / "train"), ("Expected images under", "/train/<", "found none")),
     "no test": (lambda root: shutil.rmtree(root / "test"), ("Expected images under", "/test/<", "found none")),
     "no reals": (
