@@ -75,7 +75,7 @@ def no_network(*_: object, **__: object) -> None:
 def test_the_whole_profile_runs_reduced(tmp_path: Path) -> None:
     """As docs say: folders, captions by `dgs caption`, the profile, `dvc repro`; but for sizes, seeds and device."""
     repo = copy_repository(tmp_path / "repo", tiny=False)
-    images, number = tmp_path / "aigibench", 0
+    images, number = tmp_path / "images", 0
     for split, generators in {"train": ("progan", "sd14"), "test": ("progan", "sd14", "midjourney")}.items():
         for generator in generators:
             for label in ("0_real", "1_fake"):

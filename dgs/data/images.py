@@ -116,7 +116,7 @@ def files_under(paths: Iterable[Path]) -> Iterator[Path]:
 
 def _grey_to_rgb(band: Image.Image, white: float, transparent: object, is_inverted: bool) -> NDArray[np.uint8]:
     values = np.asarray(band)
-    scaled = np.nan_to_num(values.astype(np.float64) * 255 / white)
+    scaled = np.nan_to_num(values).astype(np.float64) * 255 / white
     scaled = np.clip(np.rint(scaled) if white == 1 else scaled, 0, 255).astype(np.uint8)
     grey = 255 - scaled if is_inverted else scaled
     if isinstance(transparent, int):
