@@ -136,6 +136,11 @@ class TestModes:
         decoded = decode(encode(Image.fromarray(values), "TIFF"))
         assert decoded[0, :, 0].tolist() == [0, 0, 128, 255, 255, 0, 0]
 
+    @pytest.mark.filterwarnings("error")
+    def test_a_number_that_signals_it_is_none_is_black_without_a_word(self) -> None:
+        values = np.array([[0x7FA00000, 0x3F800000]], dtype=np.uint32).view(np.float32)  # a signalling NaN, and 1
+        assert decode(encode(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [0, 255]
+
     @pytest.mark.parametrize("values", [[0, 70_000], [-4, 200]])
     def test_grey_of_32_bits_is_named(self, values: list[int]) -> None:
         message = refusal(encode(Image.fromarray(np.array([values], dtype=np.int32)), "TIFF"), "folder/a.tif")
