@@ -40,8 +40,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20,000 images: some seconds' work."""
-    return links(tmp_path_factory.mktemp("images") / "many", 20_000)
+    """60,000 images: tens of seconds, so that a busy machine does not end before it is interrupted."""
+    return links(tmp_path_factory.mktemp("images") / "many", 60_000)
 
 
 def links(folder: Path, count: int) -> Path:
