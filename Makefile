@@ -93,7 +93,9 @@ real-pictures: $(READY)
 real: real-pictures
 	for profile in $(REAL); do pipeline=$$(dgs profile $$profile) && dvc repro $$pipeline || exit 1; done
 	python -m real.text_alone
+	python -m real.in_common
 	python -m real.study
+	python -m real.tables
 
 real-captions: $(READY)
 	dgs real $(if $(REAL_FROM),--from "$(REAL_FROM)",--clone)

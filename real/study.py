@@ -3,6 +3,7 @@ and without the test pictures whose prompt was trained on, method against method
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +15,11 @@ from numpy.typing import NDArray
 
 from dgs.analysis.metrics import detection_table, headline
 from dgs.commands import for_users
-from dgs.data.prepared import load_prepared
 from dgs.errors import UserError
 from dgs.params import load_params
 from dgs.stats import DRAWS, Interval, seed_interval
-from dgs.workspace import Workspace, find_root
+from dgs.tables import read_table
+from dgs.workspace import find_root
 from real.manifest import of_manifest, read_manifest
 from real.text_alone import SEED, parts
 
@@ -28,6 +29,7 @@ COLUMNS = ["profile", "training_images", "method", "pictures", "rate", "over", "
 OTHER_COPY = ("real-unmatched", "real")  # profiles whose difference is the files' format alone
 AGAINST = ("probe", "lora")  # what every other method is compared with
 KINDS = {False: "unseen", True: "seen"}
+SCORES = "scores.parquet"
 ENOUGH = 4  # generators for an interval over them
 LEFT_OUT = "glid3_xl without trained prompts"
 
@@ -126,24 +128,32 @@ def other_copy(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
     return both[keys].join(pd.DataFrame({rate: both[rate] - both[f"{rate}_other"] for rate in RATES}))
 
 
+def keep_scores(root: Path, profiles: tuple[str, ...] = PROFILES) -> None:
+    """Copy each profile's scores from build/ to results/, so that the table can be made again without a run."""
+    for name in profiles:
+        made = root / "build" / name / "evaluate" / SCORES
+        if made.exists():
+            shutil.copyfile(made, root / "results" / name / SCORES)
+
+
 def study(root: Path, profiles: tuple[str, ...] = PROFILES) -> pd.DataFrame:
-    """The rows of every profile that was run, columns `COLUMNS`; then those of `OTHER_COPY`, both being there.
+    """The rows of every profile whose scores results/ has, columns `COLUMNS`; those of `OTHER_COPY`, if both are there.
 
     Raises:
-        UserError: none was.
+        UserError: none has any.
     """
     manifest, tables, runs = read_manifest(), [], {}
     for name in profiles:
-        file = root / "build" / name / "evaluate" / "scores.parquet"
-        if file.exists():
-            prepared = load_prepared(Workspace.of(name).find("prepare", made_by="prepare"), root)
-            images = load_params(name, root).train.images or len(prepared.split("train"))
-            scores, seen = pd.read_parquet(file), set(prepared.info["seen"])
+        folder = root / "results" / name
+        if (folder / SCORES).exists():
+            images = load_params(name, root).train.images or int((manifest["split"] == "train").sum())
+            generators = read_table(folder / "detection.csv").groupby("generator")["seen"].first()
+            scores, seen = pd.read_parquet(folder / SCORES), set(generators[generators].index)
             runs[name] = by_generator(scores, seen, manifest)
             rows = [*intervals(runs[name]), *over_pictures(scores, seen, manifest)]
             tables.append(pd.DataFrame(rows).assign(profile=name, training_images=images))
     if not tables:
-        raise UserError(f"Expected scores of {', '.join(profiles)} below build/, found none. Run make real.")
+        raise UserError(f"Expected scores of {', '.join(profiles)} below results/, found none. Run make real.")
     if set(OTHER_COPY) <= set(runs):
         minus = other_copy(runs[OTHER_COPY[1]], runs[OTHER_COPY[0]])
         tables.append(pd.DataFrame(intervals(minus)).assign(profile=" minus ".join(OTHER_COPY)))
@@ -153,7 +163,8 @@ def study(root: Path, profiles: tuple[str, ...] = PROFILES) -> pd.DataFrame:
 def main(out: Annotated[Path | None, typer.Option(help="table; default results/real/study.csv")] = None) -> None:
     """Write the study's table from the scores of all profiles that were run, and print the unseen generators' part."""
     root = find_root()
-    table = study(root).round(4)
+    keep_scores(root)
+    table = study(root).round(6)  # so that a document's rounding is the report's
     out = out or root / "results" / "real" / "study.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(out, index=False)

@@ -13,6 +13,7 @@ from dgs.params import load_params
 from dgs.stats import Interval, seed_interval
 from dgs.tables import read_table
 from dgs.workspace import find_root
+from real.study import LEFT_OUT
 from studies.tables import Cell, Table, current, number, told
 
 DOCUMENTS = ("docs/real.md", "docs/running.md")
@@ -20,7 +21,7 @@ PROFILE = "real"
 OTHER_COPY = "real-unmatched minus real"  # in study.csv
 LABELS = {"probe": "probe", "lora": "LoRA", "dgs": "DGS"}  # others in code type
 GENERATORS = {
-    "dalle_mini": "`dalle_mini`", "glid3_xl": "`glid3_xl`", "glid3_xl without trained prompts": "its other prompts",
+    "dalle_mini": "`dalle_mini`", "glid3_xl": "`glid3_xl`", LEFT_OUT: "its other prompts [seeds]",
     "gpt4o_image": "`gpt4o_image`", "gemini_flash_image": "`gemini_flash_image`",
     "latent_diffusion": "`latent_diffusion`, seen", "shoes_midjourney": "`shoes_midjourney`, seen",
 }  # fmt: skip
@@ -77,6 +78,11 @@ def rate(
     """Per cent of study.csv, with its interval; "–" where it was not run. A difference's ends have signs."""
     found = row("study", profile=profile, method=method, pictures=pictures, rate=name, over=over)
     return percent(found, "mean", "low", "high", sign=" minus " in method or " minus " in profile)
+
+
+def of_pictures(method: str, pictures: str) -> str:
+    """`rate` over other pictures; over seeds for the row of fewer pictures, which study.csv has those of alone."""
+    return rate(method, pictures, "seeds" if pictures == LEFT_OUT else "pictures")
 
 
 def interval_alone(*what: str, **more: str) -> str:
@@ -165,7 +171,7 @@ def tables() -> dict[str, Table]:
         "real-generators": (
             "generator",
             {shown: name for name, shown in GENERATORS.items()},
-            of_methods(rows, "pictures", over="pictures"),
+            {shown: partial(of_pictures, own) for shown, own in rows.items()},
         ),
         "real-kept": ("method", tuned, {shown: partial(kept, measure=name) for name, shown in KEPT.items()}),
         "real-images": (

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from dgs.analysis.metrics import detection_table
+from dgs.errors import UserError
 from dgs.params import dotted, load_params
 from dgs.stats import paired_difference, seed_interval
 from real.manifest import read_manifest
-from real.study import LEFT_OUT, PROFILES, by_generator, intervals, over_pictures
+from real.study import LEFT_OUT, PROFILES, by_generator, intervals, keep_scores, over_pictures, study
 
 OTHERS = ("b", "c", "d")
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,3 +140,27 @@ def test_profiles_differ_in_pictures_alone_and_fewer_get_as_many_steps() -> None
         for stage in ("stage1", "stage2"):
             steps = getattr(trained, stage).epochs * -(-(params.train.images or images) // 32)
             assert steps == pytest.approx(getattr(every, stage).epochs * -(-images // 32), rel=0.03)
+
+
+def test_the_table_is_made_again_from_kept_scores_alone(scores: pd.DataFrame, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles", ignore=shutil.ignore_patterns("*.lock", "dvc.yaml"))
+    with pytest.raises(UserError, match=r"^Expected scores of real, .* below results/, found none\. Run make real\.$"):
+        study(tmp_path)
+    for name, shift in (("real", 0.0), ("real-unmatched", 0.5)):
+        made, kept = tmp_path / "build" / name / "evaluate", tmp_path / "results" / name
+        made.mkdir(parents=True)
+        kept.mkdir(parents=True)
+        own = scores.assign(logit=scores["logit"] + shift * (scores["label"] - 0.5))
+        own.to_parquet(made / "scores.parquet", index=False)
+        detection_table(own, {"known"}).to_csv(kept / "detection.csv", index=False)
+    keep_scores(tmp_path)
+    shutil.rmtree(tmp_path / "build")
+    table = study(tmp_path)
+    assert set(table["profile"]) == {"real", "real-unmatched", "real-unmatched minus real"}
+    assert set(table["training_images"].dropna()) == {549}
+    more = table[(table["profile"] == "real-unmatched minus real") & (table["rate"] == "auroc")]
+    assert (more.set_index(["method", "pictures"]).loc[("lora", "unseen"), "mean"] > 0).all()
+    known = table[(table["pictures"] == "known") & (table["profile"] == "real") & (table["method"] == "lora")]
+    seen = table[(table["pictures"] == "seen") & (table["profile"] == "real") & (table["method"] == "lora")]
+    assert known.set_index(["rate", "over"])["mean"].equals(seen.set_index(["rate", "over"])["mean"])
