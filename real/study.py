@@ -13,6 +13,7 @@ import typer
 from numpy.typing import NDArray
 
 from dgs.analysis.metrics import detection_table, headline
+from dgs.analysis.scores import FILE, read_scores
 from dgs.commands import for_users
 from dgs.data.prepared import load_prepared
 from dgs.errors import UserError
@@ -134,11 +135,11 @@ def study(root: Path, profiles: tuple[str, ...] = PROFILES) -> pd.DataFrame:
     """
     manifest, tables, runs = read_manifest(), [], {}
     for name in profiles:
-        file = root / "build" / name / "evaluate" / "scores.parquet"
+        file = root / "build" / name / "evaluate" / FILE
         if file.exists():
             prepared = load_prepared(Workspace.of(name).find("prepare", made_by="prepare"), root)
             images = load_params(name, root).train.images or len(prepared.split("train"))
-            scores, seen = pd.read_parquet(file), set(prepared.info["seen"])
+            scores, seen = read_scores(file), set(prepared.info["seen"])
             runs[name] = by_generator(scores, seen, manifest)
             rows = [*intervals(runs[name]), *over_pictures(scores, seen, manifest)]
             tables.append(pd.DataFrame(rows).assign(profile=name, training_images=images))

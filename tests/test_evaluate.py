@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ from trees import prepare, train_into
 
 from dgs.analysis.evaluate import block_means, checkpoints, evaluate, settings, tsne_rows, write_tables
 from dgs.analysis.figures.detection import robustness_curves
-from dgs.analysis.metrics import RATES, SCORES, detection_table, summary
+from dgs.analysis.from_scores import renew
+from dgs.analysis.metrics import RATES, detection_table, summary
 from dgs.analysis.report import write_report
+from dgs.analysis.scores import SCORES
 from dgs.conditions import parse_condition
 from dgs.data.manifest import open_image
 from dgs.data.perturbations import perturb
@@ -232,6 +235,56 @@ def test_what_is_unseen_by_accident_stands_in_metrics(
     write_tables(workspace, run.found, *evaluated[:2], dataclasses.replace(run.prepared, manifest=manifest), run.params)
     (said,) = json.loads((workspace.results / "metrics.json").read_text())["cautions"]
     assert said.startswith("No tested generator was trained on: training has alpha-class, beta-class, tested are alpha")
+
+
+class TestFromScores:
+    """Tables of a real run: two methods and two seeds, on folders of images."""
+
+    @pytest.fixture(scope="class")
+    def root(self, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("results")
+        found = {("probe", 0): run.found["probe", 0]}
+        for name, seed in (("probe", 1), ("lora", 0), ("lora", 1)):
+            found[name, seed] = train_into(folder / name / str(seed), name, run.clip, run.prepared, run.params, seed)
+        scores, forgetting, _ = evaluate(found, run.clip, run.prepared, run.params, CPU)
+        workspace = Workspace(folder, folder, "own")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dgs.analysis.evaluate.read_losses", lambda folders, rho: pd.DataFrame())
+            made = write_tables(workspace, found, scores, forgetting, run.prepared, run.params)
+        told = (made.summary, made.detection, made.forgetting, settings(found, run.params), ["figures/x.png"])
+        write_report(workspace.results / "REPORT.md", *told, differences=made.differences)
+        return folder
+
+    def test_they_are_equal_to_what_evaluate_wrote_and_come_back_from_damage(self, root: Path) -> None:
+        results = root / "results/own"
+        before = {path.name: path.read_bytes() for path in results.iterdir()}
+        assert {"scores.parquet", "detection.csv", "differences.csv", "metrics.json", "REPORT.md"} <= set(before)
+        assert (root / "build/own/evaluate/scores.parquet").read_bytes() == before["scores.parquet"]
+        assert [path.name for path in renew(root, "own")] == [
+            "REPORT.md",
+            "detection.csv",
+            "differences.csv",
+            "metrics.json",
+        ]
+        assert {path.name: path.read_bytes() for path in results.iterdir()} == before
+        said = json.loads(before["metrics.json"])
+        said["methods"]["lora"]["ap_seen"]["mean"] = 0.123
+        (results / "metrics.json").write_text(json.dumps(said))
+        report = before["REPORT.md"].decode()
+        top, _, rest = report.partition("## Differences")
+        (results / "REPORT.md").write_text(
+            top.replace("0", "7") + "## Differences to lora\n\n" + rest[rest.index("## Op") :]
+        )
+        renew(root, "own")
+        assert {path.name: path.read_bytes() for path in results.iterdir()} == before
+
+    def test_what_is_missing_is_named(self, root: Path, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"Expected scores at .*found none"):
+            renew(tmp_path, "own")
+        (tmp_path / "results/own").mkdir(parents=True)
+        shutil.copy(root / "results/own/scores.parquet", tmp_path / "results/own")
+        with pytest.raises(UserError, match=r"Expected metrics.json, detection.csv, .*Run make repro PROFILE=own"):
+            renew(tmp_path, "own")
 
 
 class TestWhichCheckpoints:

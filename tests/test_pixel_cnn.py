@@ -25,10 +25,11 @@ from test_cli import one_sentence
 from test_cli import run as command
 from test_figures import make_detection, make_forgetting
 
+from dgs.analysis.differences import difference_table
 from dgs.analysis.explore import Workbench, remark
 from dgs.analysis.figures.detection import difference_forest
 from dgs.analysis.figures.forgetting import forgetting_blocks, forgetting_measures, forgetting_plane
-from dgs.analysis.metrics import summary
+from dgs.analysis.metrics import per_seed_values, summary
 from dgs.analysis.report import write_report
 from dgs.errors import UserError
 from dgs.model import runs
@@ -240,9 +241,8 @@ class TestTables:
     def test_figures_leave_it_out_or_name_it(self) -> None:
         plane = forgetting_plane(self.detection, self.forgetting)
         assert "not measured: pixel\u00a0cnn" in plane.axes[0].get_xlabel()
-        rows = [
-            label.get_text() for label in difference_forest(self.detection, self.forgetting).axes[0].get_yticklabels()
-        ]
+        differences = difference_table(per_seed_values(self.detection, self.forgetting), self.detection)
+        rows = [label.get_text() for label in difference_forest(differences).axes[0].get_yticklabels()]
         assert rows == ["dgs", "pixel\u00a0cnn"]
 
 

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 import yaml
 
+from dgs.analysis.differences import difference_table
 from dgs.analysis.figures.detection import study_forest
-from dgs.analysis.metrics import detection_table, write_detection
+from dgs.analysis.metrics import detection_table, per_seed_values, write_detection
 from dgs.analysis.study import (
     agreement,
     best_rival,
@@ -21,6 +22,7 @@ from dgs.analysis.study import (
     generator_gaps,
     keep_runs,
     read_condition,
+    read_tables,
     study_report,
     write_params,
     write_study,
@@ -167,6 +169,17 @@ def test_what_a_run_made_is_kept_without_its_folder_and_a_later_run_takes_its_pl
     shutil.rmtree(tmp_path / "results/study-50")
     assert read_condition(tmp_path, "study-50").methods == list(SHIFT)
     assert read_condition(tmp_path, "study-90").values.equals(before[0].values)
+
+
+def test_profiles_with_crossed_intervals_get_a_forest_of_them(root: Path) -> None:
+    folder = root / "results/study"
+    write_study(root, ["strong", "none"], folder)
+    assert not (folder / "differences.png").exists()
+    detection = read_tables(root, "strong")["detection"]
+    made = difference_table(per_seed_values(detection), detection).assign(low=-0.01, high=0.05)
+    made.to_csv(root / "results/strong/differences.csv", index=False)
+    write_study(root, ["strong", "none"], folder)
+    assert (folder / "differences.png").stat().st_size > 0
 
 
 def test_gaps_by_generator_have_the_mean_of_gaps_by_seed(root: Path) -> None:

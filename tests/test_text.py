@@ -380,7 +380,10 @@ def test_validation_reweighted_by_captions_says_whose_embeddings_they_have(
     rows = prepared.split("val")
     scores = rows.assign(logit=np.linspace(-1, 1, len(rows)), method="lora", seed=0)
     of_side = dataclasses.replace(prepared, info={**prepared.info, "text": {"side": side}})
-    assert final_validation(scores, of_side)["images"].tolist() == ["as in training", expected]
+    found = final_validation(scores, of_side)
+    assert found["images"].tolist() == ["as in training", expected]
+    plain, weighed = found["n_effective"]
+    assert 2 <= weighed <= plain == len(rows)
 
 
 def detection() -> pd.DataFrame:

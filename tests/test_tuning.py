@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +16,12 @@ from settings import validate
 
 from dgs.analysis import tuning
 from dgs.analysis.tuning import RULES, candidates, chosen, weighted_balanced_accuracy, with_candidate
+from dgs.data.prepared import load_training
 from dgs.errors import UserError
 from dgs.model.methods.registry import METHODS
 from dgs.model.methods.text_expert import ipw_weights
 from dgs.params import TUNABLE, dotted, load_params
+from dgs.stats import effective_size
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,6 +69,17 @@ def test_balanced_weights_make_captions_tell_nothing() -> None:
     assert weighted_balanced_accuracy(labels, reader, np.ones(20_000)) == pytest.approx(0.9, abs=0.01)
     assert weighted_balanced_accuracy(labels, reader, weights) == pytest.approx(0.5, abs=0.02)
     assert ipw_weights(np.array([0.0, 1.0]), np.array([1, 0])).tolist() == [20, 20]
+
+
+def test_weighed_validation_images_count_as_fewer_by_kish(tiny_prepared: Path) -> None:
+    assert effective_size(np.ones(7)) == pytest.approx(7)
+    assert effective_size(np.array([1.0, 1.0, 0.0, 0.0])) == pytest.approx(2), "weights of 0 are no images"
+    assert effective_size(np.array([20.0, 1.0, 1.0])) == pytest.approx(22**2 / 402)
+    prepared = load_training(tiny_prepared, ROOT)
+    said = tuning.weighed_note(prepared)
+    for label, name in ((0, "real"), (1, "fake")):
+        count, effective = re.search(rf"(\d+) {name} as (\d+)", said).groups()
+        assert int(count) == (prepared.split("val")["label"] == label).sum() and 1 <= int(effective) <= int(count)
 
 
 def table(scores: dict[str, list[float]], name: str = "lora") -> pd.DataFrame:

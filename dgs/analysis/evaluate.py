@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from dgs.analysis.differences import difference_table
 from dgs.analysis.forgetting import Tower, measure_all, spread_out
-from dgs.analysis.metrics import AGAINST_ALIGNED, SCORES, detection_table, summary, write_detection
+from dgs.analysis.metrics import AGAINST_ALIGNED, detection_table, per_seed_values, summary, write_detection
+from dgs.analysis.scores import FILE, as_scores, write_scores
 from dgs.analysis.tuning import weighted_balanced_accuracy
 from dgs.atomic import replacing
 from dgs.conditions import NATIVE, parse_condition
@@ -37,6 +40,7 @@ from dgs.model.prefix import keep_tokens
 from dgs.model.train import over_views
 from dgs.model.training_log import read_losses
 from dgs.params import Params
+from dgs.stats import effective_size
 from dgs.workspace import Workspace, external_checkpoints
 
 Features = NDArray[np.float32]
@@ -219,12 +223,12 @@ class _Reader:
 
     @torch.no_grad()
     def scores(self, method: str, seed: int, classifier: Classifier, features: Features) -> pd.DataFrame:
-        """One row an image, columns `metrics.SCORES`."""
+        """One row an image, columns `scores.SCORES`."""
         table = self.rows.reset_index(drop=True)
         table["method"], table["seed"], table["profile"] = method, seed, self.job.params.profile
         table["condition"], table["applied_to"], table["rho"] = self.condition, "both", self.job.prepared.info["rho"]
         table["logit"] = classifier.decide(torch.from_numpy(features).to(classifier.device)).cpu().numpy()
-        return table[list(SCORES)].astype({name: kind for name, kind in SCORES.items() if kind != "str"})
+        return as_scores(table)
 
 
 def _changed_scores(found: Runs, job: _Job) -> Iterator[pd.DataFrame]:
@@ -258,7 +262,7 @@ def evaluate(
     """Every checkpoint on the validation and test images, and on changed test images where asked for.
 
     Returns:
-        scores (one row an image, checkpoint and condition, columns `metrics.SCORES`), forgetting (rho, method, seed,
+        scores (one row an image, checkpoint and condition, columns `scores.SCORES`), forgetting (rho, method, seed,
         measure, before, after; none of a method without a CLIP), and for the t-SNE {"frozen", method...: (features,
         rows)} of the first seed.
 
@@ -338,6 +342,7 @@ class Tables(NamedTuple):
     """What results/<profile> holds of an evaluation: its tables, and what metrics.json says."""
 
     detection: pd.DataFrame
+    differences: pd.DataFrame
     forgetting: pd.DataFrame
     training: pd.DataFrame
     summary: dict[str, Any]
@@ -351,20 +356,24 @@ def write_tables(
     prepared: Prepared,
     params: Params,
 ) -> Tables:
-    """Write scores.parquet, then detection.csv, forgetting.csv, training.csv and metrics.json of what was evaluated."""
-    with replacing(workspace.build("evaluate")) as folder:
-        scores.to_parquet(folder / "scores.parquet", index=False)
+    """Write scores.parquet, also among the results, then metrics.json and the tables of what was evaluated."""
     results, info = workspace.results, prepared.info
+    results.mkdir(parents=True, exist_ok=True)
+    with replacing(workspace.build("evaluate")) as folder:
+        write_scores(scores, folder / FILE)
+        shutil.copyfile(folder / FILE, results / FILE)  # what `dgs report --from-scores` needs, without build/
     detection = detection_table(scores, set(info["seen"]))
+    differences = difference_table(per_seed_values(detection, forgetting), detection, scores)
     training = read_losses(_method_folders(found, params).values(), info["rho"])
     write_detection(detection, results / "detection.csv")
+    differences.to_csv(results / "differences.csv", index=False)
     forgetting.round(6).to_csv(results / "forgetting.csv", index=False)
     training.round(6).to_csv(results / "training.csv", index=False)
     said = summary(detection, forgetting, params.profile, info["data_hash"])
     if cautions := prepared.cautions:
         said["cautions"] = cautions
     (results / "metrics.json").write_text(json.dumps(said, indent=1) + "\n")
-    return Tables(detection, forgetting, training, said)
+    return Tables(detection, differences, forgetting, training, said)
 
 
 def final_validation(scores: pd.DataFrame, prepared: Prepared) -> pd.DataFrame:
@@ -375,7 +384,8 @@ def final_validation(scores: pd.DataFrame, prepared: Prepared) -> pd.DataFrame:
     "reweighted" without a text side too; of an aligned one its name says so.
 
     Returns:
-        columns method, seed, images (the kind), balanced_acc.
+        columns method, seed, images (the kind), balanced_acc, n_effective (as how many images of both labels together
+        the weighed ones count: `stats.effective_size`).
     """
     aligned = prepared.info.get("text", OWN_TEXT)["side"] == "aligned"
     reweighted = "reweighted" + (AGAINST_ALIGNED if aligned else "")
@@ -390,7 +400,8 @@ def final_validation(scores: pd.DataFrame, prepared: Prepared) -> pd.DataFrame:
         if kind == reweighted:
             weights = ipw_weights(caption_probability(prepared, split), labels)
         own = own.assign(weight=own["id"].map(dict(zip(known["id"], weights, strict=True))))
+        effective = sum(effective_size(weights[labels == label]) for label in (0, 1))
         for (method, seed), run in own.groupby(["method", "seed"], sort=False):
             columns = [run[name].to_numpy() for name in ("label", "logit", "weight")]
-            rows.append((method, seed, kind, weighted_balanced_accuracy(*columns)))
-    return pd.DataFrame(rows, columns=["method", "seed", "images", "balanced_acc"])
+            rows.append((method, seed, kind, weighted_balanced_accuracy(*columns), effective))
+    return pd.DataFrame(rows, columns=["method", "seed", "images", "balanced_acc", "n_effective"])

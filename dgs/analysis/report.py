@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from dgs.analysis.differences import COMPARED, intervals, is_crossed, key_of
 from dgs.analysis.metrics import (
     BLOCK,
     ORACLE,
@@ -24,7 +25,6 @@ from dgs.analysis.metrics import (
     measure_words,
     metrics_of,
     native_rows,
-    per_seed_values,
     unique,
 )
 from dgs.analysis.robustness import changes, conditions_of, format_conditions, means_over_generators, readings
@@ -35,15 +35,11 @@ from dgs.stats import (
     Interval,
     interval_text,
     iqm,
-    paired_difference,
     percent_text,
     rounded_text,
     seed_interval,
-    stratified_bootstrap,
 )
 
-BASELINE = "lora"
-COMPARED = {key: metric for key, metric in metrics_of("run", "forgetting").items() if metric.label}
 # Settings that may differ between checkpoints without making their training differ.
 NOT_OF_TRAINING = (
     "methods", "train.log_every", "train.log_gradients", "compute.batch_size", "compute.jobs", "compute.workers",
@@ -72,6 +68,7 @@ def write_report(
     figures: Sequence[str | PurePath] = (),
     suites: Sequence[str] = (),
     text: str = "",
+    differences: pd.DataFrame | None = None,
 ) -> Path:
     """Writes REPORT.md; the same input gives the same bytes. Returns the path, whose parent folders are made.
 
@@ -79,8 +76,9 @@ def write_report(
     method -> the settings its checkpoints were trained with, nested or flat, in method order: one that methods share is
     printed once, and a line at the top warns of others; `figures`: image paths relative to the report's folder;
     `suites`: sections on the paper's suites (`paper.suite_sections`); `text`: a sentence on what embedded captions, if
-    that was not CLIP's own text tower. Raises UserError as `metrics.headline` does, ValueError for an absolute figure
-    path and for settings that are not one mapping a method.
+    that was not CLIP's own text tower; `differences`: as `differences.difference_table` gives them; None: a report
+    without them. Raises UserError as `metrics.headline` does, ValueError for an absolute figure path and for settings
+    that are not one mapping a method.
     """
     for figure in figures:
         if PurePath(figure).is_absolute() or os.fspath(figure).startswith("/"):
@@ -96,13 +94,12 @@ def write_report(
         few_seeds=FEW_SEEDS,
         fewer=", ".join(f"`{method}` ({count})" for method, count in seeds_of.items() if count < seeds),
         differ=any(len(set(of)) > 1 and not key.startswith(NOT_OF_TRAINING) for key, of in by_setting.items()),
-        baseline=BASELINE,
         headline=_headline(methods, forgetting),
         text=text,
         macc=", ".join(f"`{name}` {_entry(numbers['mAcc'])}" for name, numbers in methods.items() if "mAcc" in numbers),
         without_clip=[name for name in methods if forgetting is not None and name not in set(forgetting["method"])],
-        differences=_differences(per_seed_values(detection, forgetting), forgetting),
-        resampled=_over_seeds_and_generators(rows[~rows["seen"]]),
+        differences={} if differences is None or differences.empty else _differences(differences, forgetting),
+        spread=_over_generators(rows[~rows["seen"]]),
         where="seen" if rows["seen"].all() else "unseen",
         oracle=(detection["threshold_rule"].astype(str) == ORACLE).any(),
         operating_points=_operating_points(detection),
@@ -185,51 +182,50 @@ def _headline(methods: Mapping[str, Mapping[str, Any]], forgetting: pd.DataFrame
     return markdown_table(["method", *shown.values()], rows)
 
 
-def _differences(values: pd.DataFrame, forgetting: pd.DataFrame | None) -> str:
-    """Paired differences to the baseline, from `per_seed_values` (not from metrics.json, whose seeds are rounded)."""
-    by_seed = 100 * values.pivot(index=["metric", "seed"], columns="method", values="value")
-    rows = []
-    for name in unique(values["method"]) if BASELINE in by_seed else ():
-        for key in COMPARED:
-            if name == BASELINE or key not in by_seed.index:
-                continue
-            both = by_seed.loc[key, [name, BASELINE]].dropna()
-            if both.empty:
-                continue
-            gap = paired_difference(both[name].to_numpy(), both[BASELINE].to_numpy())
-            rows.append([f"`{name}`", label_of(key, forgetting), interval_text(gap), str(len(both)), _verdict(gap)])
-    return markdown_table(["method", "measure", f"minus `{BASELINE}`", "seeds", "reading"], rows)
+def _differences(differences: pd.DataFrame, forgetting: pd.DataFrame | None) -> dict[str, Any]:
+    """The two tables of differences, points: those with crossed intervals, and those over seeds alone."""
+    crossed, seeds_alone = [], []
+    for row, drawn, seeds, decisive in intervals(differences):
+        first = [f"`{row.method}`", label_of(key_of(row.rate, row.pictures), forgetting)]
+        count, reading = str(row.n_seeds), _verdict(decisive, row.n_seeds)
+        if decisive is drawn:
+            p = [_p_text(value) for value in (row.p, row.p_holm, row.p_sign_flip)]
+            ends = interval_text(seeds).partition(" ")[2] or "–"
+            crossed.append([*first, interval_text(drawn), ends, *p, f"{count} × {row.n_generators}", reading])
+        else:
+            seeds_alone.append([*first, interval_text(seeds), count, reading])
+    baseline = differences["other"].iloc[0]
+    head, minus = ["method", "measure"], f"minus `{baseline}`"
+    p = ["p", "p (Holm)", "p (signs of seeds)"]
+    return {
+        "baseline": baseline,
+        "crossed": markdown_table([*head, minus, "over seeds", *p, "seeds × generators", "reading"], crossed),
+        "seeds": markdown_table([*head, minus, "seeds", "reading"], seeds_alone),
+        "family": differences.loc[is_crossed(differences), "method"].nunique(),
+    }
 
 
-def _verdict(gap: Interval) -> str:
+def _p_text(p: float) -> str:
+    return "–" if np.isnan(p) else "< 0.001" if p < 0.001 else rounded_text(p, 3)
+
+
+def _verdict(gap: Interval, seeds: int) -> str:
     if not gap.known:
-        return "one seed: no interval"
+        return "one seed: no interval" if seeds == 1 else "too few generators or images: no interval"
     if gap.spans_zero:
         return "no difference shown"
     return "higher" if gap.mean > 0 else "lower"
 
 
-def _over_seeds_and_generators(rows: pd.DataFrame) -> str:
-    """Unseen generators as a table of seeds x generators: mean, IQM, worst, and a second interval of the difference."""
-    if rows["seed"].nunique() < 2:
-        return ""
-    tables = {
-        str(method): part.pivot(index="seed", columns="generator", values="balanced_acc")
-        for method, part in rows.groupby("method", sort=False)
-    }
+def _over_generators(rows: pd.DataFrame) -> str:
+    """How far one mean over seeds and unseen generators stands for them: mean, IQM and the worst generator."""
     lines = []
-    for method, rates in tables.items():
-        own = 100 * rates.dropna()
-        gaps = (own - 100 * tables.get(BASELINE, rates)).dropna().to_numpy()
-        minus = ["–"] * 3
-        if method != BASELINE and len(gaps):
-            resampled = [stratified_bootstrap(gaps, statistic) for statistic in (np.mean, iqm)]
-            minus = [interval_text(gap) for gap in (seed_interval(gaps.mean(axis=1)), *resampled)]
-        middle = interval_text(stratified_bootstrap(own.to_numpy(), iqm), sign=False)
-        worst = plus_minus(rates.min(axis=1))
-        lines.append([f"`{method}`", rounded_text(own.to_numpy().mean()), middle, worst, *minus])
-    minus = ["difference [t]", "difference [bootstrap]", "IQM of differences"]
-    return markdown_table(["method", "mean", "IQM", "worst generator", *minus], lines)
+    for method, part in rows.groupby("method", sort=False):
+        rates = part.pivot(index="seed", columns="generator", values="balanced_acc")
+        values = 100 * rates.to_numpy()
+        middle = rounded_text(iqm(values[np.isfinite(values)]))
+        lines.append([f"`{method}`", rounded_text(float(np.nanmean(values))), middle, plus_minus(rates.min(axis=1))])
+    return markdown_table(["method", "mean", "IQM", "worst generator"], lines)
 
 
 def _operating_points(detection: pd.DataFrame) -> str:

@@ -19,6 +19,7 @@ from dgs.errors import UserError
 from dgs.model.methods.registry import METHODS, Method, get_method
 from dgs.model.methods.text_expert import caption_probability, ipw_weights
 from dgs.params import Params
+from dgs.stats import effective_size
 from dgs.tables import read_table
 
 Candidate = dict[str, float]
@@ -110,6 +111,20 @@ def _score(_: str, name: str, candidate: str, seed: int, params: Params, root: P
         weights = ipw_weights(caption_probability(prepared, "val"), found["val"][0])
         row["val_balanced"] = weighted_balanced_accuracy(*found["val"], weights)
     return row
+
+
+def weighed_note(prepared: Prepared) -> str:
+    """As how many images the weighed validation images count (`effective_size`), by label; "" if none are weighed."""
+    labels = prepared.split("val")["label"].to_numpy()
+    if not len(labels) or not prepared.has_text:
+        return ""
+    weights = ipw_weights(caption_probability(prepared, "val"), labels)
+    counts = [
+        f"{(labels == label).sum()} {name} as {effective_size(weights[labels == label]):.0f}"
+        for label, name in ((0, "real"), (1, "fake"))
+        if (labels == label).any()
+    ]
+    return f"validation images, weighed so that captions tell nothing, count as fewer (Kish): {', '.join(counts)}"
 
 
 def trials(

@@ -26,13 +26,14 @@ def training_curves(training: pd.DataFrame, validation: pd.DataFrame | None = No
     The task's loss alone: totals hold other terms for other methods. The text head's loss has its floor, the entropy of
     a label whose caption carries the shortcut: -rho ln rho - (1 - rho) ln (1 - rho). Validation images carry the
     shortcut of the training set, so their accuracy rewards reading it; the title is therefore about the last kind of
-    `validation`. Panels without data are left out.
+    `validation`. n: as how many images a kind counts, fewer than there are where they are weighed. Panels without data
+    are left out.
 
     Args:
         training: columns method, seed, step, loss_task, val_balanced_acc (NaN but at epoch ends), and where known
             loss_text and rho.
         validation: of the final checkpoints, as `evaluate.final_validation` gives it: columns method, seed, images,
-            balanced_acc; the kinds of images in the order to draw them.
+            balanced_acc, n_effective; the kinds of images in the order to draw them.
     """
     methods = list(training["method"].unique())
     steps = training.dropna(subset=["loss_task"]).groupby("method")["step"].max() + 1
@@ -54,7 +55,8 @@ def training_curves(training: pd.DataFrame, validation: pd.DataFrame | None = No
         if np.isfinite(rho) and name == "loss_text":
             ax.axhline(entr(rho) + entr(1.0 - rho), **look.LINE)
     if validation is not None:
-        kinds = {kind: "\n".join(kind.rsplit(" ", 1)) for kind in validation["images"].unique()}
+        sizes = validation.groupby("images", sort=False)["n_effective"].first()
+        kinds = {kind: "\n".join([*str(kind).rsplit(" ", 1), f"(n {size:.0f})"]) for kind, size in sizes.items()}
         percent = validation.assign(value=100.0 * validation["balanced_acc"], kind=validation["images"].map(kinds))
         look.dots(axes[-1], percent, "kind", methods)
         axes[-1].set_xlabel("Final bal. accuracy (%)")
