@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t
 
 from dgs.analysis.differences import COLUMNS, baseline_of, difference_table, is_crossed, rate_cells
 from dgs.analysis.metrics import detection_table, per_seed_values
-from dgs.crossed import crossed_interval, holm
+from dgs.crossed import BLOCKS, crossed_interval, holm
 from dgs.stats import paired_difference
 
 GENERATORS = {"seen": 2.0, "a": 1.0, "b": 0.6, "c": 1.4}
@@ -90,14 +91,15 @@ def test_what_was_forgotten_has_seeds_alone() -> None:
     assert row["p_sign_flip"] == 0.125, "four seeds"
 
 
-def test_photographs_that_all_share_widen_the_interval() -> None:
-    """The same scores, once with photographs of every generator's own."""
-    scores = make_scores({"lora": 0.0, "dgs": 0.5})
-    cells = rate_cells(scores, "balanced_acc", ["a", "b", "c"])
-    gaps = np.moveaxis(np.array([cells["dgs", seed] - cells["lora", seed] for seed in range(4)]), -1, 0)
-    without = np.concatenate([gaps[:1], np.broadcast_to(gaps[:1], gaps[1:].shape)])
-    shared, none = (crossed_interval(table).interval for table in (gaps, without))
-    assert shared.mean == none.mean and shared.low < none.low
+def test_photographs_that_all_share_are_a_sample_of_their_number() -> None:
+    """All cells agree: 9 of the 60 photographs are what differs, for every seed and generator."""
+    lora = make_scores({"lora": 0.0})
+    lora["logit"] = np.where(lora["label"] == 1, 1.0, -1.0)
+    dgs = lora.assign(method="dgs", logit=lora["logit"].where((lora["label"] == 1) | (lora["number"] % 7 > 0), 1.0))
+    found = made(pd.concat([lora, dgs])).set_index(["rate", "pictures"]).loc[("balanced_acc", "unseen")]
+    assert found["mean"] == found["low_seeds"] == found["high_seeds"] == -0.075
+    error = (found["high"] - found["mean"]) / t.ppf(0.975, BLOCKS - 1)
+    assert error == pytest.approx(np.sqrt(0.15 * 0.85 / 60) / 2, rel=0.15)
 
 
 def test_without_lora_the_probe_is_the_baseline_and_without_both_there_is_no_table() -> None:

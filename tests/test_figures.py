@@ -601,7 +601,7 @@ class TestCurves:
             assert np.asarray(in_colour(validation, method)[0].get_xdata())[-1] == 100
         floor = [line.get_ydata()[0] for line in text.lines if line.get_linestyle() == "--"]
         assert floor == [pytest.approx(-0.9 * np.log(0.9) - 0.1 * np.log(0.1))]
-        assert labels(end) == ["as in training", "reweighted", "without shortcut"]
+        assert labels(end) == ["as in training (n 500)", "reweighted (n 170)", "without shortcut (n 500)"]
 
     def test_panels_without_data_are_left_out(self) -> None:
         assert len(training_curves(make_training(("probe",), validated=False)).axes) == 1
