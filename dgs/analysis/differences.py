@@ -41,7 +41,7 @@ def rate_cells(scores: pd.DataFrame, rate: str, generators: Sequence[str]) -> di
     """
     cells: dict[tuple[str, int], np.ndarray] = {}
     blocks = BLOCKS
-    for (method, seed), run in scores.sort_values("id", kind="stable").groupby(["method", "seed"], sort=False):
+    for _, run in scores.sort_values("id", kind="stable").groupby(["method", "seed"], sort=False):
         parts = dict(rows_by_generator(run))
         sides = [
             [own.loc[own["label"] == label, "logit"].to_numpy(np.float64) for label in (0, 1)]
@@ -49,8 +49,8 @@ def rate_cells(scores: pd.DataFrame, rate: str, generators: Sequence[str]) -> di
         ]
         blocks = min([blocks, *(len(side) for pair in sides for side in pair)])  # the same for all runs: same images
         of = [[np.arange(len(side)) % blocks for side in pair] for pair in sides]
-        rates = [RATES[rate](*pair, *own, blocks) for pair, own in zip(sides, of, strict=True)]
-        cells[str(method), int(seed)] = np.array(rates)
+        rates = [RATES[rate](pair[0], pair[1], own[0], own[1], blocks) for pair, own in zip(sides, of, strict=True)]
+        cells[str(run["method"].iloc[0]), int(run["seed"].iloc[0])] = np.array(rates)
     return cells
 
 
@@ -117,7 +117,8 @@ def is_crossed(differences: pd.DataFrame) -> pd.Series:
 
 def intervals(differences: pd.DataFrame) -> Iterator[tuple[Any, Interval, Interval, Interval]]:
     """Each row with its crossed interval, that over seeds, and the one that its reading goes by, in points."""
-    for row, crossed in zip(differences.itertuples(), is_crossed(differences), strict=True):
+    rows: Iterator[Any] = differences.itertuples()
+    for row, crossed in zip(rows, is_crossed(differences), strict=True):
         ends = [(row.low, row.high), (row.low_seeds, row.high_seeds)]
         drawn, seeds = (Interval(*(100 * float(value) for value in (row.mean, *pair))) for pair in ends)
         yield row, drawn, seeds, drawn if crossed else seeds
