@@ -192,7 +192,7 @@ def _score(_: str, name: str, seed: int, params: Params, root: Path, folder: Pat
     own = found.with_prepared(params).replaced({"train.surgery.text_head": rung.text_head}).for_method(rung.method)
     found = found.with_training_images(own.train.images, seed)
     method = method_of(rung, found, own, seed)
-    _, logits = train_and_score(method, found, own, seed, root, ["test"])["test"]
+    logits = train_and_score(method, found, own, seed, root, ["test"])["test"][1]
     images = found.split("test")[["split", "generator", "label"]]
     scores = images.assign(method=name, seed=seed, condition=NATIVE, applied_to="both", logit=logits)
     run = headline(detection_table(scores, found.info["seen"]))

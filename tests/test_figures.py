@@ -570,7 +570,7 @@ class TestCurves:
             assert x[0] < 3 and 97 < x[-1] <= 100 and len(x) == 40
             assert np.asarray(in_colour(validation, method)[0].get_xdata())[-1] == 100
         floor = [line.get_ydata()[0] for line in text.lines if line.get_linestyle() == "--"]
-        assert floor == [pytest.approx(0.37)] and text.get_title("center") == "dashed: converged"
+        assert floor == [pytest.approx(0.37)] and text.get_title("left") == "dashed: converged"
         assert labels(end) == ["as in training", "reweighted", "without shortcut"]
 
     def test_panels_without_data_are_left_out(self) -> None:

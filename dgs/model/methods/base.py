@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -42,8 +42,8 @@ class Precomputed:
     text_logits: Tensor | None = None
 
     def __getitem__(self, rows: Tensor | slice) -> Precomputed:
-        values = (getattr(self, part.name) for part in fields(self))
-        return Precomputed(*(None if value is None else value[rows] for value in values))
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        return replace(self, **{name: value[rows] for name, value in values.items() if value is not None})
 
     def __len__(self) -> int:
         return len(self.labels)
