@@ -165,6 +165,7 @@ class SurgeryParams(_Group):
     directions: OwnCount  # of the captions, that are erased where a method does so
     order: Literal["release", "paper"]  # release: suppression acts on task + alignment
     scale: Literal["release", "per_sample"]  # release: directions carry 1/B
+    text_head: Literal["release", "fitted"]  # release: it learns beside the adapters; fitted: converged before, frozen
 
 
 class TrainParams(_Group):

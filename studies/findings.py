@@ -179,7 +179,7 @@ TABLES: dict[str, Table] = {
     "neighbours": (
         "unseen",
         {"`null_space` (frozen tower)": "null_space"}
-        | labelled("wise_ft", "upgrad", "pcgrad", "l2_sp", "swad", "effort", "prograd", "lp_ft"),
+        | labelled("wise_ft", "pcgrad", "l2_sp", "swad", "effort", "prograd", "lp_ft"),
         {
             "minus probe": partial(gap, "study-90", other="probe"),
             "minus LoRA": partial(gap, "study-90", other="lora"),

@@ -27,7 +27,8 @@ train:
   views: 1
   stage1: {epochs: 3, lr: 1e-4}
   stage2: {epochs: 1, lr: 1e-4}
-  surgery: {lam: 0.2, distill: 1.0, eps: 1e-6, decay: 0.01, mix: 0.5, directions: 16, order: release, scale: release}
+  surgery: {lam: 0.2, distill: 1.0, eps: 1e-6, decay: 0.01, mix: 0.5, directions: 16, order: release, scale: release,
+            text_head: release}
   log_every: 10
   log_gradients: true
 tuned: {}

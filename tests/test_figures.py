@@ -591,7 +591,7 @@ class TestForgetting:
 
 class TestCurves:
     def test_a_head_and_adapters_share_panels_by_the_share_of_training_done(self) -> None:
-        fig = training_curves(make_training().assign(rho=0.9), make_validation())
+        fig = training_curves(make_training().assign(rho=0.9, loss_text_floor=0.37), make_validation())
         loss, text, validation, end = fig.axes
         assert [ax.get_xlabel() for ax in fig.axes[:3]] == ["Training done (%)"] * 3
         assert in_colour(loss, "probe") and in_colour(loss, "dgs") and not in_colour(text, "probe")
@@ -600,7 +600,7 @@ class TestCurves:
             assert x[0] < 3 and 97 < x[-1] <= 100 and len(x) == 40
             assert np.asarray(in_colour(validation, method)[0].get_xdata())[-1] == 100
         floor = [line.get_ydata()[0] for line in text.lines if line.get_linestyle() == "--"]
-        assert floor == [pytest.approx(-0.9 * np.log(0.9) - 0.1 * np.log(0.1))]
+        assert floor == [pytest.approx(0.37)] and text.get_title("left") == "dashed: converged"
         assert labels(end) == ["as in training (n 500)", "reweighted (n 170)", "without shortcut (n 500)"]
 
     def test_panels_without_data_are_left_out(self) -> None:

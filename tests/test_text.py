@@ -258,7 +258,7 @@ class TestNone:
         without = {name for name, method in METHODS.items() if not method.needs_text}
         assert without >= {
             "probe", "lora", "alignment_only", "distillation", "levels_probe", "levels_distillation", "lp_ft",
-            "wise_ft", "swad", "l2_sp", "pcgrad", "upgrad", "prograd", "effort",
+            "wise_ft", "swad", "l2_sp", "pcgrad", "prograd", "effort",
         }  # fmt: skip
         reading = set(METHODS) - without
         assert reading >= {name for name, method in METHODS.items() if method.text_expert or method.shuffled}

@@ -75,7 +75,7 @@ def with_candidate(params: Params, name: str, candidate: Candidate) -> Params:
 
 
 def train_and_score(
-    name: str, prepared: Prepared, params: Params, seed: int, root: Path, splits: Sequence[str]
+    method: Method, prepared: Prepared, params: Params, seed: int, root: Path, splits: Sequence[str]
 ) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Train a method once: {split: (labels, logits), each (N,)} for those of `splits` that have images."""
     # Imported here: the parent only waits, and should not spend seconds on loading CLIP's libraries.
@@ -85,7 +85,6 @@ def train_and_score(
     from dgs.model.snapshot import Snapshot
     from dgs.model.train import Trained, classify, train
 
-    method = get_method(name)
     clip = None if method.model else load_clip(params.model, root, params.image_size, text=False)
     device = choose_device(params.compute.device)
     found = {}
@@ -105,7 +104,7 @@ def train_and_score(
 def _score(_: str, name: str, candidate: str, seed: int, params: Params, root: Path, folder: Path) -> dict[str, float]:
     own = with_candidate(params, name, json.loads(candidate))
     prepared = load_training(folder, root).with_training_images(own.train.images, seed)
-    found = train_and_score(name, prepared, own, seed, root, ("val", "val_unbiased"))
+    found = train_and_score(get_method(name), prepared, own, seed, root, ("val", "val_unbiased"))
     row = {split: weighted_balanced_accuracy(*of) for split, of in found.items()}
     if "val" in found and prepared.has_text:
         weights = ipw_weights(caption_probability(prepared, "val"), found["val"][0])
@@ -197,7 +196,7 @@ def chosen(table: pd.DataFrame, rule: str) -> dict[str, Candidate]:
     if len(table) and table[rule].isna().all():
         raise UserError(f"Expected values by the rule {rule}, found none: no such images. Choose another rule.")
     best: dict[str, Candidate] = {}
-    for name, rows in table.groupby("method", sort=False):
+    for name, rows in table[table["method"].isin(METHODS)].groupby("method", sort=False):  # without those that ended
         means = rows.groupby("candidate", sort=False)[rule].mean()
         first = [text for c in candidates(get_method(str(name))) if (text := json.dumps(c)) in means.index]
         best[str(name)] = json.loads(max([*first, *means.index], key=lambda text: means[text]))

@@ -20,7 +20,7 @@ from dgs.data.views import Inputs, batch_order, batches
 from dgs.errors import UserError
 from dgs.model.checkpoint_files import damaged, read_tensors
 from dgs.model.snapshot import Snapshot, State
-from dgs.model.training_log import TrainingLog, diverged
+from dgs.model.training_log import TrainingLog, diverged, recorded
 from dgs.params import Params
 
 if TYPE_CHECKING:
@@ -177,6 +177,7 @@ class OwnModel(Classifier):
         train, device, count = given.params.train, given.labels.device, len(given.labels)
         an_epoch = -(-count // train.batch_size)
         steps, model = train.stage1.epochs * an_epoch, cls.new(given.seed).to(device)
+        records = recorded(count, train.batch_size, steps, train.log_every)
         learner = Learner(model, train.stage1.lr, steps)
         state = State([*model.parameters(), *model.buffers()], learner.optimizer, torch.Generator(), given.log)
         given.snapshot.resume(state)
@@ -193,7 +194,7 @@ class OwnModel(Classifier):
                     if not math.isfinite(loss):
                         batch = [given.names[i] for i in chosen.tolist()]
                         raise diverged(f"The loss became {loss}", state.step, batch, 1)
-                    if state.step % train.log_every == 0 or state.step == steps - 1:
+                    if state.step in records:
                         given.log.loss(epoch, state.step, loss=loss, loss_task=loss)
                     state.count()
                     progress.update()

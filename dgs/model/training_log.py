@@ -32,10 +32,25 @@ def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
     return [(a, b) for i, a in enumerate(names) for b in names[i:]]
 
 
-_LOSSES = ["epoch", "step", "loss", "loss_task", "loss_text", "loss_alignment", "val_balanced_acc"]
+_LOSSES = [
+    *("epoch", "step", "loss", "loss_task", "loss_text", "loss_text_floor", "text_acc"),
+    *("loss_alignment", "val_balanced_acc"),
+]
 _SAMPLES = ["step", "image", "label", *(f"{a}.{b}" for a, b in pairs_of(AT_FEATURES))]
 _LAYERS = ["step", "layer", *(f"{a}.{b}" for a, b in pairs_of(AT_LAYERS))]
 TABLES = {"losses": _LOSSES, "samples": _SAMPLES, "layers": _LAYERS, "batches": ["step", "effective_rank"]}
+
+
+def recorded(images: int, size: int, steps: int, every: int) -> frozenset[int]:
+    """The steps to record: of those with a whole batch every `every`-th, and the last.
+
+    The rest of an epoch, a batch of fewer than `size`, is trained on and not recorded: its 1/B weighs alignment more
+    than in any other step. Where `images` are fewer than `size`, every batch is whole.
+    """
+    an_epoch = -(-images // size)
+    rest = an_epoch - 1 if an_epoch > 1 and images % size else -1
+    whole = [step for step in range(steps) if step % an_epoch != rest]
+    return frozenset(step for step in whole if step % every == 0 or step == whole[-1])
 
 
 def inner_products(vectors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
@@ -78,7 +93,8 @@ def effective_rank(directions: Tensor) -> float:
 class TrainingLog:
     """Collects rows in memory; `losses`, `samples`, `layers` and `batches` give them as tables.
 
-    losses: a row a logged step, and one a validation.
+    losses: a row a logged step, and one a validation. `loss` is the sum of the task's, the text head's and the
+        prior's; `loss_text_floor` is what a converged text head has on all training images, the same in every row.
     samples: inner products of the gradients at the features, a row a logged step and image.
     layers: inner products of the gradients of a layer's adapters, a row a logged step and layer.
     batches: effective rank of a logged step's harmful directions.
@@ -108,16 +124,20 @@ class TrainingLog:
         gradients: Mapping[str, Tensor],
         images: Sequence[int],
         labels: Tensor,
+        **facts: float,
     ) -> None:
         """Record a step: this process's losses and gradients, joined with those of the others.
 
         Args:
+            losses: parts of the batch's losses and of `text_acc`, which add up.
             gradients: {name: (b, D)} of this process's rows, those of `AT_FEATURES`; empty: not recorded.
             images: the whole batch's B row numbers among the training images.
             labels: (B,) of them.
+            facts: of the whole run, recorded beside the losses.
         """
         losses = all_reduce_sum(losses)
-        self.loss(epoch, step, loss=sum(losses.values()), **losses)
+        total = sum(value for name, value in losses.items() if name.startswith("loss_"))
+        self.loss(epoch, step, loss=total, **losses, **facts)
         if gradients:
             self.gradients(step, images, labels, {name: all_gather_rows(part) for name, part in gradients.items()})
 

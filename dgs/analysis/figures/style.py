@@ -48,7 +48,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "dgs", "suppression_only", "alignment_only", "per_sample", "paper_order", "signed", "random_direction",
         "random_alignment", "shuffled_captions",
     ),
-    "#009e73": ("distillation", "pcgrad", "upgrad", "prograd", "levels_distillation"),
+    "#009e73": ("distillation", "pcgrad", "prograd", "levels_distillation"),
     "#d55e00": (
         "product_of_experts", "poe_probe", "poe_distillation", "poe_swad", "levels_poe", "levels_poe_probe",
         "levels_poe_distillation",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ class Precomputed:
     residual: (N,), sigmoid(zT) - y, of the teacher's logit.
     expert: (N,), logits of the text expert; zero where a method adds none.
     weight: (N,), of the image in the task's loss, 1 on average; 1 where a method does not reweight.
+    text_logits: (N,), of the fitted text head (train.surgery.text_head); None: the text head at hand is asked.
     """
 
     labels: Tensor
@@ -38,9 +39,11 @@ class Precomputed:
     residual: Tensor
     expert: Tensor
     weight: Tensor
+    text_logits: Tensor | None = None
 
     def __getitem__(self, rows: Tensor | slice) -> Precomputed:
-        return Precomputed(*(getattr(self, part.name)[rows] for part in fields(self)))
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        return replace(self, **{name: value[rows] for name, value in values.items() if value is not None})
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -153,9 +156,14 @@ def random_harm(batch: Batch) -> Tensor:
     return direction / norm * text_harm(batch).norm(dim=1, keepdim=True)
 
 
+def linear_head(width: int) -> nn.Linear:
+    """An image head on so many features, with torch's default initialisation."""
+    return nn.Linear(width, 1)
+
+
 _ASKED = {
     **{"lam": 1, "distill": 1, "eps": 1, "decay": 1, "mix": 1, "directions": 2},
-    **{"order": "release", "scale": "release"},
+    **{"order": "release", "scale": "release", "text_head": "release"},
 }
 
 
@@ -178,6 +186,8 @@ class Method:
         alone. "reweight": the expert weights training images, so that captions tell nothing of labels.
     shuffled: captions go to other images than their own.
     levels: the head reads statistics of earlier tokens (`model.levels`) beside the tower's output.
+    head: makes stage 2's image head for so many features. A checkpoint holds a linear one, which all methods of the
+        registry have; a subclass may put hidden units before its last layer.
     feature_map: (features, captions, params) to the map that the image head reads features through, fitted on the
         frozen tower's.
     init_head_from_probe: the image head starts as stage 1's, which then has the text expert too, not at random.
@@ -201,6 +211,7 @@ class Method:
     text_expert: Literal["add", "reweight"] | None = None
     shuffled: bool = False
     levels: bool = False
+    head: Callable[[int], nn.Linear] = linear_head
     feature_map: Callable[[Tensor, Tensor, SurgeryParams], Affine] | None = None
     init_head_from_probe: bool = False
     penalty: Callable[[nn.Module], Tensor] | None = None

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dgs.errors import UserError, did_you_mean
-from dgs.model.methods.aggregation import pcgrad, prograd, upgrad
+from dgs.model.methods.aggregation import pcgrad, prograd
 from dgs.model.methods.base import (
     Method,
     aggregated,
@@ -205,14 +205,6 @@ _NEIGHBOURS = (
         tuned_param="distill",
     ),
     Method(
-        "upgrad",
-        "UPGrad (Quinton & Rey 2024) of the task's and distillation's gradients, at the features.",
-        prior=distillation,
-        gradient=aggregated(upgrad),
-        whole_batch=True,
-        tuned_param="distill",
-    ),
-    Method(
         "prograd",
         "ProGrad (Zhu et al. 2023) at the features, with the frozen probe's opinion as general knowledge.",
         prior=agreement,
@@ -246,6 +238,10 @@ METHODS: dict[str, Method] = {
     method.name: method for method in (*_CORE, *_PARTS, *_CONTROLS, *_NEIGHBOURS, *_WITHOUT_CLIP)
 }
 
+ENDED = {  # methods that results still name, and why there is none any more
+    "upgrad": "of two gradients exact UPGrad is PCGrad, so use pcgrad"
+}
+
 
 def require_text(names: Iterable[str], text: str) -> None:
     """Raise UserError where model.text = `text` is "none" and one of the methods learns from captions."""
@@ -261,8 +257,10 @@ def get_method(name: str) -> Method:
     """A method by name.
 
     Raises:
-        UserError: no such method; the message lists those there are.
+        UserError: no such method, the message lists those there are; or one that has ended.
     """
+    if isinstance(name, str) and name in ENDED:
+        raise UserError(f"Expected a method of the registry, found {name}, which has ended: {ENDED[name]}.")
     if not isinstance(name, str) or name not in METHODS:  # a notebook's `method` may be anything
         raise UserError(f"Unknown method '{name}'.{did_you_mean(str(name), METHODS)} Known: {', '.join(METHODS)}.")
     return METHODS[name]

@@ -12,7 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dgs.data.prepared import Prepared
 from dgs.errors import UserError
@@ -49,6 +50,25 @@ def text_expert(captions: NDArray[np.float32], labels: NDArray[np.int64], seed: 
         )
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     return cross_val_predict(_model(), captions, labels, cv=folds, method="decision_function")
+
+
+@torch.no_grad()
+def fit_text_head(captions: Tensor, labels: Tensor) -> tuple[nn.Linear, float]:
+    """The converged text head: the expert's logistic regression as a linear layer on captions as they are.
+
+    Fitted on all of (N, T) captions and (N,) float labels. With means m and deviations s of the standardisation, and
+    weight v and bias c of the regression on it, w = v / s and b = c - <w, m>.
+
+    Returns:
+        the frozen head, and its mean BCE on these captions: what a head that learns from them comes down to.
+    """
+    scaler, regression = (step for _, step in _model().fit(captions.cpu().numpy(), labels.cpu().numpy()).steps)
+    weight = regression.coef_ / scaler.scale_
+    head = nn.Linear(captions.shape[1], 1, device=captions.device)
+    head.weight.copy_(torch.from_numpy(weight))
+    head.bias.copy_(torch.from_numpy(regression.intercept_ - weight @ scaler.mean_))
+    loss = F.binary_cross_entropy_with_logits(head(captions).squeeze(1), labels)
+    return head.requires_grad_(False), loss.item()
 
 
 def ipw_weights(probability: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
