@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dgs.analysis.metrics import (
     BLOCK,
+    OF_EXPERT,
     ORACLE,
     generators_in_order,
     headline,
@@ -52,6 +53,7 @@ NOT_OF_TRAINING = (
 RUN = ["method", "seed"]
 OF_METHODS = ("settings", "tuned")  # groups of settings that have a method's own below its name
 FEW_SEEDS = 3  # fewer say next to nothing about how far a number would move
+WORDS = {"train": "training images, out of fold", "val_unbiased": "images without the shortcut"}
 READINGS = {
     "fragile": "fragile under",
     "looks real": "takes images for real after",
@@ -89,6 +91,8 @@ def write_report(
     seeds_of = rows.groupby("method", sort=False)["seed"].nunique()
     seeds = int(seeds_of.max())
     by_setting, rates = _by_setting(settings), metrics_of("decisions", "ranking").values()
+    sides = zip(settings, by_setting.get("train.surgery.content_side", ()), strict=False)
+    content = sorted({side for name, side in sides if f"content{OF_EXPERT}train" in methods.get(name, ())})
     equal = np.allclose(rows["acc"], rows["balanced_acc"], rtol=0, atol=1e-9)
     text = render(
         "REPORT.md.j2",
@@ -104,6 +108,9 @@ def write_report(
         differences=_differences(per_seed_values(detection, forgetting), forgetting),
         resampled=_over_seeds_and_generators(rows[~rows["seen"]]),
         where="seen" if rows["seen"].all() else "unseen",
+        experts=_experts(methods),
+        sides=content,
+        free=any(key.endswith(f"{OF_EXPERT}val_unbiased") for numbers in methods.values() for key in numbers),
         oracle=(detection["threshold_rule"].astype(str) == ORACLE).any(),
         operating_points=_operating_points(detection),
         suites="\n\n".join(suites),
@@ -199,6 +206,19 @@ def _differences(values: pd.DataFrame, forgetting: pd.DataFrame | None) -> str:
             gap = paired_difference(both[name].to_numpy(), both[BASELINE].to_numpy())
             rows.append([f"`{name}`", label_of(key, forgetting), interval_text(gap), str(len(both)), _verdict(gap)])
     return markdown_table(["method", "measure", f"minus `{BASELINE}`", "seeds", "reading"], rows)
+
+
+def _experts(methods: Mapping[str, Mapping[str, Any]]) -> str:
+    """What each method's expert reads of labels: a row an expert, a column a split."""
+    found = {
+        (name, *key.split(OF_EXPERT)): _entry(entry)
+        for name, numbers in methods.items()
+        for key, entry in numbers.items()
+        if OF_EXPERT in key
+    }
+    splits, experts = unique(key[2] for key in found), dict.fromkeys(key[:2] for key in found)
+    rows = [[f"`{name}`", reads, *(found.get((name, reads, split), "–") for split in splits)] for name, reads in experts]
+    return markdown_table(["method", "its expert reads", *(WORDS.get(split, split) for split in splits)], rows)
 
 
 def _verdict(gap: Interval) -> str:

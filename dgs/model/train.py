@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,14 @@ from dgs.device import set_determinism
 from dgs.errors import UserError
 from dgs.model import distributed
 from dgs.model.backbone import Backbone
-from dgs.model.classifier import Classifier, Fit, Validate
+from dgs.model.classifier import Classifier, Fit, Fitted, Validate
 from dgs.model.clip import Clip
 from dgs.model.clip_classifier import ClipClassifier
 from dgs.model.methods.averaging import Averaging, wise_ft
 from dgs.model.methods.base import Method, Precomputed
 from dgs.model.methods.erasure import Affine
+from dgs.model.methods.experts import ask_expert
 from dgs.model.methods.registry import require_text
-from dgs.model.methods.text_expert import expert_terms
 from dgs.model.prefix import keep_tokens, remove_tokens
 from dgs.model.snapshot import Snapshot, State
 from dgs.model.step import stage2_step
@@ -46,6 +47,7 @@ class Trained:
 
     classifier: Classifier
     log: TrainingLog
+    logits: NDArray[np.float32]  # (N,), of the validation images
     thresholds: dict[str, float]  # on the logit, by rule
     calibration: dict[str, Any]  # by rule: how each did on validation images
 
@@ -310,7 +312,7 @@ def train(
     With several processes all of them run this, and `done` is called in each.
 
     Args:
-        clip: None for a method that brings a model of its own.
+        clip: None for a method that needs none.
     """
     snapshot = snapshot or Snapshot()
     set_determinism(params.compute.threads)
@@ -325,20 +327,39 @@ def train(
         log.loss(epoch, step, val_balanced_acc=balanced_accuracy(Scored.of(truth, logits)))
         return logits
 
+    def finished(classifier: Classifier, logits: NDArray[np.float32]) -> None:
+        done(Trained(classifier, log, logits, *calibrate(truth, logits)))
+
+    def train_member(member: Method, fitted: Fitted) -> None:
+        def take(trained: Trained) -> None:
+            log.follow(trained.log)
+            fitted(trained.classifier, trained.logits)
+
+        train(member, clip, prepared, params, seed, device, take, on_step, snapshot.of(member.name))
+
+    def frozen_tower(views: Inputs) -> Tensor:
+        assert clip is not None, "a content expert needs one"
+        tower = Backbone(clip).to(device).eval()
+        with tower.frozen():
+            return extract_features(tower, views, params, "contents")
+
+    terms = ask_expert(method, prepared, params, labels, seed, log, frozen_tower)
     if method.model is not None:
         given = Fit(
             views=training_views(prepared, params, seed),
             labels=labels,
+            expert=terms[0],
             names=names,
             params=params,
             seed=seed,
             log=log,
             validate=lambda model, *at: noted(classify(model, validation_views, params, "validation"), *at),
+            done=finished,
+            members=[partial(train_member, member) for member in method.members],
             on_step=on_step,
             snapshot=snapshot,
         )
-        classifier, logits = method.model.fit(given)
-        done(Trained(classifier, log, *calibrate(truth, logits)))
+        method.model.fit(given)
         return
     assert clip is not None, "a method without a model of its own needs one"
     clip.model.to(device)
@@ -362,7 +383,6 @@ def train(
         captions = torch.tensor(embeddings, device=device)
         fit = method.feature_map
         feature_map = None if fit is None else fit(frozen[0], captions, params.train.surgery)
-        terms = expert_terms(method.text_expert, embeddings, labels, seed)
         if method.adapters:
             own: tuple[Tensor | None, Tensor | None] = terms if method.init_head_from_probe else (None, None)
             teacher = stage1(frozen, labels, params, seed, None, _nothing, *own, feature_map, names)
@@ -376,7 +396,7 @@ def train(
             head = stage1(frozen, labels, params, seed, log, on_step, *terms, feature_map, names)
             heads = {"image": head}
             logits = validate(head, params.train.stage1.epochs - 1, method.steps(len(labels), params))
-        done(Trained(ClipClassifier(clip, backbone, heads), log, *calibrate(truth, logits)))
+        finished(ClipClassifier(clip, backbone, heads), logits)
         remove_tokens([*views, validation])
     finally:
         clip.model.visual = backbone.without_adapters()
