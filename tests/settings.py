@@ -13,8 +13,8 @@ BASE: dict[str, Any] = read_yaml_text(
 profile: mini
 methods: [probe, lora, dgs]
 seeds: [0, 1, 2, 3, 4]
-data: {layout: minibench, root: data, rho: 0.9, shortcut: background, captions: null, caption_drop: 0.0, val_fraction: 0.1, limit: null,
-       fit: crop, show_images: true}
+data: {layout: minibench, root: data, rho: 0.9, shortcut: background, captions: null, caption_drop: 0.0,
+       val_fraction: 0.1, limit: null, fit: crop, show_images: true}
 patches: {enabled: false, size: 8, count: 49}
 model: {clip: data/clip, pretrained: null, image_size: 64, normalize: clip, precision: fp32, text: own,
         levels: [0],

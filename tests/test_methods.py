@@ -16,8 +16,8 @@ from dgs.data.manifest import ImageSource
 from dgs.data.prepared import Prepared
 from dgs.errors import UserError
 from dgs.model.methods.base import Method, Precomputed
-from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.methods.experts import cross_fitted, expert_terms
+from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.step import surgery_step
 from dgs.model.train import method_captions, stage1
 from dgs.params import Params

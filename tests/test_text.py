@@ -258,7 +258,8 @@ class TestNone:
         without = {name for name, method in METHODS.items() if not method.needs_text}
         assert without >= {
             "probe", "lora", "alignment_only", "distillation", "levels_probe", "levels_distillation", "lp_ft",
-            "wise_ft", "swad", "l2_sp", "pcgrad", "upgrad", "prograd", "effort",
+            "wise_ft", "swad", "l2_sp", "pcgrad", "upgrad", "prograd", "effort", "content_probe",
+            "content_poe_distillation", "content_pixel_cnn", "late_fusion",
         }  # fmt: skip
         reading = set(METHODS) - without
         assert reading >= {name for name, method in METHODS.items() if method.expert == "text" or method.shuffled}

@@ -16,8 +16,8 @@ from settings import validate
 from dgs.analysis import tuning
 from dgs.analysis.tuning import RULES, candidates, chosen, weighted_balanced_accuracy, with_candidate
 from dgs.errors import UserError
-from dgs.model.methods.registry import METHODS
 from dgs.model.methods.experts import ipw_weights
+from dgs.model.methods.registry import METHODS
 from dgs.params import TUNABLE, dotted, load_params
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +90,9 @@ def test_seeds_are_averaged_and_controls_follow() -> None:
     )
     best = chosen(pd.concat([one, two.assign(seed=1)]), "val")
     assert best["dgs"] == candidates(METHODS["dgs"])[1]
-    assert {name for name in best if name != "dgs"} == {name for name in METHODS if METHODS[name].settings_of == ("dgs",)}
+    assert {name for name in best if name != "dgs"} == {
+        name for name in METHODS if METHODS[name].settings_of == ("dgs",)
+    }
     assert all(values == best["dgs"] for values in best.values())
 
 

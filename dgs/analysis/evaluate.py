@@ -39,8 +39,8 @@ from dgs.model.classifier import Classifier
 from dgs.model.clip import Clip, load_clip
 from dgs.model.clip_classifier import ClipClassifier
 from dgs.model.gemm import resolve
-from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.methods.experts import caption_probability, ipw_weights
+from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.prefix import keep_tokens
 from dgs.model.train import over_views
 from dgs.model.training_log import read_experts, read_losses

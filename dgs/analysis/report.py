@@ -217,7 +217,9 @@ def _experts(methods: Mapping[str, Mapping[str, Any]]) -> str:
         if OF_EXPERT in key
     }
     splits, experts = unique(key[2] for key in found), dict.fromkeys(key[:2] for key in found)
-    rows = [[f"`{name}`", reads, *(found.get((name, reads, split), "–") for split in splits)] for name, reads in experts]
+    rows = [
+        [f"`{name}`", reads, *(found.get((name, reads, split), "–") for split in splits)] for name, reads in experts
+    ]
     return markdown_table(["method", "its expert reads", *(WORDS.get(split, split) for split in splits)], rows)
 
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from dgs.data.prepared import Prepared, load_training
 from dgs.errors import UserError
-from dgs.model.methods.registry import METHODS, Method, get_method
 from dgs.model.methods.experts import caption_probability, ipw_weights
+from dgs.model.methods.registry import METHODS, Method, get_method
 from dgs.params import Params
 from dgs.tables import read_table
 

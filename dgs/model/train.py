@@ -109,6 +109,23 @@ def frozen_features(backbone: Backbone, views: Sequence[Inputs], params: Params)
     return torch.stack(found)
 
 
+def content_features(clip: Clip | None, params: Params, device: torch.device, contents: Inputs) -> Tensor:
+    """What a content expert reads: (N, D) features of the frozen tower, before it gets adapters."""
+    assert clip is not None, "a content expert needs one"
+    backbone = Backbone(clip).to(device).eval()
+    with backbone.frozen():
+        return extract_features(backbone, contents, params, "frozen features of contents")
+
+
+def require_finite(frozen: Tensor, names: list[str]) -> None:
+    """Raise UserError where one of (views, N, D) features is not finite: it would spoil every weight."""
+    if bad := (~frozen.isfinite()).any(2).any(0).nonzero().flatten().tolist():
+        raise UserError(
+            f"Expected finite features from CLIP, found others for {len(bad)} images, {names[bad[0]]} first. "
+            f"Look at those images; with model.precision: bf16 try fp32; else CLIP's weights are damaged."
+        )
+
+
 @torch.no_grad()
 def stage1(
     features: Tensor,
@@ -337,13 +354,8 @@ def train(
 
         train(member, clip, prepared, params, seed, device, take, on_step, snapshot.of(member.name))
 
-    def frozen_tower(views: Inputs) -> Tensor:
-        assert clip is not None, "a content expert needs one"
-        tower = Backbone(clip).to(device).eval()
-        with tower.frozen():
-            return extract_features(tower, views, params, "contents")
-
-    terms = ask_expert(method, prepared, params, labels, seed, log, frozen_tower)
+    contents = partial(content_features, clip, params, device)
+    terms = ask_expert(method, prepared, params, labels, seed, log, contents)
     if method.model is not None:
         given = Fit(
             views=training_views(prepared, params, seed),
@@ -374,11 +386,7 @@ def train(
         sets = [*training_views(prepared, params, seed), validation_views]
         *views, validation = keep_tokens(backbone, sets, params, snapshot.folder if snapshot.is_kept else None)
         frozen = snapshot.features(lambda: frozen_features(backbone, views, params)).to(device)
-        if bad := (~frozen.isfinite()).any(2).any(0).nonzero().flatten().tolist():  # one would spoil every weight
-            raise UserError(
-                f"Expected finite features from CLIP, found others for {len(bad)} images, {names[bad[0]]} first. "
-                f"Look at those images; with model.precision: bf16 try fp32; else CLIP's weights are damaged."
-            )
+        require_finite(frozen, names)
         embeddings = method_captions(method, prepared, seed, backbone.widths[0])
         captions = torch.tensor(embeddings, device=device)
         fit = method.feature_map

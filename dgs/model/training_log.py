@@ -142,7 +142,7 @@ class TrainingLog:
         self._rows["layers"].append({"step": step, "layer": layer, **row})
 
     def expert(self, reads: str, split: str, right: NDArray[np.bool_]) -> None:
-        """Record which of a split's images an expert that reads captions ("text") or "content" decides rightly, (N,)."""
+        """Record which images of a split, (N,), an expert that reads captions ("text") or "content" decides rightly."""
         row = {"reads": reads, "split": split, "images": len(right), "accuracy": float(np.mean(right))}
         self._rows["experts"].append(row)
 

@@ -273,8 +273,8 @@ _CONTENT = (
 _COMPOSED = (
     Method(
         "late_fusion",
-        "The sum of content_poe_distillation's and content_pixel_cnn's logits, each divided by its standard deviation on "
-        "validation images.",
+        "The sum of content_poe_distillation's and content_pixel_cnn's logits, each divided by its standard deviation "
+        "on validation images.",
         adapters=False,
         model=LateFusion,
         members=_CONTENT[1:],
@@ -283,8 +283,7 @@ _COMPOSED = (
 )
 
 METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (*_CORE, *_PARTS, *_CONTROLS, *_NEIGHBOURS, *_WITHOUT_CLIP, *_CONTENT, *_COMPOSED)
+    method.name: method for method in (*_CORE, *_PARTS, *_CONTROLS, *_NEIGHBOURS, *_WITHOUT_CLIP, *_CONTENT, *_COMPOSED)
 }
 
 
