@@ -313,6 +313,18 @@ def stage2(
     return {"image": plain, **text, "teacher": teacher}, logits
 
 
+def _train_member(
+    member: Method, run: tuple[Any, ...], log: TrainingLog, on_step: Callable[[], None], of: Snapshot, fitted: Fitted
+) -> None:
+    """Train a part of what `log` and the snapshot `of` are of."""
+
+    def done(trained: Trained) -> None:
+        log.follow(trained.log)
+        fitted(trained.classifier, trained.logits)
+
+    train(member, *run, done, on_step, of.of(member.name))
+
+
 def train(
     method: Method,
     clip: Clip | None,
@@ -347,16 +359,9 @@ def train(
     def finished(classifier: Classifier, logits: NDArray[np.float32]) -> None:
         done(Trained(classifier, log, logits, *calibrate(truth, logits)))
 
-    def train_member(member: Method, fitted: Fitted) -> None:
-        def take(trained: Trained) -> None:
-            log.follow(trained.log)
-            fitted(trained.classifier, trained.logits)
-
-        train(member, clip, prepared, params, seed, device, take, on_step, snapshot.of(member.name))
-
-    contents = partial(content_features, clip, params, device)
-    terms = ask_expert(method, prepared, params, labels, seed, log, contents)
+    terms = ask_expert(method, prepared, params, labels, seed, log, partial(content_features, clip, params, device))
     if method.model is not None:
+        run = (clip, prepared, params, seed, device)
         given = Fit(
             views=training_views(prepared, params, seed),
             labels=labels,
@@ -367,7 +372,7 @@ def train(
             log=log,
             validate=lambda model, *at: noted(classify(model, validation_views, params, "validation"), *at),
             done=finished,
-            members=[partial(train_member, member) for member in method.members],
+            members=[partial(_train_member, each, run, log, on_step, snapshot) for each in method.members],
             on_step=on_step,
             snapshot=snapshot,
         )
@@ -387,8 +392,7 @@ def train(
         *views, validation = keep_tokens(backbone, sets, params, snapshot.folder if snapshot.is_kept else None)
         frozen = snapshot.features(lambda: frozen_features(backbone, views, params)).to(device)
         require_finite(frozen, names)
-        embeddings = method_captions(method, prepared, seed, backbone.widths[0])
-        captions = torch.tensor(embeddings, device=device)
+        captions = torch.tensor(method_captions(method, prepared, seed, backbone.widths[0]), device=device)
         fit = method.feature_map
         feature_map = None if fit is None else fit(frozen[0], captions, params.train.surgery)
         if method.adapters:
