@@ -23,8 +23,8 @@ from dgs.data.views import Contents, Views
 from dgs.device import choose_device, set_determinism
 from dgs.model.backbone import Backbone
 from dgs.model.clip import load_clip
+from dgs.model.features import extract_features
 from dgs.model.methods.experts import cross_fitted
-from dgs.model.train import extract_features
 from dgs.params import Params, load_params
 from dgs.stats import share_interval
 from dgs.workspace import find_root

@@ -26,11 +26,12 @@ from dgs.model.checkpoint import save_checkpoint
 from dgs.model.clip import Clip
 from dgs.model.clip_classifier import load_heads
 from dgs.model.detector import Detector, TorchTower
+from dgs.model.features import frozen_features
 from dgs.model.methods.averaging import Averaging
 from dgs.model.methods.constraints import adapters
 from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.step import surgery_step
-from dgs.model.train import Trained, frozen_features, new_head, stage1, teacher_residuals, train, training_views
+from dgs.model.train import Trained, new_head, stage1, teacher_residuals, train, training_views
 from dgs.params import Params
 
 SETTINGS = {

@@ -38,11 +38,11 @@ from dgs.model.checkpoint import load_checkpoint, read_info
 from dgs.model.classifier import Classifier
 from dgs.model.clip import Clip, load_clip
 from dgs.model.clip_classifier import ClipClassifier
+from dgs.model.features import over_views
 from dgs.model.gemm import resolve
 from dgs.model.methods.experts import caption_probability, ipw_weights
 from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.prefix import keep_tokens
-from dgs.model.train import over_views
 from dgs.model.training_log import read_experts, read_losses
 from dgs.params import Params
 from dgs.workspace import Workspace, external_checkpoints

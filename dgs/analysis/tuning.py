@@ -81,8 +81,9 @@ def train_and_score(
     from dgs.data.views import Views
     from dgs.device import choose_device
     from dgs.model.clip import load_clip
+    from dgs.model.features import classify
     from dgs.model.snapshot import Snapshot
-    from dgs.model.train import Trained, classify, train
+    from dgs.model.train import Trained, train
 
     method = get_method(name)
     clip = load_clip(params.model, root, params.image_size, text=False) if method.needs_clip else None

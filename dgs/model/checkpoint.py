@@ -39,9 +39,8 @@ from dgs.stats import percent_text
 
 FORMAT, SEALED_IN_INFO = 3, 2  # the second: dgs.json has the hashes of the other files, and its own
 RECORDED = ("torch", "open_clip_torch", "peft")
-KINDS: dict[str, type[Classifier]] = {
-    kind.kind: kind for kind in (ClipClassifier, *(method.model for method in METHODS.values() if method.model))
-}
+OWN_KINDS = {method.model.kind: method.model for method in METHODS.values() if method.model is not None}
+KINDS: dict[str, type[Classifier]] = {ClipClassifier.kind: ClipClassifier, **OWN_KINDS}
 UNSEALED = b"0" * 64  # stands for dgs.json's own hash while that is taken (format 2)
 
 

@@ -20,12 +20,18 @@ from tqdm import tqdm
 from dgs.data.prepared import Prepared
 from dgs.data.views import Inputs, Views, batch_order, batches, worth_keeping
 from dgs.device import set_determinism
-from dgs.errors import UserError
 from dgs.model import distributed
 from dgs.model.backbone import Backbone
 from dgs.model.classifier import Classifier, Fit, Fitted, Validate
 from dgs.model.clip import Clip
 from dgs.model.clip_classifier import ClipClassifier
+from dgs.model.features import (
+    classify,
+    content_features,
+    extract_features,
+    frozen_features,
+    require_finite,
+)
 from dgs.model.methods.averaging import Averaging, wise_ft
 from dgs.model.methods.base import Method, Precomputed
 from dgs.model.methods.erasure import Affine
@@ -67,63 +73,11 @@ def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999))
 
 
-@torch.no_grad()
-def over_views(
-    function: Callable[[Tensor], Tensor], width: int, device: torch.device, views: Inputs, params: Params, label: str
-) -> Tensor:
-    """`function` of batches of views, (B, ...) to (B, width), put together: (N, width); processes share the work."""
-    shard = distributed.shard(range(len(views)))
-    mine = batches(views, params.compute.batch_size, params.compute.workers, shard)
-    parts = [function(images.to(device)) for images, _ in tqdm(mine, desc=label, unit="batch", leave=False)]
-    return distributed.all_gather_rows(torch.cat(parts) if parts else torch.zeros(0, width, device=device))
-
-
-def extract_features(backbone: Backbone, views: Inputs, params: Params, label: str) -> Tensor:
-    """Features of views in the tower as it stands: (N, D) float32 on its device."""
-    device = backbone.mean.device
-    return over_views(lambda images: backbone(images).float(), backbone.widths[1], device, views, params, label)
-
-
-def classify(classifier: Classifier, views: Inputs, params: Params, label: str) -> NDArray[np.float32]:
-    """Logits of views, (N,), in eval mode."""
-    training = classifier.training
-    where = (classifier.width, classifier.device, views, params, label)
-    with torch.no_grad():
-        logits = classifier.decide(over_views(classifier.eval().features, *where))
-    classifier.train(training)
-    return logits.cpu().numpy()
-
-
 def training_views(prepared: Prepared, params: Params, seed: int) -> list[Views]:
     """The views that epochs go through in turn; both stages see the same ones, kept in memory where they fit."""
     rows, count = prepared.split("train"), params.train.views
     keep = worth_keeping(count * len(rows), params)
     return [Views(rows, prepared.source, params, seed, view, prepared.patches, keep) for view in range(count)]
-
-
-def frozen_features(backbone: Backbone, views: Sequence[Inputs], params: Params) -> Tensor:
-    """The frozen tower's features of every training view, once: (views, N, D)."""
-    labels = [f"frozen features {number}/{len(views)}" for number in range(1, len(views) + 1)]
-    with backbone.frozen():
-        found = [extract_features(backbone, some, params, label) for some, label in zip(views, labels, strict=True)]
-    return torch.stack(found)
-
-
-def content_features(clip: Clip | None, params: Params, device: torch.device, contents: Inputs) -> Tensor:
-    """What a content expert reads: (N, D) features of the frozen tower, before it gets adapters."""
-    assert clip is not None, "a content expert needs one"
-    backbone = Backbone(clip).to(device).eval()
-    with backbone.frozen():
-        return extract_features(backbone, contents, params, "frozen features of contents")
-
-
-def require_finite(frozen: Tensor, names: list[str]) -> None:
-    """Raise UserError where one of (views, N, D) features is not finite: it would spoil every weight."""
-    if bad := (~frozen.isfinite()).any(2).any(0).nonzero().flatten().tolist():
-        raise UserError(
-            f"Expected finite features from CLIP, found others for {len(bad)} images, {names[bad[0]]} first. "
-            f"Look at those images; with model.precision: bf16 try fp32; else CLIP's weights are damaged."
-        )
 
 
 @torch.no_grad()
@@ -314,15 +268,24 @@ def stage2(
 
 
 def _train_member(
-    member: Method, run: tuple[Any, ...], log: TrainingLog, on_step: Callable[[], None], of: Snapshot, fitted: Fitted
+    member: Method,
+    clip: Clip | None,
+    prepared: Prepared,
+    params: Params,
+    seed: int,
+    device: torch.device,
+    log: TrainingLog,
+    on_step: Callable[[], None],
+    snapshot: Snapshot,
+    fitted: Fitted,
 ) -> None:
-    """Train a part of what `log` and the snapshot `of` are of."""
+    """Train a part of what `log` and `snapshot` are of."""
 
     def done(trained: Trained) -> None:
         log.follow(trained.log)
         fitted(trained.classifier, trained.logits)
 
-    train(member, *run, done, on_step, of.of(member.name))
+    train(member, clip, prepared, params, seed, device, done, on_step, snapshot.of(member.name))
 
 
 def train(
@@ -361,7 +324,7 @@ def train(
 
     terms = ask_expert(method, prepared, params, labels, seed, log, partial(content_features, clip, params, device))
     if method.model is not None:
-        run = (clip, prepared, params, seed, device)
+        whole = (clip, prepared, params, seed, device, log, on_step, snapshot)
         given = Fit(
             views=training_views(prepared, params, seed),
             labels=labels,
@@ -372,7 +335,7 @@ def train(
             log=log,
             validate=lambda model, *at: noted(classify(model, validation_views, params, "validation"), *at),
             done=finished,
-            members=[partial(_train_member, each, run, log, on_step, snapshot) for each in method.members],
+            members=[partial(_train_member, each, *whole) for each in method.members],
             on_step=on_step,
             snapshot=snapshot,
         )
