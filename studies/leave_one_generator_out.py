@@ -15,8 +15,8 @@ from sklearn.metrics import roc_auc_score
 from dgs.analysis.tuning import train_and_score, trials, weighted_balanced_accuracy
 from dgs.data.prepared import Prepared, load_training
 from dgs.errors import UserError
+from dgs.model.methods.experts import caption_probability, ipw_weights
 from dgs.model.methods.registry import get_method
-from dgs.model.methods.text_expert import caption_probability, ipw_weights
 from dgs.params import Params
 
 SPLIT = "left_out"

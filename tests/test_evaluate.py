@@ -40,7 +40,7 @@ from dgs.workspace import Workspace
 CPU = torch.device("cpu")
 
 
-NAMES = ("probe", "dgs", "levels_probe", "levels_poe", "pixel_cnn")
+NAMES = ("probe", "dgs", "levels_probe", "levels_poe", "pixel_cnn", "late_fusion")
 
 
 class Run(NamedTuple):
@@ -103,9 +103,9 @@ def test_scores_are_those_of_the_detector_on_the_same_files(
         expected = Detector.load(run.found[name, 0]).score([Path(run.params.data.root) / file for file in rows["file"]])
         assert np.allclose(1 / (1 + np.exp(-own["logit"].to_numpy())), expected, rtol=0, atol=1e-6)
     drift = forgetting[forgetting["measure"] == "cosine_drift"].set_index("method")["after"]
-    for frozen, tuned in (("probe", "dgs"), ("levels_probe", "levels_poe")):
+    for frozen, tuned in (("probe", "dgs"), ("levels_probe", "levels_poe"), ("probe", "late_fusion")):
         assert 0.0 <= drift[frozen] < 1e-12 < drift[tuned], "a frozen tower forgets nothing, a trained one moved"
-    assert set(panels) == {"frozen", "dgs", "levels_poe"}
+    assert set(panels) == {"frozen", "dgs", "levels_poe", "late_fusion"}
     assert set(forgetting["method"]) == set(NAMES) - {"pixel_cnn"}, "without a CLIP there is nothing to forget"
     assert len({features.shape[1] for features, _ in panels.values()}) == 1  # levels are no part of what CLIP knows
     after = forgetting.pivot(index="measure", columns="method", values="after")

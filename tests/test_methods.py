@@ -19,8 +19,8 @@ from dgs.data.manifest import ImageSource
 from dgs.data.prepared import Prepared
 from dgs.errors import UserError
 from dgs.model.methods.base import Method, Precomputed
+from dgs.model.methods.experts import cross_fitted, expert_terms, fit_text_head
 from dgs.model.methods.registry import ENDED, METHODS, get_method
-from dgs.model.methods.text_expert import expert_terms, fit_text_head, text_expert
 from dgs.model.step import surgery_step
 from dgs.model.train import method_captions, stage1, text_side
 from dgs.params import Params
@@ -180,11 +180,11 @@ def test_general_knowledge_is_the_teachers_opinion() -> None:
 
 
 def test_a_control_takes_the_settings_of_what_it_controls() -> None:
-    controls = {name for name, method in METHODS.items() if method.settings_of}
+    controls = {name for name, method in METHODS.items() if "dgs" in method.settings_of}
     assert controls == {
         "random_direction", "shuffled_captions", "signed", "random_alignment", "per_sample", "paper_order"
     }  # fmt: skip
-    assert {METHODS[name].settings_of for name in controls} == {"dgs"}
+    assert {METHODS[name].settings_of for name in controls} == {("dgs",)}
 
 
 def shortcut(count: int = 2_000) -> tuple[Tensor, np.ndarray, Tensor]:
@@ -206,7 +206,7 @@ def reliance(features: Tensor, labels: Tensor, **terms: Tensor) -> float:
 
 def test_a_probe_with_a_text_expert_leaves_the_shortcut_to_it() -> None:
     features, captions, labels = shortcut()
-    expert, _ = expert_terms(get_method("poe_probe").text_expert, captions, labels, 0)
+    expert, _ = expert_terms("add", cross_fitted(captions, labels.numpy().astype(np.int64), 0), labels)
     assert reliance(features, labels) > 1
     assert reliance(features, labels, expert=expert) < 0.2
 
@@ -214,7 +214,7 @@ def test_a_probe_with_a_text_expert_leaves_the_shortcut_to_it() -> None:
 def test_weighed_images_leave_the_shortcut_to_nobody() -> None:
     """A probe rests on the shortcut less than plainly, and no expert stands beside it."""
     features, captions, labels = shortcut()
-    expert, weights = expert_terms(get_method("weighed_probe").text_expert, captions, labels, 0)
+    expert, weights = expert_terms("reweight", cross_fitted(captions, labels.numpy().astype(np.int64), 0), labels)
     assert weights.mean() == pytest.approx(1, abs=1e-6)
     group = torch.tensor(captions[:, 0])
     share = [(weights * (group == side) * (labels == 1)).sum() / (weights * (group == side)).sum() for side in (0, 1)]
@@ -234,27 +234,27 @@ def test_a_weighed_image_counts_as_many_times() -> None:
 
 def test_two_methods_reweight_and_no_other_weight_leaves_one() -> None:
     _, captions, labels = shortcut()
-    assert {name for name, method in METHODS.items() if method.text_expert == "reweight"} == {
+    assert {name for name, method in METHODS.items() if method.expert and method.expert_use == "reweight"} == {
         "weighed_probe", "weighed_lora"
     }  # fmt: skip
     for use in ("add", None):
-        logits, weights = expert_terms(use, captions, labels, 0)
+        logits, weights = expert_terms(use, cross_fitted(captions, labels.numpy().astype(np.int64), 0), labels)
         assert (weights == 1).all() and logits.any() == (use == "add")
 
 
-def test_the_text_expert_is_cross_fitted() -> None:
+def test_an_expert_is_cross_fitted() -> None:
     """Captions that name each image would be learned by heart; from the other folds they say nothing."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 60)
     own = np.eye(60, dtype=np.float32)
-    logits = text_expert(own, labels, 0)
+    logits = cross_fitted(own, labels, 0)
     assert abs(np.mean((logits > 0) == labels) - 0.5) < 0.2 and np.abs(logits).max() < 2
     _, captions, told = shortcut()
-    found = text_expert(captions, told.numpy().astype(np.int64), 0)
+    found = cross_fitted(captions, told.numpy().astype(np.int64), 0)
     assert np.mean((found > 0) == told.numpy()) == pytest.approx(0.9, abs=0.02)
-    assert np.array_equal(found, text_expert(captions, told.numpy().astype(np.int64), 0))
+    assert np.array_equal(found, cross_fitted(captions, told.numpy().astype(np.int64), 0))
     with pytest.raises(UserError, match=r"at least 5 training images of each label.*found 2"):
-        text_expert(own[:6], np.array([0, 0, 0, 0, 1, 1]), 0)
+        cross_fitted(own[:6], np.array([0, 0, 0, 0, 1, 1]), 0)
 
 
 def test_the_converged_text_head_is_the_experts_regression_on_captions_as_they_are() -> None:
@@ -282,7 +282,7 @@ def fitted(seed: int = 0) -> tuple[Precomputed, nn.Linear]:
 
 def test_a_fitted_text_head_gives_its_cross_fitted_residuals_and_its_weight_and_learns_no_more() -> None:
     known, head = fitted()
-    expected = text_expert(known.captions.numpy(), known.labels.numpy().astype(np.int64), 0)
+    expected = cross_fitted(known.captions.numpy(), known.labels.numpy().astype(np.int64), 0)
     assert known.text_logits is not None and np.allclose(known.text_logits, expected)
     before = head.weight.clone()
     heads = {"image": nn.Linear(3, 1), "text": head, "teacher": nn.Linear(3, 1)}

@@ -174,7 +174,9 @@ class TestCheckpoint:
     def test_a_kind_that_is_not_known_is_one_sentence(self, kind: object, checkpoint: Path) -> None:
         put(checkpoint / INFO, kind=kind)
         reseal(checkpoint)
-        with pytest.raises(UserError, match=r"of the kind clip or pixel_cnn in .*dgs\.json, found .*Use the version"):
+        with pytest.raises(
+            UserError, match=r"of the kind clip or pixel_cnn or late_fusion in .*dgs\.json, found .*Use the version"
+        ):
             Detector.load(checkpoint)
 
 
@@ -287,7 +289,7 @@ def test_the_pipeline_makes_its_results_beside_a_probes(finished: Path, tmp_path
 
 def test_adding_one_is_an_entry_of_the_registry() -> None:
     own = [name for name, method in METHODS.items() if method.model is not None]
-    assert own == ["pixel_cnn"] and not METHODS["pixel_cnn"].adapters
+    assert own == ["pixel_cnn", "content_pixel_cnn", "late_fusion"] and not METHODS["pixel_cnn"].adapters
     for source in (ROOT / "dgs").rglob("*.py"):
-        if source.name not in ("pixel_cnn.py", "registry.py", "style.py"):
+        if source.name not in ("pixel_cnn.py", "fusion.py", "registry.py", "style.py"):
             assert "pixel_cnn" not in source.read_text(), source

@@ -238,7 +238,9 @@ def test_missing_results_and_methods_are_one_sentence(root: Path) -> None:
 @pytest.mark.parametrize("name", ["study-90", "study-75"])
 def test_under_both_shortcuts_the_study_has_every_method_of_the_registry_that_is_of_clip(name: str) -> None:
     profile = yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text())
-    assert sorted(profile["methods"]) == sorted(name for name, method in METHODS.items() if method.model is None)
+    later = {"content_probe", "content_poe_distillation"}  # the study's second edition runs them
+    of_clip = {name for name, method in METHODS.items() if method.model is None}
+    assert sorted(profile["methods"]) == sorted(of_clip - later)
     assert profile["data"] == {"root": "build/fresh", "rho": int(name[-2:]) / 100}
     assert profile["compute"] == {"gemm": "torch"}  # as the committed results were computed
     assert set(profile) == {"methods", "data", "compute"}  # seeds are those of params.yaml: five

@@ -258,10 +258,11 @@ class TestNone:
         without = {name for name, method in METHODS.items() if not method.needs_text}
         assert without >= {
             "probe", "lora", "alignment_only", "distillation", "levels_probe", "levels_distillation", "lp_ft",
-            "wise_ft", "swad", "l2_sp", "pcgrad", "prograd", "effort",
+            "wise_ft", "swad", "l2_sp", "pcgrad", "prograd", "effort", "content_probe",
+            "content_poe_distillation", "content_pixel_cnn", "late_fusion",
         }  # fmt: skip
         reading = set(METHODS) - without
-        assert reading >= {name for name, method in METHODS.items() if method.text_expert or method.shuffled}
+        assert reading >= {name for name, method in METHODS.items() if method.expert == "text" or method.shuffled}
         assert reading >= {"dgs", "suppression_only", "random_direction", "signed", "leace", "null_space", "dgs_plus"}
 
     def test_a_new_method_is_not_listed_anywhere(self) -> None:

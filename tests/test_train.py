@@ -26,12 +26,13 @@ from dgs.model.checkpoint import save_checkpoint
 from dgs.model.clip import Clip
 from dgs.model.clip_classifier import load_heads
 from dgs.model.detector import Detector, TorchTower
+from dgs.model.features import frozen_features
 from dgs.model.methods.averaging import Averaging
 from dgs.model.methods.constraints import adapters
+from dgs.model.methods.experts import fit_text_head
 from dgs.model.methods.registry import METHODS, get_method
-from dgs.model.methods.text_expert import fit_text_head
 from dgs.model.step import surgery_step
-from dgs.model.train import Trained, frozen_features, new_head, stage1, teacher_residuals, train, training_views
+from dgs.model.train import Trained, new_head, stage1, teacher_residuals, train, training_views
 from dgs.model.training_log import recorded
 from dgs.params import Params
 
@@ -47,8 +48,13 @@ def settings(**train_params: object) -> Params:
 
 
 def weights_of(trained: Trained) -> dict[str, Tensor]:
-    """What was learned: the heads by name, and the adapters; of a network of its own everything."""
-    network: Any = trained.classifier
+    """What was learned: the heads by name, and the adapters; of a network of its own everything; of a fusion both."""
+    parts = [_weights(part) for part in trained.classifier.parts]
+    numbered = [f"{number}." if len(parts) > 1 else "" for number in range(len(parts))]
+    return {f"{at}{name}": value for at, part in zip(numbered, parts, strict=True) for name, value in part.items()}
+
+
+def _weights(network: Any) -> dict[str, Tensor]:
     if network.clip is None:
         return {n: v.detach().clone() for n, v in network.state_dict().items()}
     learned = {f"{n}.{k}": v.clone() for n, h in network.heads.items() for k, v in h.state_dict().items()}
@@ -530,7 +536,9 @@ def test_an_image_with_features_that_are_no_numbers_is_named(
         run("dgs", clip, prepared, settings())
 
 
-@pytest.mark.parametrize("method", ["probe", "dgs", "leace", "levels_probe", "dgs_plus", "wise_ft", "pixel_cnn"])
+@pytest.mark.parametrize(
+    "method", ["probe", "dgs", "leace", "levels_probe", "dgs_plus", "wise_ft", "pixel_cnn", "late_fusion"]
+)
 def test_a_checkpoint_scores_as_the_run_that_made_it(
     method: str, clip: Clip, prepared: Prepared, tmp_path: Path
 ) -> None:
@@ -546,7 +554,7 @@ def test_a_checkpoint_scores_as_the_run_that_made_it(
     train(get_method(method), clip, prepared, params, 0, torch.device("cpu"), keep)
     names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert {"dgs.json", "model.safetensors" if METHODS[method].model else "heads.safetensors"} <= names
-    assert ({"adapter_model.safetensors", "adapter_config.json"} <= names) == METHODS[method].adapters
+    assert ({"adapter_model.safetensors", "adapter_config.json"} <= names) == METHODS[method].tunes_clip
     detector = Detector.load(tmp_path / "checkpoint", root=tmp_path)
     scores = detector.score(files)
     assert np.array_equal(scores, expected[0])

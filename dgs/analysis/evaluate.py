@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 
 from dgs.analysis.differences import difference_table
 from dgs.analysis.forgetting import Tower, measure_all, spread_out
-from dgs.analysis.metrics import AGAINST_ALIGNED, detection_table, per_seed_values, summary, write_detection
+from dgs.analysis.metrics import (
+    AGAINST_ALIGNED,
+    OF_EXPERT,
+    detection_table,
+    over_seeds,
+    per_seed_values,
+    summary,
+    write_detection,
+)
 from dgs.analysis.scores import FILE, as_scores, write_scores
 from dgs.analysis.tuning import weighted_balanced_accuracy
 from dgs.atomic import replacing
@@ -33,12 +41,12 @@ from dgs.model.checkpoint import load_checkpoint, read_info
 from dgs.model.classifier import Classifier
 from dgs.model.clip import Clip, load_clip
 from dgs.model.clip_classifier import ClipClassifier
+from dgs.model.features import over_views
 from dgs.model.gemm import resolve
+from dgs.model.methods.experts import caption_probability, ipw_weights
 from dgs.model.methods.registry import METHODS, get_method
-from dgs.model.methods.text_expert import caption_probability, ipw_weights
 from dgs.model.prefix import keep_tokens
-from dgs.model.train import over_views
-from dgs.model.training_log import read_losses
+from dgs.model.training_log import read_experts, read_losses
 from dgs.params import Params
 from dgs.stats import effective_size
 from dgs.workspace import Workspace, external_checkpoints
@@ -297,7 +305,8 @@ def evaluate(
         with _opened(method, folder, job) as classifier:
             features = reader.features(classifier, label)
             scores.append(reader.scores(method, seed, classifier, features))
-            tuned = classifier if isinstance(classifier, ClipClassifier) and classifier.is_tuned else None
+            first = classifier.parts[0]  # whose features come first
+            tuned = first if isinstance(first, ClipClassifier) and first.is_tuned else None
             if tuned is not None:
                 blocks = block_means(tuned, few.views, params, f"{label}, blocks")
         if not np.isfinite(features).all():
@@ -370,6 +379,10 @@ def write_tables(
     forgetting.round(6).to_csv(results / "forgetting.csv", index=False)
     training.round(6).to_csv(results / "training.csv", index=False)
     said = summary(detection, forgetting, params.profile, info["data_hash"])
+    experts = read_experts(_method_folders(found, params).values())
+    for (method, reads, split), rows in experts.groupby(["method", "reads", "split"], sort=False):
+        accuracy = rows.groupby("seed")["accuracy"].mean()
+        said["methods"][method][f"{reads}{OF_EXPERT}{split}"] = over_seeds(accuracy)
     if cautions := prepared.cautions:
         said["cautions"] = cautions
     (results / "metrics.json").write_text(json.dumps(said, indent=1) + "\n")

@@ -354,6 +354,8 @@ class Workbench:
 
 def remark(method: str, subject: Subject) -> str:
     """What to know of the surgery shown, where it is not what trained this checkpoint; "" for dgs."""
+    if members := get_method(method).members:
+        return f"{method} is composed of {' and '.join(member.name for member in members)}: look at one of them."
     if subject.sample is None and get_method(method).adapters:
         return (
             f"Without a text side (model.text: none) {method} has no harmful direction: there is nothing to suppress."

@@ -24,6 +24,7 @@ from dgs.tables import read_table
 
 NEEDED = ["split", "generator", "label", "condition", "applied_to", "logit", "method", "seed"]  # by `detection_table`
 RUN = ["rho", "method", "seed"]
+OF_EXPERT = "_expert:"  # in metrics.json: "content_expert:train", the accuracy of a method's expert on a split
 VALIDATION = ("val", "val_unbiased")  # the second without the training set's shortcut, where the data has one
 BLOCK = "_block:"  # in the name of a forgetting measure of a single vision block
 ALIGNED = "_aligned"  # in the name of a forgetting measure whose text side was trained to the tower
@@ -264,6 +265,13 @@ def per_seed_values(detection: pd.DataFrame, forgetting: pd.DataFrame | None = N
     return pd.DataFrame(measured, columns=["method", "seed", "metric", "value"])
 
 
+def over_seeds(values: pd.Series) -> dict[str, Any]:
+    """Values by seed (the index) as an entry of metrics.json: {mean, low, high, per_seed: {seed: value}}."""
+    by_seed = values.sort_index()
+    mean, low, high = (rounded(end) for end in seed_interval(by_seed.to_numpy()))
+    return {"mean": mean, "low": low, "high": high, "per_seed": {str(seed): rounded(v) for seed, v in by_seed.items()}}
+
+
 def summary(detection: pd.DataFrame, forgetting: pd.DataFrame | None, profile: str, data_hash: str) -> dict[str, Any]:
     """The content of metrics.json: each method's headline numbers with 95 % intervals over seeds.
 
@@ -276,14 +284,7 @@ def summary(detection: pd.DataFrame, forgetting: pd.DataFrame | None, profile: s
     values = per_seed_values(detection, forgetting)
     methods: dict[str, dict[str, dict[str, Any] | None]] = {}
     for (method, metric), part in values.groupby(["method", "metric"], sort=False):
-        by_seed = part.sort_values("seed")
-        mean, low, high = (rounded(end) for end in seed_interval(by_seed["value"].to_numpy()))
-        methods.setdefault(str(method), {})[str(metric)] = {
-            "mean": mean,
-            "low": low,
-            "high": high,
-            "per_seed": {str(seed): rounded(v) for seed, v in zip(by_seed["seed"], by_seed["value"], strict=True)},
-        }
+        methods.setdefault(str(method), {})[str(metric)] = over_seeds(part.set_index("seed")["value"])
     if forgetting is not None:
         for name, numbers in methods.items():
             expected = TEXT_METRICS if name in set(forgetting["method"]) else metrics_of("forgetting")

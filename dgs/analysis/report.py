@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from dgs.analysis.differences import COMPARED, intervals, is_crossed, key_of
 from dgs.analysis.metrics import (
     BLOCK,
+    OF_EXPERT,
     ORACLE,
     generators_in_order,
     headline,
@@ -48,6 +49,7 @@ NOT_OF_TRAINING = (
 RUN = ["method", "seed"]
 OF_METHODS = ("settings", "tuned")  # groups of settings that have a method's own below its name
 FEW_SEEDS = 3  # fewer say next to nothing about how far a number would move
+WORDS = {"train": "training images, out of fold", "val_unbiased": "images without the shortcut"}
 READINGS = {
     "fragile": "fragile under",
     "looks real": "takes images for real after",
@@ -87,6 +89,8 @@ def write_report(
     seeds_of = rows.groupby("method", sort=False)["seed"].nunique()
     seeds = int(seeds_of.max())
     by_setting, rates = _by_setting(settings), metrics_of("decisions", "ranking").values()
+    sides = zip(settings, by_setting.get("train.surgery.content_side", ()), strict=False)
+    content = sorted({side for name, side in sides if f"content{OF_EXPERT}train" in methods.get(name, ())})
     equal = np.allclose(rows["acc"], rows["balanced_acc"], rtol=0, atol=1e-9)
     text = render(
         "REPORT.md.j2",
@@ -101,6 +105,9 @@ def write_report(
         differences={} if differences is None or differences.empty else _differences(differences, forgetting),
         spread=_over_generators(rows[~rows["seen"]]),
         where="seen" if rows["seen"].all() else "unseen",
+        experts=_experts(methods),
+        sides=content,
+        free=any(key.endswith(f"{OF_EXPERT}val_unbiased") for numbers in methods.values() for key in numbers),
         oracle=(detection["threshold_rule"].astype(str) == ORACLE).any(),
         operating_points=_operating_points(detection),
         suites="\n\n".join(suites),
@@ -207,6 +214,21 @@ def _differences(differences: pd.DataFrame, forgetting: pd.DataFrame | None) -> 
 
 def _p_text(p: float) -> str:
     return "–" if np.isnan(p) else "< 0.001" if p < 0.001 else rounded_text(p, 3)
+
+
+def _experts(methods: Mapping[str, Mapping[str, Any]]) -> str:
+    """What each method's expert reads of labels: a row an expert, a column a split."""
+    found = {
+        (name, *key.split(OF_EXPERT)): _entry(entry)
+        for name, numbers in methods.items()
+        for key, entry in numbers.items()
+        if OF_EXPERT in key
+    }
+    splits, experts = unique(key[2] for key in found), dict.fromkeys(key[:2] for key in found)
+    rows = [
+        [f"`{name}`", reads, *(found.get((name, reads, split), "–") for split in splits)] for name, reads in experts
+    ]
+    return markdown_table(["method", "its expert reads", *(WORDS.get(split, split) for split in splits)], rows)
 
 
 def _verdict(gap: Interval, seeds: int) -> str:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from dgs.data.prepared import Prepared, load_training
 from dgs.errors import UserError
+from dgs.model.methods.experts import caption_probability, ipw_weights
 from dgs.model.methods.registry import METHODS, Method, get_method
-from dgs.model.methods.text_expert import caption_probability, ipw_weights
 from dgs.params import Params
 from dgs.stats import effective_size
 from dgs.tables import read_table
@@ -82,10 +82,11 @@ def train_and_score(
     from dgs.data.views import Views
     from dgs.device import choose_device
     from dgs.model.clip import load_clip
+    from dgs.model.features import classify
     from dgs.model.snapshot import Snapshot
-    from dgs.model.train import Trained, classify, train
+    from dgs.model.train import Trained, train
 
-    clip = None if method.model else load_clip(params.model, root, params.image_size, text=False)
+    clip = load_clip(params.model, root, params.image_size, text=False) if method.needs_clip else None
     device = choose_device(params.compute.device)
     found = {}
 
@@ -172,7 +173,7 @@ def tune(
     todo = [
         {"data_hash": images, "method": name, "candidate": json.dumps(candidate), "seed": seed}
         for name in names
-        if get_method(name).settings_of is None
+        if not get_method(name).settings_of
         for candidate in candidates(get_method(name), rates_alone)
         for seed in seeds
     ]
@@ -201,8 +202,8 @@ def chosen(table: pd.DataFrame, rule: str) -> dict[str, Candidate]:
         first = [text for c in candidates(get_method(str(name))) if (text := json.dumps(c)) in means.index]
         best[str(name)] = json.loads(max([*first, *means.index], key=lambda text: means[text]))
     for name, method in METHODS.items():
-        if method.settings_of in best:
-            best[name] = best[method.settings_of]
+        if method.settings_of and all(other in best for other in method.settings_of):
+            best[name] = {key: value for other in method.settings_of for key, value in best[other].items()}
     return {name: best[name] for name in METHODS if name in best}
 
 

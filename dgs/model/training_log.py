@@ -38,7 +38,13 @@ _LOSSES = [
 ]
 _SAMPLES = ["step", "image", "label", *(f"{a}.{b}" for a, b in pairs_of(AT_FEATURES))]
 _LAYERS = ["step", "layer", *(f"{a}.{b}" for a, b in pairs_of(AT_LAYERS))]
-TABLES = {"losses": _LOSSES, "samples": _SAMPLES, "layers": _LAYERS, "batches": ["step", "effective_rank"]}
+TABLES = {
+    "losses": _LOSSES,
+    "samples": _SAMPLES,
+    "layers": _LAYERS,
+    "batches": ["step", "effective_rank"],
+    "experts": ["reads", "split", "images", "accuracy"],
+}
 
 
 def recorded(images: int, size: int, steps: int, every: int) -> frozenset[int]:
@@ -91,13 +97,14 @@ def effective_rank(directions: Tensor) -> float:
 
 
 class TrainingLog:
-    """Collects rows in memory; `losses`, `samples`, `layers` and `batches` give them as tables.
+    """Collects rows in memory; `losses`, `samples`, `layers`, `batches` and `experts` give them as tables.
 
     losses: a row a logged step, and one a validation. `loss` is the sum of the task's, the text head's and the
         prior's; `loss_text_floor` is what a converged text head has on all training images, the same in every row.
     samples: inner products of the gradients at the features, a row a logged step and image.
     layers: inner products of the gradients of a layer's adapters, a row a logged step and layer.
     batches: effective rank of a logged step's harmful directions.
+    experts: how well the method's expert reads labels, a row a split.
     """
 
     def __init__(self, method: str, seed: int) -> None:
@@ -154,6 +161,18 @@ class TrainingLog:
         row = {name: value.item() for name, value in products.items()}
         self._rows["layers"].append({"step": step, "layer": layer, **row})
 
+    def expert(self, reads: str, split: str, right: NDArray[np.bool_]) -> None:
+        """Record which images of a split, (N,), an expert that reads captions ("text") or "content" decides rightly."""
+        row = {"reads": reads, "split": split, "images": len(right), "accuracy": float(np.mean(right))}
+        self._rows["experts"].append(row)
+
+    def follow(self, other: TrainingLog) -> None:
+        """Append another training's losses, as steps after this one's, and what its expert reads."""
+        own = self._rows["losses"]
+        epoch, step = (1 + max((row[name] for row in own), default=-1) for name in ("epoch", "step"))
+        own += [{**row, "epoch": row["epoch"] + epoch, "step": row["step"] + step} for row in other._rows["losses"]]
+        self._rows["experts"] += other._rows["experts"]
+
     def table(self, name: str) -> pd.DataFrame:
         """One of `TABLES`, with columns method and seed before its own; absent values are NaN."""
         run, rows = {"method": self.method, "seed": self.seed}, self._rows[name]
@@ -166,6 +185,7 @@ class TrainingLog:
     samples = property(lambda self: self.table("samples"))
     layers = property(lambda self: self.table("layers"))
     batches = property(lambda self: self.table("batches"))
+    experts = property(lambda self: self.table("experts"))
 
 
 def diverged(loss: str, step: int, names: list[str], stage: int) -> UserError:
@@ -191,6 +211,13 @@ def read_losses(folders: Iterable[Path], rho: float | None) -> pd.DataFrame:
     table = pd.concat([pd.read_parquet(folder / "losses.parquet") for folder in folders], ignore_index=True)
     table.insert(0, "rho", np.nan if rho is None else rho)
     return table
+
+
+def read_experts(folders: Iterable[Path]) -> pd.DataFrame:
+    """What `write_logs` wrote of experts into those of `folders` that have it: method, seed, and what `TABLES` says."""
+    files = [file for folder in folders if (file := folder / "experts.parquet").exists()]
+    tables = [TrainingLog("", 0).experts, *map(pd.read_parquet, files)]
+    return pd.concat([table for table in tables if not table.empty] or tables[:1], ignore_index=True)
 
 
 def layer_of(parameter: str) -> str:
