@@ -81,7 +81,7 @@ def rate(
 
 
 def of_pictures(method: str, pictures: str) -> str:
-    """`rate` over other pictures; over seeds for the row of fewer pictures, which study.csv has those of alone."""
+    """`rate` over other pictures; over seeds for `LEFT_OUT`, for which study.csv has no other."""
     return rate(method, pictures, "seeds" if pictures == LEFT_OUT else "pictures")
 
 
