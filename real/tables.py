@@ -177,7 +177,8 @@ def tables() -> dict[str, Table]:
         "real-images": (
             "training pictures",
             {"64": "real-64", "128": "real-128", "256": "real-256", "549": PROFILE},
-            of_methods(few, "profile"),
+            of_methods(few, "profile")
+            | {f"{shown}, AUROC": of for shown, of in of_methods(few, "profile", name="auroc").items() if shown != "DGS"},
         ),
         "real-format": (
             "unseen",
@@ -187,6 +188,7 @@ def tables() -> dict[str, Table]:
                 "as the sources have them": partial(rate, profile="real-unmatched"),
                 "the latter minus the former": partial(rate, profile=OTHER_COPY),
                 "[generators]": partial(interval_alone, over="generators", profile=OTHER_COPY),
+                "AUROC, likewise": partial(rate, name="auroc", profile=OTHER_COPY),
             },
         ),
         "real-rates": ("method", rows, {"chosen": settings, "validation, by rate": validated}),
