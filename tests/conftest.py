@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -33,6 +34,16 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
     "val": ("alpha", "beta"),
     "test": ("alpha", "beta", "gamma"),
 }
+
+
+def pytest_sessionfinish() -> None:
+    """Keep a worker's coverage before it says that it is done: then xdist kills it after 10 s, saved or not.
+
+    On a busy machine a worker takes longer to end (findings/xdist_coverage_lost.sh).
+    """
+    measured = sys.modules["coverage"].Coverage.current() if "coverage" in sys.modules else None
+    if measured is not None:
+        measured.save()
 
 
 @pytest.fixture(autouse=True)
