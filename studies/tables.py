@@ -21,14 +21,17 @@ def number(amount: float, digits: int = 1, sign: bool = False) -> str:
 
 
 def told(interval: Interval, digits: int = 1, sign: bool = True) -> str:
-    """ "+0.8 [0.3, 1.2]"; an end has as many digits as tell it from zero."""
-    ends = []
-    for end in interval[1:]:
+    """ "+0.8 [0.3, 1.2]"; an end has as many digits as tell it from zero, and so has a mean between two that are."""
+
+    def shown(value: float, sign: bool) -> str:
         needed = digits
-        while end and float(number(end, needed)) == 0 and needed < 4:
+        while value and float(number(value, needed)) == 0 and needed < 4:
             needed += 1
-        ends.append(number(end, needed, sign=interval.spans_zero))
-    return f"{number(interval.mean, digits, sign)} [{', '.join(ends)}]"
+        return number(value, needed, sign)
+
+    ends = [shown(end, interval.spans_zero) for end in interval[1:]]
+    mean = number(interval.mean, digits, sign) if interval.spans_zero else shown(interval.mean, sign)
+    return f"{mean} [{', '.join(ends)}]"
 
 
 def drawn(first: str, rows: Mapping[str, Any], columns: Mapping[str, Cell]) -> str:
