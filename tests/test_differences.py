@@ -127,3 +127,10 @@ def test_where_nothing_is_unseen_seen_generators_are_drawn() -> None:
     found = difference_table(per_seed_values(detection), detection, scores)
     drawn = found[is_crossed(found)]
     assert set(drawn["pictures"]) == {"seen"} and drawn["p_holm"].notna().all() and (drawn["n_generators"] == 4).all()
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_of_too_few_images_to_leave_some_out_there_is_a_mean_and_no_crossed_interval(images: int) -> None:
+    scores = make_scores()
+    few = made(scores[scores["number"] < images]).set_index(["method", "rate", "pictures"]).loc["dgs", "ap", "unseen"]
+    assert np.isfinite(few["mean"]) and np.isfinite(few[["low", "high", "p"]].astype(float)).all() == (images > 1)

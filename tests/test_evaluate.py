@@ -240,18 +240,21 @@ def test_what_is_unseen_by_accident_stands_in_metrics(
 
 
 class TestFromScores:
-    """Tables of a real run: two methods and two seeds, on folders of images."""
+    """Tables of a real run on folders of images: three methods, one with an expert that reads content, and two seeds."""
 
     @pytest.fixture(scope="class")
     def root(self, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.mktemp("results")
         found = {("probe", 0): run.found["probe", 0]}
-        for name, seed in (("probe", 1), ("lora", 0), ("lora", 1)):
+        for name, seed in (("probe", 1), ("lora", 0), ("lora", 1), ("content_probe", 0), ("content_probe", 1)):
             found[name, seed] = train_into(folder / name / str(seed), name, run.clip, run.prepared, run.params, seed)
         scores, forgetting, _ = evaluate(found, run.clip, run.prepared, run.params, CPU)
+        read = [("content_probe", seed, "content", "train", 0.6 + 0.1 * seed) for seed in range(2)]
+        experts = pd.DataFrame(read, columns=["method", "seed", "reads", "split", "accuracy"])
         workspace = Workspace(folder, folder, "own")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("dgs.analysis.evaluate.read_losses", lambda folders, rho: pd.DataFrame())
+            patch.setattr("dgs.analysis.evaluate.read_experts", lambda folders: experts)
             made = write_tables(workspace, found, scores, forgetting, run.prepared, run.params)
         told = (made.summary, made.detection, made.forgetting, settings(found, run.params), ["figures/x.png"])
         write_report(workspace.results / "REPORT.md", *told, differences=made.differences)
@@ -262,6 +265,7 @@ class TestFromScores:
         before = {path.name: path.read_bytes() for path in results.iterdir()}
         assert {"scores.parquet", "detection.csv", "differences.csv", "metrics.json", "REPORT.md"} <= set(before)
         assert (root / "build/own/evaluate/scores.parquet").read_bytes() == before["scores.parquet"]
+        assert b"## What experts read" in before["REPORT.md"] and b"Pictures were shrunk to" in before["REPORT.md"]
         assert [path.name for path in renew(root, "own")] == [
             "REPORT.md",
             "detection.csv",
@@ -275,7 +279,7 @@ class TestFromScores:
         report = before["REPORT.md"].decode()
         top, _, rest = report.partition("## Differences")
         (results / "REPORT.md").write_text(
-            top.replace("0", "7") + "## Differences to lora\n\n" + rest[rest.index("## Op") :]
+            top.replace("0", "7") + "## Differences to lora\n\n" + rest[rest.index("## What exp") :]
         )
         renew(root, "own")
         assert {path.name: path.read_bytes() for path in results.iterdir()} == before

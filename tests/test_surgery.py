@@ -163,7 +163,7 @@ def linear_gradients(shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor,
 class TestProposition:
     """A linear head and directions that a class shares: surgery turns what all samples share, never a residual.
 
-    docs/findings.md, "Why directions cannot help", has the proof.
+    docs/findings.md, "Why directions do not change which samples count", has the proof.
     """
 
     @given(shapes, st.integers(0, 1000))

@@ -37,7 +37,8 @@ def rate_cells(scores: pd.DataFrame, rate: str, generators: Sequence[str]) -> di
 
     `scores`: native test rows. A jackknife block is every so-manieth image of each generator and label, by id: a
     photograph is in one block for all generators that share it, and so are fakes of one place in their generators'
-    lists, which in the embedded benchmark show the same things.
+    lists, which in the embedded benchmark show the same things. Without blocks where a generator has one image of a
+    label: left out, it would leave none.
     """
     cells: dict[tuple[str, int], np.ndarray] = {}
     blocks = BLOCKS
@@ -49,8 +50,10 @@ def rate_cells(scores: pd.DataFrame, rate: str, generators: Sequence[str]) -> di
         ]
         blocks = min([blocks, *(len(side) for pair in sides for side in pair)])  # the same for all runs: same images
         of = [[np.arange(len(side)) % blocks for side in pair] for pair in sides]
-        rates = [RATES[rate](pair[0], pair[1], own[0], own[1], blocks) for pair, own in zip(sides, of, strict=True)]
-        cells[str(run["method"].iloc[0]), int(run["seed"].iloc[0])] = np.array(rates)
+        with np.errstate(invalid="ignore"):  # of no images
+            rates = [RATES[rate](pair[0], pair[1], own[0], own[1], blocks) for pair, own in zip(sides, of, strict=True)]
+        every = np.array(rates)
+        cells[str(run["method"].iloc[0]), int(run["seed"].iloc[0])] = every if blocks > 1 else every[:, :1]
     return cells
 
 

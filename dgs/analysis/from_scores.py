@@ -27,12 +27,9 @@ from dgs.tables import read_table
 from dgs.workspace import MAIN
 
 NEEDED = ("metrics.json", "detection.csv", "differences.csv", "forgetting.csv", "REPORT.md")
-OTHERS = (
-    "Forgetting",
-    "Figures",
-    "How to read this",
-    "What was run",
-)  # sections of a report that are no pivots of scores
+# Sections of a report that are no pivots of scores.
+EXPERTS = "What experts read"
+OTHERS = (EXPERTS, "Forgetting", "Figures", "How to read this", "What was run")
 
 
 def renew(root: Path, profile: str) -> list[Path]:
@@ -83,9 +80,12 @@ def _differences(scores: pd.DataFrame, detection: pd.DataFrame, before: pd.DataF
 
 
 def _spliced(old: str, new: str) -> str:
-    """The new report's sections, with the top and the sections `OTHERS` of the old one."""
+    """The new report's sections, with the top and the sections `OTHERS` of the old one, in a report's order."""
     (top, *before), (_, *now) = (text.split("\n## ") for text in (old, new))
     kept = {part.partition("\n")[0]: part for part in before if part.partition("\n")[0] in OTHERS}
     fresh = {part.partition("\n")[0]: part for part in now if part.partition("\n")[0] not in OTHERS}
     order = [*fresh, *(title for title in OTHERS if title in kept)]
+    if EXPERTS in kept:
+        order.remove(EXPERTS)
+        order.insert(order.index("Operating points"), EXPERTS)
     return "\n## ".join([top, *((fresh | kept)[title].rstrip("\n") + "\n" for title in order)])
