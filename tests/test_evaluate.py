@@ -240,7 +240,7 @@ def test_what_is_unseen_by_accident_stands_in_metrics(
 
 
 class TestFromScores:
-    """Tables of a real run on folders of images: three methods, one with an expert that reads content, and two seeds."""
+    """Tables of a real run on folders of images: three methods and two seeds, one with an expert that reads content."""
 
     @pytest.fixture(scope="class")
     def root(self, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
