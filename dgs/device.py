@@ -12,9 +12,12 @@ from dgs.errors import UserError
 def choose_device(name: str, setting: str = "compute.device") -> torch.device:
     """ "auto" is the first GPU if there is one, else the CPU; any other name is torch's.
 
+    From then on convolutions round to float32, as everything else does: torch lets GPUs round them to TF32, 10 bits.
+
     Raises:
         UserError: a device that this machine does not have; calls what the user set `setting`.
     """
+    torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -97,6 +97,7 @@ class DataParams(_Group):
     shortcut: Literal["background", "object"]  # minibench only: what the caption groups are made by
     captions: PathName | None  # not for the minibench: JSON lines {"path" or "sha256", "caption"}, or {path: caption}
     val_fraction: Rate  # own images without a val split: this share of train, cut by content hash
+    caption_drop: Rate  # minibench only: share of training images whose caption loses the shortcut's word
     limit: Count | None  # at most this many images a split, generator and label (for tests and trials)
     fit: Literal["crop", "resize"]  # how an image of another size becomes model.image_size, patches off
     show_images: bool  # in figures and executed notebooks
@@ -163,8 +164,10 @@ class SurgeryParams(_Group):
     decay: OwnWeight  # weight of the penalty on the adapters, where a method has it
     mix: OwnRate  # share of the tuned weights, where a method averages
     directions: OwnCount  # of the captions, that are erased where a method does so
+    content_side: Annotated[float, Field(gt=0, le=1), Number]  # share of an image's side that a content expert is left
     order: Literal["release", "paper"]  # release: suppression acts on task + alignment
     scale: Literal["release", "per_sample"]  # release: directions carry 1/B
+    text_head: Literal["release", "fitted"]  # release: it learns beside the adapters; fitted: converged before, frozen
 
 
 class TrainParams(_Group):

@@ -63,6 +63,7 @@ NOTEBOOK_PARAMETERS: dict[str, dict[str, str]] = {
         "eps": "train.surgery.eps",
         "order": "train.surgery.order",
         "scale": "train.surgery.scale",
+        "text_head": "train.surgery.text_head",
         "device": "compute.device",
         "log_every": "train.log_every",
     },

@@ -75,7 +75,8 @@ def _check_places(params: Params, root: Path) -> None:
 
 
 def _not_looked_at(params: Params) -> tuple[str, ...]:
-    own = [method for method in params.methods if get_method(method).model is not None]
+    chosen = (get_method(method) for method in params.methods)
+    own = [each.name for method in chosen for each in (method.members or (method,)) if each.model is not None]
     found = {"train.accumulate": (params.train.accumulate, 1), "model.precision": (params.model.precision, "fp32")}
     given = [f"{name}: {value}" for name, (value, usual) in found.items() if value != usual]
     if not own or not given:

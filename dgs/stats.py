@@ -67,6 +67,11 @@ def seed_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> 
     return Interval(mean, mean - half, mean + half)
 
 
+def effective_size(weights: np.ndarray) -> float:
+    """As how many equally weighed images weighed ones count: (sum w)^2 / sum w^2 (Kish 1965). `weights`: (N,)."""
+    return float(np.sum(weights) ** 2 / np.sum(np.square(weights)))
+
+
 def share_interval(count: int, of: int) -> Interval:
     """A share with its 95 % interval after Wilson (1927), which stays in [0, 1] and says something for 0 of n too.
 

@@ -3,7 +3,6 @@ and without the test pictures whose prompt was trained on, method against method
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ import typer
 from numpy.typing import NDArray
 
 from dgs.analysis.metrics import detection_table, headline
+from dgs.analysis.scores import FILE, read_scores
 from dgs.commands import for_users
 from dgs.errors import UserError
 from dgs.params import load_params
@@ -29,7 +29,6 @@ COLUMNS = ["profile", "training_images", "method", "pictures", "rate", "over", "
 OTHER_COPY = ("real-unmatched", "real")  # profiles whose difference is the files' format alone
 AGAINST = ("probe", "lora")  # what every other method is compared with
 KINDS = {False: "unseen", True: "seen"}
-SCORES = "scores.parquet"
 ENOUGH = 4  # generators for an interval over them
 LEFT_OUT = "glid3_xl without trained prompts"
 
@@ -128,14 +127,6 @@ def other_copy(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
     return both[keys].join(pd.DataFrame({rate: both[rate] - both[f"{rate}_other"] for rate in RATES}))
 
 
-def keep_scores(root: Path, profiles: tuple[str, ...] = PROFILES) -> None:
-    """Copy each profile's scores from build/ to results/, so that the table can be made again without a run."""
-    for name in profiles:
-        made = root / "build" / name / "evaluate" / SCORES
-        if made.exists():
-            shutil.copyfile(made, root / "results" / name / SCORES)
-
-
 def study(root: Path, profiles: tuple[str, ...] = PROFILES) -> pd.DataFrame:
     """The rows of every profile whose scores results/ has, columns `COLUMNS`; those of `OTHER_COPY`, if both are there.
 
@@ -145,10 +136,10 @@ def study(root: Path, profiles: tuple[str, ...] = PROFILES) -> pd.DataFrame:
     manifest, tables, runs = read_manifest(), [], {}
     for name in profiles:
         folder = root / "results" / name
-        if (folder / SCORES).exists():
+        if (folder / FILE).exists():
             images = load_params(name, root).train.images or int((manifest["split"] == "train").sum())
             generators = read_table(folder / "detection.csv").groupby("generator")["seen"].first()
-            scores, seen = pd.read_parquet(folder / SCORES), set(generators[generators].index)
+            scores, seen = read_scores(folder / FILE), set(generators[generators].index)
             runs[name] = by_generator(scores, seen, manifest)
             rows = [*intervals(runs[name]), *over_pictures(scores, seen, manifest)]
             tables.append(pd.DataFrame(rows).assign(profile=name, training_images=images))
@@ -163,7 +154,6 @@ def study(root: Path, profiles: tuple[str, ...] = PROFILES) -> pd.DataFrame:
 def main(out: Annotated[Path | None, typer.Option(help="table; default results/real/study.csv")] = None) -> None:
     """Write the study's table from the scores of all profiles that were run, and print the unseen generators' part."""
     root = find_root()
-    keep_scores(root)
     table = study(root).round(6)  # so that a document's rounding is the report's
     out = out or root / "results" / "real" / "study.csv"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,9 @@ from dgs.device import choose_device
 from dgs.errors import UserError
 from dgs.model.backbone import Backbone
 from dgs.model.clip import load_clip
-from dgs.model.methods.text_expert import caption_probability, ipw_weights
-from dgs.model.train import extract_features, training_views
+from dgs.model.features import extract_features
+from dgs.model.methods.experts import caption_probability, ipw_weights
+from dgs.model.train import training_views
 from dgs.params import Params
 from dgs.stats import share_interval
 

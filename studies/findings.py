@@ -33,7 +33,7 @@ ZERO_SHOT, PROBED = "zero_shot_kept", "linear_probe_kept"
 SETS = {"mini": "`mini`", "second-study": "second study", "study-90": "`study-90`",
         "study-networks": "`study-networks`", "first-study": "first study"}  # fmt: skip
 PLAIN = {"lora": "LoRA", "dgs": "DGS", "probe": "probe"}  # names of methods in running text
-EXPERT = {name for name, method in METHODS.items() if method.text_expert}
+EXPERT = {name for name, method in METHODS.items() if method.expert}
 SURGERY = {name for name, method in METHODS.items() if method.reference.startswith("Control of dgs")} | {
     "dgs", "suppression_only", "alignment_only", "per_sample", "paper_order",
 }  # fmt: skip
@@ -179,7 +179,7 @@ TABLES: dict[str, Table] = {
     "neighbours": (
         "unseen",
         {"`null_space` (frozen tower)": "null_space"}
-        | labelled("wise_ft", "upgrad", "pcgrad", "l2_sp", "swad", "effort", "prograd", "lp_ft"),
+        | labelled("wise_ft", "pcgrad", "l2_sp", "swad", "effort", "prograd", "lp_ft"),
         {
             "minus probe": partial(gap, "study-90", other="probe"),
             "minus LoRA": partial(gap, "study-90", other="lora"),

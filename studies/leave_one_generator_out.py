@@ -15,7 +15,8 @@ from sklearn.metrics import roc_auc_score
 from dgs.analysis.tuning import train_and_score, trials, weighted_balanced_accuracy
 from dgs.data.prepared import Prepared, load_training
 from dgs.errors import UserError
-from dgs.model.methods.text_expert import caption_probability, ipw_weights
+from dgs.model.methods.experts import caption_probability, ipw_weights
+from dgs.model.methods.registry import get_method
 from dgs.params import Params
 
 SPLIT = "left_out"
@@ -55,7 +56,7 @@ def without(prepared: Prepared, generator: str) -> Prepared:
 
 def _score(_: str, name: str, generator: str, seed: int, params: Params, root: Path, folder: Path) -> dict[str, float]:
     prepared = without(load_training(folder, root), generator)
-    found = train_and_score(name, prepared, params.for_method(name), seed, root, (SPLIT, "val"))
+    found = train_and_score(get_method(name), prepared, params.for_method(name), seed, root, (SPLIT, "val"))
     weights = {split: ipw_weights(caption_probability(prepared, split), of[0]) for split, of in found.items()}
     return {
         "balanced_acc": weighted_balanced_accuracy(*found[SPLIT], weights[SPLIT]),

@@ -13,8 +13,8 @@ BASE: dict[str, Any] = read_yaml_text(
 profile: mini
 methods: [probe, lora, dgs]
 seeds: [0, 1, 2, 3, 4]
-data: {layout: minibench, root: data, rho: 0.9, shortcut: background, captions: null, val_fraction: 0.1, limit: null,
-       fit: crop, show_images: true}
+data: {layout: minibench, root: data, rho: 0.9, shortcut: background, captions: null, caption_drop: 0.0,
+       val_fraction: 0.1, limit: null, fit: crop, show_images: true}
 patches: {enabled: false, size: 8, count: 49}
 model: {clip: data/clip, pretrained: null, image_size: 64, normalize: clip, precision: fp32, text: own,
         levels: [0],
@@ -27,7 +27,8 @@ train:
   views: 1
   stage1: {epochs: 3, lr: 1e-4}
   stage2: {epochs: 1, lr: 1e-4}
-  surgery: {lam: 0.2, distill: 1.0, eps: 1e-6, decay: 0.01, mix: 0.5, directions: 16, order: release, scale: release}
+  surgery: {lam: 0.2, distill: 1.0, eps: 1e-6, decay: 0.01, mix: 0.5, directions: 16, content_side: 0.25,
+            order: release, scale: release, text_head: release}
   log_every: 10
   log_gradients: true
 tuned: {}

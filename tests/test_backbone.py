@@ -273,3 +273,4 @@ def test_devices() -> None:
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(UserError, match=r"Cannot use compute\.device = 'quantum'"):
         choose_device("quantum")
+    assert not torch.backends.cudnn.allow_tf32, "a GPU's convolutions round as a CPU's do"

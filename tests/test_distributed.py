@@ -185,7 +185,7 @@ def test_two_processes_train_what_one_trains(
     assert max(value.abs().max() for name, value in a.items() if "lora_B" in name) > 1e-4, "they start at zero"
     for table in TABLES:
         first, second = (getattr(journal, table) for journal in (noted, noted_by_two))
-        assert len(first)
+        assert len(first) or table == "experts"
         numbers = first.select_dtypes("float").columns
         assert first.drop(columns=numbers).equals(second.drop(columns=numbers)), f"{table}: other rows"
         gaps = {name: (first[name] - second[name]).abs().max() / size_of(first, name) for name in numbers}

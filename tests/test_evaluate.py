@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ from trees import prepare, train_into
 
 from dgs.analysis.evaluate import block_means, checkpoints, evaluate, settings, tsne_rows, write_tables
 from dgs.analysis.figures.detection import robustness_curves
-from dgs.analysis.metrics import RATES, SCORES, detection_table, summary
+from dgs.analysis.from_scores import renew
+from dgs.analysis.metrics import RATES, detection_table, summary
 from dgs.analysis.report import write_report
+from dgs.analysis.scores import SCORES
 from dgs.conditions import parse_condition
 from dgs.data.manifest import open_image
 from dgs.data.perturbations import perturb
@@ -37,7 +40,7 @@ from dgs.workspace import Workspace
 CPU = torch.device("cpu")
 
 
-NAMES = ("probe", "dgs", "levels_probe", "levels_poe", "pixel_cnn")
+NAMES = ("probe", "dgs", "levels_probe", "levels_poe", "pixel_cnn", "late_fusion")
 
 
 class Run(NamedTuple):
@@ -100,9 +103,9 @@ def test_scores_are_those_of_the_detector_on_the_same_files(
         expected = Detector.load(run.found[name, 0]).score([Path(run.params.data.root) / file for file in rows["file"]])
         assert np.allclose(1 / (1 + np.exp(-own["logit"].to_numpy())), expected, rtol=0, atol=1e-6)
     drift = forgetting[forgetting["measure"] == "cosine_drift"].set_index("method")["after"]
-    for frozen, tuned in (("probe", "dgs"), ("levels_probe", "levels_poe")):
+    for frozen, tuned in (("probe", "dgs"), ("levels_probe", "levels_poe"), ("probe", "late_fusion")):
         assert 0.0 <= drift[frozen] < 1e-12 < drift[tuned], "a frozen tower forgets nothing, a trained one moved"
-    assert set(panels) == {"frozen", "dgs", "levels_poe"}
+    assert set(panels) == {"frozen", "dgs", "levels_poe", "late_fusion"}
     assert set(forgetting["method"]) == set(NAMES) - {"pixel_cnn"}, "without a CLIP there is nothing to forget"
     assert len({features.shape[1] for features, _ in panels.values()}) == 1  # levels are no part of what CLIP knows
     after = forgetting.pivot(index="measure", columns="method", values="after")
@@ -146,10 +149,12 @@ def test_blocks_below_the_adapters_are_run_once_for_all_checkpoints(
     lower = Backbone.lower
     monkeypatch.setattr(Backbone, "lower", lambda own, images: read.append(len(images)) or lower(own, images))
     tables = []
-    for allowed, images in ((0, 0), (1000, int((run.prepared.manifest["split"] != "train").sum()))):
+    evaluated = int((run.prepared.manifest["split"] != "train").sum())
+    of_blocks = len(run.prepared.split("test"))
+    for allowed, images in ((0, 0), (1000, evaluated + of_blocks)):
         params = upper.replaced({"compute.prefix_mb": allowed})
         tables.append(evaluate(found, run.clip, run.prepared, params, CPU)[:2])
-        assert sum(read) == images, f"prefix_mb {allowed}: each image once, not once a checkpoint"
+        assert sum(read) == images, f"prefix_mb {allowed}: each image once, and once for its blocks"
     for plain, kept in zip(*tables, strict=True):
         pd.testing.assert_frame_equal(plain, kept, check_exact=False, rtol=1e-4, atol=1e-5)
 
@@ -232,6 +237,60 @@ def test_what_is_unseen_by_accident_stands_in_metrics(
     write_tables(workspace, run.found, *evaluated[:2], dataclasses.replace(run.prepared, manifest=manifest), run.params)
     (said,) = json.loads((workspace.results / "metrics.json").read_text())["cautions"]
     assert said.startswith("No tested generator was trained on: training has alpha-class, beta-class, tested are alpha")
+
+
+class TestFromScores:
+    """Tables of a real run on folders of images: three methods and two seeds, one with an expert that reads content."""
+
+    @pytest.fixture(scope="class")
+    def root(self, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("results")
+        found = {("probe", 0): run.found["probe", 0]}
+        for name, seed in (("probe", 1), ("lora", 0), ("lora", 1), ("content_probe", 0), ("content_probe", 1)):
+            found[name, seed] = train_into(folder / name / str(seed), name, run.clip, run.prepared, run.params, seed)
+        scores, forgetting, _ = evaluate(found, run.clip, run.prepared, run.params, CPU)
+        read = [("content_probe", seed, "content", "train", 0.6 + 0.1 * seed) for seed in range(2)]
+        experts = pd.DataFrame(read, columns=["method", "seed", "reads", "split", "accuracy"])
+        workspace = Workspace(folder, folder, "own")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dgs.analysis.evaluate.read_losses", lambda folders, rho: pd.DataFrame())
+            patch.setattr("dgs.analysis.evaluate.read_experts", lambda folders: experts)
+            made = write_tables(workspace, found, scores, forgetting, run.prepared, run.params)
+        told = (made.summary, made.detection, made.forgetting, settings(found, run.params), ["figures/x.png"])
+        write_report(workspace.results / "REPORT.md", *told, differences=made.differences)
+        return folder
+
+    def test_they_are_equal_to_what_evaluate_wrote_and_come_back_from_damage(self, root: Path) -> None:
+        results = root / "results/own"
+        before = {path.name: path.read_bytes() for path in results.iterdir()}
+        assert {"scores.parquet", "detection.csv", "differences.csv", "metrics.json", "REPORT.md"} <= set(before)
+        assert (root / "build/own/evaluate/scores.parquet").read_bytes() == before["scores.parquet"]
+        assert b"## What experts read" in before["REPORT.md"] and b"Pictures were shrunk to" in before["REPORT.md"]
+        assert [path.name for path in renew(root, "own")] == [
+            "REPORT.md",
+            "detection.csv",
+            "differences.csv",
+            "metrics.json",
+        ]
+        assert {path.name: path.read_bytes() for path in results.iterdir()} == before
+        said = json.loads(before["metrics.json"])
+        said["methods"]["lora"]["ap_seen"]["mean"] = 0.123
+        (results / "metrics.json").write_text(json.dumps(said))
+        report = before["REPORT.md"].decode()
+        top, _, rest = report.partition("## Differences")
+        (results / "REPORT.md").write_text(
+            top.replace("0", "7") + "## Differences to lora\n\n" + rest[rest.index("## What exp") :]
+        )
+        renew(root, "own")
+        assert {path.name: path.read_bytes() for path in results.iterdir()} == before
+
+    def test_what_is_missing_is_named(self, root: Path, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"Expected scores at .*found none"):
+            renew(tmp_path, "own")
+        (tmp_path / "results/own").mkdir(parents=True)
+        shutil.copy(root / "results/own/scores.parquet", tmp_path / "results/own")
+        with pytest.raises(UserError, match=r"Expected metrics.json, detection.csv, .*Run make repro PROFILE=own"):
+            renew(tmp_path, "own")
 
 
 class TestWhichCheckpoints:

@@ -18,6 +18,7 @@ from settings import validate
 from trees import prepare, train_into
 
 from dgs.analysis import metrics, report
+from dgs.analysis.differences import difference_table
 from dgs.analysis.evaluate import evaluate, evaluate_from_disk, settings
 from dgs.analysis.figures import detection as figures
 from dgs.analysis.figures import forgetting as memory
@@ -119,10 +120,12 @@ def test_the_release_stands_beside_what_was_trained_in_every_table_and_figure(
     summary = metrics.summary(detection, forgetting, run.params.profile, "d")
     assert list(summary["methods"]) == ["probe", "lora", "release"]
     assert len(summary["methods"]["release"]["balanced_acc_unseen"]["per_seed"]) == 1
+    differences = difference_table(metrics.per_seed_values(detection, forgetting), detection, scores)
+    assert differences.query("method == 'release'")[["low", "high_seeds", "p_holm"]].isna().all(axis=None), "one seed"
     drawn = {
         "detection": figures.detection_by_generator(detection),
         "heatmap": figures.detection_heatmap(detection),
-        "differences": figures.difference_forest(detection, forgetting),
+        "differences": figures.difference_forest(differences, forgetting),
         "calibration": figures.reliability_diagram(scores, {"a", "b"}),
         "forgetting": memory.forgetting_measures(forgetting),
         "plane": memory.forgetting_plane(detection, forgetting),

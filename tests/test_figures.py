@@ -17,9 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dgs.analysis.differences import difference_table, is_crossed
 from dgs.analysis.figures import style
 from dgs.analysis.figures.angles import angles_over_training
 from dgs.analysis.figures.detection import (
+    condition_forest,
     detection_by_generator,
     detection_figures,
     detection_heatmap,
@@ -30,7 +32,7 @@ from dgs.analysis.figures.detection import (
 from dgs.analysis.figures.forgetting import forgetting_blocks, forgetting_measures, forgetting_plane
 from dgs.analysis.figures.images import contact_sheet, patches_figure, tsne, tsne_panels
 from dgs.analysis.figures.training import training_curves
-from dgs.analysis.metrics import DETECTION_COLUMNS
+from dgs.analysis.metrics import DETECTION_COLUMNS, per_seed_values
 from dgs.data.suites import SUITES, full_name
 from dgs.errors import UserError
 from dgs.model.methods.registry import METHODS as ALL_METHODS
@@ -101,6 +103,18 @@ def make_forgetting(methods: tuple[str, ...] = METHODS, seeds: int = 5, noise: f
     return pd.concat(parts, ignore_index=True)
 
 
+def make_differences(detection: pd.DataFrame, forgetting: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Differences whose crossed intervals reach a point further than those over seeds, and p 0.02."""
+    made = difference_table(per_seed_values(detection, forgetting), detection)
+    crossed = is_crossed(made) & (made["n_seeds"] > 1)
+    ends = {"low": made["low_seeds"] - 0.01, "high": made["high_seeds"] + 0.01, "p": 0.02, "p_holm": 0.04}
+    return made.assign(**{name: made[name].where(~crossed, value) for name, value in ends.items()})
+
+
+def forest(detection: pd.DataFrame, forgetting: pd.DataFrame | None = None) -> Figure:
+    return difference_forest(make_differences(detection, forgetting), forgetting)
+
+
 def make_training(methods: tuple[str, ...] = METHODS, seeds: int = 5, validated: bool = True) -> pd.DataFrame:
     """A training log of 120 steps in 3 epochs; the probe's of 400, without losses of adapters, validated at its end."""
     rng = np.random.default_rng(2)
@@ -119,6 +133,7 @@ def make_validation(methods: tuple[str, ...] = METHODS, seeds: int = 5) -> pd.Da
     """Validation at the end: with the shortcut lora leads, without it dgs does by 2 points."""
     made = grid(method=methods, seed=range(seeds), images=["as in training", "reweighted", "without shortcut"])
     biased = (made["method"] == "lora") & (made["images"] == "as in training")
+    made["n_effective"] = made["images"].map({"as in training": 500.0, "reweighted": 169.6, "without shortcut": 500.0})
     return made.assign(balanced_acc=made["method"].map(LEVEL).fillna(0.7) + 0.1 * biased)
 
 
@@ -257,14 +272,16 @@ FIGURES: dict[str, tuple[Callable[[], Figure], str]] = {
     "heatmap, a suite": (lambda: of_suites()["heatmap-AIGIBench"], "*"),
     "heatmap, long names": (lambda: detection_heatmap(make_detection(generators=LONG)), "*"),
     "heatmap, one cell": (lambda: detection_heatmap(make_detection(**MINE)), "*"),
-    "forest": (lambda: difference_forest(make_detection(noise=0.0), make_forgetting(noise=0.0)),
+    "forest": (lambda: forest(make_detection(noise=0.0), make_forgetting(noise=0.0)),
         "Balanced acc., unseen: 1 of 2 shown above lora, 1 below"),
-    "forest, unsure": (lambda: difference_forest(make_detection(("lora", "dgs"), noise=0.3)),
+    "forest, unsure": (lambda: forest(make_detection(("lora", "dgs"), noise=0.3)),
         "*0 of 1 shown above lora, 0 below"),
-    "forest, one seed, nothing forgotten": (lambda: difference_forest(make_detection(("lora", "dgs"), 1, noise=0.0)),
-        "*0 of 1 shown above lora, 0 below (one seed shows nothing)"),
-    "forest, nine methods": (lambda: difference_forest(make_detection(MANY, 2), make_forgetting(MANY, 2)), "*"),
-    "forest, nothing unseen": (lambda: difference_forest(make_detection(("lora", "dgs"), 2, ("mine",), 1)), "*"),
+    "forest, one seed, nothing forgotten": (lambda: forest(make_detection(("lora", "dgs"), 1, noise=0.0)),
+        "*0 of 1 shown above lora, 0 below (no interval)"),
+    "forest, nine methods": (lambda: forest(make_detection(MANY, 2), make_forgetting(MANY, 2)), "*"),
+    "forest, nothing unseen": (lambda: forest(make_detection(("lora", "dgs"), 2, ("mine",), 1)), "Balanced acc., s*"),
+    "forest, conditions": (lambda: condition_forest({f"study-{rho}": make_differences(make_detection(MANY, noise=0.0))
+        for rho in (50, 75, 90)}), "study-50: *"),
     "calibration": (lambda: reliability_diagram(make_scores(sure=50.0), {"a"}),
         "Unseen generators: where dgs says 100 % fake, 5*"),
     "calibration, never sure": (lambda: reliability_diagram(make_scores(sure=0.01), {"a"}), "*dgs is off by*"),
@@ -493,9 +510,9 @@ def test_a_tie_prints_as_in_the_report() -> None:
 
 class TestForest:
     def test_a_row_a_method_and_a_panel_a_measure(self) -> None:
-        fig = difference_forest(make_detection(noise=0.0), make_forgetting(noise=0.0))
+        fig = forest(make_detection(noise=0.0), make_forgetting(noise=0.0))
         assert [ax.get_title(loc="left") for ax in fig.axes] == [
-            "Balanced acc., unseen", "Worst generator", "AP, unseen", "Zero-shot kept",
+            "Balanced acc., unseen", "AP, unseen", "Worst generator", "Zero-shot kept",
         ]  # fmt: skip
         assert labels(fig.axes[0]) == ["probe", "dgs"]
         (mean,) = [line for line in in_colour(fig.axes[0], "dgs") if line.get_marker() == style.marker("dgs")]
@@ -506,19 +523,32 @@ class TestForest:
         tables = [
             make_detection(("lora", "dgs"), seeds, noise=noise) for seeds, noise in ((5, 0.0), (5, 0.3), (1, 0.0))
         ]
-        sure, *others = (in_colour(difference_forest(table).axes[0], "dgs") for table in tables)
+        sure, *others = (in_colour(forest(table).axes[0], "dgs") for table in tables)
         assert {line.get_markerfacecolor() for line in sure} == {style.colour("dgs")}
         assert all("white" in {line.get_markerfacecolor() for line in lines} for lines in others)
 
     def test_equal_methods_are_not_blown_up(self) -> None:
-        panel = difference_forest(make_detection(noise=0.0).assign(ap=0.5)).axes[2]
+        made = make_detection(noise=0.0).assign(ap=0.5)
+        panel = difference_forest(difference_table(per_seed_values(made), made)).axes[1]
         low, high = panel.get_xlim()
         assert panel.get_title(loc="left") == "AP, unseen" and high - low >= 2.0
 
-    @pytest.mark.parametrize("methods", [("probe", "dgs"), ("lora",)])
+    def test_the_thick_bar_is_crossed_and_the_thin_one_over_seeds(self) -> None:
+        panels = forest(make_detection(noise=0.0), make_forgetting(noise=0.0)).axes
+        for panel, crossed in ((panels[0], [1.0, 3.0]), (panels[3], [np.nan, np.nan])):
+            thick, thin, _ = in_colour(panel, "dgs")
+            assert thick.get_linewidth() > 3 * thin.get_linewidth()
+            assert np.asarray(thick.get_xdata()).tolist() == pytest.approx(crossed, nan_ok=True)
+            assert np.isfinite(np.asarray(thin.get_xdata())).all()
+
+    @pytest.mark.parametrize("methods", [("dgs", "distillation"), ("lora",)])
     def test_without_a_pair_it_says_so(self, methods: tuple[str, ...]) -> None:
-        (said,) = difference_forest(make_detection(methods)).texts
-        assert said.get_text() == "No method can be compared with lora here."
+        (said,) = forest(make_detection(methods)).texts
+        assert said.get_text() == "No method can be compared with lora or the probe here."
+
+    def test_without_lora_the_probe_is_what_others_are_compared_with(self) -> None:
+        fig = forest(make_detection(("probe", "dgs"), noise=0.0))
+        assert title(fig) == "Balanced acc., unseen: 1 of 1 shown above probe, 0 below"
 
 
 class TestReliability:
@@ -561,7 +591,7 @@ class TestForgetting:
 
 class TestCurves:
     def test_a_head_and_adapters_share_panels_by_the_share_of_training_done(self) -> None:
-        fig = training_curves(make_training().assign(rho=0.9), make_validation())
+        fig = training_curves(make_training().assign(rho=0.9, loss_text_floor=0.37), make_validation())
         loss, text, validation, end = fig.axes
         assert [ax.get_xlabel() for ax in fig.axes[:3]] == ["Training done (%)"] * 3
         assert in_colour(loss, "probe") and in_colour(loss, "dgs") and not in_colour(text, "probe")
@@ -570,8 +600,8 @@ class TestCurves:
             assert x[0] < 3 and 97 < x[-1] <= 100 and len(x) == 40
             assert np.asarray(in_colour(validation, method)[0].get_xdata())[-1] == 100
         floor = [line.get_ydata()[0] for line in text.lines if line.get_linestyle() == "--"]
-        assert floor == [pytest.approx(-0.9 * np.log(0.9) - 0.1 * np.log(0.1))]
-        assert labels(end) == ["as in training", "reweighted", "without shortcut"]
+        assert floor == [pytest.approx(0.37)] and text.get_title("left") == "dashed: converged"
+        assert labels(end) == ["as in training (n 500)", "reweighted (n 170)", "without shortcut (n 500)"]
 
     def test_panels_without_data_are_left_out(self) -> None:
         assert len(training_curves(make_training(("probe",), validated=False)).axes) == 1

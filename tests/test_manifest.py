@@ -497,6 +497,35 @@ class TestPackedBenchmark:
         (root / PROMPTS).write_text('{"colour": {"red": ["a red thing"]}, "shape": {"ring": ["a ring", "a hoop"]}}')
         assert read_prompts(root, manifest.assign(shape="ring")) == {"shape": {"ring": ["a ring", "a hoop"]}}
 
+    def test_of_a_share_of_training_images_captions_lose_the_shortcuts_word_and_no_others_do(self, root: Path) -> None:
+        about, packed = json.loads((root / MINIBENCH).read_text()), []
+        for split in MINIBENCH_SPLITS:
+            pack = root / f"images-{split}.parquet"
+            table = pd.read_parquet(pack)
+            table["background"] = ["brick" if index % 2 else "plain" for index in range(len(table))]
+            table["caption"] = "a smooth ring on a " + table["background"].replace({"plain": "smooth"}) + " wall"
+            table.to_parquet(pack)
+            packed.append(table.assign(sha256=[hashlib.sha256(data).hexdigest() for data in table["image"]]))
+        about |= {"content_hash": content_hash(pd.concat(packed))}
+        about |= {"shortcuts": {"background": {"attribute": "background"}}}
+        (root / MINIBENCH).write_text(json.dumps(about))
+        prompts = {"plain": ["on a plain wall", "on a smooth wall"], "brick": ["on a brick wall"]}
+        (root / PROMPTS).write_text(json.dumps({"background": prompts}))
+        whole, some, none = (build_manifest(root, DataParams(rho=0.5, caption_drop=drop)) for drop in (0, 0.5, 1))
+        train = whole["split"] == "train"
+        kept = {"brick": "a smooth ring on a wall", "plain": "a ring on a wall"}  # the value's words alone, all of them
+        assert none["caption"][train].tolist() == whole["background"][train].map(kept).tolist()
+        assert none["caption"][~train].equals(whole["caption"][~train])
+        lost = some["caption"] != whole["caption"]
+        assert 0 < lost.sum() < train.sum() and some["caption"][lost].equals(none["caption"][lost])
+        by_hash = [int(sha[:13], 16) / 16**13 < 0.5 for sha in whole["sha256"][train]]
+        assert lost[train].tolist() == by_hash, "more of them with a larger share, and others join"
+
+    def test_only_the_benchmark_knows_its_shortcuts_word(self, tmp_path: Path, image_tree: ImageTree) -> None:
+        params = DataParams(layout="folders", root=str(tmp_path), rho=None, caption_drop=0.5)
+        with pytest.raises(UserError, match=r"data\.caption_drop = 0\.5 is for data\.layout: minibench.*for folders\."):
+            build_manifest(image_tree(), params)
+
     @pytest.mark.parametrize(
         ("damage", "facts"),
         [

@@ -10,16 +10,19 @@ import pandas as pd
 import pytest
 import torch
 from settings import validate
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from dgs.data.manifest import ImageSource
 from dgs.data.prepared import Prepared
 from dgs.errors import UserError
 from dgs.model.methods.base import Method, Precomputed
-from dgs.model.methods.registry import METHODS, get_method
-from dgs.model.methods.text_expert import expert_terms, text_expert
+from dgs.model.methods.experts import cross_fitted, expert_terms, fit_text_head
+from dgs.model.methods.registry import ENDED, METHODS, get_method
 from dgs.model.step import surgery_step
-from dgs.model.train import method_captions, stage1
+from dgs.model.train import method_captions, stage1, text_side
 from dgs.params import Params
 
 COUNT, WIDTH = 12, 8
@@ -73,6 +76,12 @@ def test_unknown_method_lists_the_known() -> None:
         get_method("loar")
     with pytest.raises(UserError, match="Unknown method '3'"):
         get_method(3)  # type: ignore[arg-type]
+
+
+def test_a_method_that_ended_says_why_and_names_the_one_to_take() -> None:
+    with pytest.raises(UserError, match=r"found upgrad, which has ended: of two .* UPGrad is PCGrad, so use pcgrad\."):
+        get_method("upgrad")
+    assert not set(ENDED) & set(METHODS)
 
 
 def test_lora_sends_the_task_gradient_untouched() -> None:
@@ -171,11 +180,11 @@ def test_general_knowledge_is_the_teachers_opinion() -> None:
 
 
 def test_a_control_takes_the_settings_of_what_it_controls() -> None:
-    controls = {name for name, method in METHODS.items() if method.settings_of}
+    controls = {name for name, method in METHODS.items() if "dgs" in method.settings_of}
     assert controls == {
         "random_direction", "shuffled_captions", "signed", "random_alignment", "per_sample", "paper_order"
     }  # fmt: skip
-    assert {METHODS[name].settings_of for name in controls} == {"dgs"}
+    assert {METHODS[name].settings_of for name in controls} == {("dgs",)}
 
 
 def shortcut(count: int = 2_000) -> tuple[Tensor, np.ndarray, Tensor]:
@@ -197,7 +206,7 @@ def reliance(features: Tensor, labels: Tensor, **terms: Tensor) -> float:
 
 def test_a_probe_with_a_text_expert_leaves_the_shortcut_to_it() -> None:
     features, captions, labels = shortcut()
-    expert, _ = expert_terms(get_method("poe_probe").text_expert, captions, labels, 0)
+    expert, _ = expert_terms("add", cross_fitted(captions, labels.numpy().astype(np.int64), 0), labels)
     assert reliance(features, labels) > 1
     assert reliance(features, labels, expert=expert) < 0.2
 
@@ -205,7 +214,7 @@ def test_a_probe_with_a_text_expert_leaves_the_shortcut_to_it() -> None:
 def test_weighed_images_leave_the_shortcut_to_nobody() -> None:
     """A probe rests on the shortcut less than plainly, and no expert stands beside it."""
     features, captions, labels = shortcut()
-    expert, weights = expert_terms(get_method("weighed_probe").text_expert, captions, labels, 0)
+    expert, weights = expert_terms("reweight", cross_fitted(captions, labels.numpy().astype(np.int64), 0), labels)
     assert weights.mean() == pytest.approx(1, abs=1e-6)
     group = torch.tensor(captions[:, 0])
     share = [(weights * (group == side) * (labels == 1)).sum() / (weights * (group == side)).sum() for side in (0, 1)]
@@ -225,27 +234,94 @@ def test_a_weighed_image_counts_as_many_times() -> None:
 
 def test_two_methods_reweight_and_no_other_weight_leaves_one() -> None:
     _, captions, labels = shortcut()
-    assert {name for name, method in METHODS.items() if method.text_expert == "reweight"} == {
+    assert {name for name, method in METHODS.items() if method.expert and method.expert_use == "reweight"} == {
         "weighed_probe", "weighed_lora"
     }  # fmt: skip
     for use in ("add", None):
-        logits, weights = expert_terms(use, captions, labels, 0)
+        logits, weights = expert_terms(use, cross_fitted(captions, labels.numpy().astype(np.int64), 0), labels)
         assert (weights == 1).all() and logits.any() == (use == "add")
 
 
-def test_the_text_expert_is_cross_fitted() -> None:
+def test_an_expert_is_cross_fitted() -> None:
     """Captions that name each image would be learned by heart; from the other folds they say nothing."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 60)
     own = np.eye(60, dtype=np.float32)
-    logits = text_expert(own, labels, 0)
+    logits = cross_fitted(own, labels, 0)
     assert abs(np.mean((logits > 0) == labels) - 0.5) < 0.2 and np.abs(logits).max() < 2
     _, captions, told = shortcut()
-    found = text_expert(captions, told.numpy().astype(np.int64), 0)
+    found = cross_fitted(captions, told.numpy().astype(np.int64), 0)
     assert np.mean((found > 0) == told.numpy()) == pytest.approx(0.9, abs=0.02)
-    assert np.array_equal(found, text_expert(captions, told.numpy().astype(np.int64), 0))
+    assert np.array_equal(found, cross_fitted(captions, told.numpy().astype(np.int64), 0))
     with pytest.raises(UserError, match=r"at least 5 training images of each label.*found 2"):
-        text_expert(own[:6], np.array([0, 0, 0, 0, 1, 1]), 0)
+        cross_fitted(own[:6], np.array([0, 0, 0, 0, 1, 1]), 0)
+
+
+def test_the_converged_text_head_is_the_experts_regression_on_captions_as_they_are() -> None:
+    """Captions far from the origin and of unlike spreads, as embeddings are: what learns by Adam is slow there."""
+    _, captions, labels = shortcut()
+    moved = 6.0 + captions * np.array([0.1, 3.0, 1.0], np.float32)
+    truth = labels.numpy().astype(np.int64)
+    head, loss = fit_text_head(torch.from_numpy(moved), labels)
+    expert = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1_000)).fit(moved, truth)
+    logits = expert.decision_function(moved)
+    assert np.allclose(head(torch.from_numpy(moved)).squeeze(1).numpy(), logits, atol=1e-3)
+    assert loss == pytest.approx(-0.9 * np.log(0.9) - 0.1 * np.log(0.1), abs=0.02)  # the entropy of the shortcut
+    assert not any(parameter.requires_grad for parameter in head.parameters())
+
+
+def fitted(seed: int = 0) -> tuple[Precomputed, nn.Linear]:
+    """Images whose captions tell the shortcut, and their text head fitted before stage 2."""
+    _, text, labels = shortcut(200)
+    ones, captions = torch.ones_like(labels), torch.from_numpy(text)
+    known = Precomputed(labels, captions, captions, ones, 0.5 - labels, 0 * ones, ones)
+    heads, (known,), constants = text_side([known], settings(text_head="fitted"), seed)
+    assert np.isfinite(constants["loss_text_floor"])
+    return known, heads["text"]
+
+
+def test_a_fitted_text_head_gives_its_cross_fitted_residuals_and_its_weight_and_learns_no_more() -> None:
+    known, head = fitted()
+    expected = cross_fitted(known.captions.numpy(), known.labels.numpy().astype(np.int64), 0)
+    assert known.text_logits is not None and np.allclose(known.text_logits, expected)
+    before = head.weight.clone()
+    heads = {"image": nn.Linear(3, 1), "text": head, "teacher": nn.Linear(3, 1)}
+    _, values, found = surgery_step(METHODS["dgs"], known.teacher, heads, known, known.captions, settings())
+    residual = known.text_logits.sigmoid() - known.labels
+    assert torch.allclose(found["harmful"], (residual[:, None] * head.weight[0] / 200).clamp(min=0), atol=1e-9)
+    assert values["text_acc"] == pytest.approx(0.9, abs=0.06)
+    assert head.weight.grad is None and torch.equal(head.weight, before)
+
+
+def test_a_captions_own_label_does_not_decide_a_fitted_heads_residual() -> None:
+    """Captions that name each image: learned by heart, every residual would be nothing."""
+    labels = torch.arange(60).remainder(2).float()
+    ones, captions = torch.ones_like(labels), torch.eye(60)
+    known = Precomputed(labels, captions, captions, ones, 0.5 - labels, 0 * ones, ones)
+    heads, (known,), constants = text_side([known], settings(text_head="fitted"), 0)
+    assert constants["loss_text_floor"] < 0.3 and known.text_logits is not None
+    assert (known.text_logits.sigmoid() - labels).abs().min() > 0.3
+    assert ((heads["text"](captions).squeeze(1) > 0) == (labels == 1)).all()
+
+
+def test_a_text_head_that_cannot_be_fitted_is_refused_and_one_that_learns_has_no_floor_then() -> None:
+    labels = torch.zeros(20)
+    ones, captions = torch.ones_like(labels), torch.randn(20, 4)
+    known = Precomputed(labels, captions, captions, ones, 0.5 - labels, 0 * ones, ones)
+    _, (given,), constants = text_side([known], settings(), 0)
+    assert given is known and np.isnan(constants["loss_text_floor"])
+    with pytest.raises(UserError, match="at least 5 training images of each label"):
+        text_side([known], settings(text_head="fitted"), 0)
+
+
+@pytest.mark.parametrize("name", ["dgs", "suppression_only", "signed", "random_direction", "paper_order"])
+def test_every_method_that_asks_the_text_head_gets_the_fitted_ones_directions(name: str) -> None:
+    """A random direction its length; those that ask nothing go on as they were."""
+    known = some_known()
+    other = replace(known, text_logits=torch.full_like(known.labels, 3.0))
+    assert not same(step(name, known, eps=0.1)["applied"], step(name, other, eps=0.1)["applied"])
+    for unmoved in ("lora", "alignment_only"):
+        assert same(step(unmoved, known)["applied"], step(unmoved, other)["applied"])
 
 
 def test_a_random_direction_is_as_long_as_the_harmful_one_and_knows_no_captions() -> None:

@@ -370,6 +370,7 @@ class TestValidation:
             ("train.stage2.lr", ["fast", True, -1e-3, *NOT_FINITE]),
             ("train.surgery.lam", [-0.1, *NOT_FINITE]),
             ("train.surgery.order", ["relaese"]),
+            ("train.surgery.text_head", ["fited"]),
             ("train.log_every", [0]),
             ("data.rho", [True, -0.1, 1.5]),
             ("evaluate.retrieval_pool", [1]),

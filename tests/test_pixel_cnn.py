@@ -25,10 +25,11 @@ from test_cli import one_sentence
 from test_cli import run as command
 from test_figures import make_detection, make_forgetting
 
+from dgs.analysis.differences import difference_table
 from dgs.analysis.explore import Workbench, remark
 from dgs.analysis.figures.detection import difference_forest
 from dgs.analysis.figures.forgetting import forgetting_blocks, forgetting_measures, forgetting_plane
-from dgs.analysis.metrics import summary
+from dgs.analysis.metrics import per_seed_values, summary
 from dgs.analysis.report import write_report
 from dgs.errors import UserError
 from dgs.model import runs
@@ -173,7 +174,9 @@ class TestCheckpoint:
     def test_a_kind_that_is_not_known_is_one_sentence(self, kind: object, checkpoint: Path) -> None:
         put(checkpoint / INFO, kind=kind)
         reseal(checkpoint)
-        with pytest.raises(UserError, match=r"of the kind clip or pixel_cnn in .*dgs\.json, found .*Use the version"):
+        with pytest.raises(
+            UserError, match=r"of the kind clip or pixel_cnn or late_fusion in .*dgs\.json, found .*Use the version"
+        ):
             Detector.load(checkpoint)
 
 
@@ -240,9 +243,8 @@ class TestTables:
     def test_figures_leave_it_out_or_name_it(self) -> None:
         plane = forgetting_plane(self.detection, self.forgetting)
         assert "not measured: pixel\u00a0cnn" in plane.axes[0].get_xlabel()
-        rows = [
-            label.get_text() for label in difference_forest(self.detection, self.forgetting).axes[0].get_yticklabels()
-        ]
+        differences = difference_table(per_seed_values(self.detection, self.forgetting), self.detection)
+        rows = [label.get_text() for label in difference_forest(differences).axes[0].get_yticklabels()]
         assert rows == ["dgs", "pixel\u00a0cnn"]
 
 
@@ -287,7 +289,7 @@ def test_the_pipeline_makes_its_results_beside_a_probes(finished: Path, tmp_path
 
 def test_adding_one_is_an_entry_of_the_registry() -> None:
     own = [name for name, method in METHODS.items() if method.model is not None]
-    assert own == ["pixel_cnn"] and not METHODS["pixel_cnn"].adapters
+    assert own == ["pixel_cnn", "content_pixel_cnn", "late_fusion"] and not METHODS["pixel_cnn"].adapters
     for source in (ROOT / "dgs").rglob("*.py"):
-        if source.name not in ("pixel_cnn.py", "registry.py", "style.py"):
+        if source.name not in ("pixel_cnn.py", "fusion.py", "registry.py", "style.py"):
             assert "pixel_cnn" not in source.read_text(), source

@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 
 from dgs.analysis.metrics import detection_table
+from dgs.analysis.scores import write_scores
 from dgs.errors import UserError
 from dgs.params import dotted, load_params
 from dgs.stats import paired_difference, seed_interval
 from real.manifest import read_manifest
-from real.study import LEFT_OUT, PROFILES, by_generator, intervals, keep_scores, over_pictures, study
+from real.study import LEFT_OUT, PROFILES, by_generator, intervals, over_pictures, study
 
 OTHERS = ("b", "c", "d")
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,14 +149,11 @@ def test_the_table_is_made_again_from_kept_scores_alone(scores: pd.DataFrame, tm
     with pytest.raises(UserError, match=r"^Expected scores of real, .* below results/, found none\. Run make real\.$"):
         study(tmp_path)
     for name, shift in (("real", 0.0), ("real-unmatched", 0.5)):
-        made, kept = tmp_path / "build" / name / "evaluate", tmp_path / "results" / name
-        made.mkdir(parents=True)
+        kept = tmp_path / "results" / name
         kept.mkdir(parents=True)
-        own = scores.assign(logit=scores["logit"] + shift * (scores["label"] - 0.5))
-        own.to_parquet(made / "scores.parquet", index=False)
+        own = scores.assign(logit=scores["logit"] + shift * (scores["label"] - 0.5), sha256="", profile=name)
+        write_scores(own, kept / "scores.parquet")
         detection_table(own, {"known"}).to_csv(kept / "detection.csv", index=False)
-    keep_scores(tmp_path)
-    shutil.rmtree(tmp_path / "build")
     table = study(tmp_path)
     assert set(table["profile"]) == {"real", "real-unmatched", "real-unmatched minus real"}
     assert set(table["training_images"].dropna()) == {549}

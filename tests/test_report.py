@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from test_figures import GENERATORS, METHODS, make_detection, make_forgetting
+from test_figures import GENERATORS, METHODS, make_detection, make_differences, make_forgetting
 
 from dgs.analysis.metrics import summary
 from dgs.analysis.report import markdown_table, summary_sections, write_report
@@ -29,6 +29,7 @@ def report(
 ) -> str:
     made = summary(detection, forgetting, "mini", "abc123")
     given = dict.fromkeys(METHODS, PARAMS) if settings is None else settings
+    more = {"differences": make_differences(detection, forgetting), **more}
     return write_report(folder / "deep" / "REPORT.md", made, detection, forgetting, given, **more).read_text("utf-8")
 
 
@@ -44,8 +45,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_everything_a_reader_asks_for_is_there(whole: str) -> None:
     sections = [line[3:] for line in whole.splitlines() if line.startswith("## ")]
     assert sections == [
-        "Headline", "Differences to lora", "Operating points", "By generator", "Forgetting", "Figures",
-        "How to read this", "What was run",
+        "Headline", "Differences to lora", "Over unseen generators", "Operating points", "By generator", "Forgetting",
+        "Figures", "How to read this", "What was run",
     ]  # fmt: skip
     assert "| profile | `mini` |" in whole and "| data hash | `abc123` |" in whole
     assert "| `train.lr` | `0.003` |" in whole and "| `seeds` | `[0, 1]` |" in whole
@@ -69,13 +70,14 @@ def test_numbers_by_hand(whole: str) -> None:
     assert "| `lora` | 67.5 [67.5, 67.5] | 67.5 [67.5, 67.5] | 71.5 [71.5, 71.5] |" in whole
     operating = "| `lora` | 67.5 ±0.0 | 67.5 ±0.0 | 20.0 ±0.0 | 40.0 ±0.0 | 67.5 ±0.0 | 10.0 ±0.0 |"
     assert operating in whole, "operating points are those of the unseen generators"
-    assert "| `dgs` | balanced acc., unseen | +2.0 [+2.0, +2.0] | 5 | higher |" in whole
-    assert "| `probe` | balanced acc., unseen | −10.0 [−10.0, −10.0] | 5 | lower |" in whole
+    sure = "| 0.020 | 0.040 | 0.063 | 5 × 6 |"
+    assert f"| `dgs` | balanced acc., unseen | +2.0 [+1.0, +3.0] | [+2.0, +2.0] {sure} higher |" in whole
+    assert f"| `probe` | balanced acc., unseen | −10.0 [−11.0, −9.0] | [−10.0, −10.0] {sure} lower |" in whole
+    assert "corrected for the 2 methods that are compared" in whole
+    assert "| `dgs` | balanced acc., seen | +2.0 [+2.0, +2.0] | 5 | higher |" in whole.split("### Over seeds alone")[1]
     assert "| `dgs` | zero-shot kept | −10.0 [−10.0, −10.0] | 5 | lower |" in whole
     # unseen generators of lora: 70, 69, ..., 65 %; without noise their middle half has the mean of all
-    assert "| `lora` | 67.5 | 67.5 [67.5, 67.5] | 65.0 ±0.0 | – | – | – |" in whole
-    gaps = " | ".join(["+2.0 [+2.0, +2.0]"] * 3)
-    assert f"| `dgs` | 69.5 | 69.5 [69.5, 69.5] | 67.0 ±0.0 | {gaps} |" in whole
+    assert "| `lora` | 67.5 | 67.5 | 65.0 ±0.0 |" in whole and "| `dgs` | 69.5 | 69.5 | 67.0 ±0.0 |" in whole
     # 74 % less 1 point a generator: the mean of 8 is 70.5, and so is that of R.Acc: (70.5 + 8 * 70.5) / 9
     line = next(line for line in whole.splitlines() if "(mAcc" in line)
     assert "mean [95 % interval]" in line and "`dgs` 70.5 [70.5, 70.5]." in line and "±" not in line
@@ -100,7 +102,7 @@ def test_one_seed_is_said_to_be_one_seed(tmp_path: Path) -> None:
     text = report(tmp_path, make_detection(seeds=1), make_forgetting(seeds=1))
     assert "one seed: no interval" in text and "comes from one seed" in text
     assert "±" not in text.replace("± half the 95 % interval", "")
-    assert "nan" not in text and "### Over seeds" not in text, "one seed cannot be resampled"
+    assert "nan" not in text and "| – | – | – | – | 1 × 6 | one seed: no interval |" in text
     assert "[" not in text.split("(mAcc")[1].split(": `")[1].split("\n")[0]
 
 
@@ -122,7 +124,7 @@ def test_fewer_than_3_seeds_are_said_at_the_top_which_is_the_summary(
     found = summary_sections(text)
     assert text.startswith(found.rstrip("\n")) and found.startswith(top.rstrip()) and found.rstrip().endswith("|")
     assert [line for line in found.splitlines() if line.startswith("#")] == [
-        "# Report", "## Headline", "## Differences to lora", *["### Over seeds and generators"][: seeds - 1],
+        "# Report", "## Headline", "## Differences to lora", "### Over seeds alone",
     ]  # fmt: skip
 
 
@@ -156,7 +158,7 @@ def test_measures_are_named_in_words_beside_their_keys(tmp_path: Path) -> None:
 def test_a_users_own_folder_has_no_unseen_columns(tmp_path: Path) -> None:
     text = report(tmp_path, make_detection(("dgs",), 2, ("mine",), 1, rho=float("nan")))
     assert "| method | balanced acc., seen | AP, seen |" in text
-    assert "## Differences" not in text, "there is no lora to compare with"
+    assert "## Differences" not in text, "there is neither lora nor the probe to compare with"
     assert "| unseen generators | none |" in text and "rho" not in text
     summarised = summary_sections(text)
     assert "## Headline" in summarised and "## Differences" not in summarised and "## Operating" not in summarised
@@ -194,7 +196,7 @@ class TestRounding:
         text = text.replace("+0.0 ±0.0", "")
         tables = text.split("## Headline")[1].split("## How to read")[0]
         cells = re.findall(r"(?<![\d.±+−\[])(\d+\.\d)(?= [±\[])", tables)
-        assert len(cells) == (4 + 1) * 3 + 2 * 3 + 6 * 3 + (3 * 10 + 1) * 3 + 3 and set(cells) == {printed}
+        assert len(cells) == (4 + 1) * 3 + 3 + 6 * 3 + (3 * 10 + 1) * 3 + 3 and set(cells) == {printed}
         macc = next(line for line in text.splitlines() if "(mAcc" in line)
         assert [macc.count(f"`{method}` {printed}") for method in METHODS] == [1, 1, 1]
         assert len(set(re.findall(r"±(\d+\.\d)", tables))) == 1, "half intervals print alike too"
@@ -204,12 +206,13 @@ class TestRounding:
         detection["balanced_acc"] = detection["method"].map({"lora": 0.6955 - 1e-14, "dgs": 0.6955 + 0.0205 + 1e-14})
         text = report(tmp_path, detection)
         assert "| `lora` | 69.6 [69.6, 69.6] | 67.5 [67.5, 67.5] | 69.6 [69.6, 69.6] |" in text
-        assert text.count("+2.1 [+2.1, +2.1]") == 3 + 3, "seen, unseen, worst; over seeds and generators"
+        assert text.count("+2.1 [+2.1, +2.1]") == 2, "seen, worst"
+        assert "| +2.1 [+1.1, +3.1] | [+2.1, +2.1] |" in text
 
     def test_the_differences_are_of_the_numbers_before_rounding(self, tmp_path: Path) -> None:
         detection = make_detection(("lora", "dgs"), noise=0.0)
         detection["balanced_acc"] = detection["method"].map({"lora": 0.5 + 4.9e-7, "dgs": 0.5205 - 4.9e-7})
-        assert "| `dgs` | balanced acc., unseen | +2.0 [+2.0, +2.0] |" in report(tmp_path, detection)
+        assert "| `dgs` | balanced acc., unseen | +2.0 [+1.0, +3.0] | [+2.0, +2.0] |" in report(tmp_path, detection)
 
 
 class TestSettings:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from copies import ROOT
@@ -137,6 +138,7 @@ def test_a_journal_on_the_disk_is_the_same_journal(tmp_path: Path) -> None:
     vectors = {name: torch.randn(7, 4, dtype=torch.float64) for name in AT_FEATURES}
     journal.gradients(3, list(range(7)), torch.arange(7).remainder(2), vectors)
     journal.layer(3, "0.q", {name: torch.randn(1, 9) for name in AT_LAYERS})
+    journal.expert("content", "train", np.array([True, True, False]))
     kept = Snapshot(tmp_path / "seed")
     kept.save_log(journal)
     assert not kept.is_done, "the checkpoint comes last, and says that all is there"

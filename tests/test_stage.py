@@ -145,8 +145,12 @@ class TestTheCheckBeforeAnyStage:
                 "Expected train.accumulate and train.processes to be 1 for p",
             ),
             (
-                {"methods": ["upgrad"], "train.processes": 2},
-                "Expected train.accumulate and train.processes to be 1 for u",
+                {"methods": ["prograd"], "train.processes": 2},
+                "Expected train.accumulate and train.processes to be 1 for p",
+            ),
+            (
+                {"methods": ["upgrad"]},
+                "Expected a method of the registry, found upgrad, which has ended: of two gradients exact UPGrad is",
             ),
             (
                 {

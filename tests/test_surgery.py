@@ -151,6 +151,75 @@ def test_harmful_directions_of_a_linear_head_take_two_values_and_have_rank_two()
     assert torch.linalg.matrix_rank(harmful).item() == 2
 
 
+def linear_gradients(shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(B, D) gradients r_i w of a linear head, (B,) residuals r_i, (D,) w, (B,) labels, both classes alike."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(shape[0]).remainder(2).double()
+    residual = torch.rand(shape[0], generator=generator, dtype=torch.float64) * 0.98 + 0.01 - labels
+    weight = torch.randn(shape[1], generator=generator, dtype=torch.float64)
+    return residual_directions(residual, weight), residual, weight, labels
+
+
+class TestProposition:
+    """A linear head and directions that a class shares: surgery turns what all samples share, never a residual.
+
+    docs/findings.md, "Why directions do not change which samples count", has the proof.
+    """
+
+    @given(shapes, st.integers(0, 1000))
+    def test_what_is_left_of_every_gradient_is_its_residual_times_one_vector_a_class(
+        self, shape: tuple[int, int], seed: int
+    ) -> None:
+        """Suppression by a linear text head, whatever captions and labels it has residuals of."""
+        grad, residual, weight, labels = linear_gradients(shape, seed)
+        text, *_ = linear_gradients(shape, seed + 1)
+        harmful, _ = split_signs(text)
+        after = suppress(grad, harmful, eps=0)
+        for label in (0, 1):
+            mine = labels == label
+            unit = F.normalize(harmful[mine], dim=1)[:1]
+            shared = weight - (unit @ weight)[:, None] * unit
+            if mine.any():
+                assert torch.allclose(after[mine], residual[mine, None] * shared, rtol=0, atol=1e-10)
+
+    @given(shapes, st.integers(0, 1000), st.integers(1, 4))
+    def test_so_it_is_for_planes_of_any_rank(self, shape: tuple[int, int], seed: int, rank: int) -> None:
+        grad, residual, weight, labels = linear_gradients(shape, seed)
+        generator = torch.Generator().manual_seed(seed)
+        planes = torch.randn(2, shape[1], rank, generator=generator, dtype=torch.float64)
+        projections = [torch.eye(shape[1], dtype=torch.float64) - q @ q.T for q in torch.linalg.qr(planes).Q]
+        after = torch.stack([projections[int(y)] @ g for g, y in zip(grad, labels, strict=True)])
+        shared = torch.stack([projections[int(y)] @ weight for y in labels])
+        assert torch.allclose(after, residual[:, None] * shared, rtol=0, atol=1e-10)
+
+    @given(st.integers(4, 16), st.integers(2, 16), st.integers(0, 1000))
+    def test_no_sample_of_a_class_gains_on_another(self, batch: int, width: int, seed: int) -> None:
+        """Those that contradict a shortcut weigh against those that obey it as they did before surgery."""
+        grad, residual, *_, labels = linear_gradients((batch, width), seed)
+        text, *_ = linear_gradients((batch, width), seed + 1)
+        after = suppress(grad, split_signs(text)[0], eps=0)
+        for label in (0, 1):
+            lengths, sizes = after[labels == label].norm(dim=1), residual[labels == label].abs()
+            assert torch.allclose(lengths * sizes.sum(), sizes * lengths.sum(), rtol=1e-6, atol=1e-12)
+
+    def test_a_head_that_is_not_linear_escapes(self) -> None:
+        """What it assumes is needed: with hidden units a sample's share that is left is its own."""
+        torch.manual_seed(0)
+        head = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 1)).double()
+        labels = torch.arange(12).remainder(2).double()
+        features, _ = gradients((12, 8), 0)
+        grad, text = head_gradients(head, features, labels), linear_gradients((12, 8), 1)[0]
+        kept = suppress(grad, split_signs(text)[0], eps=0).norm(dim=1) / grad.norm(dim=1)
+        assert kept[labels == 1].std() > 0.01
+
+    def test_epsilon_is_a_share_of_its_own_for_every_sample(self) -> None:
+        """The release's 1e-6 makes directions of a class unequal in length: the one way in which r_i gets in."""
+        grad, *_, labels = linear_gradients((12, 8), 0)
+        harmful, _ = split_signs(linear_gradients((12, 8), 1)[0])
+        kept = suppress(grad, harmful, eps=0.5).norm(dim=1) / grad.norm(dim=1)
+        assert kept[labels == 1].std() > 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtype_is_kept(dtype: torch.dtype) -> None:
     grad, other = torch.randn(2, 3, 4).to(dtype).unbind(0)

@@ -258,10 +258,11 @@ class TestNone:
         without = {name for name, method in METHODS.items() if not method.needs_text}
         assert without >= {
             "probe", "lora", "alignment_only", "distillation", "levels_probe", "levels_distillation", "lp_ft",
-            "wise_ft", "swad", "l2_sp", "pcgrad", "upgrad", "prograd", "effort",
+            "wise_ft", "swad", "l2_sp", "pcgrad", "prograd", "effort", "content_probe",
+            "content_poe_distillation", "content_pixel_cnn", "late_fusion",
         }  # fmt: skip
         reading = set(METHODS) - without
-        assert reading >= {name for name, method in METHODS.items() if method.text_expert or method.shuffled}
+        assert reading >= {name for name, method in METHODS.items() if method.expert == "text" or method.shuffled}
         assert reading >= {"dgs", "suppression_only", "random_direction", "signed", "leace", "null_space", "dgs_plus"}
 
     def test_a_new_method_is_not_listed_anywhere(self) -> None:
@@ -380,7 +381,10 @@ def test_validation_reweighted_by_captions_says_whose_embeddings_they_have(
     rows = prepared.split("val")
     scores = rows.assign(logit=np.linspace(-1, 1, len(rows)), method="lora", seed=0)
     of_side = dataclasses.replace(prepared, info={**prepared.info, "text": {"side": side}})
-    assert final_validation(scores, of_side)["images"].tolist() == ["as in training", expected]
+    found = final_validation(scores, of_side)
+    assert found["images"].tolist() == ["as in training", expected]
+    plain, weighed = found["n_effective"]
+    assert 2 <= weighed <= plain == len(rows)
 
 
 def detection() -> pd.DataFrame:

@@ -26,11 +26,14 @@ from dgs.model.checkpoint import save_checkpoint
 from dgs.model.clip import Clip
 from dgs.model.clip_classifier import load_heads
 from dgs.model.detector import Detector, TorchTower
+from dgs.model.features import frozen_features
 from dgs.model.methods.averaging import Averaging
 from dgs.model.methods.constraints import adapters
+from dgs.model.methods.experts import fit_text_head
 from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.step import surgery_step
-from dgs.model.train import Trained, frozen_features, new_head, stage1, teacher_residuals, train, training_views
+from dgs.model.train import Trained, new_head, stage1, teacher_residuals, train, training_views
+from dgs.model.training_log import recorded
 from dgs.params import Params
 
 SETTINGS = {
@@ -45,8 +48,13 @@ def settings(**train_params: object) -> Params:
 
 
 def weights_of(trained: Trained) -> dict[str, Tensor]:
-    """What was learned: the heads by name, and the adapters; of a network of its own everything."""
-    network: Any = trained.classifier
+    """What was learned: the heads by name, and the adapters; of a network of its own everything; of a fusion both."""
+    parts = [_weights(part) for part in trained.classifier.parts]
+    numbered = [f"{number}." if len(parts) > 1 else "" for number in range(len(parts))]
+    return {f"{at}{name}": value for at, part in zip(numbered, parts, strict=True) for name, value in part.items()}
+
+
+def _weights(network: Any) -> dict[str, Tensor]:
     if network.clip is None:
         return {n: v.detach().clone() for n, v in network.state_dict().items()}
     learned = {f"{n}.{k}": v.clone() for n, h in network.heads.items() for k, v in h.state_dict().items()}
@@ -302,20 +310,80 @@ def test_training_separates_fakes_with_a_checkerboard(clip: Clip, prepared: Prep
 def test_the_journal_notes_losses_and_gradients_at_the_steps_asked_for(clip: Clip, prepared: Prepared) -> None:
     _, lora = run("lora", clip, prepared, settings(log_every=2))
     _, dgs = run("dgs", clip, prepared, settings(log_every=2))
-    assert sorted(dgs.log.losses["step"].unique()) == [0, 2, 3]  # 3 steps an epoch; validation after the last
+    assert sorted(dgs.log.losses["step"].unique()) == [0, 1, 3]  # the last whole batch; validation after the third
     samples = dgs.log.samples
-    assert samples.groupby("step").size().to_dict() == {0: 8, 2: 4}, "a row an image of the batch"
+    assert samples.groupby("step").size().to_dict() == {0: 8, 1: 8}, "a row an image of the batch"
     first = batch_order(20, 0, 0)[:8]
     assert samples.loc[samples["step"] == 0, "image"].tolist() == first
     assert (samples["label"].to_numpy() == prepared.split("train")["label"].to_numpy()[samples["image"]]).all()
-    assert list(dgs.log.batches["step"]) == [0, 2] and (dgs.log.batches["effective_rank"] <= 2 + 1e-6).all()
+    assert list(dgs.log.batches["step"]) == [0, 1] and (dgs.log.batches["effective_rank"] <= 2 + 1e-6).all()
     assert (degrees(samples, "task-applied") > 0).all()
     assert np.allclose(degrees(lora.log.samples, "task-applied"), 0, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("images", "size", "steps", "every", "found"),
+    [
+        (20, 8, 6, 1, [0, 1, 3, 4]),  # each epoch ends in a batch of 4
+        (20, 8, 6, 3, [0, 3, 4]),  # and the run in its last whole one
+        (24, 8, 6, 4, [0, 4, 5]),
+        (5, 8, 3, 2, [0, 2]),  # all there is, is a whole batch
+        (5_000, 32, 471, 10, [*range(0, 470, 10), 469]),  # mini: 470 has 8 images
+    ],
+)
+def test_whole_batches_alone_are_recorded(images: int, size: int, steps: int, every: int, found: list[int]) -> None:
+    assert sorted(recorded(images, size, steps, every)) == found
+
+
+def test_a_partial_batch_is_trained_on_and_not_recorded(clip: Clip, prepared: Prepared) -> None:
+    """Every step of 8, 8 and 4 images moves the weights, whatever is recorded of it."""
+    once = settings(stage2={"epochs": 1, "lr": 0.01}, stage1={"epochs": 1, "lr": 0.01})
+    weights, dgs = run("dgs", clip, prepared, once)
+    _, probe = run("probe", clip, prepared, once)
+    cut, _ = run("dgs", clip, prepared.with_training_images(16, 0), once)
+    for log in (dgs.log, probe.log):
+        assert sorted(log.losses.dropna(subset=["loss"])["step"]) == [0, 1]
+    assert not torch.equal(weights["image.weight"], cut["image.weight"])
+
+
+def test_the_text_heads_accuracy_and_floor_stand_beside_its_loss(clip: Clip, prepared: Prepared) -> None:
+    params = settings(stage2={"lr": 0.05, "epochs": 60}, log_gradients=False)
+    _, dgs = run("dgs", clip, prepared, params)
+    rows = dgs.log.losses.dropna(subset=["loss"])
+    (floor,) = rows["loss_text_floor"].unique()
+    first, last = rows.iloc[0], rows.iloc[-20:].mean(numeric_only=True)
+    assert first["loss_text"] > floor and last["loss_text"] < first["loss_text"]
+    assert last["text_acc"] > 0.95 >= first["text_acc"]
+    parts = rows[["loss_task", "loss_text", "loss_alignment"]].sum(axis=1)
+    assert np.allclose(rows["loss"], parts), "a loss is no sum with an accuracy or a floor"
+
+
+def test_the_releases_text_head_learns_the_same_bits_whether_or_not_a_floor_is_found(
+    clip: Clip, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = settings().replaced({"model.lora.dropout": 0.5})
+    with_floor, _ = run("dgs", clip, prepared, params)
+    monkeypatch.setattr("dgs.model.train.fit_text_head", lambda *_: (None, np.nan))
+    without, _ = run("dgs", clip, prepared, params)
+    assert all(torch.equal(with_floor[name], without[name]) for name in without)
+
+
+def test_a_fitted_text_head_stays_as_it_was_fitted_and_moves_what_asks_it(clip: Clip, prepared: Prepared) -> None:
+    captions = prepared.caption_embeddings[prepared.split("train").index]
+    labels = torch.tensor(prepared.split("train")["label"].to_numpy(), dtype=torch.float32)
+    head, _ = fit_text_head(torch.from_numpy(captions), labels)
+    released, fitted = (settings(surgery={"text_head": how}) for how in ("release", "fitted"))
+    for method, moves in (("dgs", True), ("lora", False)):
+        before, after = (run(method, clip, prepared, params)[0] for params in (released, fitted))
+        assert torch.equal(after["text.weight"], head.weight) and not torch.equal(before["text.weight"], head.weight)
+        assert torch.equal(before["image.weight"], after["image.weight"]) != moves
+    accuracies = run("dgs", clip, prepared, fitted)[1].log.losses["text_acc"].dropna()
+    assert len(accuracies) and (accuracies < 1).any(), "cross-fitted: 20 captions of noise tell nothing of labels"
+
+
 def test_layers_are_noted_every_fifth_record_block_by_block(clip: Clip, prepared: Prepared) -> None:
-    _, dgs = run("dgs", clip, prepared, settings(stage2={"epochs": 3, "lr": 0.01}))
-    _, lora = run("lora", clip, prepared, settings(stage2={"epochs": 3, "lr": 0.01}))
+    params = settings(batch_size=10, stage2={"epochs": 3, "lr": 0.01})
+    (_, dgs), (_, lora) = (run(name, clip, prepared, params) for name in ("dgs", "lora"))
     blocks = len(clip.model.visual.transformer.resblocks)
     assert dgs.log.layers.groupby("step").size().to_dict() == {0: 3 * blocks, 5: 3 * blocks}
     assert set(dgs.log.layers["layer"]) == {f"{block}.{name}" for block in range(blocks) for name in "qkv"}
@@ -468,7 +536,9 @@ def test_an_image_with_features_that_are_no_numbers_is_named(
         run("dgs", clip, prepared, settings())
 
 
-@pytest.mark.parametrize("method", ["probe", "dgs", "leace", "levels_probe", "dgs_plus", "wise_ft", "pixel_cnn"])
+@pytest.mark.parametrize(
+    "method", ["probe", "dgs", "leace", "levels_probe", "dgs_plus", "wise_ft", "pixel_cnn", "late_fusion"]
+)
 def test_a_checkpoint_scores_as_the_run_that_made_it(
     method: str, clip: Clip, prepared: Prepared, tmp_path: Path
 ) -> None:
@@ -484,7 +554,7 @@ def test_a_checkpoint_scores_as_the_run_that_made_it(
     train(get_method(method), clip, prepared, params, 0, torch.device("cpu"), keep)
     names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert {"dgs.json", "model.safetensors" if METHODS[method].model else "heads.safetensors"} <= names
-    assert ({"adapter_model.safetensors", "adapter_config.json"} <= names) == METHODS[method].adapters
+    assert ({"adapter_model.safetensors", "adapter_config.json"} <= names) == METHODS[method].tunes_clip
     detector = Detector.load(tmp_path / "checkpoint", root=tmp_path)
     scores = detector.score(files)
     assert np.array_equal(scores, expected[0])

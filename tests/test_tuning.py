@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,15 +16,20 @@ from settings import validate
 
 from dgs.analysis import tuning
 from dgs.analysis.tuning import RULES, candidates, chosen, weighted_balanced_accuracy, with_candidate
+from dgs.data.prepared import load_training
 from dgs.errors import UserError
+from dgs.model.methods.experts import ipw_weights
 from dgs.model.methods.registry import METHODS
-from dgs.model.methods.text_expert import ipw_weights
 from dgs.params import TUNABLE, dotted, load_params
+from dgs.stats import effective_size
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", METHODS)
+SEARCHED = [name for name, method in METHODS.items() if not method.settings_of]  # the others take theirs
+
+
+@pytest.mark.parametrize("name", SEARCHED)
 def test_every_method_gets_six_different_settings_that_are_parameters(name: str) -> None:
     tried = candidates(METHODS[name])
     assert len(tried) == 6 == len({json.dumps(candidate) for candidate in tried})
@@ -39,7 +45,7 @@ def test_the_parameter_file_has_settings_for_every_method_and_a_control_has_thos
         assert set(own) <= set(given["default"])
     for name, method in METHODS.items():
         if method.settings_of:
-            assert given[name] == given[method.settings_of]
+            assert given[name] == {key: of for other in method.settings_of for key, of in given[other].items()}
 
 
 def test_committed_settings_are_those_that_the_committed_search_chose() -> None:
@@ -68,6 +74,17 @@ def test_balanced_weights_make_captions_tell_nothing() -> None:
     assert ipw_weights(np.array([0.0, 1.0]), np.array([1, 0])).tolist() == [20, 20]
 
 
+def test_weighed_validation_images_count_as_fewer_by_kish(tiny_prepared: Path) -> None:
+    assert effective_size(np.ones(7)) == pytest.approx(7)
+    assert effective_size(np.array([1.0, 1.0, 0.0, 0.0])) == pytest.approx(2), "weights of 0 are no images"
+    assert effective_size(np.array([20.0, 1.0, 1.0])) == pytest.approx(22**2 / 402)
+    prepared = load_training(tiny_prepared, ROOT)
+    said = tuning.weighed_note(prepared)
+    for label, name in ((0, "real"), (1, "fake")):
+        count, effective = re.search(rf"(\d+) {name} as (\d+)", said).groups()
+        assert int(count) == (prepared.split("val")["label"] == label).sum() and 1 <= int(effective) <= int(count)
+
+
 def table(scores: dict[str, list[float]], name: str = "lora") -> pd.DataFrame:
     tried = [json.dumps(candidate) for candidate in candidates(METHODS[name])]
     return pd.DataFrame({"data_hash": "d", "method": name, "candidate": tried, "seed": 0, **scores})
@@ -87,7 +104,9 @@ def test_seeds_are_averaged_and_controls_follow() -> None:
     )
     best = chosen(pd.concat([one, two.assign(seed=1)]), "val")
     assert best["dgs"] == candidates(METHODS["dgs"])[1]
-    assert {name for name in best if name != "dgs"} == {name for name, method in METHODS.items() if method.settings_of}
+    assert {name for name in best if name != "dgs"} == {
+        name for name in METHODS if METHODS[name].settings_of == ("dgs",)
+    }
     assert all(values == best["dgs"] for values in best.values())
 
 
@@ -105,10 +124,12 @@ def test_a_broken_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     params = validate({"compute": {"jobs": 1}})
     monkeypatch.setattr(tuning, "_score", score)
     monkeypatch.setattr(tuning, "load_training", lambda *_: SimpleNamespace(info={"training_hash": "d"}))
-    rows = list(tuning.tune(["lora", "paper_order"], params, tmp_path, tmp_path, out, [0]))
+    rows = list(tuning.tune(["lora"], params, tmp_path, tmp_path, out, [0]))
     assert tried == list(zip(found["method"][4:], found["candidate"][4:], strict=True)) and len(rows) == 2
     assert len(pd.read_csv(out)) == 6
     assert not list(tuning.tune(["lora"], params, tmp_path, tmp_path, out, [0]))
+    own = list(tuning.tune(["paper_order", "content_probe"], params, tmp_path, tmp_path, tmp_path / "own.csv", [0]))
+    assert [row["method"] for row in own] == ["dgs"] * 6 + ["poe_probe"] * 6, "whose settings they take"
 
 
 @pytest.mark.parametrize("name", ["probe", "lora", "dgs", "null_space"])

@@ -10,6 +10,7 @@ import pandas as pd
 
 from dgs.analysis import angles
 from dgs.analysis.metrics import detection_table
+from dgs.analysis.scores import FILE, read_scores
 from dgs.data.prepared import Prepared
 from dgs.errors import UserError
 from dgs.workspace import Workspace
@@ -70,7 +71,7 @@ def write_tables(
 def write_correlations(workspace: Workspace, tables: Tables, prepared: Prepared) -> pd.DataFrame | None:
     """Write angle_correlations.csv, where the evaluate stage has left scores; else say that it has not."""
     try:
-        scores = pd.read_parquet(workspace.find("evaluate", made_by="evaluate") / "scores.parquet")
+        scores = read_scores(workspace.find("evaluate", made_by="evaluate") / FILE)
     except UserError as error:
         print("not evaluated yet:", error)
         return None

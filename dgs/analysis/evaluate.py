@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,18 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from dgs.analysis.differences import difference_table
 from dgs.analysis.forgetting import Tower, measure_all, spread_out
-from dgs.analysis.metrics import AGAINST_ALIGNED, SCORES, detection_table, summary, write_detection
+from dgs.analysis.metrics import (
+    AGAINST_ALIGNED,
+    OF_EXPERT,
+    detection_table,
+    over_seeds,
+    per_seed_values,
+    summary,
+    write_detection,
+)
+from dgs.analysis.scores import FILE, as_scores, write_scores
 from dgs.analysis.tuning import weighted_balanced_accuracy
 from dgs.atomic import replacing
 from dgs.conditions import NATIVE, parse_condition
@@ -30,13 +41,14 @@ from dgs.model.checkpoint import load_checkpoint, read_info
 from dgs.model.classifier import Classifier
 from dgs.model.clip import Clip, load_clip
 from dgs.model.clip_classifier import ClipClassifier
+from dgs.model.features import over_views
 from dgs.model.gemm import resolve
+from dgs.model.methods.experts import caption_probability, ipw_weights
 from dgs.model.methods.registry import METHODS, get_method
-from dgs.model.methods.text_expert import caption_probability, ipw_weights
 from dgs.model.prefix import keep_tokens
-from dgs.model.train import over_views
-from dgs.model.training_log import read_losses
+from dgs.model.training_log import read_experts, read_losses
 from dgs.params import Params
+from dgs.stats import effective_size
 from dgs.workspace import Workspace, external_checkpoints
 
 Features = NDArray[np.float32]
@@ -143,16 +155,22 @@ def image_features(classifier: Classifier, views: Inputs, params: Params, label:
     return over_views(classifier.features, classifier.width, classifier.device, views, params, label).cpu().numpy()
 
 
-def block_means(classifier: ClipClassifier, views: Views, params: Params, label: str) -> list[Features]:
-    """The mean patch token of each image after each vision block: `depth` arrays (N, W), the first block's first."""
+def block_means(
+    classifier: ClipClassifier, views: Inputs, params: Params, label: str, below: Sequence[Features] = ()
+) -> list[Features]:
+    """The mean patch token of each image after each vision block: `depth` arrays (N, W), the first block's first.
+
+    below: those of the blocks under the adapted ones, where they are known: then `views` may be tokens.
+    """
     backbone = classifier.backbone
     levels, depth = backbone.levels, len(backbone.visual.blocks)
-    backbone.levels = tuple(range(1, depth + 1))
+    backbone.levels = tuple(range(len(below) + 1, depth + 1))
     try:
         found = image_features(classifier, views, params, label)
     finally:
         backbone.levels = levels
-    return np.split(found[:, backbone.widths[0] :], 2 * depth, axis=1)[::2]  # the others are standard deviations
+    own = np.split(found[:, backbone.widths[0] :], 2 * (depth - len(below)), axis=1)[::2]  # others: deviations
+    return [*below, *own]
 
 
 def tsne_rows(rows: pd.DataFrame, per_cell: int) -> pd.DataFrame:
@@ -204,27 +222,31 @@ class _Reader:
         self._scratch = tempfile.TemporaryDirectory(prefix="dgs-tokens-")
         self._tokens = Path(processes.broadcast(self._scratch.name))
 
+    def inputs(self, classifier: Classifier) -> Inputs:
+        """The views, or where `classifier` has blocks under its adapters and disk is allowed, the tokens after them."""
+        if not (isinstance(classifier, ClipClassifier) and classifier.is_tuned):
+            return self.views
+        own = classifier.backbone
+        (found,) = keep_tokens(own, [self.views], self.job.params, self._tokens / f"below-{own.depth}")
+        return found
+
     def features(self, classifier: Classifier, label: str) -> Features:
         """(N, D): what `classifier` decides on."""
         if classifier.shared in self._shared:
             return self._shared[classifier.shared]
-        views: Inputs = self.views
-        if isinstance(classifier, ClipClassifier) and classifier.is_tuned:
-            own = classifier.backbone
-            (views,) = keep_tokens(own, [self.views], self.job.params, self._tokens / f"below-{own.depth}")
-        found = image_features(classifier, views, self.job.params, label)
+        found = image_features(classifier, self.inputs(classifier), self.job.params, label)
         if classifier.shared is not None:
             self._shared[classifier.shared] = found
         return found
 
     @torch.no_grad()
     def scores(self, method: str, seed: int, classifier: Classifier, features: Features) -> pd.DataFrame:
-        """One row an image, columns `metrics.SCORES`."""
+        """One row an image, columns `scores.SCORES`."""
         table = self.rows.reset_index(drop=True)
         table["method"], table["seed"], table["profile"] = method, seed, self.job.params.profile
         table["condition"], table["applied_to"], table["rho"] = self.condition, "both", self.job.prepared.info["rho"]
         table["logit"] = classifier.decide(torch.from_numpy(features).to(classifier.device)).cpu().numpy()
-        return table[list(SCORES)].astype({name: kind for name, kind in SCORES.items() if kind != "str"})
+        return as_scores(table)
 
 
 def _changed_scores(found: Runs, job: _Job) -> Iterator[pd.DataFrame]:
@@ -258,7 +280,7 @@ def evaluate(
     """Every checkpoint on the validation and test images, and on changed test images where asked for.
 
     Returns:
-        scores (one row an image, checkpoint and condition, columns `metrics.SCORES`), forgetting (rho, method, seed,
+        scores (one row an image, checkpoint and condition, columns `scores.SCORES`), forgetting (rho, method, seed,
         measure, before, after; none of a method without a CLIP), and for the t-SNE {"frozen", method...: (features,
         rows)} of the first seed.
 
@@ -293,9 +315,12 @@ def evaluate(
         with _opened(method, folder, job) as classifier:
             features = reader.features(classifier, label)
             scores.append(reader.scores(method, seed, classifier, features))
-            tuned = classifier if isinstance(classifier, ClipClassifier) and classifier.is_tuned else None
+            first = classifier.parts[0]  # whose features come first
+            tuned = first if isinstance(first, ClipClassifier) and first.is_tuned else None
             if tuned is not None:
-                blocks = block_means(tuned, few.views, params, f"{label}, blocks")
+                inputs = few.inputs(tuned)
+                below = () if inputs is few.views else frozen.blocks[: tuned.backbone.depth]
+                blocks = block_means(tuned, inputs, params, f"{label}, blocks", below)
         if not np.isfinite(features).all():
             raise UserError(
                 f"Features of {method}, seed {seed}, are not finite: did training diverge? Try a lower learning rate."
@@ -338,6 +363,7 @@ class Tables(NamedTuple):
     """What results/<profile> holds of an evaluation: its tables, and what metrics.json says."""
 
     detection: pd.DataFrame
+    differences: pd.DataFrame
     forgetting: pd.DataFrame
     training: pd.DataFrame
     summary: dict[str, Any]
@@ -351,20 +377,28 @@ def write_tables(
     prepared: Prepared,
     params: Params,
 ) -> Tables:
-    """Write scores.parquet, then detection.csv, forgetting.csv, training.csv and metrics.json of what was evaluated."""
-    with replacing(workspace.build("evaluate")) as folder:
-        scores.to_parquet(folder / "scores.parquet", index=False)
+    """Write scores.parquet, also among the results, then metrics.json and the tables of what was evaluated."""
     results, info = workspace.results, prepared.info
+    results.mkdir(parents=True, exist_ok=True)
+    with replacing(workspace.build("evaluate")) as folder:
+        write_scores(scores, folder / FILE)
+        shutil.copyfile(folder / FILE, results / FILE)  # what `dgs report --from-scores` needs, without build/
     detection = detection_table(scores, set(info["seen"]))
+    differences = difference_table(per_seed_values(detection, forgetting), detection, scores)
     training = read_losses(_method_folders(found, params).values(), info["rho"])
     write_detection(detection, results / "detection.csv")
+    differences.to_csv(results / "differences.csv", index=False)
     forgetting.round(6).to_csv(results / "forgetting.csv", index=False)
     training.round(6).to_csv(results / "training.csv", index=False)
     said = summary(detection, forgetting, params.profile, info["data_hash"])
+    experts = read_experts(_method_folders(found, params).values())
+    for (method, reads, split), rows in experts.groupby(["method", "reads", "split"], sort=False):
+        accuracy = rows.groupby("seed")["accuracy"].mean()
+        said["methods"][method][f"{reads}{OF_EXPERT}{split}"] = over_seeds(accuracy)
     if cautions := prepared.cautions:
         said["cautions"] = cautions
     (results / "metrics.json").write_text(json.dumps(said, indent=1) + "\n")
-    return Tables(detection, forgetting, training, said)
+    return Tables(detection, differences, forgetting, training, said)
 
 
 def final_validation(scores: pd.DataFrame, prepared: Prepared) -> pd.DataFrame:
@@ -375,7 +409,8 @@ def final_validation(scores: pd.DataFrame, prepared: Prepared) -> pd.DataFrame:
     "reweighted" without a text side too; of an aligned one its name says so.
 
     Returns:
-        columns method, seed, images (the kind), balanced_acc.
+        columns method, seed, images (the kind), balanced_acc, n_effective (as how many images of both labels together
+        the weighed ones count: `stats.effective_size`).
     """
     aligned = prepared.info.get("text", OWN_TEXT)["side"] == "aligned"
     reweighted = "reweighted" + (AGAINST_ALIGNED if aligned else "")
@@ -390,7 +425,8 @@ def final_validation(scores: pd.DataFrame, prepared: Prepared) -> pd.DataFrame:
         if kind == reweighted:
             weights = ipw_weights(caption_probability(prepared, split), labels)
         own = own.assign(weight=own["id"].map(dict(zip(known["id"], weights, strict=True))))
+        effective = sum(effective_size(weights[labels == label]) for label in (0, 1))
         for (method, seed), run in own.groupby(["method", "seed"], sort=False):
             columns = [run[name].to_numpy() for name in ("label", "logit", "weight")]
-            rows.append((method, seed, kind, weighted_balanced_accuracy(*columns)))
-    return pd.DataFrame(rows, columns=["method", "seed", "images", "balanced_acc"])
+            rows.append((method, seed, kind, weighted_balanced_accuracy(*columns), effective))
+    return pd.DataFrame(rows, columns=["method", "seed", "images", "balanced_acc", "n_effective"])

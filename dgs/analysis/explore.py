@@ -26,6 +26,7 @@ from dgs.analysis.evaluate import check_fits
 from dgs.analysis.figures.images import portrait
 from dgs.analysis.figures.plane import plane_figure
 from dgs.analysis.figures.style import subject_of
+from dgs.analysis.scores import FILE, read_scores
 from dgs.data.images import decode, read
 from dgs.data.manifest import open_image
 from dgs.data.patches import patch_indices
@@ -240,7 +241,7 @@ class Workbench:
     def mistakes(self, method: str, seed: int) -> pd.DataFrame:
         """`confident_mistakes` in the scores of the evaluate stage; empty where nothing was evaluated yet."""
         try:
-            scores = pd.read_parquet(self.workspace.find("evaluate", made_by="evaluate") / "scores.parquet")
+            scores = read_scores(self.workspace.find("evaluate", made_by="evaluate") / FILE)
         except UserError:
             return pd.DataFrame(columns=["group", "id", "label", "logit"])
         return confident_mistakes(scores, method, seed)
@@ -353,6 +354,8 @@ class Workbench:
 
 def remark(method: str, subject: Subject) -> str:
     """What to know of the surgery shown, where it is not what trained this checkpoint; "" for dgs."""
+    if members := get_method(method).members:
+        return f"{method} is composed of {' and '.join(member.name for member in members)}: look at one of them."
     if subject.sample is None and get_method(method).adapters:
         return (
             f"Without a text side (model.text: none) {method} has no harmful direction: there is nothing to suppress."

@@ -1,7 +1,7 @@
 """From scores (one row an image) to detection rates, their table and the summary of a run.
 
-`SCORES` is the interface: every table, interval and figure of detection is a pivot of it. `METRICS` is the one list of
-what is measured: a new metric is a row of it and needs no inference. Rates are fractions.
+Scores (`scores.SCORES`) are the interface: every table, interval and figure of detection is a pivot of them. `METRICS`
+is the one list of what is measured: a new metric is a row of it and needs no inference. Rates are fractions.
 """
 
 from __future__ import annotations
@@ -22,23 +22,9 @@ from dgs.errors import UserError
 from dgs.stats import DECIMALS, Scored, best_threshold, rounded, seed_interval
 from dgs.tables import read_table
 
-# The scores, build/<profile>/evaluate/scores.parquet: one row an image, checkpoint and condition.
-SCORES = {
-    "id": "str",  # of the image in the manifest
-    "sha256": "str",  # of the image file
-    "split": "str",  # "test", or validation: "val", and "val_unbiased" where the data has it
-    "generator": "str",
-    "label": "int64",  # 0 real, 1 fake
-    "rho": "float64",  # strength of the shortcut in training; NaN where the data has none
-    "condition": "str",  # "native", or a change to test images as in evaluate.robustness.conditions
-    "applied_to": "str",  # which images the condition changed: "both"
-    "logit": "float32",  # before the sigmoid: called generated where it is above the threshold
-    "method": "str",
-    "seed": "int64",
-    "profile": "str",
-}
 NEEDED = ["split", "generator", "label", "condition", "applied_to", "logit", "method", "seed"]  # by `detection_table`
 RUN = ["rho", "method", "seed"]
+OF_EXPERT = "_expert:"  # in metrics.json: "content_expert:train", the accuracy of a method's expert on a split
 VALIDATION = ("val", "val_unbiased")  # the second without the training set's shortcut, where the data has one
 BLOCK = "_block:"  # in the name of a forgetting measure of a single vision block
 ALIGNED = "_aligned"  # in the name of a forgetting measure whose text side was trained to the tower
@@ -173,7 +159,7 @@ def detection_row(labels: np.ndarray, logits: np.ndarray, threshold: float = 0.0
 def detection_table(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame:
     """The detection table: one row a run, generator, condition and threshold rule, over the test images.
 
-    `scores`: columns of `SCORES`, of which id, sha256 and profile are not needed, nor rho where the data has none;
+    `scores`: columns of `scores.SCORES`; id, sha256 and profile are not needed, nor rho where the data has none;
     `seen`: names of the generators in the training set. A generator is judged against real images of its own where it
     has any, else against the shared pool named "real" or that of its suite (`suites.pool_of`). A condition other than
     "native", scored on all images (applied_to "both"), also gets rows with it applied to real or fake images alone:
@@ -279,6 +265,13 @@ def per_seed_values(detection: pd.DataFrame, forgetting: pd.DataFrame | None = N
     return pd.DataFrame(measured, columns=["method", "seed", "metric", "value"])
 
 
+def over_seeds(values: pd.Series) -> dict[str, Any]:
+    """Values by seed (the index) as an entry of metrics.json: {mean, low, high, per_seed: {seed: value}}."""
+    by_seed = values.sort_index()
+    mean, low, high = (rounded(end) for end in seed_interval(by_seed.to_numpy()))
+    return {"mean": mean, "low": low, "high": high, "per_seed": {str(seed): rounded(v) for seed, v in by_seed.items()}}
+
+
 def summary(detection: pd.DataFrame, forgetting: pd.DataFrame | None, profile: str, data_hash: str) -> dict[str, Any]:
     """The content of metrics.json: each method's headline numbers with 95 % intervals over seeds.
 
@@ -291,14 +284,7 @@ def summary(detection: pd.DataFrame, forgetting: pd.DataFrame | None, profile: s
     values = per_seed_values(detection, forgetting)
     methods: dict[str, dict[str, dict[str, Any] | None]] = {}
     for (method, metric), part in values.groupby(["method", "metric"], sort=False):
-        by_seed = part.sort_values("seed")
-        mean, low, high = (rounded(end) for end in seed_interval(by_seed["value"].to_numpy()))
-        methods.setdefault(str(method), {})[str(metric)] = {
-            "mean": mean,
-            "low": low,
-            "high": high,
-            "per_seed": {str(seed): rounded(v) for seed, v in zip(by_seed["seed"], by_seed["value"], strict=True)},
-        }
+        methods.setdefault(str(method), {})[str(metric)] = over_seeds(part.set_index("seed")["value"])
     if forgetting is not None:
         for name, numbers in methods.items():
             expected = TEXT_METRICS if name in set(forgetting["method"]) else metrics_of("forgetting")
@@ -388,7 +374,16 @@ def _validation_thresholds(run: pd.DataFrame) -> dict[str, float]:
 
 
 def _generators(part: pd.DataFrame, run: str) -> Iterator[tuple[str, Scored]]:
-    """(name, images) of each generator of one run and condition, with the reals it is judged against."""
+    """(name, images) of each generator, as `rows_by_generator` parts one run and condition."""
+    for name, own in rows_by_generator(part):
+        yield name, Scored.of(own["label"].to_numpy(), own["logit"].to_numpy(), f" ({run}, generator {name})")
+
+
+def rows_by_generator(part: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """(name, rows) of each generator of one run and condition, with the reals it is judged against.
+
+    Raises UserError as `detection_table` does.
+    """
     present = set(part["generator"])
     pools = {name: part[part["generator"] == name] for name in sorted(present) if is_pool(name)}
     for name, pool in pools.items():
@@ -407,7 +402,7 @@ def _generators(part: pd.DataFrame, run: str) -> Iterator[tuple[str, Scored]]:
                     f"Generator '{name}' has no real test images, and there is no shared pool named '{SHARED_REALS}'."
                 )
             own = pd.concat([own, pools[shared]])
-        yield name, Scored.of(own["label"].to_numpy(), own["logit"].to_numpy(), f" ({run}, generator {name})")
+        yield name, own
 
 
 def _ordered(table: pd.DataFrame) -> pd.DataFrame:

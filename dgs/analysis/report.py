@@ -15,8 +15,10 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from dgs.analysis.differences import COMPARED, intervals, is_crossed, key_of
 from dgs.analysis.metrics import (
     BLOCK,
+    OF_EXPERT,
     ORACLE,
     generators_in_order,
     headline,
@@ -24,7 +26,6 @@ from dgs.analysis.metrics import (
     measure_words,
     metrics_of,
     native_rows,
-    per_seed_values,
     unique,
 )
 from dgs.analysis.robustness import changes, conditions_of, format_conditions, means_over_generators, readings
@@ -35,15 +36,11 @@ from dgs.stats import (
     Interval,
     interval_text,
     iqm,
-    paired_difference,
     percent_text,
     rounded_text,
     seed_interval,
-    stratified_bootstrap,
 )
 
-BASELINE = "lora"
-COMPARED = {key: metric for key, metric in metrics_of("run", "forgetting").items() if metric.label}
 # Settings that may differ between checkpoints without making their training differ.
 NOT_OF_TRAINING = (
     "methods", "train.log_every", "train.log_gradients", "compute.batch_size", "compute.jobs", "compute.workers",
@@ -52,6 +49,7 @@ NOT_OF_TRAINING = (
 RUN = ["method", "seed"]
 OF_METHODS = ("settings", "tuned")  # groups of settings that have a method's own below its name
 FEW_SEEDS = 3  # fewer say next to nothing about how far a number would move
+WORDS = {"train": "training images, out of fold", "val_unbiased": "images without the shortcut"}
 READINGS = {
     "fragile": "fragile under",
     "looks real": "takes images for real after",
@@ -72,6 +70,7 @@ def write_report(
     figures: Sequence[str | PurePath] = (),
     suites: Sequence[str] = (),
     text: str = "",
+    differences: pd.DataFrame | None = None,
 ) -> Path:
     """Writes REPORT.md; the same input gives the same bytes. Returns the path, whose parent folders are made.
 
@@ -79,8 +78,9 @@ def write_report(
     method -> the settings its checkpoints were trained with, nested or flat, in method order: one that methods share is
     printed once, and a line at the top warns of others; `figures`: image paths relative to the report's folder;
     `suites`: sections on the paper's suites (`paper.suite_sections`); `text`: a sentence on what embedded captions, if
-    that was not CLIP's own text tower. Raises UserError as `metrics.headline` does, ValueError for an absolute figure
-    path and for settings that are not one mapping a method.
+    that was not CLIP's own text tower; `differences`: as `differences.difference_table` gives them; None: a report
+    without them. Raises UserError as `metrics.headline` does, ValueError for an absolute figure path and for settings
+    that are not one mapping a method.
     """
     for figure in figures:
         if PurePath(figure).is_absolute() or os.fspath(figure).startswith("/"):
@@ -89,6 +89,8 @@ def write_report(
     seeds_of = rows.groupby("method", sort=False)["seed"].nunique()
     seeds = int(seeds_of.max())
     by_setting, rates = _by_setting(settings), metrics_of("decisions", "ranking").values()
+    sides = zip(settings, by_setting.get("train.surgery.content_side", ()), strict=False)
+    content = sorted({side for name, side in sides if f"content{OF_EXPERT}train" in methods.get(name, ())})
     equal = np.allclose(rows["acc"], rows["balanced_acc"], rtol=0, atol=1e-9)
     text = render(
         "REPORT.md.j2",
@@ -96,14 +98,16 @@ def write_report(
         few_seeds=FEW_SEEDS,
         fewer=", ".join(f"`{method}` ({count})" for method, count in seeds_of.items() if count < seeds),
         differ=any(len(set(of)) > 1 and not key.startswith(NOT_OF_TRAINING) for key, of in by_setting.items()),
-        baseline=BASELINE,
         headline=_headline(methods, forgetting),
         text=text,
         macc=", ".join(f"`{name}` {_entry(numbers['mAcc'])}" for name, numbers in methods.items() if "mAcc" in numbers),
         without_clip=[name for name in methods if forgetting is not None and name not in set(forgetting["method"])],
-        differences=_differences(per_seed_values(detection, forgetting), forgetting),
-        resampled=_over_seeds_and_generators(rows[~rows["seen"]]),
+        differences={} if differences is None or differences.empty else _differences(differences, forgetting),
+        spread=_over_generators(rows[~rows["seen"]]),
         where="seen" if rows["seen"].all() else "unseen",
+        experts=_experts(methods),
+        sides=content,
+        free=any(key.endswith(f"{OF_EXPERT}val_unbiased") for numbers in methods.values() for key in numbers),
         oracle=(detection["threshold_rule"].astype(str) == ORACLE).any(),
         operating_points=_operating_points(detection),
         suites="\n\n".join(suites),
@@ -185,51 +189,65 @@ def _headline(methods: Mapping[str, Mapping[str, Any]], forgetting: pd.DataFrame
     return markdown_table(["method", *shown.values()], rows)
 
 
-def _differences(values: pd.DataFrame, forgetting: pd.DataFrame | None) -> str:
-    """Paired differences to the baseline, from `per_seed_values` (not from metrics.json, whose seeds are rounded)."""
-    by_seed = 100 * values.pivot(index=["metric", "seed"], columns="method", values="value")
-    rows = []
-    for name in unique(values["method"]) if BASELINE in by_seed else ():
-        for key in COMPARED:
-            if name == BASELINE or key not in by_seed.index:
-                continue
-            both = by_seed.loc[key, [name, BASELINE]].dropna()
-            if both.empty:
-                continue
-            gap = paired_difference(both[name].to_numpy(), both[BASELINE].to_numpy())
-            rows.append([f"`{name}`", label_of(key, forgetting), interval_text(gap), str(len(both)), _verdict(gap)])
-    return markdown_table(["method", "measure", f"minus `{BASELINE}`", "seeds", "reading"], rows)
+def _differences(differences: pd.DataFrame, forgetting: pd.DataFrame | None) -> dict[str, Any]:
+    """The two tables of differences, points: those with crossed intervals, and those over seeds alone."""
+    crossed, seeds_alone = [], []
+    for row, drawn, seeds, decisive in intervals(differences):
+        first = [f"`{row.method}`", label_of(key_of(row.rate, row.pictures), forgetting)]
+        count, reading = str(row.n_seeds), _verdict(decisive, row.n_seeds)
+        if decisive is drawn:
+            p = [_p_text(value) for value in (row.p, row.p_holm, row.p_sign_flip)]
+            ends = interval_text(seeds).partition(" ")[2] or "–"
+            crossed.append([*first, interval_text(drawn), ends, *p, f"{count} × {row.n_generators}", reading])
+        else:
+            seeds_alone.append([*first, interval_text(seeds), count, reading])
+    baseline = differences["other"].iloc[0]
+    head, minus = ["method", "measure"], f"minus `{baseline}`"
+    p = ["p", "p (Holm)", "p (signs of seeds)"]
+    return {
+        "baseline": baseline,
+        "crossed": markdown_table([*head, minus, "over seeds", *p, "seeds × generators", "reading"], crossed),
+        "seeds": markdown_table([*head, minus, "seeds", "reading"], seeds_alone),
+        "family": differences.loc[is_crossed(differences), "method"].nunique(),
+    }
 
 
-def _verdict(gap: Interval) -> str:
+def _p_text(p: float) -> str:
+    return "–" if np.isnan(p) else "< 0.001" if p < 0.001 else rounded_text(p, 3)
+
+
+def _experts(methods: Mapping[str, Mapping[str, Any]]) -> str:
+    """What each method's expert reads of labels: a row an expert, a column a split."""
+    found = {
+        (name, *key.split(OF_EXPERT)): _entry(entry)
+        for name, numbers in methods.items()
+        for key, entry in numbers.items()
+        if OF_EXPERT in key
+    }
+    splits, experts = unique(key[2] for key in found), dict.fromkeys(key[:2] for key in found)
+    rows = [
+        [f"`{name}`", reads, *(found.get((name, reads, split), "–") for split in splits)] for name, reads in experts
+    ]
+    return markdown_table(["method", "its expert reads", *(WORDS.get(split, split) for split in splits)], rows)
+
+
+def _verdict(gap: Interval, seeds: int) -> str:
     if not gap.known:
-        return "one seed: no interval"
+        return "one seed: no interval" if seeds == 1 else "too few generators or images: no interval"
     if gap.spans_zero:
         return "no difference shown"
     return "higher" if gap.mean > 0 else "lower"
 
 
-def _over_seeds_and_generators(rows: pd.DataFrame) -> str:
-    """Unseen generators as a table of seeds x generators: mean, IQM, worst, and a second interval of the difference."""
-    if rows["seed"].nunique() < 2:
-        return ""
-    tables = {
-        str(method): part.pivot(index="seed", columns="generator", values="balanced_acc")
-        for method, part in rows.groupby("method", sort=False)
-    }
+def _over_generators(rows: pd.DataFrame) -> str:
+    """How far one mean over seeds and unseen generators stands for them: mean, IQM and the worst generator."""
     lines = []
-    for method, rates in tables.items():
-        own = 100 * rates.dropna()
-        gaps = (own - 100 * tables.get(BASELINE, rates)).dropna().to_numpy()
-        minus = ["–"] * 3
-        if method != BASELINE and len(gaps):
-            resampled = [stratified_bootstrap(gaps, statistic) for statistic in (np.mean, iqm)]
-            minus = [interval_text(gap) for gap in (seed_interval(gaps.mean(axis=1)), *resampled)]
-        middle = interval_text(stratified_bootstrap(own.to_numpy(), iqm), sign=False)
-        worst = plus_minus(rates.min(axis=1))
-        lines.append([f"`{method}`", rounded_text(own.to_numpy().mean()), middle, worst, *minus])
-    minus = ["difference [t]", "difference [bootstrap]", "IQM of differences"]
-    return markdown_table(["method", "mean", "IQM", "worst generator", *minus], lines)
+    for method, part in rows.groupby("method", sort=False):
+        rates = part.pivot(index="seed", columns="generator", values="balanced_acc")
+        values = 100 * rates.to_numpy()
+        middle = rounded_text(iqm(values[np.isfinite(values)]))
+        lines.append([f"`{method}`", rounded_text(float(np.nanmean(values))), middle, plus_minus(rates.min(axis=1))])
+    return markdown_table(["method", "mean", "IQM", "worst generator"], lines)
 
 
 def _operating_points(detection: pd.DataFrame) -> str:

@@ -272,9 +272,10 @@ def finished_conditions(root: Path) -> list[str]:
 def write_study(root: Path, names: Sequence[str], folder: Path) -> Path:
     """`folder` with what the results of the profiles `names` say: table.csv, forest.png, REPORT.md; returns the last.
 
-    Settings are read from results/mini/tuning.csv, where there is one.
+    Also differences.png, of those that have crossed intervals: their results/<name>/differences.csv is there. Settings
+    are read from results/mini/tuning.csv, where there is one.
     """
-    from dgs.analysis.figures.detection import study_forest  # drawing libraries take seconds to load
+    from dgs.analysis.figures.detection import condition_forest, study_forest  # drawing libraries take seconds to load
     from dgs.analysis.figures.style import save
 
     conditions = [read_condition(root, name) for name in names]
@@ -283,6 +284,9 @@ def write_study(root: Path, names: Sequence[str], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     comparison_table(conditions).round(6).to_csv(folder / "table.csv", index=False)
     save(study_forest(generator_gaps(conditions)), folder / "forest.png")
+    files = {name: root / "results" / name / "differences.csv" for name in names}
+    if compared := {name: read_table(file) for name, file in files.items() if file.exists()}:
+        save(condition_forest(compared), folder / "differences.png")
     (folder / "REPORT.md").write_text(report, encoding="utf-8")
     return folder / "REPORT.md"
 

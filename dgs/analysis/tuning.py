@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from dgs.data.prepared import Prepared, load_training
 from dgs.errors import UserError
+from dgs.model.methods.experts import caption_probability, ipw_weights
 from dgs.model.methods.registry import METHODS, Method, get_method
-from dgs.model.methods.text_expert import caption_probability, ipw_weights
 from dgs.params import Params
+from dgs.stats import effective_size
 from dgs.tables import read_table
 
 Candidate = dict[str, float]
@@ -74,18 +75,18 @@ def with_candidate(params: Params, name: str, candidate: Candidate) -> Params:
 
 
 def train_and_score(
-    name: str, prepared: Prepared, params: Params, seed: int, root: Path, splits: Sequence[str]
+    method: Method, prepared: Prepared, params: Params, seed: int, root: Path, splits: Sequence[str]
 ) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Train a method once: {split: (labels, logits), each (N,)} for those of `splits` that have images."""
     # Imported here: the parent only waits, and should not spend seconds on loading CLIP's libraries.
     from dgs.data.views import Views
     from dgs.device import choose_device
     from dgs.model.clip import load_clip
+    from dgs.model.features import classify
     from dgs.model.snapshot import Snapshot
-    from dgs.model.train import Trained, classify, train
+    from dgs.model.train import Trained, train
 
-    method = get_method(name)
-    clip = None if method.model else load_clip(params.model, root, params.image_size, text=False)
+    clip = load_clip(params.model, root, params.image_size, text=False) if method.needs_clip else None
     device = choose_device(params.compute.device)
     found = {}
 
@@ -104,12 +105,26 @@ def train_and_score(
 def _score(_: str, name: str, candidate: str, seed: int, params: Params, root: Path, folder: Path) -> dict[str, float]:
     own = with_candidate(params, name, json.loads(candidate))
     prepared = load_training(folder, root).with_training_images(own.train.images, seed)
-    found = train_and_score(name, prepared, own, seed, root, ("val", "val_unbiased"))
+    found = train_and_score(get_method(name), prepared, own, seed, root, ("val", "val_unbiased"))
     row = {split: weighted_balanced_accuracy(*of) for split, of in found.items()}
     if "val" in found and prepared.has_text:
         weights = ipw_weights(caption_probability(prepared, "val"), found["val"][0])
         row["val_balanced"] = weighted_balanced_accuracy(*found["val"], weights)
     return row
+
+
+def weighed_note(prepared: Prepared) -> str:
+    """As how many images the weighed validation images count (`effective_size`), by label; "" if none are weighed."""
+    labels = prepared.split("val")["label"].to_numpy()
+    if not len(labels) or not prepared.has_text:
+        return ""
+    weights = ipw_weights(caption_probability(prepared, "val"), labels)
+    counts = [
+        f"{(labels == label).sum()} {name} as {effective_size(weights[labels == label]):.0f}"
+        for label, name in ((0, "real"), (1, "fake"))
+        if (labels == label).any()
+    ]
+    return f"validation images, weighed so that captions tell nothing, count as fewer (Kish): {', '.join(counts)}"
 
 
 def trials(
@@ -149,16 +164,16 @@ def tune(
     seeds: Sequence[int],
     rates_alone: Sequence[float] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Try every candidate (`candidates`) of every method but those that take another's settings, as `trials` does.
+    """Try every candidate (`candidates`) of every method, as `trials` does; of one that takes others' settings, theirs.
 
     Columns of `out`: data_hash (of training and validation images: settings found on them hold whatever the test images
     are), method, candidate (JSON), seed, and a balanced accuracy for each of `RULES`. `folder`: what prepare made.
     """
     images = load_training(folder, root).info["training_hash"]
+    searched = dict.fromkeys(other for name in names for other in get_method(name).settings_of or (name,))
     todo = [
         {"data_hash": images, "method": name, "candidate": json.dumps(candidate), "seed": seed}
-        for name in names
-        if get_method(name).settings_of is None
+        for name in searched
         for candidate in candidates(get_method(name), rates_alone)
         for seed in seeds
     ]
@@ -182,13 +197,13 @@ def chosen(table: pd.DataFrame, rule: str) -> dict[str, Candidate]:
     if len(table) and table[rule].isna().all():
         raise UserError(f"Expected values by the rule {rule}, found none: no such images. Choose another rule.")
     best: dict[str, Candidate] = {}
-    for name, rows in table.groupby("method", sort=False):
+    for name, rows in table[table["method"].isin(METHODS)].groupby("method", sort=False):  # without those that ended
         means = rows.groupby("candidate", sort=False)[rule].mean()
         first = [text for c in candidates(get_method(str(name))) if (text := json.dumps(c)) in means.index]
         best[str(name)] = json.loads(max([*first, *means.index], key=lambda text: means[text]))
     for name, method in METHODS.items():
-        if method.settings_of in best:
-            best[name] = best[method.settings_of]
+        if method.settings_of and all(other in best for other in method.settings_of):
+            best[name] = {key: value for other in method.settings_of for key, value in best[other].items()}
     return {name: best[name] for name in METHODS if name in best}
 
 

@@ -32,13 +32,16 @@ def tune(
 
     A search that was broken off goes on. The table is results/<profile>/tuning.csv; the profile is DGS_PROFILE's.
     """
-    from dgs.analysis.tuning import RULES, chosen, rows_of, tune
+    from dgs.analysis.tuning import RULES, chosen, rows_of, tune, weighed_note
+    from dgs.data.prepared import load_training
     from dgs.model.methods.registry import METHODS, get_method
 
     if rule not in RULES:
         raise UserError(f"Unknown rule '{rule}'. Known: {', '.join(RULES)}.")
     params, workspace, folder = prepared()
     names = [get_method(name).name for name in methods or METHODS]
+    if note := weighed_note(load_training(folder, workspace.root)):
+        say(note)
     out = workspace.root / "results" / params.profile / "tuning.csv"
     for row in tune(names, params, workspace.root, folder, out, seed or [100], rate or []):
         rates = ", ".join(f"{key} {row[key]:.3f}" for key in RULES if key in row)

@@ -94,14 +94,29 @@ def profile(
 @app.command()
 def report(
     name: Annotated[str | None, typer.Argument(help="profile; default: that of params.yaml")] = None,
+    from_scores: Annotated[
+        bool, typer.Option("--from-scores", help="instead: make tables and REPORT.md anew from scores.parquet")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a profile's executed notebooks and report as web pages that load nothing from outside; print the index."""
-    from dgs.html_report import write_pages
+    """Write a profile's executed notebooks and report as web pages that load nothing from outside; print the index.
+
+    With --from-scores nothing is trained or evaluated: detection.csv, differences.csv, metrics.json and REPORT.md in
+    results/<profile>/ are made anew from its scores.parquet, and their paths printed.
+    """
     from dgs.params import load_params
     from dgs.workspace import find_root
 
     root = find_root()
+    if from_scores:
+        from dgs.analysis.from_scores import renew
+
+        for path in renew(root, load_params(name).profile):
+            written = path.relative_to(root).as_posix()
+            show(as_json, {"written": written}, written)
+        return
+    from dgs.html_report import write_pages
+
     index = write_pages(root, load_params(name).profile).relative_to(root).as_posix()
     show(as_json, {"index": index}, index)
 

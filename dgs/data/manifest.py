@@ -73,8 +73,27 @@ def training_set(rho: float | None, shortcut: str = "background") -> str:
     return f"{prefix}rho_{'none' if rho is None else f'{rho:.2f}'}"
 
 
-def _minibench(root: Path, rho: float | None, shortcut: str) -> pd.DataFrame:
-    frames = {}
+def _fraction(sha: str) -> float:
+    """A number in 0..1 that an image's content hash draws."""
+    return int(sha[:13], 16) / 16**13
+
+
+def without_word(captions: pd.Series, values: pd.Series, prompts: Mapping[str, list[str]]) -> pd.Series:
+    """Captions that no longer name an attribute: the words that tell an image's value from others are left out.
+
+    Args:
+        values: of the attribute, an image's each.
+        prompts: zero-shot prompts of each value; their words are its own but for those that all values' prompts have.
+    """
+    found = {value: set(" ".join(of).split()) for value, of in prompts.items()}
+    common = set.intersection(*found.values())
+    named = zip(captions, values, strict=True)
+    kept = [" ".join(word for word in text.split() if word not in found[value] - common) for text, value in named]
+    return pd.Series(kept, captions.index, dtype=captions.dtype)
+
+
+def _minibench(root: Path, params: DataParams) -> pd.DataFrame:
+    frames, rho, shortcut = {}, params.rho, params.shortcut
     for split in MINIBENCH_SPLITS:
         path = root / f"images-{split}.parquet"
         if not path.exists():
@@ -85,8 +104,8 @@ def _minibench(root: Path, rho: float | None, shortcut: str) -> pd.DataFrame:
         hashes = [hashlib.sha256(image.as_py()).hexdigest() for image in table.column("image")]
         frame = table.drop_columns(["image"]).to_pandas()
         frames[split] = frame.assign(row=range(len(frame)), file=path.name, sha256=hashes)
-    promised = json.loads((root / MINIBENCH).read_text(encoding="utf-8"))["content_hash"]
-    if (found := content_hash(pd.concat(frames.values()))) != promised:
+    about = json.loads((root / MINIBENCH).read_text(encoding="utf-8"))
+    if (found := content_hash(pd.concat(frames.values()))) != (promised := about["content_hash"]):
         raise UserError(
             f"Expected the images of {root} to have the content hash {promised[:12]} that {MINIBENCH} gives, found "
             f"{found[:12]}: they were changed. Make the folder again, or use data.layout: folders for your own images."
@@ -99,7 +118,12 @@ def _minibench(root: Path, rho: float | None, shortcut: str) -> pd.DataFrame:
             raise UserError(
                 f"Expected data.rho to be one of {', '.join(choices)} with data.shortcut: {shortcut}, found {rho}."
             )
-        frames[split] = frames[split][frames[split][column]]
+        frames[split] = frames[split][frames[split][column]].copy()
+    if params.caption_drop > 0:
+        attribute, train = about["shortcuts"][shortcut]["attribute"], frames["train"]
+        drawn = train[train["sha256"].map(_fraction) < params.caption_drop]
+        prompts = read_prompts(root, train)[attribute]
+        train.loc[drawn.index, "caption"] = without_word(drawn["caption"], drawn[attribute], prompts)
     return pd.concat(frames.values(), ignore_index=True).assign(caption_source="file")
 
 
@@ -108,7 +132,7 @@ def _cut_val(manifest: pd.DataFrame, fraction: float) -> pd.DataFrame:
     the cut does not move when images are added. Except that each generator and label keeps at least one image in
     train, and gives at least one if it has two: its first by hash."""
     train = manifest[manifest["split"] == "train"]
-    cut = set(train.loc[train["sha256"].map(lambda sha: int(sha[:13], 16) / 16**13) < fraction, "sha256"])
+    cut = set(train.loc[train["sha256"].map(_fraction) < fraction, "sha256"])
     for _, rows in train.groupby(["generator", "label"]) if 0 < fraction < 1 else ():
         contents = sorted(rows["sha256"].unique())
         if cut >= set(contents):
@@ -173,7 +197,8 @@ def build_manifest(root: Path, params: DataParams, captions_file: Path | None = 
             hold photographs for all generators of the split, which then need none of their own; beside the splits
             the paper's suites as published, whose generators are test ones; other published forms as
             `layouts.read_layout` takes them), "imagefolder" or "parquet" (`datasets.read_dataset`).
-        params: rho and shortcut choose the minibench's training set; val_fraction and limit as documented there.
+        params: rho and shortcut choose the minibench's training set, caption_drop its captions; val_fraction and limit
+            as documented there.
         captions_file: as `read_captions` takes it; not for "minibench".
 
     Returns:
@@ -191,11 +216,16 @@ def build_manifest(root: Path, params: DataParams, captions_file: Path | None = 
                 "data.captions is for data.layout: folders, imagefolder and parquet; the minibench brings its own "
                 "captions."
             )
-        manifest = _minibench(root, params.rho, params.shortcut)
+        manifest = _minibench(root, params)
     else:
         if params.rho is not None:
             raise UserError(
                 f"data.rho = {params.rho} is for data.layout: minibench. Set data.rho: null for {params.layout}."
+            )
+        if params.caption_drop > 0:
+            raise UserError(
+                f"data.caption_drop = {params.caption_drop:g} is for data.layout: minibench, whose captions name the "
+                f"shortcut. Set data.caption_drop: 0 for {params.layout}."
             )
         manifest = _own(root, params, captions_file)
     trained_on = set(manifest.loc[(manifest["split"] == "train") & (manifest["label"] == 1), "generator"])

@@ -17,7 +17,7 @@ from dgs.conditions import Condition
 from dgs.data.images import decode, fit
 from dgs.data.manifest import ImageSource
 from dgs.data.patches import patch_indices, stitch
-from dgs.data.perturbations import perturb
+from dgs.data.perturbations import perturb, resize
 from dgs.params import ImageParams, Params
 
 EVALUATION = -1  # the epoch of the view used at test time: no flip, one fixed patch order
@@ -120,6 +120,24 @@ class Views(Inputs):
             return self.patches[sha]
         # A detector gets the changed image alone, so it would choose by that one's entropies.
         return patch_indices(image, self.params.patches.size, self.params.patches.count)
+
+
+class Contents(Inputs):
+    """Views whose traces are destroyed: shrunk to a share `side` of their sides and enlarged again.
+
+    What is shown stays, how it was made goes (`dgs.data.perturbations.resize`). Item i is ((3, S, S) uint8, i).
+    """
+
+    def __init__(self, views: Views, side: float) -> None:
+        self.views, self.side, self.empty = views, side, views.empty
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        view, index = self.views[index]
+        content = resize(view.permute(1, 2, 0).numpy(), self.side)
+        return torch.from_numpy(content).permute(2, 0, 1), index
 
 
 def worth_keeping(images: int, params: Params) -> bool:

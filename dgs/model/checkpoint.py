@@ -158,8 +158,8 @@ def card(info: dict[str, Any], stem: bool = False) -> str:
     )
     rule = deciding_rule(info, Path())[0] if info["thresholds"] else "val"
     of_timm = "visual.trunk" in info.get("clip", {}).get("features", {})
-    names = [f"model_card_{_kind(info)}.md.j2", "model_card.md.j2" if "clip" in info else "model_card_own.md.j2"]
-    names = ["model_card_timm.md.j2", *names] if of_timm else names
+    of_kind = "model_card_timm.md.j2" if of_timm else "model_card.md.j2" if "clip" in info else "model_card_own.md.j2"
+    names = [f"model_card_{_kind(info)}.md.j2", of_kind]
     return templates.select_template(names).render(**info, stem=stem, rule=rule, percent=percent_text)
 
 
@@ -195,7 +195,7 @@ def read_info(folder: Path) -> dict[str, Any]:
             f"that made it, or give another --checkpoint."
         )
     with reading(file):
-        (_Record if kind in OWN_KINDS else _RecordWithClip).model_validate(info)
+        (_RecordWithClip if KINDS[kind].of_clip else _Record).model_validate(info)
     return info
 
 

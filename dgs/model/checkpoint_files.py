@@ -27,7 +27,7 @@ CODE = "TorchScript archive"
 FORMS = ("safetensors", "torch.save")
 # No weights: a constant of the text side, which open_clip makes itself, and sizes, which shapes tell.
 CONSTANTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
-INDICES = ("position_ids",)  # whole numbers beside the weights, which count tokens
+INDICES = ("position_ids", "num_batches_tracked")  # whole numbers beside the weights, which count tokens and batches
 
 
 def seal(folder: Path) -> None:

@@ -20,7 +20,7 @@ from dgs.data.views import Inputs, batch_order, batches
 from dgs.errors import UserError
 from dgs.model.checkpoint_files import damaged, read_tensors
 from dgs.model.snapshot import Snapshot, State
-from dgs.model.training_log import TrainingLog, diverged
+from dgs.model.training_log import TrainingLog, diverged, recorded
 from dgs.params import Params
 
 if TYPE_CHECKING:
@@ -36,12 +36,13 @@ class Classifier(nn.Module):
     """Views to logits: all that evaluation, scoring and export ask of a checkpoint.
 
     kind: how dgs.json names it. int8: an exported file has layers that 8 bits make faster.
-    clip: the CLIP that it is a part of; None: it needs none.
+    of_clip: whether this kind is a part of a CLIP. clip: the one that it is a part of; None: it needs none.
     shared: classifiers of one CLIP with an equal one have equal features; None: its features are its own.
     """
 
     kind: ClassVar[str]
     int8: ClassVar[bool] = False
+    of_clip: ClassVar[bool] = False
     clip: Clip | None = None
     shared: Hashable | None = None
 
@@ -61,6 +62,11 @@ class Classifier(nn.Module):
     def width(self) -> int:
         """Columns of the features."""
         raise NotImplementedError
+
+    @property
+    def parts(self) -> Sequence[Classifier]:
+        """What it is composed of, itself alone if nothing; their features stand side by side in its own."""
+        return [self]
 
     @property
     def device(self) -> torch.device:
@@ -106,6 +112,8 @@ class Classifier(nn.Module):
 
 
 Validate = Callable[[Any, int, int], NDArray[np.float32]]  # (what classifies, epoch, step) to logged logits
+Logits = NDArray[np.float32]
+Fitted = Callable[[Any, Logits], None]  # takes what classifies, in eval mode, and its logits of the validation images
 
 
 @dataclass(frozen=True)
@@ -114,18 +122,25 @@ class Fit:
 
     views: of the N training images, those that epochs go through in turn; uint8, not normalised.
     labels: (N,) float, 0 real, 1 fake. names: of the images, for errors.
+    expert: (N,) logits of the biased expert, that are added while it learns; zero where the method has none.
     params: of the run; a model of its own has one stage, train.stage1.
     validate: to be called at the end of an epoch.
+    done: to be called with what was fitted.
+    members: trains one of the method's members each, and calls what it is given as `done`; what a CLIP member gives is
+        whole only until that returns.
     on_step: to be called after each step, also for those that a snapshot spares.
     """
 
     views: Sequence[Inputs]
     labels: Tensor
+    expert: Tensor
     names: list[str]
     params: Params
     seed: int
     log: TrainingLog
     validate: Validate
+    done: Fitted
+    members: Sequence[Callable[[Fitted], None]] = ()
     on_step: Callable[[], None] = field(default=lambda: None)
     snapshot: Snapshot = field(default_factory=Snapshot)
 
@@ -138,9 +153,12 @@ class Learner:
         self.optimizer = torch.optim.Adam(classifier.parameters(), lr=rate)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, total_steps=steps)
 
-    def step(self, images: Tensor, labels: Tensor) -> float:
-        """Learn from (B, 3, S, S) uint8 images and (B,) float labels by BCE; returns the loss before it."""
-        loss = F.binary_cross_entropy_with_logits(self.classifier(images), labels)
+    def step(self, images: Tensor, labels: Tensor, expert: Tensor | float = 0.0) -> float:
+        """Learn from (B, 3, S, S) uint8 images and (B,) float labels by BCE; returns the loss before it.
+
+        `expert`: (B,) logits of another that are added to the classifier's.
+        """
+        loss = F.binary_cross_entropy_with_logits(self.classifier(images) + expert, labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -165,8 +183,8 @@ class OwnModel(Classifier):
             return cls()
 
     @classmethod
-    def fit(cls, given: Fit) -> tuple[Self, NDArray[np.float32]]:
-        """A trained one in eval mode, on the device of the labels, and its logits of the validation images.
+    def fit(cls, given: Fit) -> None:
+        """Train one, on the device of the labels, and give it and its logits of the validation images to `given.done`.
 
         Here by a `Learner`, on whole batches, since BatchNorm looks at them: several processes train it alike, each on
         all images. The same bits from the same `given`, whatever a snapshot spared.
@@ -177,6 +195,7 @@ class OwnModel(Classifier):
         train, device, count = given.params.train, given.labels.device, len(given.labels)
         an_epoch = -(-count // train.batch_size)
         steps, model = train.stage1.epochs * an_epoch, cls.new(given.seed).to(device)
+        records = recorded(count, train.batch_size, steps, train.log_every)
         learner = Learner(model, train.stage1.lr, steps)
         state = State([*model.parameters(), *model.buffers()], learner.optimizer, torch.Generator(), given.log)
         given.snapshot.resume(state)
@@ -189,11 +208,12 @@ class OwnModel(Classifier):
                 order = batch_order(count, given.seed, epoch)[(state.step - epoch * an_epoch) * train.batch_size :]
                 views = given.views[epoch % len(given.views)]
                 for images, chosen in batches(views, train.batch_size, given.params.compute.workers, order):
-                    loss = learner.step(images.to(device), given.labels[chosen.to(device)])
+                    rows = chosen.to(device)
+                    loss = learner.step(images.to(device), given.labels[rows], given.expert[rows])
                     if not math.isfinite(loss):
                         batch = [given.names[i] for i in chosen.tolist()]
                         raise diverged(f"The loss became {loss}", state.step, batch, 1)
-                    if state.step % train.log_every == 0 or state.step == steps - 1:
+                    if state.step in records:
                         given.log.loss(epoch, state.step, loss=loss, loss_task=loss)
                     state.count()
                     progress.update()
@@ -202,7 +222,7 @@ class OwnModel(Classifier):
                         logits = given.validate(model, epoch, state.step)
                     if state.step < steps and given.snapshot.is_due():
                         given.snapshot.save(state)
-        return model.eval(), logits
+        given.done(model.eval(), logits)
 
     @classmethod
     def load(cls, folder: Path, info: Mapping[str, Any], clip: Clip | None) -> Self:

@@ -60,7 +60,7 @@ class ClipClassifier(Classifier):
     """
 
     kind = "clip"
-    int8 = True
+    int8 = of_clip = True
 
     def __init__(self, clip: Clip, backbone: Backbone, heads: Mapping[str, nn.Linear]) -> None:
         super().__init__()

@@ -36,8 +36,8 @@ from dgs.workspace import find_root
 USED = tuple(ImageParams.model_fields)  # parameters that a score depends on; others may change their names
 # What checkpoints were made with before these had names.
 OLDER = {
-    "data": {"shortcut": "background", "captions": None, "val_fraction": 0.1, "limit": None, "fit": "crop",
-             "show_images": True},
+    "data": {"shortcut": "background", "captions": None, "caption_drop": 0.0, "val_fraction": 0.1,
+             "limit": None, "fit": "crop", "show_images": True},
     "model": {"precision": "fp32", "text": "own", "levels": [0], "pretrained": None, "normalize": "clip",
               "lora": {"blocks": None}},
 }  # fmt: skip

@@ -6,11 +6,13 @@ for a reader of such a file to list (`dgs.model.onnx_engine`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.compose
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from open_clip.transformer import LayerScale, ResidualAttentionBlock
@@ -203,6 +205,18 @@ def build(backbone: Backbone, head: nn.Linear, linear: Linear) -> onnx.ModelProt
         features += _statistics(graph, whole[level], length)
     joined = graph.op("Concat", *features, axis=1)
     return model_of(graph, float_linear(graph, joined, numbers(head.weight), numbers(head.bias), CENTRE), side)
+
+
+def summed(models: Sequence[onnx.ModelProto], scales: Sequence[float], side: int) -> onnx.ModelProto:
+    """One model of several as `model_of` makes them: the sum of their logits, each divided by its scale."""
+    graph, logits = Graph(), []
+    for number, (model, scale) in enumerate(zip(models, scales, strict=True)):
+        own = onnx.compose.add_prefix_graph(model.graph, f"part{number}_", rename_inputs=False)
+        graph.nodes += own.node
+        graph.constants += own.initializer
+        logits.append(graph.op("Div", own.output[0].name, _float(scale)))
+    total = graph.op("Unsqueeze", reduce(partial(graph.op, "Add"), logits), _ints(1))
+    return model_of(graph, total, side)
 
 
 def pixels_of(graph: Graph) -> str:

@@ -69,11 +69,11 @@ def train_seed(
     from dgs.model.train import train
 
     chosen, params = get_method(method), params.for_method(method)
-    gemm = resolve(params.compute.gemm) if chosen.adapters else "torch"
+    gemm = resolve(params.compute.gemm) if chosen.tunes_clip else "torch"
     params = params.replaced({"compute.gemm": gemm})  # recorded in the checkpoint, and part of the snapshot's key
     own = chosen.of(params)
     device = distributed.own_device(choose_device(params.compute.device))
-    clip = None if chosen.model else load_clip(params.model, root, params.image_size, text=False, gemm=gemm)
+    clip = load_clip(params.model, root, params.image_size, text=False, gemm=gemm) if chosen.needs_clip else None
     identity = {} if clip is None else clip.identity
     prepared = load_training(prepared_folder, root).with_training_images(params.train.images, seed)
     for name, found in identity.items():

@@ -119,6 +119,10 @@ class Snapshot:
         """True if there is a folder."""
         return self._folder is not None
 
+    def of(self, member: str) -> Snapshot:
+        """That of a part of this training, in a folder below."""
+        return Snapshot(None if self._folder is None else self._folder / member, self.seconds)
+
     @property
     def checkpoint(self) -> Path:
         """Where the finished checkpoint goes."""

@@ -32,12 +32,14 @@ def surgery_step(
     Args:
         features: (B, D) of the student; only their values are used.
         heads: "image", (B, D) -> (B, 1); "text", (B, T) -> (B, 1), if there is a text side; "teacher", linear.
-        known: of the B images.
+        known: of the B images; with `text_logits`, which a fitted text head has, the residuals of the text gradients
+            are theirs. A text head that is not linear is differentiated as it stands, whatever they are.
         noise: (B, T) standard normal, for controls.
         batch_size: of the whole batch, where these rows are a part of one; losses and directions are scaled by it.
 
     Returns:
-        (gradient to send into the tower (B, D), losses by name, gradients by name (`AT_FEATURES`) for the log).
+        (gradient to send into the tower (B, D), losses by name and the text head's accuracy "text_acc", gradients by
+        name (`AT_FEATURES`) for the log); losses and accuracy are this part's share of the whole batch's.
 
     Raises:
         FloatingPointError: a loss is NaN or infinite.
@@ -51,7 +53,7 @@ def surgery_step(
     task_loss = share * F.binary_cross_entropy_with_logits(image_logits, known.labels, known.weight)
     text_loss, text_grad = torch.zeros_like(task_loss), torch.zeros_like(known.captions)
     if "text" in heads:
-        text_logits = heads["text"](known.captions).squeeze(1)
+        text_logits = heads["text"](known.captions).squeeze(1) if known.text_logits is None else known.text_logits
         text_loss = share * F.binary_cross_entropy_with_logits(text_logits, known.labels)
     for name, loss in (("task", task_loss), ("text", text_loss)):
         if not math.isfinite(loss.item()):
@@ -75,6 +77,8 @@ def surgery_step(
     applied = method.gradient(task, prior, batch, surgery)
     tensors = {"loss_task": task_loss, "loss_text": text_loss, "loss_alignment": prior_loss}
     losses = {name: loss.item() for name, loss in tensors.items() if name != "loss_text" or "text" in heads}
+    if "text" in heads:
+        losses["text_acc"] = ((text_logits > 0) == (known.labels == 1)).sum().item() / total
     harmful, _ = split_signs(batch.text_grad)
     _, beneficial = split_signs(batch.teacher_grad)
     return applied, losses, {"task": task, "applied": applied, "harmful": harmful, "beneficial": beneficial}

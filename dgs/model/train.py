@@ -5,9 +5,11 @@ A method that brings a model of its own has it fitted instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,24 +21,31 @@ from tqdm import tqdm
 from dgs.data.prepared import Prepared
 from dgs.data.views import Inputs, Views, batch_order, batches, worth_keeping
 from dgs.device import set_determinism
-from dgs.errors import UserError
 from dgs.model import distributed
 from dgs.model.backbone import Backbone
-from dgs.model.classifier import Classifier, Fit, Validate
+from dgs.model.classifier import Classifier, Fit, Fitted, Validate
 from dgs.model.clip import Clip
 from dgs.model.clip_classifier import ClipClassifier
+from dgs.model.features import (
+    classify,
+    content_features,
+    extract_features,
+    frozen_features,
+    require_finite,
+)
 from dgs.model.methods.averaging import Averaging, wise_ft
 from dgs.model.methods.base import Method, Precomputed
 from dgs.model.methods.erasure import Affine
+from dgs.model.methods.experts import ask_expert, cross_fitted, fit_text_head
 from dgs.model.methods.registry import require_text
-from dgs.model.methods.text_expert import expert_terms
 from dgs.model.prefix import keep_tokens, remove_tokens
 from dgs.model.snapshot import Snapshot, State
 from dgs.model.step import stage2_step
-from dgs.model.training_log import LAYERS_EVERY, LayerGradients, TrainingLog, diverged
+from dgs.model.training_log import LAYERS_EVERY, LayerGradients, TrainingLog, diverged, recorded
 from dgs.params import Params
 from dgs.stats import Scored, balanced_accuracy, calibrate
 
+Head = TypeVar("Head", bound=nn.Module)
 RECORDS = 200  # of stage 1's losses: its steps are many and cheap
 
 
@@ -46,15 +55,21 @@ class Trained:
 
     classifier: Classifier
     log: TrainingLog
+    logits: NDArray[np.float32]  # (N,), of the validation images
     thresholds: dict[str, float]  # on the logit, by rule
     calibration: dict[str, Any]  # by rule: how each did on validation images
 
 
-def new_head(width: int, seed: int, device: torch.device) -> nn.Linear:
-    """A linear head (D -> 1) with torch's default initialisation, from `seed` alone."""
+def seeded(make: Callable[[], Head], seed: int, device: torch.device) -> Head:
+    """What `make` gives, with initial values from `seed` alone; torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Linear(width, 1).to(device)
+        return make().to(device)
+
+
+def new_head(width: int, seed: int, device: torch.device) -> nn.Linear:
+    """A linear head (D -> 1) with torch's default initialisation, from `seed` alone."""
+    return seeded(partial(nn.Linear, width, 1), seed, device)
 
 
 def _nothing() -> None:
@@ -65,46 +80,11 @@ def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999))
 
 
-@torch.no_grad()
-def over_views(
-    function: Callable[[Tensor], Tensor], width: int, device: torch.device, views: Inputs, params: Params, label: str
-) -> Tensor:
-    """`function` of batches of views, (B, ...) to (B, width), put together: (N, width); processes share the work."""
-    shard = distributed.shard(range(len(views)))
-    mine = batches(views, params.compute.batch_size, params.compute.workers, shard)
-    parts = [function(images.to(device)) for images, _ in tqdm(mine, desc=label, unit="batch", leave=False)]
-    return distributed.all_gather_rows(torch.cat(parts) if parts else torch.zeros(0, width, device=device))
-
-
-def extract_features(backbone: Backbone, views: Inputs, params: Params, label: str) -> Tensor:
-    """Features of views in the tower as it stands: (N, D) float32 on its device."""
-    device = backbone.mean.device
-    return over_views(lambda images: backbone(images).float(), backbone.widths[1], device, views, params, label)
-
-
-def classify(classifier: Classifier, views: Inputs, params: Params, label: str) -> NDArray[np.float32]:
-    """Logits of views, (N,), in eval mode."""
-    training = classifier.training
-    where = (classifier.width, classifier.device, views, params, label)
-    with torch.no_grad():
-        logits = classifier.decide(over_views(classifier.eval().features, *where))
-    classifier.train(training)
-    return logits.cpu().numpy()
-
-
 def training_views(prepared: Prepared, params: Params, seed: int) -> list[Views]:
     """The views that epochs go through in turn; both stages see the same ones, kept in memory where they fit."""
     rows, count = prepared.split("train"), params.train.views
     keep = worth_keeping(count * len(rows), params)
     return [Views(rows, prepared.source, params, seed, view, prepared.patches, keep) for view in range(count)]
-
-
-def frozen_features(backbone: Backbone, views: Sequence[Inputs], params: Params) -> Tensor:
-    """The frozen tower's features of every training view, once: (views, N, D)."""
-    labels = [f"frozen features {number}/{len(views)}" for number in range(1, len(views) + 1)]
-    with backbone.frozen():
-        found = [extract_features(backbone, some, params, label) for some, label in zip(views, labels, strict=True)]
-    return torch.stack(found)
 
 
 @torch.no_grad()
@@ -139,7 +119,7 @@ def stage1(
     optimizer = _adam(list(head.parameters()), params.train.stage1.lr)
     size, step = params.train.batch_size, 0
     steps = params.train.stage1.epochs * -(-len(labels) // size)
-    every = max(params.train.log_every, steps // RECORDS)
+    records = recorded(len(labels), size, steps, max(params.train.log_every, steps // RECORDS))
     for epoch in range(params.train.stage1.epochs):
         view = seen[epoch % len(seen)]
         order = torch.tensor(batch_order(len(labels), seed, epoch), device=features.device)
@@ -147,7 +127,7 @@ def stage1(
             x, y = view[index], labels[index]
             logits = head(x).squeeze(1) + offset[index]
             finite = bool(logits.isfinite().all())
-            if not finite or (log is not None and (step % every == 0 or step == steps - 1)):
+            if not finite or (log is not None and step in records):
                 loss = F.binary_cross_entropy_with_logits(logits, y, weights[index]).item()
                 if not finite:
                     batch = [str(i) if names is None else names[i] for i in index.tolist()]
@@ -195,6 +175,39 @@ def method_captions(method: Method, prepared: Prepared, seed: int, width: int = 
     return captions[np.random.default_rng([seed, 11]).permutation(len(captions))]
 
 
+def text_side(
+    known: list[Precomputed], params: Params, seed: int
+) -> tuple[dict[str, nn.Linear], list[Precomputed], dict[str, float]]:
+    """The text head of stage 2, by train.surgery.text_head; nothing without a text side.
+
+    release: starts at random and learns beside the adapters. fitted: converged on all training captions, and frozen;
+    its logits are cross-fitted (`cross_fitted`), so that a caption's own label does not decide its residual.
+
+    Args:
+        known: of the training images, a view each.
+
+    Returns:
+        {"text": the head}; `known` with its logits, where it is fitted; {"loss_text_floor": what a converged one has},
+        NaN where none can be fitted: with one label, or with captions that are no numbers, which the first step names.
+
+    Raises:
+        UserError: it is to be fitted and cannot be.
+    """
+    captions, labels = known[0].captions, known[0].labels
+    if not known[0].has_text:
+        return {}, known, {}
+    possible = bool(captions.isfinite().all()) and len(labels.unique()) == 2
+    fitted, floor = fit_text_head(captions, labels) if possible else (None, math.nan)
+    if params.train.surgery.text_head == "release":
+        fitted = new_head(known[0].clip_dim, 2_000 + seed, captions.device)
+    else:
+        found = cross_fitted(captions.cpu().numpy(), labels.cpu().numpy().astype(np.int64), seed)
+        logits = torch.tensor(found, dtype=labels.dtype, device=labels.device)
+        known = [replace(view, text_logits=logits) for view in known]
+    assert fitted is not None, "else cross_fitted has refused"
+    return {"text": fitted}, known, {"loss_text_floor": floor}
+
+
 def training_batches(
     views: Sequence[Inputs], params: Params, seed: int, done: int
 ) -> Iterator[tuple[int, list[int], Tensor, Tensor]]:
@@ -230,8 +243,8 @@ def stage2(
     """Stage 2: Adam on the adapters, the image head and the text head; the gradient into the features is operated on.
 
     Every method sees the same views in the same order, the same initial adapters and heads, and the same dropout
-    masks, so that methods are compared in pairs. The text head learns beside every method, also those that do not
-    use it, so that angles can be compared; it does not touch them. Without a text side there is none.
+    masks, so that methods are compared in pairs. The text head (`text_side`) is there beside every method, also those
+    that do not use it, so that angles can be compared; it does not touch them. Without a text side there is none.
 
     Args:
         teacher: the stage-1 head.
@@ -242,14 +255,14 @@ def stage2(
         heads on features as they are; logits of the validation images.
     """
     device, width = teacher.weight.device, teacher.in_features
-    image = new_head(width, 1_000 + seed, device)
-    text = {"text": new_head(known[0].clip_dim, 2_000 + seed, device)} if known[0].has_text else {}
+    image = seeded(partial(method.head, width), 1_000 + seed, device)
+    text, known, constants = text_side(known, params, seed)
     if method.init_head_from_probe:
         image.load_state_dict(teacher.state_dict())
     reads = image if feature_map is None else nn.Sequential(feature_map, image)
     heads = {"image": reads, **text, "teacher": teacher}
     deciding = [*backbone.adapter_parameters(), *image.parameters()]
-    learned = [*deciding, *(parameter for head in text.values() for parameter in head.parameters())]
+    learned = [*deciding, *(p for head in text.values() for p in head.parameters() if p.requires_grad)]
     project = None if method.project is None else method.project(backbone)
     torch.manual_seed(seed + 1_000_003 * distributed.rank())  # dropout masks, each process's own
     random = torch.Generator().manual_seed(seed)  # of the controls, so that they leave the masks alone
@@ -261,19 +274,24 @@ def stage2(
         on_step()
     backbone.train()
     log_gradients, layers_every = params.train.log_gradients, params.train.log_every * LAYERS_EVERY
+    records = recorded(len(names), params.train.batch_size, steps, params.train.log_every)
     with tqdm(total=steps, initial=state.step, desc=f"{method.name}, seed {seed}", unit="step") as progress:
         for epoch, batch, images, chosen in training_batches(views, params, seed, state.step):
             step, facts = state.step, known[epoch % len(views)][chosen.to(device)]
             noise = torch.randn(len(batch), known[0].clip_dim, generator=random)
             noise = noise[list(distributed.shard(range(len(batch))))].to(device)
-            layers = LayerGradients(backbone) if log_gradients and step % layers_every == 0 else None
+            layers = (
+                LayerGradients(backbone) if log_gradients and step in records and step % layers_every == 0 else None
+            )
             where = (backbone, heads, state.optimizer, images.to(device), facts, noise, params, project)
             try:
                 losses, gradients = stage2_step(method, *where, batch_size=len(batch), layers=layers)
             except FloatingPointError as error:
                 raise diverged(str(error), step, [names[i] for i in batch], 2) from None
-            if step % params.train.log_every == 0 or step == steps - 1:
-                log.record(epoch, step, losses, gradients if log_gradients else {}, batch, known[0].labels[batch])
+            if step in records:
+                log.record(
+                    epoch, step, losses, gradients if log_gradients else {}, batch, known[0].labels[batch], **constants
+                )
             if layers is not None:
                 layers.record(log, step)
             state.count()
@@ -294,6 +312,27 @@ def stage2(
     return {"image": plain, **text, "teacher": teacher}, logits
 
 
+def _train_member(
+    member: Method,
+    clip: Clip | None,
+    prepared: Prepared,
+    params: Params,
+    seed: int,
+    device: torch.device,
+    log: TrainingLog,
+    on_step: Callable[[], None],
+    snapshot: Snapshot,
+    fitted: Fitted,
+) -> None:
+    """Train a part of what `log` and `snapshot` are of."""
+
+    def done(trained: Trained) -> None:
+        log.follow(trained.log)
+        fitted(trained.classifier, trained.logits)
+
+    train(member, clip, prepared, params, seed, device, done, on_step, snapshot.of(member.name))
+
+
 def train(
     method: Method,
     clip: Clip | None,
@@ -310,7 +349,7 @@ def train(
     With several processes all of them run this, and `done` is called in each.
 
     Args:
-        clip: None for a method that brings a model of its own.
+        clip: None for a method that needs none.
     """
     snapshot = snapshot or Snapshot()
     set_determinism(params.compute.threads)
@@ -325,20 +364,27 @@ def train(
         log.loss(epoch, step, val_balanced_acc=balanced_accuracy(Scored.of(truth, logits)))
         return logits
 
+    def finished(classifier: Classifier, logits: NDArray[np.float32]) -> None:
+        done(Trained(classifier, log, logits, *calibrate(truth, logits)))
+
+    terms = ask_expert(method, prepared, params, labels, seed, log, partial(content_features, clip, params, device))
     if method.model is not None:
+        whole = (clip, prepared, params, seed, device, log, on_step, snapshot)
         given = Fit(
             views=training_views(prepared, params, seed),
             labels=labels,
+            expert=terms[0],
             names=names,
             params=params,
             seed=seed,
             log=log,
             validate=lambda model, *at: noted(classify(model, validation_views, params, "validation"), *at),
+            done=finished,
+            members=[partial(_train_member, each, *whole) for each in method.members],
             on_step=on_step,
             snapshot=snapshot,
         )
-        classifier, logits = method.model.fit(given)
-        done(Trained(classifier, log, *calibrate(truth, logits)))
+        method.model.fit(given)
         return
     assert clip is not None, "a method without a model of its own needs one"
     clip.model.to(device)
@@ -353,16 +399,10 @@ def train(
         sets = [*training_views(prepared, params, seed), validation_views]
         *views, validation = keep_tokens(backbone, sets, params, snapshot.folder if snapshot.is_kept else None)
         frozen = snapshot.features(lambda: frozen_features(backbone, views, params)).to(device)
-        if bad := (~frozen.isfinite()).any(2).any(0).nonzero().flatten().tolist():  # one would spoil every weight
-            raise UserError(
-                f"Expected finite features from CLIP, found others for {len(bad)} images, {names[bad[0]]} first. "
-                f"Look at those images; with model.precision: bf16 try fp32; else CLIP's weights are damaged."
-            )
-        embeddings = method_captions(method, prepared, seed, backbone.widths[0])
-        captions = torch.tensor(embeddings, device=device)
+        require_finite(frozen, names)
+        captions = torch.tensor(method_captions(method, prepared, seed, backbone.widths[0]), device=device)
         fit = method.feature_map
         feature_map = None if fit is None else fit(frozen[0], captions, params.train.surgery)
-        terms = expert_terms(method.text_expert, embeddings, labels, seed)
         if method.adapters:
             own: tuple[Tensor | None, Tensor | None] = terms if method.init_head_from_probe else (None, None)
             teacher = stage1(frozen, labels, params, seed, None, _nothing, *own, feature_map, names)
@@ -376,7 +416,7 @@ def train(
             head = stage1(frozen, labels, params, seed, log, on_step, *terms, feature_map, names)
             heads = {"image": head}
             logits = validate(head, params.train.stage1.epochs - 1, method.steps(len(labels), params))
-        done(Trained(ClipClassifier(clip, backbone, heads), log, *calibrate(truth, logits)))
+        finished(ClipClassifier(clip, backbone, heads), logits)
         remove_tokens([*views, validation])
     finally:
         clip.model.visual = backbone.without_adapters()

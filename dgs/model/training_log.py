@@ -32,10 +32,31 @@ def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
     return [(a, b) for i, a in enumerate(names) for b in names[i:]]
 
 
-_LOSSES = ["epoch", "step", "loss", "loss_task", "loss_text", "loss_alignment", "val_balanced_acc"]
+_LOSSES = [
+    *("epoch", "step", "loss", "loss_task", "loss_text", "loss_text_floor", "text_acc"),
+    *("loss_alignment", "val_balanced_acc"),
+]
 _SAMPLES = ["step", "image", "label", *(f"{a}.{b}" for a, b in pairs_of(AT_FEATURES))]
 _LAYERS = ["step", "layer", *(f"{a}.{b}" for a, b in pairs_of(AT_LAYERS))]
-TABLES = {"losses": _LOSSES, "samples": _SAMPLES, "layers": _LAYERS, "batches": ["step", "effective_rank"]}
+TABLES = {
+    "losses": _LOSSES,
+    "samples": _SAMPLES,
+    "layers": _LAYERS,
+    "batches": ["step", "effective_rank"],
+    "experts": ["reads", "split", "images", "accuracy"],
+}
+
+
+def recorded(images: int, size: int, steps: int, every: int) -> frozenset[int]:
+    """The steps to record: of those with a whole batch every `every`-th, and the last.
+
+    The rest of an epoch, a batch of fewer than `size`, is trained on and not recorded: its 1/B weighs alignment more
+    than in any other step. Where `images` are fewer than `size`, every batch is whole.
+    """
+    an_epoch = -(-images // size)
+    rest = an_epoch - 1 if an_epoch > 1 and images % size else -1
+    whole = [step for step in range(steps) if step % an_epoch != rest]
+    return frozenset(step for step in whole if step % every == 0 or step == whole[-1])
 
 
 def inner_products(vectors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
@@ -76,12 +97,14 @@ def effective_rank(directions: Tensor) -> float:
 
 
 class TrainingLog:
-    """Collects rows in memory; `losses`, `samples`, `layers` and `batches` give them as tables.
+    """Collects rows in memory; `losses`, `samples`, `layers`, `batches` and `experts` give them as tables.
 
-    losses: a row a logged step, and one a validation.
+    losses: a row a logged step, and one a validation. `loss` is the sum of the task's, the text head's and the
+        prior's; `loss_text_floor` is what a converged text head has on all training images, the same in every row.
     samples: inner products of the gradients at the features, a row a logged step and image.
     layers: inner products of the gradients of a layer's adapters, a row a logged step and layer.
     batches: effective rank of a logged step's harmful directions.
+    experts: how well the method's expert reads labels, a row a split.
     """
 
     def __init__(self, method: str, seed: int) -> None:
@@ -108,16 +131,20 @@ class TrainingLog:
         gradients: Mapping[str, Tensor],
         images: Sequence[int],
         labels: Tensor,
+        **facts: float,
     ) -> None:
         """Record a step: this process's losses and gradients, joined with those of the others.
 
         Args:
+            losses: parts of the batch's losses and of `text_acc`, which add up.
             gradients: {name: (b, D)} of this process's rows, those of `AT_FEATURES`; empty: not recorded.
             images: the whole batch's B row numbers among the training images.
             labels: (B,) of them.
+            facts: of the whole run, recorded beside the losses.
         """
         losses = all_reduce_sum(losses)
-        self.loss(epoch, step, loss=sum(losses.values()), **losses)
+        total = sum(value for name, value in losses.items() if name.startswith("loss_"))
+        self.loss(epoch, step, loss=total, **losses, **facts)
         if gradients:
             self.gradients(step, images, labels, {name: all_gather_rows(part) for name, part in gradients.items()})
 
@@ -134,6 +161,18 @@ class TrainingLog:
         row = {name: value.item() for name, value in products.items()}
         self._rows["layers"].append({"step": step, "layer": layer, **row})
 
+    def expert(self, reads: str, split: str, right: NDArray[np.bool_]) -> None:
+        """Record which images of a split, (N,), an expert that reads captions ("text") or "content" decides rightly."""
+        row = {"reads": reads, "split": split, "images": len(right), "accuracy": float(np.mean(right))}
+        self._rows["experts"].append(row)
+
+    def follow(self, other: TrainingLog) -> None:
+        """Append another training's losses, as steps after this one's, and what its expert reads."""
+        own = self._rows["losses"]
+        epoch, step = (1 + max((row[name] for row in own), default=-1) for name in ("epoch", "step"))
+        own += [{**row, "epoch": row["epoch"] + epoch, "step": row["step"] + step} for row in other._rows["losses"]]
+        self._rows["experts"] += other._rows["experts"]
+
     def table(self, name: str) -> pd.DataFrame:
         """One of `TABLES`, with columns method and seed before its own; absent values are NaN."""
         run, rows = {"method": self.method, "seed": self.seed}, self._rows[name]
@@ -146,6 +185,7 @@ class TrainingLog:
     samples = property(lambda self: self.table("samples"))
     layers = property(lambda self: self.table("layers"))
     batches = property(lambda self: self.table("batches"))
+    experts = property(lambda self: self.table("experts"))
 
 
 def diverged(loss: str, step: int, names: list[str], stage: int) -> UserError:
@@ -171,6 +211,13 @@ def read_losses(folders: Iterable[Path], rho: float | None) -> pd.DataFrame:
     table = pd.concat([pd.read_parquet(folder / "losses.parquet") for folder in folders], ignore_index=True)
     table.insert(0, "rho", np.nan if rho is None else rho)
     return table
+
+
+def read_experts(folders: Iterable[Path]) -> pd.DataFrame:
+    """What `write_logs` wrote of experts into those of `folders` that have it: method, seed, and what `TABLES` says."""
+    files = [file for folder in folders if (file := folder / "experts.parquet").exists()]
+    tables = [TrainingLog("", 0).experts, *map(pd.read_parquet, files)]
+    return pd.concat([table for table in tables if not table.empty] or tables[:1], ignore_index=True)
 
 
 def layer_of(parameter: str) -> str:

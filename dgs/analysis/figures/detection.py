@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dgs.analysis.differences import intervals, is_crossed, key_of
 from dgs.analysis.figures import style as look
 from dgs.analysis.figures.style import (
     BASELINE,
@@ -29,19 +31,19 @@ from dgs.analysis.metrics import (
     headline,
     label_of,
     one_rho,
-    per_seed_values,
     reliability,
+    unique,
 )
 from dgs.analysis.robustness import MATERIAL, changes, conditions_of, means_over_generators
 from dgs.conditions import KINDS, NATIVE, parse_condition
 from dgs.errors import UserError
-from dgs.stats import BINS, interval_text, rounded_text, seed_interval
+from dgs.stats import BINS, Interval, interval_text, rounded_text, seed_interval
 
 WIDE = 9  # generators beside each other in a heat map; more are drawn below each other
 FEWEST = 50  # images of a bin, over all seeds, that make a point of a reliability diagram
 NARROWEST = 2.0  # points that a panel of a forest plot spans at least
 ROW, PANEL = 0.21, 1.75  # inches of a row and of a panel of the study's forest
-COMPARED = ("balanced_acc_unseen", "worst_generator_balanced_acc", "ap_unseen", "zero_shot_kept")  # in a forest plot
+BESIDE = ("worst_generator_balanced_acc", "zero_shot_kept")  # in a forest plot, beside what has crossed intervals
 _LINES = {"both": ("-", "real and fake changed"), "fake": (":", "fake alone changed")}
 
 
@@ -127,45 +129,78 @@ def detection_heatmap(detection: pd.DataFrame, suite: str = "") -> Figure:
     return look.finish(fig, takeaway(f"{suite}: weakest generator" if suite else "Weakest generator", weakest))
 
 
-@style()
-def difference_forest(detection: pd.DataFrame, forgetting: pd.DataFrame | None = None) -> Figure:
-    """Each method minus lora, paired by seed, in percentage points: a row a method, a panel a measure, zero as a line.
+def difference_forest(differences: pd.DataFrame, forgetting: pd.DataFrame | None = None) -> Figure:
+    """Each method minus the baseline (`forest`): a panel for balanced accuracy, AP, the worst generator and memory.
 
-    Markers are means, bars 95 % Student t intervals over the seeds that both have, faint dots single seeds; a hollow
-    marker = the interval spans zero: no difference shown. Measures that the data do not have are left out, as is a bar
-    where there is one seed. Without lora, or with nothing else, a sentence takes the place of panels. Raises UserError
-    as `metrics.headline` does.
+    Args:
+        differences: as `differences.difference_table` gives them; measures that it lacks are left out.
+        forgetting: says if the text side in a measure was trained to the tower.
     """
-    values = per_seed_values(detection, forgetting)
-    wide = 100.0 * values.pivot(index=["metric", "seed"], columns="method", values="value")[values["method"].unique()]
-    if BASELINE not in wide or wide.shape[1] == 1:
-        return look.nothing(f"No method can be compared with {BASELINE} here.")
-    gaps = wide.drop(columns=BASELINE).sub(wide[BASELINE], axis=0)
-    gaps = gaps.melt(ignore_index=False, value_name="value").dropna().reset_index()
-    known = {key: seed_interval(part.to_numpy()) for key, part in gaps.groupby(["metric", "method"])["value"]}
-    gaps["sure"] = [not known[key].spans_zero for key in zip(gaps["metric"], gaps["method"], strict=True)]
-    labels = {key: (label := label_of(key, forgetting))[:1].upper() + label[1:] for key in COMPARED}
-    shown = [metric for metric in COMPARED if (gaps["metric"] == metric).any()]
-    methods = [str(method) for method in wide if method != BASELINE]
-    fig, axes = look.panels(len(shown), 1.15, 0.75 + 0.3 * len(methods), sharey=True)
-    for ax, metric in zip(axes, shown, strict=True):
-        for sure, part in gaps[gaps["metric"] == metric].groupby("sure"):
-            its = {"markersize": 8} if sure else {"markersize": 8, "markerfacecolor": "white"}
-            look.dots(ax, part, "method", methods, cut=(-np.inf, np.inf), **its)
+    shown = is_crossed(differences) | differences["rate"].isin(BESIDE)
+    labels = {
+        measure: (label := label_of(key_of(*measure), forgetting))[:1].upper() + label[1:]
+        for measure in zip(differences["rate"], differences["pictures"], strict=True)
+    }
+    return forest([(labels[row.rate, row.pictures], row, *of) for row, *of in intervals(differences[shown])])
+
+
+def condition_forest(differences: Mapping[str, pd.DataFrame], rate: str = "balanced_acc") -> Figure:
+    """Each method minus the baseline (`forest`) in one rate with crossed intervals: a panel a condition.
+
+    `differences`: as `differences.difference_table` gives them, by condition.
+    """
+    return forest(
+        [
+            (name, row, *of)
+            for name, table in differences.items()
+            for row, *of in intervals(table[is_crossed(table) & (table["rate"] == rate)])
+        ]
+    )
+
+
+@style()
+def forest(gaps: Sequence[tuple[str, Any, Interval, Interval, Interval]]) -> Figure:
+    """Differences to a baseline in points: a row a method, a panel a measure or a condition, zero as a line.
+
+    Markers are means; thick bars 95 % crossed intervals (seeds, generators and test images as random), thin ones over
+    seeds alone; a hollow marker: no difference shown. A method that a panel lacks leaves its row empty.
+
+    Args:
+        gaps: (panel, row of the table of differences, and of `differences.intervals` the crossed interval, that over
+            seeds, and the one that the reading goes by).
+    """
+    if not gaps:
+        return look.nothing("No method can be compared with lora or the probe here.")
+    panels, methods = unique(panel for panel, *_ in gaps), unique(row.method for _, row, *_ in gaps)
+    baseline = plain(gaps[0][1].other)
+    fig, axes = look.panels(len(panels), 1.3, 0.75 + 0.3 * len(methods), sharey=True)
+    for panel, row, crossed, seeds, decisive in gaps:
+        ax, y, its = axes[panels.index(panel)], methods.index(row.method), look.method_look(row.method)
+        ax.plot(crossed[1:], [y, y], color=its["color"], linewidth=7, alpha=0.3, solid_capstyle="butt", zorder=2)
+        ax.plot(seeds[1:], [y, y], color=its["color"], linewidth=1.6, zorder=3)
+        filled = "white" if decisive.spans_zero else its["color"]
+        ax.plot([seeds.mean], [y], **its, markersize=8, markerfacecolor=filled, markeredgewidth=1.4, zorder=4)
+    for ax, panel in zip(axes, panels, strict=True):
         ax.axvline(0.0, **look.LINE | {"linestyle": "-"})
         ax.set_yticks(range(len(methods)), [plain(method) for method in methods])
-        ax.set_title(labels[metric])
+        ax.set(ylim=(len(methods) - 0.5, -0.5), title=panel)
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="y", visible=False)
         low, high = ax.get_xlim()
         room = max(0.0, NARROWEST - (high - low)) / 2.0  # closer up, rounding would look like a difference
         ax.set_xlim(low - room, high + room)
         ax.xaxis.set_major_locator(MaxNLocator(4))
-    note = f"Percentage points above {BASELINE}; bars: 95 % interval;\nhollow: no difference shown; faint dots: seeds"
-    fig.supxlabel(note, fontsize=11)
-    first = [gap for (metric, _), gap in known.items() if metric == shown[0]]
+    bars = (
+        "thick: 95 % over seeds, generators and\nimages; thin: over seeds"
+        if gaps[0][2].known
+        else "bars: 95 % over seeds"
+    )
+    fig.supxlabel(f"Points above {baseline}; {bars}; hollow: no difference shown", fontsize=11)
+    first = [decisive for panel, *_, decisive in gaps if panel == panels[0]]
     above, below = (sum(gap.mean * sign > 0 and not gap.spans_zero for gap in first) for sign in (1, -1))
-    found = f"{above} of {len(first)} shown above {BASELINE}, {below} below"
-    seeds = "" if any(gap.known for gap in first) else " (one seed shows nothing)"
-    return look.finish(fig, f"{labels[shown[0]]}: {found}{seeds}")
+    found = f"{above} of {len(first)} shown above {baseline}, {below} below"
+    known = "" if any(gap.known for gap in first) else " (no interval)"
+    return look.finish(fig, f"{panels[0]}: {found}{known}")
 
 
 @style()

@@ -40,7 +40,7 @@ SEEDS = "mean over seeds, 95 % interval; faint dots: seeds"  # what `dots` draws
 BANDS = "mean over seeds; band or bar: 95 % interval"  # and `curves`
 CURVE = 3  # points that make a curve with a band; fewer have bars
 
-# Okabe & Ito's colours and one of similar spacing, told apart under red-green blindness: a colour a family.
+# Okabe & Ito's colours and two of similar spacing, told apart under red-green blindness: a colour a family.
 FAMILIES: dict[str, tuple[str, ...]] = {
     "#7f7f7f": ("probe", "leace", "null_space", "levels_probe", "weighed_probe"),
     "#e69f00": ("lora", "lp_ft", "wise_ft", "swad", "l2_sp", "effort", "weighed_lora"),
@@ -48,17 +48,18 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "dgs", "suppression_only", "alignment_only", "per_sample", "paper_order", "signed", "random_direction",
         "random_alignment", "shuffled_captions",
     ),
-    "#009e73": ("distillation", "pcgrad", "upgrad", "prograd", "levels_distillation"),
+    "#009e73": ("distillation", "pcgrad", "prograd", "levels_distillation"),
     "#d55e00": (
         "product_of_experts", "poe_probe", "poe_distillation", "poe_swad", "levels_poe", "levels_poe_probe",
         "levels_poe_distillation",
     ),
     "#332288": ("dgs_plus",),
-    "#56b4e9": ("pixel_cnn",),
+    "#56b4e9": ("pixel_cnn", "content_pixel_cnn", "late_fusion"),
+    "#7a3cf0": ("content_poe_distillation", "content_probe"),
 }  # fmt: skip
 _OTHERS = "#cc79a7"  # of a method that no family lists: an external checkpoint, one of the reader's own
 _MARKERS = "oDsv^X><Pphd*"
-_FIRST = dict(zip(FAMILIES, "sDovX>P", strict=True))  # heads of families differ in marker too
+_FIRST = dict(zip(FAMILIES, "sDovX>P^", strict=True))  # heads of families differ in marker too
 # Kinds of image (real, generators) are no methods: black and eight colours that no family has.
 REAL_COLOUR, REAL_MARKER = "#000000", "o"
 GENERATOR_COLOURS = ("#d400d4", "#a8b400", "#7a0000", "#00cfe8", "#ff7f86", "#144729", "#6b0f5b", "#5c7000")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.special import entr
 
 from dgs.analysis.figures import style as look
 from dgs.analysis.figures.style import plain, style, takeaway
@@ -23,16 +22,17 @@ _LABELS = {  # a panel each
 def training_curves(training: pd.DataFrame, validation: pd.DataFrame | None = None) -> Figure:
     """Losses (nats) and validation balanced accuracy (%) over the share of training done, mean over seeds.
 
-    The task's loss alone: totals hold other terms for other methods. The text head's loss has its floor, the entropy of
-    a label whose caption carries the shortcut: -rho ln rho - (1 - rho) ln (1 - rho). Validation images carry the
-    shortcut of the training set, so their accuracy rewards reading it; the title is therefore about the last kind of
-    `validation`. Panels without data are left out.
+    The task's loss alone: totals hold other terms for other methods. The text head's loss has a floor, what a converged
+    classifier of the same caption embeddings has (median over runs): a text head far above it has not learned what
+    captions tell. Validation images carry the shortcut of the training set, so their accuracy rewards reading it; the
+    title is therefore about the last kind of `validation`. n: as how many images a kind counts, fewer than there are
+    where they are weighed. Panels without data are left out.
 
     Args:
         training: columns method, seed, step, loss_task, val_balanced_acc (NaN but at epoch ends), and where known
-            loss_text and rho.
+            loss_text, loss_text_floor and rho.
         validation: of the final checkpoints, as `evaluate.final_validation` gives it: columns method, seed, images,
-            balanced_acc; the kinds of images in the order to draw them.
+            balanced_acc, n_effective; the kinds of images in the order to draw them.
     """
     methods = list(training["method"].unique())
     steps = training.dropna(subset=["loss_task"]).groupby("method")["step"].max() + 1
@@ -41,6 +41,7 @@ def training_curves(training: pd.DataFrame, validation: pd.DataFrame | None = No
     width = 100.0 / POINTS
     binned = table.assign(done=(np.ceil(done / width) - 0.5) * width) if table["step"].nunique() > POINTS else table
     rho = float(table["rho"].max()) if "rho" in table else np.nan
+    floor = float(table["loss_text_floor"].median()) if "loss_text_floor" in table else np.nan
     shown = [name for name in _LABELS if name in table and (name == "loss_task" or table[name].notna().any())]
     fig, axes = look.panels(len(shown) + (validation is not None), 1.0, 2.3)
     for ax, name in zip(axes, shown, strict=False):
@@ -48,13 +49,14 @@ def training_curves(training: pd.DataFrame, validation: pd.DataFrame | None = No
         own = own.groupby(["method", "seed", "done"], sort=False)[name].mean().reset_index()
         look.curves(ax, own, "done", name, methods, top=100.0 if name == "val" else np.inf)
         ax.set(xlabel="Training done (%)", ylabel=_LABELS[name], xlim=(0.0, 102.0))
-        note = {"loss_text": f"dashed: floor at ρ = {rho:g}", "val": "with the shortcut" if rho > 0.5 else ""}
-        if np.isfinite(rho):
-            ax.set_title(note.get(name, ""), fontsize=10, fontweight="normal")
-        if np.isfinite(rho) and name == "loss_text":
-            ax.axhline(entr(rho) + entr(1.0 - rho), **look.LINE)
+        note = {"loss_text": "dashed: converged" if np.isfinite(floor) else "",
+                "val": "with the shortcut" if rho > 0.5 else ""}  # fmt: skip
+        ax.set_title(note.get(name, ""), fontsize=10, fontweight="normal")
+        if np.isfinite(floor) and name == "loss_text":
+            ax.axhline(floor, **look.LINE)
     if validation is not None:
-        kinds = {kind: "\n".join(kind.rsplit(" ", 1)) for kind in validation["images"].unique()}
+        sizes = validation.groupby("images", sort=False)["n_effective"].first()
+        kinds = {kind: "\n".join([*str(kind).rsplit(" ", 1), f"(n {size:.0f})"]) for kind, size in sizes.items()}
         percent = validation.assign(value=100.0 * validation["balanced_acc"], kind=validation["images"].map(kinds))
         look.dots(axes[-1], percent, "kind", methods)
         axes[-1].set_xlabel("Final bal. accuracy (%)")

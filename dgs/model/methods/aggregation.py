@@ -13,26 +13,21 @@ from torch import Tensor
 
 
 @cache
-def _aggregator(name: str) -> Any:
-    from torchjd import aggregation  # here: it takes a second to import, and few methods use it
+def _pcgrad() -> Any:
+    from torchjd.aggregation import PCGrad  # here: it takes a second to import, and few methods use it
 
-    return aggregation.PCGrad() if name == "pcgrad" else aggregation.UPGrad(pref_vector=torch.ones(2))
-
-
-def _together(name: str, task: Tensor, prior: Tensor) -> Tensor:
-    if not (task.any() and prior.any()):
-        return task + prior
-    return _aggregator(name)(torch.stack([task.flatten(), prior.flatten()])).view_as(task)
+    return PCGrad()
 
 
 def pcgrad(task: Tensor, prior: Tensor) -> Tensor:
-    """Each gradient off the other where they conflict, then their sum (Yu et al. 2020, by torchjd)."""
-    return _together("pcgrad", task, prior)
+    """Each gradient off the other where they conflict, then their sum (Yu et al. 2020, by torchjd).
 
-
-def upgrad(task: Tensor, prior: Tensor) -> Tensor:
-    """Each gradient's nearest vector that conflicts with neither, then their sum (Quinton & Rey 2024, by torchjd)."""
-    return _together("upgrad", task, prior)
+    Of two gradients it is exact UPGrad too (Quinton & Rey 2024): what is left of one off the other is its nearest
+    vector that does not conflict with the other.
+    """
+    if not (task.any() and prior.any()):
+        return task + prior
+    return _pcgrad()(torch.stack([task.flatten(), prior.flatten()])).view_as(task)
 
 
 def prograd(task: Tensor, general: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -27,8 +27,9 @@ class Precomputed:
     teacher: (N, D), the frozen tower's features fT of the view at hand; D > T where the head reads levels too.
     feature_norm2: (N,), in every row the mean of |fT|^2 over all training images, of the first T columns.
     residual: (N,), sigmoid(zT) - y, of the teacher's logit.
-    expert: (N,), logits of the text expert; zero where a method adds none.
+    expert: (N,), logits of the biased expert; zero where a method adds none.
     weight: (N,), of the image in the task's loss, 1 on average; 1 where a method does not reweight.
+    text_logits: (N,), of the fitted text head (train.surgery.text_head); None: the text head at hand is asked.
     """
 
     labels: Tensor
@@ -38,9 +39,11 @@ class Precomputed:
     residual: Tensor
     expert: Tensor
     weight: Tensor
+    text_logits: Tensor | None = None
 
     def __getitem__(self, rows: Tensor | slice) -> Precomputed:
-        return Precomputed(*(getattr(self, part.name)[rows] for part in fields(self)))
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        return replace(self, **{name: value[rows] for name, value in values.items() if value is not None})
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -153,9 +156,14 @@ def random_harm(batch: Batch) -> Tensor:
     return direction / norm * text_harm(batch).norm(dim=1, keepdim=True)
 
 
+def linear_head(width: int) -> nn.Linear:
+    """An image head on so many features, with torch's default initialisation."""
+    return nn.Linear(width, 1)
+
+
 _ASKED = {
     **{"lam": 1, "distill": 1, "eps": 1, "decay": 1, "mix": 1, "directions": 2},
-    **{"order": "release", "scale": "release"},
+    **{"order": "release", "scale": "release", "text_head": "release", "content_side": 1},
 }
 
 
@@ -173,23 +181,29 @@ class Method:
     prior: a loss on the features beside the task's; its gradient reaches `gradient` separately.
     gradient: (task gradient, prior gradient, batch, params), all (B, D), to the gradient sent into the tower.
     whole_batch: `gradient` takes a batch as one vector, so that a batch cannot be split into parts.
-    text_expert: "add": in training the logit of a text expert (`dgs.model.methods.text_expert`) is added to the image
-        head's, so that neither head nor tower is asked for what captions explain; at test time the image head stands
-        alone. "reweight": the expert weights training images, so that captions tell nothing of labels.
+    expert: what the biased expert (`dgs.model.methods.experts`) reads. "text": captions. "content": frozen CLIP's
+        features of pictures whose traces are destroyed.
+    expert_use: "add": in training the expert's logit is added to the method's, so that neither head nor tower is asked
+        for what the expert explains; at test time the method stands alone. "reweight": the expert weights training
+        images, so that what it reads tells nothing of labels; not with a `model`.
     shuffled: captions go to other images than their own.
     levels: the head reads statistics of earlier tokens (`model.levels`) beside the tower's output.
+    head: makes stage 2's image head for so many features. A checkpoint holds a linear one, which all methods of the
+        registry have; a subclass may put hidden units before its last layer.
     feature_map: (features, captions, params) to the map that the image head reads features through, fitted on the
         frozen tower's.
-    init_head_from_probe: the image head starts as stage 1's, which then has the text expert too, not at random.
+    init_head_from_probe: the image head starts as stage 1's, which then has the expert too, not at random.
     penalty: a loss on the adapters, weighted by train.surgery.decay.
     project: given the backbone, a function that projects the adapters onto where they may be, called after every step.
     average: weights of tower and head are averaged at the end (`dgs.model.methods.averaging`). "wise_ft": tuned with
         frozen ones, train.surgery.mix of the tuned. "swad": over the last two thirds of stage 2's steps.
     model: a network of the method's own in place of a CLIP (`dgs.model.classifier.OwnModel`), fitted in stage 1; then
-        nothing above is looked at, and adapters must be False.
+        nothing above but an expert is looked at, and adapters must be False.
+    members: methods that the `model` is composed of, trained with this one's numbers and seed.
     settings: parameters of train.surgery that are the method's own.
     tuned_param: the parameter of train.surgery that sets the method's strength, tuned beside the learning rate.
-    settings_of: the method whose tuned settings this one takes, since it is to differ from it in one thing.
+    settings_of: the methods whose tuned settings this one takes: one that it is to differ from in one thing, or those
+        of its members.
     """
 
     name: str
@@ -198,18 +212,21 @@ class Method:
     prior: Prior = no_prior
     gradient: GradientMap = add
     whole_batch: bool = False
-    text_expert: Literal["add", "reweight"] | None = None
+    expert: Literal["text", "content"] | None = None
+    expert_use: Literal["add", "reweight"] = "add"
     shuffled: bool = False
     levels: bool = False
+    head: Callable[[int], nn.Linear] = linear_head
     feature_map: Callable[[Tensor, Tensor, SurgeryParams], Affine] | None = None
     init_head_from_probe: bool = False
     penalty: Callable[[nn.Module], Tensor] | None = None
     project: Callable[[nn.Module], Callable[[], None]] | None = None
     average: Literal["wise_ft", "swad"] | None = None
     model: type[OwnModel] | None = None
+    members: tuple[Method, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     tuned_param: str | None = None
-    settings_of: str | None = None
+    settings_of: tuple[str, ...] = ()
 
     def of(self, params: Params) -> Params:
         """`params` with the method's own settings in train.surgery.
@@ -230,7 +247,19 @@ class Method:
     def needs_text(self) -> bool:
         """Whether it learns from captions; asked of its functions, by what they make of random rows with two sets."""
         answers = zip(*(self._answers(captions) for captions in _rows(1, 2)), strict=True)
-        return self.text_expert is not None or self.shuffled or not all(torch.equal(*pair) for pair in answers)
+        reads = self.expert == "text" or self.shuffled or any(member.needs_text for member in self.members)
+        return reads or not all(torch.equal(*pair) for pair in answers)
+
+    @property
+    def needs_clip(self) -> bool:
+        """Whether a CLIP takes part in its training."""
+        of_members = any(member.needs_clip for member in self.members)
+        return of_members or self.expert == "content" or self.model is None
+
+    @property
+    def tunes_clip(self) -> bool:
+        """Whether adapters learn, its own or a member's."""
+        return self.adapters or any(member.tunes_clip for member in self.members)
 
     def _answers(self, captions: Tensor) -> list[Tensor]:
         """Prior, gradient and feature map of random rows whose captions, and gradients at them, are `captions`."""
@@ -243,6 +272,8 @@ class Method:
         return found if fitted is None else [*found, fitted.matrix, fitted.bias]
 
     def steps(self, images: int, params: Params) -> int:
-        """Optimiser steps of a run: of stage 2, or of stage 1 where no tower is tuned."""
+        """Optimiser steps of a run: of stage 2, or of stage 1 where no tower is tuned; of all members."""
+        if self.members:
+            return sum(member.steps(images, params) for member in self.members)
         epochs = params.train.stage2.epochs if self.adapters else params.train.stage1.epochs
         return epochs * -(-images // params.train.batch_size)

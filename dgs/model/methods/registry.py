@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from dgs.errors import UserError, did_you_mean
-from dgs.model.methods.aggregation import pcgrad, prograd, upgrad
+from dgs.model.fusion import LateFusion
+from dgs.model.methods.aggregation import pcgrad, prograd
 from dgs.model.methods.base import (
     Method,
     aggregated,
@@ -50,18 +51,18 @@ _CORE = (
         "poe_probe",
         "Product of experts (Clark et al. 2019) on frozen CLIP, with a text expert as the biased one.",
         adapters=False,
-        text_expert="add",
+        expert="text",
     ),
     Method(
         "product_of_experts",
         "Product of experts (Clark et al. 2019) with LoRA, with a text expert as the biased one.",
-        text_expert="add",
+        expert="text",
     ),
     Method(
         "poe_distillation",
         "product_of_experts and distillation together.",
         prior=distillation,
-        text_expert="add",
+        expert="text",
         tuned_param="distill",
     ),
     Method(
@@ -76,7 +77,7 @@ _CORE = (
         "DGS-Net's idea with other means: a text expert takes over what captions explain; the frozen tower's output is "
         "held, its probe is where the head starts; weights are averaged along the way.",
         prior=distillation,
-        text_expert="add",
+        expert="text",
         init_head_from_probe=True,
         average="swad",
         tuned_param="distill",
@@ -87,7 +88,7 @@ _PARTS = (
     Method(
         "poe_swad",
         "dgs_plus without holding the tower's output: SWAD with a text expert.",
-        text_expert="add",
+        expert="text",
         init_head_from_probe=True,
         average="swad",
     ),
@@ -105,7 +106,7 @@ _PARTS = (
         adapters=False,
         levels=True,
         feature_map=standardise,
-        text_expert="add",
+        expert="text",
     ),
     Method(
         "levels_distillation",
@@ -120,13 +121,13 @@ _PARTS = (
         "Reading levels, with a text expert.",
         levels=True,
         feature_map=standardise,
-        text_expert="add",
+        expert="text",
     ),
     Method(
         "levels_poe_distillation",
         "poe_distillation that reads levels: what dgs_plus was in the first study.",
         prior=distillation,
-        text_expert="add",
+        expert="text",
         levels=True,
         feature_map=standardise,
         tuned_param="distill",
@@ -136,7 +137,7 @@ _PARTS = (
 
 def _control(name: str, reference: str, **changes: Any) -> Method:
     """dgs with one thing changed, and with the settings that dgs was tuned to."""
-    return replace(_CORE[2], name=name, reference=reference, settings_of="dgs", tuned_param=None, **changes)
+    return replace(_CORE[2], name=name, reference=reference, settings_of=("dgs",), tuned_param=None, **changes)
 
 
 _CONTROLS = (
@@ -166,12 +167,14 @@ _NEIGHBOURS = (
         "Frozen CLIP, a linear layer that learns from images weighed by 1 / P(label given caption), the text expert "
         "giving P (inverse propensity weighting, Horvitz & Thompson 1952).",
         adapters=False,
-        text_expert="reweight",
+        expert="text",
+        expert_use="reweight",
     ),
     Method(
         "weighed_lora",
         "LoRA whose images are weighed by 1 / P(label given caption), as weighed_probe's are.",
-        text_expert="reweight",
+        expert="text",
+        expert_use="reweight",
     ),
     Method(
         "lp_ft",
@@ -205,14 +208,6 @@ _NEIGHBOURS = (
         tuned_param="distill",
     ),
     Method(
-        "upgrad",
-        "UPGrad (Quinton & Rey 2024) of the task's and distillation's gradients, at the features.",
-        prior=distillation,
-        gradient=aggregated(upgrad),
-        whole_batch=True,
-        tuned_param="distill",
-    ),
-    Method(
         "prograd",
         "ProGrad (Zhu et al. 2023) at the features, with the frozen probe's opinion as general knowledge.",
         prior=agreement,
@@ -242,8 +237,49 @@ _WITHOUT_CLIP = (
     ),
 )
 
+_CONTENT = (
+    Method(
+        "content_probe",
+        "poe_probe without captions: the biased expert reads frozen CLIP on pictures whose traces are destroyed.",
+        adapters=False,
+        expert="content",
+        settings_of=("poe_probe",),
+    ),
+    Method(
+        "content_poe_distillation",
+        "poe_distillation without captions, with content_probe's expert.",
+        prior=distillation,
+        expert="content",
+        settings_of=("poe_distillation",),
+    ),
+    Method(
+        "content_pixel_cnn",
+        "pixel_cnn with content_probe's expert.",
+        adapters=False,
+        model=PixelCNN,
+        expert="content",
+        settings_of=("pixel_cnn",),
+    ),
+)
+
+_COMPOSED = (
+    Method(
+        "late_fusion",
+        "The sum of content_poe_distillation's and content_pixel_cnn's logits, each divided by its standard deviation "
+        "on validation images.",
+        adapters=False,
+        model=LateFusion,
+        members=_CONTENT[1:],
+        settings_of=("poe_distillation", "pixel_cnn"),
+    ),
+)
+
 METHODS: dict[str, Method] = {
-    method.name: method for method in (*_CORE, *_PARTS, *_CONTROLS, *_NEIGHBOURS, *_WITHOUT_CLIP)
+    method.name: method for method in (*_CORE, *_PARTS, *_CONTROLS, *_NEIGHBOURS, *_WITHOUT_CLIP, *_CONTENT, *_COMPOSED)
+}
+
+ENDED = {  # methods that results still name, and why there is none any more
+    "upgrad": "of two gradients exact UPGrad is PCGrad, so use pcgrad"
 }
 
 
@@ -261,8 +297,10 @@ def get_method(name: str) -> Method:
     """A method by name.
 
     Raises:
-        UserError: no such method; the message lists those there are.
+        UserError: no such method, the message lists those there are; or one that has ended.
     """
+    if isinstance(name, str) and name in ENDED:
+        raise UserError(f"Expected a method of the registry, found {name}, which has ended: {ENDED[name]}.")
     if not isinstance(name, str) or name not in METHODS:  # a notebook's `method` may be anything
         raise UserError(f"Unknown method '{name}'.{did_you_mean(str(name), METHODS)} Known: {', '.join(METHODS)}.")
     return METHODS[name]

@@ -1,0 +1,238 @@
+"""The oracle ladder: surgery that is helped more from rung to rung, and what changes residuals instead.
+
+`python -m studies.oracle_ladder [--seed N] [RUNG...]` trains and tests on what was prepared of mini. A linear head has
+g_i = r_i w, and no projection off directions of a class changes r_i (docs/findings.md): if that is why surgery does not
+help, then no rung of directions does, however true they are, and those that change r_i do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import pandas as pd
+import torch
+import typer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dgs.analysis.metrics import detection_table, headline, metrics_of
+from dgs.analysis.tuning import train_and_score, trials
+from dgs.commands import for_users, prepared, say
+from dgs.conditions import NATIVE
+from dgs.data.prepared import Prepared, load_prepared
+from dgs.errors import UserError, did_you_mean
+from dgs.model.backbone import Backbone
+from dgs.model.methods.base import Batch, Method
+from dgs.model.methods.registry import get_method
+from dgs.model.train import extract_features, training_views
+from dgs.params import Params, SurgeryParams
+from dgs.workspace import MAIN
+from minibench.splits import SHORTCUTS
+
+OUT = Path("results/study/oracle_ladder.csv")
+KEY = ["data_hash", "rung", "seed"]
+MEASURES = ["balanced_acc_unseen", "ap_unseen", "balanced_acc_seen"]
+RANKS = (1, 2, 4, 8, 16)  # of the plane
+HIDDEN = 64  # units of the MLP head
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A method of the registry, with its tuned settings, and what is put in place of parts of it.
+
+    rank: of the shortcut's plane that the gradient into the features is projected off; 0: as the method has it.
+    head_too: the image head is kept off that plane as well.
+    mlp: the image head has a hidden layer, so that a sample's gradient is more than r_i w.
+    """
+
+    method: str
+    text_head: str = "release"
+    rank: int = 0
+    head_too: bool = False
+    mlp: bool = False
+
+
+RUNGS: dict[str, Rung] = {
+    "lora": Rung("lora"),
+    "release": Rung("dgs"),
+    "fitted": Rung("dgs", text_head="fitted"),
+    "signed": Rung("signed"),
+    "signed_fitted": Rung("signed", text_head="fitted"),
+    **{f"plane_{rank}": Rung("lora", rank=rank) for rank in RANKS},
+    **{f"plane_{rank}_head": Rung("lora", rank=rank, head_too=True) for rank in (2, 16)},
+    "weights": Rung("weighed_lora"),
+    "expert": Rung("product_of_experts"),
+    "mlp": Rung("lora", mlp=True),
+    "mlp_fitted": Rung("dgs", text_head="fitted", mlp=True),
+    "mlp_plane_2": Rung("lora", rank=2, mlp=True),
+}
+
+
+class MLPHead(nn.Linear):
+    """An image head with one hidden layer of GELUs: (B, D) to (B, 1)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(HIDDEN, 1)
+        self.hidden = nn.Linear(width, HIDDEN)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(F.gelu(self.hidden(features)))
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is known of N training images and no method is told.
+
+    group: (N,) whether the shortcut goes with "fake"; value: (N,) number of the attribute's value; given: (N,) number
+    of label and the other attribute together.
+    """
+
+    group: Tensor
+    value: Tensor
+    given: Tensor
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame, shortcut: str) -> Truth:
+        """Of the benchmark's rows, with `shortcut` one of `SHORTCUTS`."""
+        chosen = SHORTCUTS[shortcut]
+        others = [other.attribute for name, other in SHORTCUTS.items() if name != shortcut]
+        values, given = rows.groupby(chosen.attribute), rows.groupby(["label", *others])
+        columns = (rows[chosen.attribute].isin(chosen.fake), values.ngroup(), given.ngroup())
+        return cls(*(torch.tensor(column.to_numpy()) for column in columns))
+
+
+def _means(rows: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of (N, D) rows by cell, (C, D), and how many rows each has, (C, 1); cells: (N,) numbers from 0."""
+    members = F.one_hot(cells).to(rows.dtype)
+    counts = members.sum(0)[:, None]
+    return members.T @ rows / counts.clamp_min(1), counts
+
+
+def shortcut_plane(features: Tensor, truth: Truth, rank: int) -> Tensor:
+    """The directions along which the shortcut's attribute moves (N, D) features: an orthonormal (D, at most rank).
+
+    From the covariance of features and attribute among images alike in label and the other attribute: first the
+    difference of the two groups, then what single values do beside it, the strongest first.
+    """
+    means, _ = _means(features.double(), truth.given)
+    rows = features.double() - means[truth.given]
+    group = truth.group.double()[:, None]
+    first = F.normalize(rows.T @ (group - _means(group, truth.given)[0][truth.given]), dim=0)
+    cells = truth.value * len(means) + truth.given
+    beside, counts = _means(rows - rows @ first @ first.T, cells)
+    _, lengths, directions = torch.linalg.svd(beside * counts.sqrt(), full_matrices=False)
+    further = directions[lengths > 1e-6 * lengths[0]][: rank - 1]
+    return torch.cat([first, further.T], 1).to(features.dtype)
+
+
+class ShortcutPlane:
+    """`shortcut_plane` of the training images in the tower as it is, estimated anew at the start of every epoch.
+
+    `gradient` and `project` are a method's.
+    """
+
+    basis: Tensor
+    head: nn.Module
+
+    def __init__(self, prepared: Prepared, params: Params, seed: int, rank: int, head_too: bool) -> None:
+        self.views = training_views(prepared, params, seed)
+        self.truth = Truth.of(prepared.split("train"), params.data.shortcut)
+        self.params, self.rank, self.head_too = params, rank, head_too
+
+    def gradient(self, task: Tensor, prior: Tensor, batch: Batch, params: SurgeryParams) -> Tensor:
+        """(B, D) off the plane exactly, with its signs and without an epsilon."""
+        self.head = batch.head
+        return off(task + prior, self.basis)
+
+    def project(self, backbone: nn.Module) -> Callable[[], None]:
+        """Estimates the plane; returns what is to be called after every step."""
+        an_epoch, steps = -(-len(self.views[0]) // self.params.train.batch_size), 0
+
+        def after_step() -> None:
+            nonlocal steps
+            steps += 1
+            if steps % an_epoch == 0:
+                self._estimate(cast(Backbone, backbone), steps // an_epoch)
+            if self.head_too:
+                weight = cast(nn.Linear, self.head).weight.data
+                weight.copy_(off(weight, self.basis))
+
+        self._estimate(cast(Backbone, backbone), 0)
+        return after_step
+
+    @torch.no_grad()
+    def _estimate(self, backbone: Backbone, epoch: int) -> None:
+        training = backbone.training
+        views = self.views[epoch % len(self.views)]
+        features = extract_features(backbone.eval(), views, self.params, "shortcut plane")
+        backbone.train(training)
+        truth = Truth(*(part.to(features.device) for part in vars(self.truth).values()))
+        self.basis = shortcut_plane(features, truth, self.rank)
+
+
+def off(rows: Tensor, basis: Tensor) -> Tensor:
+    """(B, D) rows without their part in the span of an orthonormal (D, k)."""
+    return rows - rows @ basis @ basis.T
+
+
+def method_of(rung: Rung, prepared: Prepared, params: Params, seed: int) -> Method:
+    """The method that a rung trains."""
+    changes: dict[str, Any] = {"head": MLPHead} if rung.mlp else {}
+    if rung.rank:
+        plane = ShortcutPlane(prepared, params, seed, rung.rank, rung.head_too)
+        changes |= {"gradient": plane.gradient, "project": plane.project}
+    return replace(get_method(rung.method), **changes)
+
+
+def _score(_: str, name: str, seed: int, params: Params, root: Path, folder: Path) -> dict[str, float | None]:
+    rung, found = RUNGS[name], load_prepared(folder, root)
+    own = found.with_prepared(params).replaced({"train.surgery.text_head": rung.text_head}).for_method(rung.method)
+    found = found.with_training_images(own.train.images, seed)
+    method = method_of(rung, found, own, seed)
+    logits = train_and_score(method, found, own, seed, root, ["test"])["test"][1]
+    images = found.split("test")[["split", "generator", "label"]]
+    scores = images.assign(method=name, seed=seed, condition=NATIVE, applied_to="both", logit=logits)
+    run = headline(detection_table(scores, found.info["seen"]))
+    return {measure: metrics_of("run")[measure].function(run) for measure in MEASURES}
+
+
+def climb(
+    names: Sequence[str], params: Params, root: Path, folder: Path, out: Path, seeds: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Train and test the rungs of `RUNGS` named, as `tuning.trials` does: a row of `out` a rung and seed.
+
+    Seeds run side by side, `compute.jobs` at most. Columns of `out`: `KEY` and `MEASURES`. After a change of settings
+    or code remove `out`. `folder`: what prepare made.
+
+    Raises:
+        UserError: no such rung.
+    """
+    for name in names:
+        if name not in RUNGS:
+            raise UserError(f"Unknown rung '{name}'.{did_you_mean(name, RUNGS)} Known: {', '.join(RUNGS)}.")
+    images = load_prepared(folder, root).info["data_hash"]
+    todo = [dict(zip(KEY, (images, name, seed), strict=True)) for name in names for seed in seeds]
+    jobs = min(params.compute.jobs, len(seeds))
+    yield from trials(_score, todo, (params, root, folder), jobs, out, [*KEY, *MEASURES])
+
+
+def main(
+    rungs: Annotated[list[str] | None, typer.Argument(help=f"default: all: {', '.join(RUNGS)}")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="may be repeated; default: those of params.yaml")
+    ] = None,
+) -> None:
+    """Train and test the rungs on mini's data; what the table holds already is not run again."""
+    params, workspace, folder = prepared(MAIN)
+    out = workspace.root / OUT
+    for row in climb(rungs or list(RUNGS), params, workspace.root, folder, out, seed or params.seeds):
+        rates = ", ".join(f"{name} {row[name]:.3f}" for name in MEASURES)
+        say(f"{row['rung']}, seed {row['seed']}: {rates}")
+
+
+if __name__ == "__main__":
+    with for_users():
+        typer.run(main)

@@ -1,0 +1,148 @@
+"""The oracle ladder: the shortcut's true plane, what is kept off it, and rungs that are run once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from copies import ROOT
+from torch import nn
+
+from dgs.data.prepared import TRAINING, load_prepared
+from dgs.errors import UserError
+from dgs.model.methods.registry import METHODS
+from dgs.params import Params, load_params
+from minibench.splits import SHORTCUTS
+from studies.oracle_ladder import (
+    KEY,
+    MEASURES,
+    RANKS,
+    RUNGS,
+    MLPHead,
+    ShortcutPlane,
+    Truth,
+    climb,
+    method_of,
+    off,
+    shortcut_plane,
+)
+
+GROUP, VALUE, LABEL = torch.eye(12, dtype=torch.float64)[:3]  # directions that features move along
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    """Images of every background and shape; nine of ten with a background of the shortcut are fake."""
+    rng = np.random.default_rng(0)
+    backgrounds = rng.choice(["plain", "striped", "checked", "dotted", "brick", "cloudy"], 3_000)
+    group = np.isin(backgrounds, SHORTCUTS["background"].fake)
+    labels = np.where(rng.random(3_000) < 0.9, group, ~group).astype(int)
+    return pd.DataFrame({"background": backgrounds, "shape": rng.choice(["ring", "star"], 3_000), "label": labels})
+
+
+@pytest.fixture(scope="module")
+def truth(rows: pd.DataFrame) -> Truth:
+    return Truth.of(rows, "background")
+
+
+def features_of(rows: pd.DataFrame, truth: Truth) -> torch.Tensor:
+    """A strong step along the groups, a weaker one along a single background, and the label's own."""
+    noise = 0.1 * torch.randn(len(rows), 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    dotted = torch.tensor((rows["background"] == "dotted").to_numpy()).double()
+    labels = torch.tensor(rows["label"].to_numpy()).double()
+    return noise + 3 * truth.group.double()[:, None] * GROUP + dotted[:, None] * VALUE + 2 * labels[:, None] * LABEL
+
+
+def test_the_plane_is_the_groups_direction_then_the_single_values_and_never_the_labels(
+    rows: pd.DataFrame, truth: Truth
+) -> None:
+    """Though nine of ten labels are the group's: the covariance is of images of one label."""
+    basis = shortcut_plane(features_of(rows, truth), truth, 2)
+    assert torch.allclose(basis.T @ basis, torch.eye(2, dtype=torch.float64), atol=1e-9)
+    assert (basis[:, 0] @ GROUP).abs() > 0.98
+    assert ((basis.T @ VALUE).norm() > 0.98) and ((basis.T @ LABEL).norm() < 0.05)
+    for rank in RANKS:
+        assert shortcut_plane(features_of(rows, truth), truth, rank).shape == (12, min(rank, 12))
+
+
+def test_off_the_plane_no_group_is_left_in_means(rows: pd.DataFrame, truth: Truth) -> None:
+    features = features_of(rows, truth)
+    left = off(features, shortcut_plane(features, truth, 1))
+    same = truth.given == 0
+    gap = left[same & truth.group].mean(0) - left[same & ~truth.group].mean(0)
+    before = features[same & truth.group].mean(0) - features[same & ~truth.group].mean(0)
+    assert gap.norm() < 0.2 * before.norm()
+
+
+def test_every_rung_is_a_method_with_settings_and_they_are_those_asked_for() -> None:
+    params = load_params("mini", ROOT)
+    for rung in RUNGS.values():
+        assert rung.method in METHODS and params.for_method(rung.method).train.stage2.lr > 0
+    assert {rung.rank for rung in RUNGS.values()} == {0, *RANKS}
+    assert {rung.method for name, rung in RUNGS.items() if name in ("weights", "expert")} == {
+        "weighed_lora", "product_of_experts"
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"Unknown rung 'plane_3'. Did you mean 'plane_\d"):
+        next(climb(["plane_3"], params, ROOT, Path("nowhere"), Path("nowhere"), [0]))
+
+
+@pytest.fixture
+def folder(tiny_prepared: Path, tmp_path: Path) -> Path:
+    """What prepare made, with a generator that is seen."""
+    copy = shutil.copytree(tiny_prepared, tmp_path / "prepared")
+    noted = copy / TRAINING / "data.json"
+    facts = json.loads(noted.read_text())
+    fakes = load_prepared(copy, ROOT).split("train").query("label == 1")["generator"]
+    noted.write_text(json.dumps({**facts, "seen": sorted(fakes.unique())}))
+    return copy
+
+
+def test_rungs_are_trained_and_tested_once_and_a_second_run_has_nothing_to_do(
+    tiny: Params, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "oracle_ladder.csv"
+    first = list(climb(["fitted"], tiny, ROOT, folder, out, [0]))
+    both = list(climb(["fitted", "mlp_plane_2"], tiny, ROOT, folder, out, [0]))
+    assert [row["rung"] for row in first + both] == ["fitted", "mlp_plane_2"], "a finished row is not run again"
+    table = pd.read_csv(out)
+    assert list(table.columns) == [*KEY, *MEASURES] and len(table) == 2
+    assert table[MEASURES].stack().between(0, 1).all() and len(table[MEASURES].stack()) == 6
+    assert list(climb(["fitted", "mlp_plane_2"], tiny, ROOT, folder, out, [0])) == []
+
+
+def test_the_plane_follows_the_tower_and_the_head_stays_off_it(
+    tiny: Params, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dgs.analysis.tuning import train_and_score
+
+    planes: list[torch.Tensor] = []
+    heads: list[torch.Tensor] = []
+    estimate = ShortcutPlane._estimate
+
+    def watched(self: ShortcutPlane, *arguments: object) -> None:
+        estimate(self, *arguments)  # type: ignore[arg-type]
+        planes.append(self.basis)
+        if hasattr(self, "head"):
+            heads.append(self.head.weight.detach())  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ShortcutPlane, "_estimate", watched)
+    params = tiny.replaced({"train.stage2.epochs": 2, "train.stage2.lr": 0.01}).for_method("lora")
+    prepared = load_prepared(folder, ROOT)
+    method = method_of(RUNGS["plane_2_head"], prepared, params, 0)
+    train_and_score(method, prepared, params, 0, ROOT, [])
+    assert len(planes) == 3, "before the first step, and after each epoch"
+    assert not torch.allclose(planes[0], planes[2], atol=1e-3)
+    assert (heads[-1] @ planes[-1]).abs().max() < 1e-5 < heads[-1].norm()
+
+
+def test_an_mlp_head_gives_every_sample_a_direction_of_its_own() -> None:
+    features = torch.randn(8, 12, requires_grad=True)
+    head = MLPHead(12)
+    head(features).sum().backward()
+    assert features.grad is not None and torch.linalg.matrix_rank(features.grad) > 1
+    assert isinstance(head, nn.Linear) and head.in_features != 12
