@@ -23,7 +23,16 @@ TABLES = {
     "training.csv": ["rho", "method", "seed", "epoch", "step"],
 }
 LOGS = ("training.csv",)  # compared where both have it; without the other tables there is nothing to compare
-ASIDE = ("tuning.csv", "left_out.csv", "ceiling.csv")  # of dgs tune, dgs left-out and dgs ceiling, beside its results
+ASIDE = {  # what other commands keep beside the pipeline's results
+    "tuning.csv": "dgs tune",
+    "left_out.csv": "dgs left-out",
+    "ceiling.csv": "dgs ceiling",
+    "text_sides.csv": "python -m real.text_sides",
+    "text_alone.csv": "python -m real.text_alone",
+    "in_common.csv": "python -m real.in_common",
+    "study.csv": "python -m real.study",
+}
+DETECTORS = "train/"  # real/README.md: trained detectors beside the results that they gave
 COUNTS = ("n_real", "n_fake")
 DEGREES = 180.0  # angles are compared as fractions of a half turn
 KEEP_BITS = "Of compute.*, jobs, workers, keep_mb and snapshot_seconds change no bit of a trained checkpoint."
@@ -140,7 +149,7 @@ def _files(folder: Path) -> set[str]:
     """Names of the pipeline's files below `folder`, relative to it, "/" between parts; hidden ones belong to tools."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     names = {path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)}
-    return names - set(ASIDE)
+    return {name for name in names - set(ASIDE) if not name.startswith(DETECTORS)}
 
 
 def _check_seeds(committed: Path, seeds: Collection[int]) -> None:
