@@ -112,6 +112,17 @@ def _meta(shipped: Path) -> dict[str, Any]:
     return dict(json.loads((shipped / MINIBENCH).read_text(encoding="utf-8")))
 
 
+def _check_seen(seen: Sequence[str], training: Literal["fresh", "shipped"]) -> None:
+    unknown = [name for name in seen if name not in generators.NAMES]
+    if unknown or not seen or len(set(seen)) < len(seen):
+        raise UserError(
+            f"Expected generators to train on, each once, found {', '.join(unknown or seen) or 'none'}. "
+            f"Known: {', '.join(generators.NAMES)}."
+        )
+    if training == "shipped" and tuple(seen) != generators.SEEN:
+        raise UserError("The shipped training sets have their own fakes. Leave out --seen, or make training sets anew.")
+
+
 def build(
     out: Path,
     seed: int,
@@ -123,6 +134,7 @@ def build(
     sizes: splits.Sizes | None = None,
     clip_recipe: pretrain.Recipe | None = None,
     generator_recipe: train_generators.Recipe | None = None,
+    seen: Sequence[str] = generators.SEEN,
     workers: int = 1,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -130,13 +142,15 @@ def build(
 
     `rho`: one shortcut strength in place of 0.5, 0.75 and 0.9. `clip` and `weights` (the generators) are copied from
     `shipped` or trained anew. `training="shipped"`: only the test set is made, the other images are those of
-    `shipped`, so that a method trained on them meets a test set nobody has seen. The folder appears whole or not at
+    `shipped`, so that a method trained on them meets a test set nobody has seen. `seen`: the generators of training
+    fakes, instead of the benchmark's two; the others are the unseen ones. The folder appears whole or not at
     all; a broken pre-training goes on where it stopped when the same call comes again.
     """
     if rho is not None and not 0.0 <= rho <= 1.0:
         raise UserError(f"rho should be a probability, 0 to 1. Found {rho}.")
     if rho is not None and training == "shipped":
         raise UserError("The shipped training sets have their own rho. Leave out --rho, or make training sets anew.")
+    _check_seen(seen, training)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} should not exist yet, or be an empty folder. Remove it or choose another --out.")
     sources = {"clip": clip, WEIGHTS: weights, MINIBENCH: training if "shipped" not in (clip, weights) else "shipped"}
@@ -159,7 +173,7 @@ def build(
             made_clip = _clip(clip, folder, shipped, clip_recipe, scratch, workers, progress)
             models = generators.load(folder / WEIGHTS)
             images: list[pd.DataFrame] = []
-            for split, rows in splits.rows(seed, sizes, rhos).items():
+            for split, rows in splits.rows(seed, sizes, rhos, seen).items():
                 pack = folder / f"images-{split}.parquet"
                 if training == "shipped" and split != "test":
                     shutil.copyfile(shipped / pack.name, pack)
@@ -175,7 +189,7 @@ def build(
             "rhos": old["rhos"] if old else list(rhos),
             "sizes": {**old["sizes"], "test": sizes.test} if old else asdict(sizes),
             "counts": {some["split"].iloc[0]: some["generator"].value_counts(sort=False).to_dict() for some in images},
-            **_described(),
+            **_described(seen),
             "clip": made_clip,
             "generators": made_generators,
         }
@@ -200,7 +214,7 @@ def _listed(pack: Path) -> pd.DataFrame:
     return table.drop_columns(["image"]).to_pandas().assign(sha256=hashes)
 
 
-def _described() -> dict[str, Any]:
+def _described(seen: Sequence[str]) -> dict[str, Any]:
     """What does not depend on the seed."""
     return {
         "shortcuts": {
@@ -211,8 +225,8 @@ def _described() -> dict[str, Any]:
             }
             for name, shortcut in splits.SHORTCUTS.items()
         },
-        "seen": list(generators.SEEN),
-        "unseen": list(generators.UNSEEN),
+        "seen": list(seen),
+        "unseen": [name for name in generators.NAMES if name not in seen],
         "attributes": {name: list(values) for name, values in scenes.VOCABULARY.items()},
         "image": {"side": scenes.SIZE, "jpeg_quality": list(degradations.QUALITY), "subsampling": "4:2:0"},
         "camera": {

@@ -62,11 +62,13 @@ def fake_probability(attributes: scenes.Attributes, rho: float, shortcut: str) -
     return rho if getattr(attributes, chosen.attribute) in chosen.fake else 1 - rho
 
 
-def _fake(index: int) -> str:
-    return generators.SEEN[index % len(generators.SEEN)]
+def _fake(index: int, seen: Sequence[str]) -> str:
+    return seen[index % len(seen)]
 
 
-def biased(seed: int, split: str, count: int, rhos: Sequence[float]) -> list[Row]:
+def biased(
+    seed: int, split: str, count: int, rhos: Sequence[float], seen: Sequence[str] = generators.SEEN
+) -> list[Row]:
     """The images of a training or validation split; its fakes alternate between the seen generators by scene."""
     rows = []
     for index in range(count):
@@ -79,14 +81,15 @@ def biased(seed: int, split: str, count: int, rhos: Sequence[float]) -> list[Row
         }
         for fake in (False, True):
             if sets := frozenset(name for name, label in wanted.items() if label == fake):
-                rows.append(Row(split, index, _fake(index) if fake else REAL, sets))
+                rows.append(Row(split, index, _fake(index, seen) if fake else REAL, sets))
     return rows
 
 
-def unbiased(seed: int, split: str, count: int) -> list[Row]:
+def unbiased(seed: int, split: str, count: int, seen: Sequence[str] = generators.SEEN) -> list[Row]:
     """A split without a shortcut: one image a scene, fake or real by a fair coin, fakes by the seen generators."""
     coins = [scenes.stream(seed, split, index, "label").random() < 0.5 for index in range(count)]
-    return [Row(split, index, _fake(index) if fake else REAL, frozenset()) for index, fake in enumerate(coins)]
+    makers = [_fake(index, seen) if fake else REAL for index, fake in enumerate(coins)]
+    return [Row(split, index, maker, frozenset()) for index, maker in enumerate(makers)]
 
 
 def test(count: int) -> list[Row]:
@@ -101,11 +104,11 @@ def test(count: int) -> list[Row]:
     ]
 
 
-def rows(seed: int, sizes: Sizes, rhos: Sequence[float]) -> dict[str, list[Row]]:
-    """All images of a benchmark, by split."""
+def rows(seed: int, sizes: Sizes, rhos: Sequence[float], seen: Sequence[str] = generators.SEEN) -> dict[str, list[Row]]:
+    """All images of a benchmark, by split; `seen`: the generators of training and validation fakes."""
     return {
-        "train": biased(seed, "train", sizes.train, rhos),
-        "val": biased(seed, "val", sizes.val, rhos),
-        "val_unbiased": unbiased(seed, "val_unbiased", sizes.val_unbiased),
+        "train": biased(seed, "train", sizes.train, rhos, seen),
+        "val": biased(seed, "val", sizes.val, rhos, seen),
+        "val_unbiased": unbiased(seed, "val_unbiased", sizes.val_unbiased, seen),
         "test": test(sizes.test),
     }

@@ -1,6 +1,6 @@
 """The oracle ladder: surgery that is helped more from rung to rung, and what changes residuals instead.
 
-`python -m studies.oracle_ladder [--seed N] [RUNG...]` trains and tests on what was prepared of mini. A linear head has
+`python -m studies.oracle_ladder [--seed N] [--rho R] [RUNG...]` trains, and tests on fresh images. A linear head has
 g_i = r_i w, and no projection off directions of a class changes r_i (docs/findings.md): if that is why surgery does not
 help, then no rung of directions does, however true they are, and those that change r_i do.
 """
@@ -18,23 +18,23 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgs.analysis.metrics import detection_table, headline, metrics_of
-from dgs.analysis.tuning import train_and_score, trials
-from dgs.commands import for_users, prepared, say
-from dgs.conditions import NATIVE
+from dgs.analysis.tuning import trials
+from dgs.commands import for_users, say
 from dgs.data.prepared import Prepared, load_prepared
 from dgs.errors import UserError, did_you_mean
 from dgs.model.backbone import Backbone
+from dgs.model.features import extract_features
 from dgs.model.methods.base import Batch, Method
 from dgs.model.methods.registry import get_method
-from dgs.model.train import extract_features, training_views
-from dgs.params import Params, SurgeryParams
-from dgs.workspace import MAIN
+from dgs.model.train import training_views
+from dgs.params import Params, SurgeryParams, load_params
+from dgs.workspace import find_root
 from minibench.splits import SHORTCUTS
+from studies.sweep import FRESH, KEPT, MEASURES, measured, prepare
 
 OUT = Path("results/study/oracle_ladder.csv")
-KEY = ["data_hash", "rung", "seed"]
-MEASURES = ["balanced_acc_unseen", "ap_unseen", "balanced_acc_seen"]
+KEY = ["data_hash", "rho", "rung", "seed"]
+RHOS = (0.9,)
 RANKS = (1, 2, 4, 8, 16)  # of the plane
 HIDDEN = 64  # units of the MLP head
 
@@ -66,6 +66,7 @@ RUNGS: dict[str, Rung] = {
     "weights": Rung("weighed_lora"),
     "expert": Rung("product_of_experts"),
     "mlp": Rung("lora", mlp=True),
+    "mlp_release": Rung("dgs", mlp=True),
     "mlp_fitted": Rung("dgs", text_head="fitted", mlp=True),
     "mlp_plane_2": Rung("lora", rank=2, mlp=True),
 }
@@ -187,25 +188,27 @@ def method_of(rung: Rung, prepared: Prepared, params: Params, seed: int) -> Meth
     return replace(get_method(rung.method), **changes)
 
 
-def _score(_: str, name: str, seed: int, params: Params, root: Path, folder: Path) -> dict[str, float | None]:
-    rung, found = RUNGS[name], load_prepared(folder, root)
-    own = found.with_prepared(params).replaced({"train.surgery.text_head": rung.text_head}).for_method(rung.method)
-    found = found.with_training_images(own.train.images, seed)
-    method = method_of(rung, found, own, seed)
-    logits = train_and_score(method, found, own, seed, root, ["test"])["test"][1]
-    images = found.split("test")[["split", "generator", "label"]]
-    scores = images.assign(method=name, seed=seed, condition=NATIVE, applied_to="both", logit=logits)
-    run = headline(detection_table(scores, found.info["seen"]))
-    return {measure: metrics_of("run")[measure].function(run) for measure in MEASURES}
+def _score(
+    _: str, rho: float | None, name: str, seed: int, params: Params, root: Path, kept: Path
+) -> dict[str, float | None]:
+    rung, own = RUNGS[name], params.replaced({"data.rho": rho, "train.surgery.text_head": RUNGS[name].text_head})
+    found = load_prepared(prepare(own, root, kept), root)
+    own = own.for_method(rung.method)
+    return measured(method_of(rung, found, own, seed), found, own, seed, root)
 
 
 def climb(
-    names: Sequence[str], params: Params, root: Path, folder: Path, out: Path, seeds: Sequence[int]
+    names: Sequence[str],
+    params: Params,
+    root: Path,
+    kept: Path,
+    out: Path,
+    seeds: Sequence[int],
+    rhos: Sequence[float | None],
 ) -> Iterator[dict[str, Any]]:
-    """Train and test the rungs of `RUNGS` named, as `tuning.trials` does: a row of `out` a rung and seed.
+    """Train and test the rungs of `RUNGS` named, as `tuning.trials` does: a row of `out` a rho, rung and seed.
 
-    Seeds run side by side, `compute.jobs` at most. Columns of `out`: `KEY` and `MEASURES`. After a change of settings
-    or code remove `out`. `folder`: what prepare made.
+    Columns of `out`: `KEY` and `MEASURES`. After a change of settings or code remove `out`. `kept`: of `sweep.prepare`.
 
     Raises:
         UserError: no such rung.
@@ -213,10 +216,12 @@ def climb(
     for name in names:
         if name not in RUNGS:
             raise UserError(f"Unknown rung '{name}'.{did_you_mean(name, RUNGS)} Known: {', '.join(RUNGS)}.")
-    images = load_prepared(folder, root).info["data_hash"]
-    todo = [dict(zip(KEY, (images, name, seed), strict=True)) for name in names for seed in seeds]
-    jobs = min(params.compute.jobs, len(seeds))
-    yield from trials(_score, todo, (params, root, folder), jobs, out, [*KEY, *MEASURES])
+    folders = {rho: prepare(params.replaced({"data.rho": rho}), root, kept) for rho in rhos}
+    images = {rho: load_prepared(folder, root).info["data_hash"] for rho, folder in folders.items()}
+    todo = [
+        dict(zip(KEY, (images[rho], rho, name, seed), strict=True)) for rho in rhos for name in names for seed in seeds
+    ]
+    yield from trials(_score, todo, (params, root, kept), params.compute.jobs, out, [*KEY, *MEASURES])
 
 
 def main(
@@ -224,13 +229,14 @@ def main(
     seed: Annotated[
         list[int] | None, typer.Option(min=0, help="may be repeated; default: those of params.yaml")
     ] = None,
+    rho: Annotated[list[float] | None, typer.Option(help="may be repeated; default 0.9")] = None,
 ) -> None:
-    """Train and test the rungs on mini's data; what the table holds already is not run again."""
-    params, workspace, folder = prepared(MAIN)
-    out = workspace.root / OUT
-    for row in climb(rungs or list(RUNGS), params, workspace.root, folder, out, seed or params.seeds):
+    """Train and test the rungs on fresh images; what the table holds already is not run again."""
+    params, root = load_params().replaced(FRESH), find_root()
+    where = (params, root, root / KEPT, root / OUT)
+    for row in climb(rungs or list(RUNGS), *where, seed or params.seeds, rho or RHOS):
         rates = ", ".join(f"{name} {row[name]:.3f}" for name in MEASURES)
-        say(f"{row['rung']}, seed {row['seed']}: {rates}")
+        say(f"rho {row['rho']}, {row['rung']}, seed {row['seed']}: {rates}")
 
 
 if __name__ == "__main__":

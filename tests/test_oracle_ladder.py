@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 from copies import ROOT
 from torch import nn
 
-from dgs.data.prepared import TRAINING, load_prepared
+from dgs.data.prepared import load_prepared
 from dgs.errors import UserError
 from dgs.model.methods.registry import METHODS
 from dgs.params import Params, load_params
@@ -88,35 +86,23 @@ def test_every_rung_is_a_method_with_settings_and_they_are_those_asked_for() -> 
         "weighed_lora", "product_of_experts"
     }  # fmt: skip
     with pytest.raises(UserError, match=r"Unknown rung 'plane_3'. Did you mean 'plane_\d"):
-        next(climb(["plane_3"], params, ROOT, Path("nowhere"), Path("nowhere"), [0]))
+        next(climb(["plane_3"], params, ROOT, Path("nowhere"), Path("nowhere"), [0], [0.9]))
 
 
-@pytest.fixture
-def folder(tiny_prepared: Path, tmp_path: Path) -> Path:
-    """What prepare made, with a generator that is seen."""
-    copy = shutil.copytree(tiny_prepared, tmp_path / "prepared")
-    noted = copy / TRAINING / "data.json"
-    facts = json.loads(noted.read_text())
-    fakes = load_prepared(copy, ROOT).split("train").query("label == 1")["generator"]
-    noted.write_text(json.dumps({**facts, "seen": sorted(fakes.unique())}))
-    return copy
-
-
-def test_rungs_are_trained_and_tested_once_and_a_second_run_has_nothing_to_do(
-    tiny: Params, folder: Path, tmp_path: Path
-) -> None:
+def test_rungs_are_trained_and_tested_once_and_a_second_run_has_nothing_to_do(tiny: Params, tmp_path: Path) -> None:
     out = tmp_path / "oracle_ladder.csv"
-    first = list(climb(["fitted"], tiny, ROOT, folder, out, [0]))
-    both = list(climb(["fitted", "mlp_plane_2"], tiny, ROOT, folder, out, [0]))
+    where = (tiny, ROOT, tmp_path, out, [0])
+    first = list(climb(["fitted"], *where, [0.9]))
+    both = list(climb(["fitted", "mlp_plane_2"], *where, [0.9]))
     assert [row["rung"] for row in first + both] == ["fitted", "mlp_plane_2"], "a finished row is not run again"
     table = pd.read_csv(out)
     assert list(table.columns) == [*KEY, *MEASURES] and len(table) == 2
-    assert table[MEASURES].stack().between(0, 1).all() and len(table[MEASURES].stack()) == 6
-    assert list(climb(["fitted", "mlp_plane_2"], tiny, ROOT, folder, out, [0])) == []
+    assert table[MEASURES].stack().between(0, 2).all() and len(table[MEASURES].stack()) == 8
+    assert list(climb(["fitted", "mlp_plane_2"], *where, [0.9])) == []
 
 
 def test_the_plane_follows_the_tower_and_the_head_stays_off_it(
-    tiny: Params, folder: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Params, tiny_prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dgs.analysis.tuning import train_and_score
 
@@ -132,7 +118,7 @@ def test_the_plane_follows_the_tower_and_the_head_stays_off_it(
 
     monkeypatch.setattr(ShortcutPlane, "_estimate", watched)
     params = tiny.replaced({"train.stage2.epochs": 2, "train.stage2.lr": 0.01}).for_method("lora")
-    prepared = load_prepared(folder, ROOT)
+    prepared = load_prepared(tiny_prepared, ROOT)
     method = method_of(RUNGS["plane_2_head"], prepared, params, 0)
     train_and_score(method, prepared, params, 0, ROOT, [])
     assert len(planes) == 3, "before the first step, and after each epoch"

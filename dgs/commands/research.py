@@ -125,6 +125,7 @@ def build(
     clip: Annotated[Source, typer.Option(help="train: pre-train it anew, resumable, an hour on one core")] = "shipped",
     generators: Annotated[Source, typer.Option(help="train: train them anew, 20 minutes on one core")] = "shipped",
     network_seed: Annotated[int, typer.Option(min=0, help="of the networks that are trained anew")] = 0,
+    seen: Annotated[list[str] | None, typer.Option(help="generator of training fakes; may be repeated")] = None,
     as_json: Json = False,
 ) -> None:
     """Make the embedded benchmark from seeds."""
@@ -133,7 +134,7 @@ def build(
 
     recipes = pretrain.Recipe(seed=network_seed), train_generators.Recipe(seed=network_seed)
     own: dict[str, Any] = {"weights": generators, "training": training, "workers": os.cpu_count() or 1}
-    own |= dict(zip(("clip_recipe", "generator_recipe"), recipes, strict=True))
+    own |= dict(zip(("clip_recipe", "generator_recipe"), recipes, strict=True)) | ({"seen": seen} if seen else {})
     made = build_minibench(out, seed, rho, clip, **own)
     show(as_json, {"out": str(out), **{key: made[key] for key in ("seed", "rhos", "counts", "content_hash")}})
 

@@ -1,0 +1,36 @@
+"""Where does surgery help? DGS and LoRA over rates, epochs, dropout and shortcuts, then batch sizes and capacity.
+
+`python -m studies.regimes` trains both in every cell, tests on fresh images, and writes results/study/regimes.csv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+from studies.sweep import Arm, command
+
+METHODS = ("lora", "dgs")
+RHO, LR, EPOCHS, DROPOUT = "data.rho", "train.stage2.lr", "train.stage2.epochs", "model.lora.dropout"
+MAP = {RHO: (0.5, 0.75, 0.9), LR: (5e-4, 2e-3, 8e-3), EPOCHS: (1, 3, 9), DROPOUT: (0.0, 0.8)}  # every combination
+CENTRE = {RHO: 0.9, LR: 2e-3, EPOCHS: 3, DROPOUT: 0.0}
+BESIDE = {"train.batch_size": (4, 16, 128), "model.lora.rank": (1, 24)}  # one at a time, at the centre
+
+
+def cells() -> Iterator[dict[str, Any]]:
+    """Settings of every cell: the map's, then those beside it."""
+    for values in product(*MAP.values()):
+        yield dict(zip(MAP, values, strict=True))
+    for name, others in BESIDE.items():
+        for value in others:
+            yield {**CENTRE, name: value}
+
+
+def arms() -> list[Arm]:
+    """Both methods in every cell."""
+    return [Arm(method, cell) for cell in cells() for method in METHODS]
+
+
+if __name__ == "__main__":
+    command("regimes", arms, seeds=(0, 1))

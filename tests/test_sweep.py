@@ -1,0 +1,95 @@
+"""Trainings beside the pipeline: what each study varies, and that a row is what the pipeline itself would say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from copies import ROOT
+
+from dgs.analysis.evaluate import evaluate
+from dgs.analysis.metrics import detection_table, per_seed_values
+from dgs.data.prepared import load_prepared
+from dgs.device import choose_device
+from dgs.errors import UserError
+from dgs.model.checkpoint import save_checkpoint
+from dgs.model.clip import load_clip
+from dgs.model.methods.registry import METHODS, get_method
+from dgs.model.train import Trained, train
+from dgs.params import Params, load_params
+from minibench import generators
+from studies import dose_response, regimes, seen_pairs
+from studies.sweep import KEY, MEASURES, Arm, measured, prepare, sweep
+
+
+def test_a_row_is_what_the_pipeline_says_of_the_same_run(tiny: Params, tmp_path: Path) -> None:
+    params = tiny.for_method("lora")
+    prepared = load_prepared(prepare(tiny, ROOT, tmp_path), ROOT)
+    row = measured(get_method("lora"), prepared, params, 0, ROOT)
+    clip, device = load_clip(tiny.model, ROOT, tiny.image_size), choose_device("cpu")
+    where = tmp_path / "seed-0"
+
+    def save(run: Trained) -> None:
+        save_checkpoint(where, run.classifier, params, "lora", 0, run.thresholds, prepared.info["training_hash"])
+
+    train(get_method("lora"), clip, prepared, params, 0, device, save)
+    scores, forgetting, _ = evaluate({("lora", 0): where}, clip, prepared, params, device)
+    said = per_seed_values(detection_table(scores, prepared.info["seen"]), forgetting).set_index("metric")["value"]
+    assert {name: row[name] for name in MEASURES} == pytest.approx(said[MEASURES].to_dict(), abs=1e-6)
+
+
+def test_arms_are_run_once_each_and_other_data_are_prepared_once(tiny: Params, tmp_path: Path) -> None:
+    arms = [Arm("probe"), Arm("pixel_cnn", {"data.rho": 0.5, "train.stage1.epochs": 1})]
+    where = (tiny, ROOT, tmp_path / "kept", tmp_path / "out.csv")
+    rows = list(sweep(arms, [0, 1], *where))
+    assert sorted((row["method"], row["seed"]) for row in rows) == [
+        ("pixel_cnn", 0), ("pixel_cnn", 1), ("probe", 0), ("probe", 1)
+    ]  # fmt: skip
+    assert list(sweep(arms, [0, 1], *where)) == [], "finished rows are not run again"
+    table = pd.read_csv(where[-1])
+    assert list(table.columns) == [*KEY, *MEASURES]
+    assert table.groupby("settings")["data_hash"].nunique().eq(1).all() and table["data_hash"].nunique() == 2
+    assert len(list((tmp_path / "kept").glob("*/training"))) == 2
+    kept = table.set_index("method")["zero_shot_kept"]
+    assert (kept["probe"] == 1).all(), "a frozen tower keeps everything"
+    assert kept["pixel_cnn"].isna().all(), "a network without CLIP has nothing to keep"
+
+
+def test_images_that_are_not_there_are_named_with_what_makes_them(tiny: Params, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Expected images at build/nowhere, found none. Make them first: make study."):
+        prepare(tiny.replaced({"data.root": "build/nowhere"}), ROOT, tmp_path)
+
+
+class TestRegimes:
+    def test_both_methods_are_in_every_cell_and_the_cells_beside_the_map_differ_in_one_thing(self) -> None:
+        arms = regimes.arms()
+        assert len(arms) == 2 * (3 * 3 * 3 * 2 + 5) and len({(arm.method, arm.text) for arm in arms}) == len(arms)
+        assert set(regimes.CENTRE.items()) <= set(json.loads(arms[-1].text).items())
+        for arm in arms:
+            params = load_params("mini", ROOT).replaced(dict(arm.settings)).for_method(arm.method)
+            assert params.train.stage2.lr == arm.settings[regimes.LR], "the map's rate, not the method's own"
+
+    def test_the_centre_is_in_the_map(self) -> None:
+        assert regimes.CENTRE in list(regimes.cells())
+
+
+class TestDoseResponse:
+    def test_what_reads_captions_is_trained_at_every_share_and_nothing_else(self) -> None:
+        counts = pd.Series([arm.method for arm in dose_response.arms()]).value_counts()
+        assert {name: counts[name] == len(dose_response.SHARES) for name in dose_response.METHODS} == {
+            name: METHODS[name].needs_text for name in dose_response.METHODS
+        }
+
+
+class TestSeenPairs:
+    def test_six_different_pairs_of_the_nine_none_of_them_the_benchmarks(self) -> None:
+        assert len(set(seen_pairs.PAIRS)) == 6 and generators.SEEN not in seen_pairs.PAIRS
+        assert all(set(pair) <= set(generators.NAMES) and len(set(pair)) == 2 for pair in seen_pairs.PAIRS)
+        assert len(seen_pairs.ALL) == 35
+
+    def test_they_are_a_draw(self) -> None:
+        order = np.random.default_rng(seen_pairs.SEED).permutation(len(seen_pairs.ALL))[: seen_pairs.COUNT]
+        assert [seen_pairs.ALL[i] for i in sorted(order)] == seen_pairs.PAIRS
