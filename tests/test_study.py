@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from dgs.analysis.differences import difference_table
+from dgs.analysis.differences import COLUMNS
 from dgs.analysis.figures.detection import study_forest
-from dgs.analysis.metrics import detection_table, per_seed_values, write_detection
+from dgs.analysis.metrics import detection_table, write_detection
+from dgs.analysis.scores import FILE, write_scores
 from dgs.analysis.study import (
     agreement,
     best_rival,
@@ -22,6 +23,7 @@ from dgs.analysis.study import (
     generator_gaps,
     keep_runs,
     read_condition,
+    read_scores_of,
     read_tables,
     study_report,
     write_params,
@@ -39,8 +41,8 @@ FEW = {name: SHIFT[name] for name in ("lora", "dgs", "dgs_plus")}
 KEPT = {"lora": 0.6, "dgs": 0.2, "distillation": 0.99, "dgs_plus": 0.97, "poe_swad": 0.7}
 
 
-def write_results(root: Path, name: str, rho: float, shift: dict[str, float] = SHIFT) -> None:
-    """A profile's tables: logits of fakes lie `shift` above those of reals."""
+def write_results(root: Path, name: str, rho: float, shift: dict[str, float] = SHIFT, scored: bool = False) -> None:
+    """A profile's tables, and its scores too if `scored`: logits of fakes lie `shift` above those of reals."""
     rng = np.random.default_rng(0)
     images = pd.DataFrame({"generator": np.repeat(["real", "seen", "new", "other"], 200)})
     images["label"] = (images["generator"] != "real").astype(int)
@@ -60,6 +62,8 @@ def write_results(root: Path, name: str, rho: float, shift: dict[str, float] = S
     ]
     pd.DataFrame(rows).to_csv(folder / "forgetting.csv", index=False)
     (folder / "metrics.json").write_text(json.dumps({"data_hash": "0123456789abcdef"}))
+    if scored:
+        write_scores(scores.assign(id=scores.index.astype(str), sha256="", profile=name), folder / FILE)
 
 
 @pytest.fixture(scope="module")
@@ -171,15 +175,46 @@ def test_what_a_run_made_is_kept_without_its_folder_and_a_later_run_takes_its_pl
     assert read_condition(tmp_path, "study-90").values.equals(before[0].values)
 
 
-def test_profiles_with_crossed_intervals_get_a_forest_of_them(root: Path) -> None:
-    folder = root / "results/study"
-    write_study(root, ["strong", "none"], folder)
-    assert not (folder / "differences.png").exists()
-    detection = read_tables(root, "strong")["detection"]
-    made = difference_table(per_seed_values(detection), detection).assign(low=-0.01, high=0.05)
-    made.to_csv(root / "results/strong/differences.csv", index=False)
-    write_study(root, ["strong", "none"], folder)
-    assert (folder / "differences.png").stat().st_size > 0
+class TestScores:
+    def test_a_run_takes_the_place_of_its_methods_and_leaves_the_others(self, tmp_path: Path) -> None:
+        write_results(tmp_path, "study-90", 0.9)
+        keep_runs(tmp_path)
+        whole = read_tables(tmp_path, "study-90")
+        shutil.rmtree(tmp_path / "results/study-90")
+        write_results(tmp_path, "study-90", 0.9, {"lora": 2.0, "poe_swad": 1.0}, scored=True)
+        for _ in ("before keeping", "after it"):
+            tables = read_tables(tmp_path, "study-90")
+            assert set(tables["detection"]["method"]) == set(SHIFT)
+            old, new = (table["detection"].query("method == 'dgs_plus'") for table in (whole, tables))
+            assert old.reset_index(drop=True).equals(new.reset_index(drop=True))
+            assert not tables["detection"].duplicated(["method", "seed", "generator", "threshold_rule"]).any()
+            scores = read_scores_of(tmp_path, "study-90")
+            assert scores is not None and set(scores["method"]) == {"lora", "poe_swad"}
+            keep_runs(tmp_path)
+            shutil.rmtree(tmp_path / "results/study-90", ignore_errors=True)
+
+    def test_of_other_images_nothing_is_left(self, tmp_path: Path) -> None:
+        write_results(tmp_path, "study-90", 0.9, scored=True)
+        keep_runs(tmp_path)
+        write_results(tmp_path, "study-90", 0.9, FEW, scored=True)
+        (tmp_path / "results/study-90/metrics.json").write_text(json.dumps({"data_hash": "another"}))
+        keep_runs(tmp_path)
+        shutil.rmtree(tmp_path / "results/study-90")
+        scores = read_scores_of(tmp_path, "study-90")
+        assert scores is not None and set(scores["method"]) == set(FEW)
+        assert set(read_tables(tmp_path, "study-90")["detection"]["method"]) == set(FEW)
+
+    def test_conditions_that_have_scores_get_crossed_intervals_and_a_forest_of_them(self, root: Path) -> None:
+        folder = root / "results/study"
+        write_study(root, ["strong", "none"], folder)
+        assert not list(folder.glob("differences.*"))
+        write_results(root, "strong", 0.9, scored=True)
+        write_study(root, ["strong", "none"], folder)
+        table = read_table(folder / "differences.csv")
+        assert set(table["condition"]) == {"strong"} and list(table.columns) == ["condition", *COLUMNS]
+        shown = table.query("method == 'dgs_plus' and rate == 'balanced_acc' and pictures == 'unseen'").iloc[0]
+        assert 0 < shown["low"] < shown["mean"] < shown["high"]
+        assert (folder / "differences.png").stat().st_size > 0
 
 
 def test_gaps_by_generator_have_the_mean_of_gaps_by_seed(root: Path) -> None:
@@ -236,11 +271,9 @@ def test_missing_results_and_methods_are_one_sentence(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["study-90", "study-75"])
-def test_under_both_shortcuts_the_study_has_every_method_of_the_registry_that_is_of_clip(name: str) -> None:
+def test_under_both_shortcuts_the_study_has_every_method_of_the_registry(name: str) -> None:
     profile = yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text())
-    later = {"content_probe", "content_poe_distillation"}  # the study's second edition runs them
-    of_clip = {name for name, method in METHODS.items() if method.model is None}
-    assert sorted(profile["methods"]) == sorted(of_clip - later)
+    assert sorted(profile["methods"]) == sorted(METHODS)
     assert profile["data"] == {"root": "build/fresh", "rho": int(name[-2:]) / 100}
     assert profile["compute"] == {"gemm": "torch"}  # as the committed results were computed
     assert set(profile) == {"methods", "data", "compute"}  # seeds are those of params.yaml: five

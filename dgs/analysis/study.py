@@ -1,13 +1,13 @@
-"""The study: methods under several conditions, compared in pairs; every table is a pivot of two long ones.
+"""The study: methods under several conditions, compared in pairs; every table is a pivot of three long ones.
 
 results/study/detection.parquet and forgetting.parquet hold the rows of each profile's detection.csv and forgetting.csv
-behind two columns more, profile and data_hash.
+behind two columns more, profile and data_hash; scores.parquet the scores (`scores.SCORES`) of the runs that have them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,8 +17,10 @@ import pandas as pd
 import yaml
 from scipy.stats import kendalltau
 
+from dgs.analysis.differences import difference_table
 from dgs.analysis.metrics import AGAINST_ALIGNED, headline, label_of, per_seed_values, read_detection, unique
 from dgs.analysis.report import markdown_table, plus_minus, render
+from dgs.analysis.scores import FILE, as_scores, read_scores, write_scores
 from dgs.analysis.tuning import RULES, choices
 from dgs.atomic import replacing_file
 from dgs.errors import UserError
@@ -82,21 +84,49 @@ class Condition:
 
 
 def read_tables(root: Path, profile: str) -> dict[str, pd.DataFrame]:
-    """{"detection", "forgetting": table} of a profile, from results/<profile>/ or else from the study's tables.
+    """{"detection", "forgetting": table} of a profile: from results/<profile>/, and of methods that it lacks from the
+    study's tables, where these are of the same images.
 
     Raises:
         UserError: neither has it.
     """
-    folder = root / "results" / profile
-    if (folder / "metrics.json").exists():
-        data_hash = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["data_hash"]
-        labels = pd.DataFrame({"profile": profile, "data_hash": data_hash}, index=[0])
-        detection, forgetting = read_detection(folder / "detection.csv"), read_table(folder / "forgetting.csv")
-        return {"detection": labels.merge(detection, how="cross"), "forgetting": labels.merge(forgetting, how="cross")}
-    found = {name: table[table["profile"] == profile] for name, table in _stored(root).items()}
-    if not found or found["detection"].empty:
+    stored = {name: table[table["profile"] == profile] for name, table in _stored(root).items()}
+    run = _run(root, profile)
+    if not run and (not stored or stored["detection"].empty):
         raise UserError(f"Expected results of the profile {profile}, found none. Run make repro PROFILE={profile}.")
-    return found
+    if not run or not stored:
+        return run or stored
+    again = _replaced(stored["detection"], run["detection"])
+    return {name: pd.concat([table[~again(table)], run[name]], ignore_index=True) for name, table in stored.items()}
+
+
+def _run(root: Path, profile: str) -> dict[str, pd.DataFrame]:
+    """The tables of results/<profile>/; none without a run."""
+    folder = root / "results" / profile
+    if not (folder / "metrics.json").exists():
+        return {}
+    data_hash = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["data_hash"]
+    labels = pd.DataFrame({"profile": profile, "data_hash": data_hash}, index=[0])
+    detection, forgetting = read_detection(folder / "detection.csv"), read_table(folder / "forgetting.csv")
+    return {"detection": labels.merge(detection, how="cross"), "forgetting": labels.merge(forgetting, how="cross")}
+
+
+def _replaced(stored: pd.DataFrame, run: pd.DataFrame) -> Callable[[pd.DataFrame], pd.Series]:
+    """Which rows of a profile's table a run takes the place of: of its methods, or all where images are others."""
+    methods = set(run["method"])
+    others = set(stored["data_hash"]) != set(run["data_hash"])
+    return lambda table: table["method"].isin(methods) | others
+
+
+def read_scores_of(root: Path, profile: str) -> pd.DataFrame | None:
+    """The scores of a profile, by the rule of `read_tables`; None where no run has any."""
+    file, kept = root / "results" / profile / FILE, root / STORE / FILE
+    run = read_scores(file) if file.exists() else None
+    stored = pd.read_parquet(kept, filters=[("profile", "==", profile)]) if kept.exists() else None
+    if run is None or stored is None or stored.empty:
+        return run if run is not None or stored is None or stored.empty else as_scores(stored)
+    now, before = _run(root, profile)["detection"], _stored(root)["detection"].query("profile == @profile")
+    return pd.concat([as_scores(stored[~_replaced(before, now)(stored)]), run], ignore_index=True)
 
 
 def _stored(root: Path) -> dict[str, pd.DataFrame]:
@@ -106,15 +136,37 @@ def _stored(root: Path) -> dict[str, pd.DataFrame]:
 
 
 def keep_runs(root: Path) -> None:
-    """Put what results/study-*/ hold into the study's tables, in place of the rows of these profiles."""
+    """Put what results/study-*/ hold into the study's tables, in place of the rows of their methods."""
     profiles = sorted(path.parent.name for path in root.glob("results/study-*/metrics.json"))
+    if not profiles:
+        return
     runs, stored = [read_tables(root, profile) for profile in profiles], _stored(root)
-    for name in TABLES if runs else ():
+    scores = [found for profile in profiles if (found := read_scores_of(root, profile)) is not None]
+    kept = root / STORE / FILE
+    if scores:
+        before = [pd.read_parquet(kept).query("profile not in @profiles")] if kept.exists() else []
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_file(kept) as draft:
+            write_scores(pd.concat([*before, *scores], ignore_index=True), draft)
+    for name in TABLES:
         before = [stored[name].query("profile not in @profiles")] if name in stored else []
         (root / STORE).mkdir(parents=True, exist_ok=True)
         with replacing_file(root / STORE / f"{name}.parquet") as draft:
             whole = pd.concat([*before, *(run[name] for run in runs)], ignore_index=True)
             whole.to_parquet(draft, compression="zstd", index=False)
+
+
+def differences_of(root: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """`difference_table` of each condition that has scores, of the methods that have them."""
+    found = {}
+    for name in names:
+        scores = read_scores_of(root, name)
+        if scores is None:
+            continue
+        methods, tables = set(scores["method"]), read_tables(root, name)
+        own = {kind: table[table["method"].isin(methods)] for kind, table in tables.items()}
+        found[name] = difference_table(per_seed_values(own["detection"], own["forgetting"]), own["detection"], scores)
+    return found
 
 
 def read_condition(root: Path, name: str) -> Condition:
@@ -272,8 +324,8 @@ def finished_conditions(root: Path) -> list[str]:
 def write_study(root: Path, names: Sequence[str], folder: Path) -> Path:
     """`folder` with what the results of the profiles `names` say: table.csv, forest.png, REPORT.md; returns the last.
 
-    Also differences.png, of those that have crossed intervals: their results/<name>/differences.csv is there. Settings
-    are read from results/mini/tuning.csv, where there is one.
+    Also differences.csv (`differences.COLUMNS` behind the condition) and its picture, of those that have scores.
+    Settings are read from results/mini/tuning.csv, where there is one.
     """
     from dgs.analysis.figures.detection import condition_forest, study_forest  # drawing libraries take seconds to load
     from dgs.analysis.figures.style import save
@@ -284,8 +336,9 @@ def write_study(root: Path, names: Sequence[str], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     comparison_table(conditions).round(6).to_csv(folder / "table.csv", index=False)
     save(study_forest(generator_gaps(conditions)), folder / "forest.png")
-    files = {name: root / "results" / name / "differences.csv" for name in names}
-    if compared := {name: read_table(file) for name, file in files.items() if file.exists()}:
+    if compared := differences_of(root, names):
+        whole = pd.concat(compared, names=["condition", None]).reset_index("condition")
+        whole.to_csv(folder / "differences.csv", index=False)
         save(condition_forest(compared), folder / "differences.png")
     (folder / "REPORT.md").write_text(report, encoding="utf-8")
     return folder / "REPORT.md"
