@@ -1,39 +1,31 @@
 """The oracle ladder: surgery that is helped more from rung to rung, and what changes residuals instead.
 
-`python -m studies.oracle_ladder [--seed N] [--rho R] [RUNG...]` trains, and tests on fresh images. A linear head has
+`python -m studies.oracle_ladder` trains, and tests on fresh images. A linear head has
 g_i = r_i w, and no projection off directions of a class changes r_i (docs/findings.md): if that is why surgery does not
 help, then no rung of directions does, however true they are, and those that change r_i do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import pandas as pd
 import torch
-import typer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgs.analysis.tuning import trials
-from dgs.commands import for_users, say
-from dgs.data.prepared import Prepared, load_prepared
-from dgs.errors import UserError, did_you_mean
+from dgs.data.prepared import Prepared
 from dgs.model.backbone import Backbone
 from dgs.model.features import extract_features
 from dgs.model.methods.base import Batch, Method
 from dgs.model.methods.registry import get_method
 from dgs.model.train import training_views
-from dgs.params import Params, SurgeryParams, load_params
-from dgs.workspace import find_root
+from dgs.params import Params, SurgeryParams
 from minibench.splits import SHORTCUTS
-from studies.sweep import FRESH, KEPT, MEASURES, measured, prepare
+from studies.sweep import Arm, command
 
-OUT = Path("results/study/oracle_ladder.csv")
-KEY = ["data_hash", "rho", "rung", "seed"]
 RHOS = (0.9,)
 RANKS = (1, 2, 4, 8, 16)  # of the plane
 HIDDEN = 64  # units of the MLP head
@@ -179,66 +171,25 @@ def off(rows: Tensor, basis: Tensor) -> Tensor:
     return rows - rows @ basis @ basis.T
 
 
-def method_of(rung: Rung, prepared: Prepared, params: Params, seed: int) -> Method:
-    """The method that a rung trains."""
+def method_of(name: str, prepared: Prepared, params: Params, seed: int) -> tuple[Method, Params]:
+    """The method that a rung trains, and its settings; as `studies.sweep.registered`."""
+    rung = RUNGS[name]
+    own = params.for_method(rung.method)
     changes: dict[str, Any] = {"head": MLPHead} if rung.mlp else {}
     if rung.rank:
-        plane = ShortcutPlane(prepared, params, seed, rung.rank, rung.head_too)
+        plane = ShortcutPlane(prepared, own, seed, rung.rank, rung.head_too)
         changes |= {"gradient": plane.gradient, "project": plane.project}
-    return replace(get_method(rung.method), **changes)
+    return replace(get_method(rung.method), **changes), own
 
 
-def _score(
-    _: str, rho: float | None, name: str, seed: int, params: Params, root: Path, kept: Path
-) -> dict[str, float | None]:
-    rung, own = RUNGS[name], params.replaced({"data.rho": rho, "train.surgery.text_head": RUNGS[name].text_head})
-    found = load_prepared(prepare(own, root, kept), root)
-    own = own.for_method(rung.method)
-    return measured(method_of(rung, found, own, seed), found, own, seed, root)
-
-
-def climb(
-    names: Sequence[str],
-    params: Params,
-    root: Path,
-    kept: Path,
-    out: Path,
-    seeds: Sequence[int],
-    rhos: Sequence[float | None],
-) -> Iterator[dict[str, Any]]:
-    """Train and test the rungs of `RUNGS` named, as `tuning.trials` does: a row of `out` a rho, rung and seed.
-
-    Columns of `out`: `KEY` and `MEASURES`. After a change of settings or code remove `out`. `kept`: of `sweep.prepare`.
-
-    Raises:
-        UserError: no such rung.
-    """
-    for name in names:
-        if name not in RUNGS:
-            raise UserError(f"Unknown rung '{name}'.{did_you_mean(name, RUNGS)} Known: {', '.join(RUNGS)}.")
-    folders = {rho: prepare(params.replaced({"data.rho": rho}), root, kept) for rho in rhos}
-    images = {rho: load_prepared(folder, root).info["data_hash"] for rho, folder in folders.items()}
-    todo = [
-        dict(zip(KEY, (images[rho], rho, name, seed), strict=True)) for rho in rhos for name in names for seed in seeds
+def arms() -> list[Arm]:
+    """Every rung, at every strength of the shortcut."""
+    return [
+        Arm(name, {"data.rho": rho, "train.surgery.text_head": rung.text_head})
+        for rho in RHOS
+        for name, rung in RUNGS.items()
     ]
-    yield from trials(_score, todo, (params, root, kept), params.compute.jobs, out, [*KEY, *MEASURES])
-
-
-def main(
-    rungs: Annotated[list[str] | None, typer.Argument(help=f"default: all: {', '.join(RUNGS)}")] = None,
-    seed: Annotated[
-        list[int] | None, typer.Option(min=0, help="may be repeated; default: those of params.yaml")
-    ] = None,
-    rho: Annotated[list[float] | None, typer.Option(help="may be repeated; default 0.9")] = None,
-) -> None:
-    """Train and test the rungs on fresh images; what the table holds already is not run again."""
-    params, root = load_params().replaced(FRESH), find_root()
-    where = (params, root, root / KEPT, root / OUT)
-    for row in climb(rungs or list(RUNGS), *where, seed or params.seeds, rho or RHOS):
-        rates = ", ".join(f"{name} {row[name]:.3f}" for name in MEASURES)
-        say(f"rho {row['rho']}, {row['rung']}, seed {row['seed']}: {rates}")
 
 
 if __name__ == "__main__":
-    with for_users():
-        typer.run(main)
+    command("oracle_ladder", arms, read=method_of)

@@ -1,4 +1,4 @@
-"""Where does surgery help? DGS and LoRA over rates, epochs, dropout and shortcuts, then batch sizes and capacity.
+"""Where does surgery help? DGS and LoRA over rates, epochs, dropout and shortcuts, then batch sizes, ranks and views.
 
 `python -m studies.regimes` trains both in every cell, tests on fresh images, and writes results/study/regimes.csv.
 """
@@ -15,7 +15,7 @@ METHODS = ("lora", "dgs")
 RHO, LR, EPOCHS, DROPOUT = "data.rho", "train.stage2.lr", "train.stage2.epochs", "model.lora.dropout"
 MAP = {RHO: (0.5, 0.75, 0.9), LR: (5e-4, 2e-3, 8e-3), EPOCHS: (1, 3, 9), DROPOUT: (0.0, 0.8)}  # every combination
 CENTRE = {RHO: 0.9, LR: 2e-3, EPOCHS: 3, DROPOUT: 0.0}
-BESIDE = {"train.batch_size": (4, 16, 128), "model.lora.rank": (1, 24)}  # one at a time, at the centre
+BESIDE = {"train.batch_size": (4, 16, 128), "model.lora.rank": (1, 24), "train.views": (4,)}  # alone, at the centre
 
 
 def cells() -> Iterator[dict[str, Any]]:

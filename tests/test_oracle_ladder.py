@@ -12,23 +12,21 @@ from copies import ROOT
 from torch import nn
 
 from dgs.data.prepared import load_prepared
-from dgs.errors import UserError
 from dgs.model.methods.registry import METHODS
 from dgs.params import Params, load_params
 from minibench.splits import SHORTCUTS
 from studies.oracle_ladder import (
-    KEY,
-    MEASURES,
     RANKS,
     RUNGS,
     MLPHead,
     ShortcutPlane,
     Truth,
-    climb,
+    arms,
     method_of,
     off,
     shortcut_plane,
 )
+from studies.sweep import MEASURES, sweep
 
 GROUP, VALUE, LABEL = torch.eye(12, dtype=torch.float64)[:3]  # directions that features move along
 
@@ -85,20 +83,15 @@ def test_every_rung_is_a_method_with_settings_and_they_are_those_asked_for() -> 
     assert {rung.method for name, rung in RUNGS.items() if name in ("weights", "expert")} == {
         "weighed_lora", "product_of_experts"
     }  # fmt: skip
-    with pytest.raises(UserError, match=r"Unknown rung 'plane_3'. Did you mean 'plane_\d"):
-        next(climb(["plane_3"], params, ROOT, Path("nowhere"), Path("nowhere"), [0], [0.9]))
 
 
-def test_rungs_are_trained_and_tested_once_and_a_second_run_has_nothing_to_do(tiny: Params, tmp_path: Path) -> None:
-    out = tmp_path / "oracle_ladder.csv"
-    where = (tiny, ROOT, tmp_path, out, [0])
-    first = list(climb(["fitted"], *where, [0.9]))
-    both = list(climb(["fitted", "mlp_plane_2"], *where, [0.9]))
-    assert [row["rung"] for row in first + both] == ["fitted", "mlp_plane_2"], "a finished row is not run again"
-    table = pd.read_csv(out)
-    assert list(table.columns) == [*KEY, *MEASURES] and len(table) == 2
-    assert table[MEASURES].stack().between(0, 2).all() and len(table[MEASURES].stack()) == 8
-    assert list(climb(["fitted", "mlp_plane_2"], *where, [0.9])) == []
+def test_every_rung_is_an_arm_and_both_heads_and_the_plane_train(tiny: Params, tmp_path: Path) -> None:
+    chosen = [arm for arm in arms() if arm.method in ("fitted", "mlp_plane_2")]
+    assert [arm.method for arm in arms()] == list(RUNGS) and len(chosen) == 2
+    rows = list(sweep(chosen, [0], tiny, ROOT, tmp_path, tmp_path / "ladder.csv", method_of))
+    assert sorted(row["method"] for row in rows) == ["fitted", "mlp_plane_2"]
+    table = pd.DataFrame(rows)[MEASURES]
+    assert table.notna().all().all() and table.stack().between(0, 2).all()
 
 
 def test_the_plane_follows_the_tower_and_the_head_stays_off_it(
@@ -117,9 +110,9 @@ def test_the_plane_follows_the_tower_and_the_head_stays_off_it(
             heads.append(self.head.weight.detach())  # type: ignore[arg-type]
 
     monkeypatch.setattr(ShortcutPlane, "_estimate", watched)
-    params = tiny.replaced({"train.stage2.epochs": 2, "train.stage2.lr": 0.01}).for_method("lora")
+    params = tiny.replaced({"train.stage2.epochs": 2, "train.stage2.lr": 0.01})
     prepared = load_prepared(tiny_prepared, ROOT)
-    method = method_of(RUNGS["plane_2_head"], prepared, params, 0)
+    method, params = method_of("plane_2_head", prepared, params, 0)
     train_and_score(method, prepared, params, 0, ROOT, [])
     assert len(planes) == 3, "before the first step, and after each epoch"
     assert not torch.allclose(planes[0], planes[2], atol=1e-3)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ from copies import ROOT
 
 from dgs.analysis.evaluate import evaluate
 from dgs.analysis.metrics import detection_table, per_seed_values
+from dgs.analysis.scores import read_scores
 from dgs.data.prepared import load_prepared
 from dgs.device import choose_device
 from dgs.errors import UserError
@@ -21,14 +26,14 @@ from dgs.model.methods.registry import METHODS, get_method
 from dgs.model.train import Trained, train
 from dgs.params import Params, load_params
 from minibench import generators
-from studies import dose_response, regimes, seen_pairs
+from studies import dose_response, regimes, seen_pairs, text_heads
 from studies.sweep import KEY, MEASURES, Arm, measured, prepare, sweep
 
 
 def test_a_row_is_what_the_pipeline_says_of_the_same_run(tiny: Params, tmp_path: Path) -> None:
     params = tiny.for_method("lora")
     prepared = load_prepared(prepare(tiny, ROOT, tmp_path), ROOT)
-    row = measured(get_method("lora"), prepared, params, 0, ROOT)
+    row, logits = measured(get_method("lora"), prepared, params, 0, ROOT)
     clip, device = load_clip(tiny.model, ROOT, tiny.image_size), choose_device("cpu")
     where = tmp_path / "seed-0"
 
@@ -39,6 +44,8 @@ def test_a_row_is_what_the_pipeline_says_of_the_same_run(tiny: Params, tmp_path:
     scores, forgetting, _ = evaluate({("lora", 0): where}, clip, prepared, params, device)
     said = per_seed_values(detection_table(scores, prepared.info["seen"]), forgetting).set_index("metric")["value"]
     assert {name: row[name] for name in MEASURES} == pytest.approx(said[MEASURES].to_dict(), abs=1e-6)
+    both = scores.query("split == 'test'").merge(logits, on="id")
+    assert len(both) == len(logits) and np.allclose(both["logit_x"], both["logit_y"], atol=1e-5)
 
 
 def test_arms_are_run_once_each_and_other_data_are_prepared_once(tiny: Params, tmp_path: Path) -> None:
@@ -54,6 +61,9 @@ def test_arms_are_run_once_each_and_other_data_are_prepared_once(tiny: Params, t
     assert table.groupby("settings")["data_hash"].nunique().eq(1).all() and table["data_hash"].nunique() == 2
     assert len(list((tmp_path / "kept").glob("*/training"))) == 2
     kept = table.set_index("method")["zero_shot_kept"]
+    scores = read_scores(where[-1].with_suffix(".parquet"))
+    runs = scores.groupby(["profile", "method", "seed"])["id"].nunique()
+    assert len(runs) == 4 and set(scores["profile"]) == {arm.text for arm in arms} and runs.nunique() == 1
     assert (kept["probe"] == 1).all(), "a frozen tower keeps everything"
     assert kept["pixel_cnn"].isna().all(), "a network without CLIP has nothing to keep"
 
@@ -63,10 +73,35 @@ def test_images_that_are_not_there_are_named_with_what_makes_them(tiny: Params, 
         prepare(tiny.replaced({"data.root": "build/nowhere"}), ROOT, tmp_path)
 
 
+def test_scores_of_other_runs_stay_and_those_that_are_run_again_are_replaced(tiny: Params, tmp_path: Path) -> None:
+    where = (tiny, ROOT, tmp_path / "kept", tmp_path / "out.csv")
+    arm, other = Arm("probe"), Arm("probe", {"train.stage1.epochs": 1})
+    list(sweep([arm, other], [0], *where))
+    before = read_scores(tmp_path / "out.parquet")
+    shutil.rmtree(tmp_path / "kept/out")
+    (tmp_path / "out.csv").unlink()
+    list(sweep([other], [0], *where))
+    assert read_scores(tmp_path / "out.parquet").equals(before)
+
+
+def test_arms_are_chosen_by_name_and_a_misspelled_one_is_named() -> None:
+    call = [sys.executable, "-m", "studies.oracle_ladder", "--only", "plane_3"]
+    run = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and not run.stdout
+    assert re.match(r"dgs: Unknown arm 'plane_3'\. Did you mean 'plane_\d", run.stderr)
+
+
+class TestTextHeads:
+    def test_what_reads_the_head_is_trained_with_both_and_the_rest_once(self) -> None:
+        counts = pd.Series([arm.method for arm in text_heads.arms()]).value_counts() // len(text_heads.RHOS)
+        assert counts["lora"] == counts["alignment_only"] == 1
+        assert {"dgs", "suppression_only", "signed", "shuffled_captions"} <= set(counts.index[counts == 2])
+
+
 class TestRegimes:
     def test_both_methods_are_in_every_cell_and_the_cells_beside_the_map_differ_in_one_thing(self) -> None:
         arms = regimes.arms()
-        assert len(arms) == 2 * (3 * 3 * 3 * 2 + 5) and len({(arm.method, arm.text) for arm in arms}) == len(arms)
+        assert len(arms) == 2 * (3 * 3 * 3 * 2 + 6) and len({(arm.method, arm.text) for arm in arms}) == len(arms)
         assert set(regimes.CENTRE.items()) <= set(json.loads(arms[-1].text).items())
         for arm in arms:
             params = load_params("mini", ROOT).replaced(dict(arm.settings)).for_method(arm.method)

@@ -1,0 +1,28 @@
+"""Does surgery help once the text head has learned? DGS, its parts and controls, with the release's head and a fitted.
+
+`python -m studies.text_heads` trains all at every strength of the shortcut, tests on fresh images, and writes
+results/study/text_heads.csv. LoRA, which they are compared with, reads no text head.
+"""
+
+from __future__ import annotations
+
+from dgs.model.methods.registry import METHODS
+from studies.sweep import Arm, command
+
+RHOS, HEAD, HEADS = (0.5, 0.75, 0.9), "train.surgery.text_head", ("release", "fitted")
+FAMILY = [name for name, method in METHODS.items() if method.settings_of == ("dgs",)]
+STUDIED = ["lora", "dgs", "suppression_only", "alignment_only", *FAMILY]
+
+
+def arms() -> list[Arm]:
+    """What reads the head with both, the others once."""
+    return [
+        Arm(name, {"data.rho": rho, HEAD: head})
+        for rho in RHOS
+        for name in STUDIED
+        for head in (HEADS if METHODS[name].needs_text else HEADS[:1])
+    ]
+
+
+if __name__ == "__main__":
+    command("text_heads", arms)
