@@ -2,7 +2,8 @@
 
 Where content tells nothing of labels (rho 0.5) whatever it reads above 50 % is traces, which it would take from the
 method; where content tells of them (rho 0.9) it should still read content. `train.surgery.content_side` is chosen by
-this table, once, and no test image is looked at: `python -m studies.content_strength --out results/study/content.csv`.
+this table, once, and no test image is looked at: `python -m studies.content_strength` writes
+results/study/content_strength.csv.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from dgs.params import Params, load_params
 from dgs.stats import share_interval
 from dgs.workspace import find_root
 
+OUT = Path("results/study/content_strength.csv")
 RHOS = (0.5, 0.9)
 SIDES = (0.125, 0.1875, 0.25, 0.375, 0.5, 1.0)  # 8 to 64 px of 64
 COLUMNS = ["rho", "side", "images", "accuracy", "low", "high"]
@@ -62,7 +64,7 @@ def strengths(
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="the table to write (CSV)")],
+    out: Annotated[Path | None, typer.Option(help="the table to write (CSV); default where the study's are")] = None,
     images: Annotated[int | None, typer.Option(min=10, help="training images of each rho; default all")] = None,
     side: Annotated[list[float] | None, typer.Option(help="share of the side; may be repeated")] = None,
 ) -> None:
@@ -73,7 +75,7 @@ def main(
     for row in strengths(params, find_root(), images, side or SIDES):
         found.append(row)
         typer.echo(", ".join(f"{name} {value:g}" for name, value in zip(COLUMNS, row, strict=True)), err=True)
-    with replacing_file(out) as draft:
+    with replacing_file(out or find_root() / OUT) as draft:
         pd.DataFrame(found, columns=COLUMNS).round(6).to_csv(draft, index=False)
 
 

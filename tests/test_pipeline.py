@@ -35,7 +35,8 @@ def ran(output: str) -> list[str]:
 def stale(repo: Path, *pipeline: str) -> set[str]:
     """Stages that `dvc status` names; of data.dvc it says that the copy's origin may have news."""
     named = json.loads(run(repo, "dvc", "status", "--json", *pipeline).stdout)
-    return {name.split(":")[-1] for name in named} - {"data.dvc"}
+    own = {name.split(":")[-1] for name in named if not name.startswith("studies/")}  # those are run beside it
+    return own - {"data.dvc"}
 
 
 def edit(path: Path) -> None:
