@@ -290,8 +290,8 @@ FIGURES: dict[str, tuple[Callable[[], Figure], str]] = {
     "calibration, never sure": (lambda: reliability_diagram(make_scores(sure=0.01), {"a"}), "*dgs is off by*"),
     "calibration, nothing unseen": (lambda: reliability_diagram(make_scores(**ONE), {"a", "b"}), "Seen generators*"),
     "calibration, nine methods": (lambda: reliability_diagram(make_scores(MANY, 1), {"a"}), "*"),
-    "scores": (lambda: score_histograms(make_scores(), {"a"}), "Of fakes by unseen generators, *"),
-    "scores, nothing unseen": (lambda: score_histograms(make_scores(**ONE), {"a", "b"}), "Of fakes by seen*"),
+    "scores": (lambda: score_histograms(make_scores(), {"a"}), "* of unseen fakes called real"),
+    "scores, nothing unseen": (lambda: score_histograms(make_scores(**ONE), {"a", "b"}), "* seen fakes *"),
     "scores, nine methods": (lambda: score_histograms(make_scores(MANY, 1), {"a"}), "*"),
     "changed images": (lambda: robustness_curves(make_changed()), "*"),
     "changed images, nine methods": (lambda: robustness_curves(make_changed(MANY, 2)), "*"),
@@ -574,13 +574,15 @@ class TestReliability:
 
     def test_histograms_of_scores_say_how_many_fakes_lie_below_zero_and_have_a_panel_a_method(self) -> None:
         scores = make_scores(("lora", "dgs"), 2)
-        fakes = scores[(scores["generator"] == "b") & (scores["label"] == 1)]
+        reals, fakes = scores[scores["label"] == 0], scores[(scores["generator"] == "b") & (scores["label"] == 1)]
+        scores.loc[reals.index, "logit"] = np.tile([1, -1], len(reals) // 2)
         scores.loc[fakes.index, "logit"] = np.where(
             fakes["method"] == "dgs", -1.0, np.tile([1.0, -1.0], len(fakes) // 2)
         )
         figure = score_histograms(scores, {"a"})
-        assert [ax.get_title(loc="left") for ax in figure.axes] == ["lora: 50 % missed", "dgs: 100 % missed"]
-        assert title(figure).endswith("to 100 % (dgs) are called real")
+        said = [[text.get_text() for text in ax.texts] for ax in figure.axes]
+        assert said == [["50 % missed", "50 % alarms"], ["100 % missed", "50 % alarms"]]
+        assert title(figure).endswith("; 50 % (lora) to 100 % (dgs) of unseen fakes called real")
         assert [text.get_text() for text in figure.legends[0].texts] == ["real", "fake, generator seen", "fake, unseen"]
         densities = [patch.get_data() for patch in figure.axes[0].patches]
         assert len(densities) == 3
