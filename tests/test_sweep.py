@@ -27,6 +27,8 @@ from dgs.model.train import Trained, train
 from dgs.params import Params, load_params
 from minibench import generators
 from studies import dose_response, regimes, seen_pairs, text_heads
+from studies.figures import regime_map
+from studies.regimes import RHO
 from studies.sweep import KEY, MEASURES, Arm, measured, prepare, sweep
 
 
@@ -109,6 +111,24 @@ class TestRegimes:
 
     def test_the_centre_is_in_the_map(self) -> None:
         assert regimes.CENTRE in list(regimes.cells())
+
+    def test_the_figure_has_each_cells_difference_and_says_where_seeds_agree(self) -> None:
+        rows = [
+            {
+                "settings": arm.text, "method": arm.method, "seed": seed,
+                "balanced_acc_unseen": 0.7 + 0.02 * (arm.method == "dgs") * (-1) ** (seed * (arm.settings[RHO] == 0.5)),
+                "zero_shot_kept": 0.6 - 0.3 * (arm.method == "dgs"),
+            }
+            for arm in regimes.arms() for seed in (0, 1)
+        ]  # fmt: skip
+        table = pd.DataFrame(rows)
+        figure = regime_map(table)
+        assert len(figure.axes) == 3 * 2 * 2, "what lies beside the map is no part of it"
+        notes = [[text.get_text() for text in ax.texts] for ax in figure.axes]
+        assert notes[0] == ["(+0.0)"] * 9 and notes[1] == ["+2.0"] * 9 and notes[-1] == ["−30"] * 9
+        assert "above in 36 of 54 regimes, below in 0" in figure.get_suptitle().replace("\n", " ")
+        with pytest.raises(ValueError, match="expected cells of dgs and lora"):
+            regime_map(table[table["method"] == "dgs"].assign(method="dgs"))
 
 
 class TestDoseResponse:
