@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from dgs.analysis.figures import style as look
 from dgs.stats import rounded_text
-from studies.regimes import DROPOUT, EPOCHS, LR, MAP, RHO
+from studies.regimes import DROPOUT, EPOCHS, LR, MAP, METHODS, RHO
 
 WHAT = {"balanced_acc_unseen": "Bal. acc., unseen", "zero_shot_kept": "Zero-shot kept"}
 
@@ -26,6 +26,7 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
     within = settings[list(MAP)].notna().all(axis=1) & (settings.notna().sum(axis=1) == len(MAP))
     rows = pd.concat([settings.loc[within, list(MAP)], table.loc[within, ["method", "seed", *WHAT]]], axis=1)
     both = rows.pivot(index=[*MAP, "seed"], columns="method", values=list(WHAT))
+    both = both.reindex(columns=pd.MultiIndex.from_product([WHAT, METHODS]))
     gaps = 100.0 * (both.xs("dgs", axis=1, level=1) - both.xs("lora", axis=1, level=1)).dropna()
     long = pd.DataFrame(gaps).reset_index().melt([*MAP, "seed"], list(WHAT), "measure", "gap")
     cells = long.groupby([*MAP, "measure"])["gap"]
