@@ -25,7 +25,8 @@ from dgs.model.methods.registry import METHODS
 from dgs.stats import paired_difference, seed_interval
 from dgs.tables import read_table
 from dgs.workspace import find_root
-from studies.tables import Cell, Table, current, told
+from studies.content_strength import OUT, SIDES
+from studies.tables import Cell, Table, current, number, told
 
 DOCUMENTS = ("docs/findings.md", "docs/study.md")
 PRECISION, WORST, SEEN = "ap_unseen", "worst_generator_balanced_acc", "balanced_acc_seen"
@@ -104,6 +105,13 @@ def validated(group: str, row: tuple[str, str]) -> str:
         return rank_correlation(tried.groupby("method")[rule].max(), means(study), group)
     part = tried[tried.index.isin(GROUPS[group])]
     return f"{spearmanr(part[rule], part['val_unbiased']).statistic:.2f} (n {len(part)})"
+
+
+def strength(side: float, rho: float | None = None) -> str:
+    """Accuracy of a content expert at a strength of the shortcut (per cent), or by how much it is higher at 0.9."""
+    rows = read_table(find_root() / OUT).astype(float)
+    table = rows.set_index(["rho", "side"])["accuracy"]
+    return number(100 * (table[0.9, side] - table[0.5, side] if rho is None else table[rho, side]))
 
 
 def labelled(*methods: str) -> dict[str, str]:
@@ -250,6 +258,15 @@ TABLES: dict[str, Table] = {
             if study or column != "val_unbiased"
         },
         {group: partial(validated, group) for group in ("all", "without an expert", "with an expert")},
+    ),
+    "content-strength": (
+        "share of the side",
+        {f"{side:g}": side for side in SIDES},
+        {
+            "rho 0.5: traces": partial(strength, rho=0.5),
+            "rho 0.9: traces and content": partial(strength, rho=0.9),
+            "difference": strength,
+        },
     ),
     "compared": (
         "",
