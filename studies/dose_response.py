@@ -1,7 +1,9 @@
 """How much of the caption does a text expert need? The shortcut's word is dropped from more and more training captions.
 
 `python -m studies.dose_response` trains what reads captions at each share, tests on fresh images, and writes
-results/study/dose_response.csv. What reads none is the same at every share, so it is trained at one.
+results/study/dose_response.csv. What reads none is the same at every share, so it is trained at one. Which captions
+lose the word goes by the image's hash: the same ones for every seed, and of a smaller share among those of a larger
+one.
 """
 
 from __future__ import annotations

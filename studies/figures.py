@@ -20,8 +20,9 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
     """DGS minus LoRA in every cell of the map: its settings, measure, mean (points) over seeds, number of seeds, and
     whether every seed has the mean's sign.
 
-    `table`: of `studies.regimes`.
+    `table`: of `studies.regimes`; of several recipes of a cell, the last stands.
     """
+    table = table.drop_duplicates(["settings", "method", "seed"], keep="last")
     settings = pd.DataFrame([json.loads(text) for text in table["settings"]], index=table.index)
     within = settings[list(MAP)].notna().all(axis=1) & (settings.notna().sum(axis=1) == len(MAP))
     rows = pd.concat([settings.loc[within, list(MAP)], table.loc[within, ["method", "seed", *WHAT]]], axis=1)
@@ -53,7 +54,7 @@ def regime_map(table: pd.DataFrame) -> Figure:
         means = own.pivot(index=EPOCHS, columns=LR, values="mean").sort_index(ascending=False)
         agree = own.pivot(index=EPOCHS, columns=LR, values="agree").reindex_like(means)
         digits = 1 if measure == "balanced_acc_unseen" else 0
-        notes = means.map(lambda gap, digits=digits: rounded_text(gap, digits, sign=True))
+        notes = means.map(lambda gap, digits=digits: "" if np.isnan(gap) else rounded_text(gap, digits, sign=True))
         sns.heatmap(
             means, ax=ax, annot=notes.where(agree.astype(bool), "(" + notes + ")"), fmt="", annot_kws={"fontsize": 10},
             cmap="PuOr", center=0.0, vmin=-reach[measure], vmax=reach[measure], linewidths=1.0, linecolor="white",
@@ -68,5 +69,6 @@ def regime_map(table: pd.DataFrame) -> Figure:
         )
     detected = cells[cells["measure"] == "balanced_acc_unseen"]
     above, below = (int(((detected["mean"] * sign > 0) & detected["agree"]).sum()) for sign in (1, -1))
-    said = f"DGS minus LoRA, points: above in {above} of {len(detected)} regimes, below in {below} (all seeds agree)"
-    return look.finish(fig, said, "in brackets: seeds differ in sign")
+    said = f"DGS minus LoRA, points: all seeds above in {above} of {len(detected)} regimes, all below in {below}"
+    chance = sum(0.5 ** detected["seeds"])
+    return look.finish(fig, said, f"in brackets: seeds differ in sign; by chance {rounded_text(chance, 0)} each way")

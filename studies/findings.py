@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import spearmanr
 
+from dgs.analysis.figures.style import save
 from dgs.analysis.study import (
     UNSEEN,
     Condition,
@@ -26,6 +27,7 @@ from dgs.stats import paired_difference, seed_interval
 from dgs.tables import read_table
 from dgs.workspace import find_root
 from studies.content_strength import OUT, SIDES
+from studies.figures import regime_map
 from studies.tables import Cell, Table, current, number, told
 
 DOCUMENTS = ("docs/findings.md", "docs/study.md")
@@ -303,10 +305,13 @@ def write_study_and_findings(root: Path, profiles: Sequence[str]) -> Path:
             rows are kept there too, and the tables of `DOCUMENTS` follow.
     """
     folder = root / "results" / profiles[0] / "study" if profiles else root / "results" / "study"
+    if not profiles:
+        keep_runs(root)
     named = list(profiles) or finished_conditions(root)
     report = write_study(root, named, folder)
     write_params(root, named, folder)
     if not profiles:
-        keep_runs(root)
+        if (regimes := folder / "regimes.csv").exists():
+            save(regime_map(read_table(regimes)), folder / "regimes.png")
         refresh(root)
     return report

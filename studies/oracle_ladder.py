@@ -1,14 +1,16 @@
 """The oracle ladder: surgery that is helped more from rung to rung, and what changes residuals instead.
 
-`python -m studies.oracle_ladder` trains, and tests on fresh images. A linear head has
-g_i = r_i w, and no projection off directions of a class changes r_i (docs/findings.md): if that is why surgery does not
-help, then no rung of directions does, however true they are, and those that change r_i do.
+`python -m studies.oracle_ladder` trains, and tests on fresh images. A linear head has g_i = r_i w, and no projection
+off directions of a class changes r_i (docs/findings.md): if that is why surgery does not help, then no rung of
+directions does, however true they are, and those that change r_i do. Each rung has its method's tuned rate
+(`Rung.method`), so that rungs of different methods differ in it too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import pandas as pd
@@ -24,7 +26,7 @@ from dgs.model.methods.registry import get_method
 from dgs.model.train import training_views
 from dgs.params import Params, SurgeryParams
 from minibench.splits import SHORTCUTS
-from studies.sweep import Arm, command
+from studies.sweep import Arm, Reading, command
 
 RHOS = (0.9,)
 RANKS = (1, 2, 4, 8, 16)  # of the plane
@@ -37,6 +39,7 @@ class Rung:
 
     rank: of the shortcut's plane that the gradient into the features is projected off; 0: as the method has it.
     head_too: the image head is kept off that plane as well.
+    random: the plane has random directions instead, as many: the control of the true ones.
     mlp: the image head has a hidden layer, so that a sample's gradient is more than r_i w.
     """
 
@@ -44,6 +47,7 @@ class Rung:
     text_head: str = "release"
     rank: int = 0
     head_too: bool = False
+    random: bool = False
     mlp: bool = False
 
 
@@ -54,6 +58,7 @@ RUNGS: dict[str, Rung] = {
     "signed": Rung("signed"),
     "signed_fitted": Rung("signed", text_head="fitted"),
     **{f"plane_{rank}": Rung("lora", rank=rank) for rank in RANKS},
+    **{f"random_plane_{rank}": Rung("lora", rank=rank, random=True) for rank in (2, 16)},
     **{f"plane_{rank}_head": Rung("lora", rank=rank, head_too=True) for rank in (2, 16)},
     "weights": Rung("weighed_lora"),
     "expert": Rung("product_of_experts"),
@@ -130,10 +135,10 @@ class ShortcutPlane:
     basis: Tensor
     head: nn.Module
 
-    def __init__(self, prepared: Prepared, params: Params, seed: int, rank: int, head_too: bool) -> None:
+    def __init__(self, prepared: Prepared, params: Params, seed: int, rung: Rung) -> None:
         self.views = training_views(prepared, params, seed)
         self.truth = Truth.of(prepared.split("train"), params.data.shortcut)
-        self.params, self.rank, self.head_too = params, rank, head_too
+        self.params, self.seed, self.rung = params, seed, rung
 
     def gradient(self, task: Tensor, prior: Tensor, batch: Batch, params: SurgeryParams) -> Tensor:
         """(B, D) off the plane exactly, with its signs and without an epsilon."""
@@ -149,7 +154,7 @@ class ShortcutPlane:
             steps += 1
             if steps % an_epoch == 0:
                 self._estimate(cast(Backbone, backbone), steps // an_epoch)
-            if self.head_too:
+            if self.rung.head_too:
                 weight = cast(nn.Linear, self.head).weight.data
                 weight.copy_(off(weight, self.basis))
 
@@ -162,8 +167,12 @@ class ShortcutPlane:
         views = self.views[epoch % len(self.views)]
         features = extract_features(backbone.eval(), views, self.params, "shortcut plane")
         backbone.train(training)
+        if self.rung.random:
+            drawn = torch.randn(features.shape[1], self.rung.rank, generator=torch.Generator().manual_seed(self.seed))
+            self.basis = torch.linalg.qr(drawn)[0].to(features)
+            return
         truth = Truth(*(part.to(features.device) for part in vars(self.truth).values()))
-        self.basis = shortcut_plane(features, truth, self.rank)
+        self.basis = shortcut_plane(features, truth, self.rung.rank)
 
 
 def off(rows: Tensor, basis: Tensor) -> Tensor:
@@ -171,19 +180,23 @@ def off(rows: Tensor, basis: Tensor) -> Tensor:
     return rows - rows @ basis @ basis.T
 
 
-def method_of(name: str, prepared: Prepared, params: Params, seed: int) -> tuple[Method, Params]:
-    """The method that a rung trains, and its settings; as `studies.sweep.registered`."""
-    rung = RUNGS[name]
-    own = params.for_method(rung.method)
+def build(rung: Rung, prepared: Prepared, params: Params, seed: int) -> Method:
+    """The method that a rung trains; `params`: with its settings."""
     changes: dict[str, Any] = {"head": MLPHead} if rung.mlp else {}
     if rung.rank:
-        plane = ShortcutPlane(prepared, own, seed, rung.rank, rung.head_too)
+        plane = ShortcutPlane(prepared, params, seed, rung)
         changes |= {"gradient": plane.gradient, "project": plane.project}
-    return replace(get_method(rung.method), **changes), own
+    return replace(get_method(rung.method), **changes)
+
+
+def read(name: str) -> Reading:
+    """What an arm's name stands for: a rung."""
+    rung = RUNGS[name]
+    return Reading(rung.method, partial(build, rung), str(rung))
 
 
 def arms() -> list[Arm]:
-    """Every rung, at every strength of the shortcut."""
+    """Every rung, at every one of `RHOS`."""
     return [
         Arm(name, {"data.rho": rho, "train.surgery.text_head": rung.text_head})
         for rho in RHOS
@@ -192,4 +205,4 @@ def arms() -> list[Arm]:
 
 
 if __name__ == "__main__":
-    command("oracle_ladder", arms, read=method_of)
+    command("oracle_ladder", arms, read=read)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import pandas as pd
 import torch
 import typer
@@ -18,14 +17,15 @@ from numpy.typing import NDArray
 from dgs.analysis.evaluate import image_features
 from dgs.analysis.forgetting import MEASURES as FORGETTING
 from dgs.analysis.forgetting import Tower
-from dgs.analysis.metrics import detection_table, headline, metrics_of
+from dgs.analysis.metrics import detection_table, headline, kept, metrics_of
 from dgs.analysis.scores import read_scores, write_scores
 from dgs.analysis.tuning import trials
-from dgs.atomic import replacing, replacing_file
+from dgs.atomic import alone, replacing, replacing_file
 from dgs.commands import for_users, say
 from dgs.conditions import NATIVE
 from dgs.data import manifest as manifests
 from dgs.data.prepared import PREPARED_WITH, Prepared, compute_patches, load_prepared, save_prepared
+from dgs.data.tree import MINIBENCH
 from dgs.data.views import Views
 from dgs.device import choose_device
 from dgs.errors import UserError, did_you_mean
@@ -37,18 +37,21 @@ from dgs.model.methods.registry import get_method
 from dgs.model.text import open_text_side
 from dgs.model.train import Trained, train
 from dgs.params import Params, load_params
-from dgs.workspace import Workspace, find_root
+from dgs.tables import read_table
+from dgs.workspace import MAIN, Workspace, find_root
 
 FRESH = {"data.root": "build/fresh"}  # test images that no setting was chosen after: `make study` makes them
-KEPT = "build/sweep"  # what was prepared
+TO_MAKE_FRESH = "dgs minibench build --out build/fresh --seed 20261127 --training shipped"
+KEPT = "build/sweep"  # what was prepared, and scores until a study's table is complete
 DETECTION = ["balanced_acc_unseen", "ap_unseen", "balanced_acc_seen"]
 MEASURES = [*DETECTION, "zero_shot_kept"]
-KEY = ["data_hash", "settings", "method", "seed"]
+KEY = ["recipe", "settings", "method", "seed"]  # recipe: digest of all parameters, the images and the CLIP
+FAILED = "failed"  # why there are no measures, as when training diverges
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained, by a method's name or what a study reads as one, and its parameters that differ from mini's."""
+    """What is trained: a name, and the parameters (by dotted names) that differ from mini's."""
 
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -59,25 +62,45 @@ class Arm:
         return json.dumps(self.settings, sort_keys=True)
 
 
-Read = Callable[[str, Prepared, Params, int], tuple[Method, Params]]  # (name, data, parameters, seed)
+@dataclass(frozen=True)
+class Reading:
+    """What an arm's name stands for: whose settings of the registry it has, and the method itself.
+
+    build: (data, parameters, seed) to the method; None: the registry's. about: what else a repeat must have equal.
+    """
+
+    method: str
+    build: Callable[[Prepared, Params, int], Method] | None = None
+    about: str = ""
+
+
+Read = Callable[[str], Reading]
 
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def prepare(params: Params, root: Path, kept: Path) -> Path:
-    """What the prepare stage would leave of `params`, in `kept`/<hash of what it settles>; made once.
+def _inputs(params: Params, root: Path) -> list[str]:
+    """Hashes of what is prepared from: the benchmark's record of its images, and the CLIP's files."""
+    clip = root / params.model.clip
+    files = [root / params.data.root / MINIBENCH, *(sorted(clip.iterdir()) if clip.is_dir() else ())]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+
+
+def prepare(params: Params, root: Path, kept_in: Path) -> Path:
+    """What the prepare stage would leave of `params`, in a folder of `kept_in`; made once for the same images and CLIP.
 
     Raises:
         UserError: no images there.
     """
     if not (root / params.data.root).exists():
-        raise UserError(f"Expected images at {params.data.root}, found none. Make them first: make study.")
+        how = f" Make them first: {TO_MAKE_FRESH}." if params.data.root == FRESH["data.root"] else ""
+        raise UserError(f"Expected images at {params.data.root}, found none.{how}")
     settled = {group: getattr(params, group).model_dump(exclude=without) for group, without in PREPARED_WITH.items()}
-    folder = kept / _digest(settled)
+    folder = kept_in / _digest([settled, _inputs(params, root)])
     if not folder.exists():
-        workspace = Workspace(root, kept, params.profile)
+        workspace = Workspace(root, kept_in, params.profile)
         manifest, source = manifests.open_manifest(workspace, params.data)
         patches = compute_patches(manifest, source, params)
         side = open_text_side(params, workspace, manifest, source, patches)
@@ -100,12 +123,12 @@ def measured(
     device = choose_device(params.compute.device)
     clip = load_clip(params.model, root, params.image_size, text=False) if method.needs_clip else None
     rows = prepared.split("test")
-    real = (rows["label"] == 0).to_numpy()
+    real, width = (rows["label"] == 0).to_numpy(), prepared.caption_embeddings.shape[1]
     found: list[tuple[dict[str, float | None], pd.DataFrame]] = []
 
     def zero_shot(features: NDArray[Any]) -> dict[str, float]:
-        tower = Tower(rows[real], prepared.caption_embeddings[rows.index[real]], prepared.prompts, 0, features, [])
-        accuracies = FORGETTING["zero_shot"][0](tower)
+        own = rows[real], prepared.caption_embeddings[rows.index[real]], prepared.prompts, 0, features[:, :width]
+        accuracies = FORGETTING["zero_shot"][0](Tower(*own, []))
         assert isinstance(accuracies, dict)
         return accuracies
 
@@ -123,93 +146,138 @@ def measured(
             few = Views(rows[real], prepared.source, params, patches=prepared.patches)
             with first.backbone.frozen():
                 before = zero_shot(extract_features(first.backbone, few, params, "frozen").cpu().numpy())
-            after = zero_shot(features[real][:, : prepared.caption_embeddings.shape[1]])
-            row["zero_shot_kept"] = float(np.mean([after[name] / before[name] for name in before]))
+            both = pd.DataFrame({"before": before, "after": zero_shot(features[real])})
+            row["zero_shot_kept"] = kept("")(both.rename_axis("measure").reset_index())
         found.append((row, scores.assign(rho=prepared.info["rho"])))
 
     train(method, clip, prepared, params, seed, device, done)
     return found[0]
 
 
-def registered(name: str, prepared: Prepared, params: Params, seed: int) -> tuple[Method, Params]:
-    """A method of the registry with its settings; how an arm's name is read where a study says nothing else."""
-    return get_method(name), params.for_method(name)
+def registered(name: str) -> Reading:
+    """A method of the registry; how an arm's name is read where a study says nothing else."""
+    return Reading(name)
 
 
 def _row(
-    _: str, settings: str, name: str, seed: int,
-    params: Params, root: Path, folders: Mapping[str, Path], read: Read, kept: Path,
-) -> dict[str, float | None]:  # fmt: skip
-    own, prepared = params.replaced(json.loads(settings), "settings"), load_prepared(folders[settings], root)
-    method, own = read(name, prepared, own, seed)
-    row, scores = measured(method, prepared.with_training_images(own.train.images, seed), own, seed, root)
-    kept.mkdir(parents=True, exist_ok=True)
-    with replacing_file(kept / f"{_digest([settings, name, seed])}.parquet") as draft:
+    recipe: str, settings: str, name: str, seed: int,
+    params: Params, root: Path, folders: Mapping[str, Path], read: Read, scored: Path,
+) -> dict[str, Any]:  # fmt: skip
+    reading, own = read(name), params.replaced(json.loads(settings), "settings")
+    own, prepared = own.for_method(reading.method), load_prepared(folders[settings], root)
+    try:
+        prepared = prepared.with_training_images(own.train.images, seed)
+        method = reading.build(prepared, own, seed) if reading.build else get_method(reading.method)
+        row, scores = measured(method, prepared, own, seed, root)
+    except UserError as error:  # as of a rate that diverges: the others go on
+        return {FAILED: str(error)}
+    scored.mkdir(parents=True, exist_ok=True)
+    with replacing_file(scored / f"{_digest([recipe, settings, name, seed])}.parquet") as draft:
         write_scores(scores.assign(method=name, profile=settings), draft)
-    return row
+    return dict(row)
 
 
 def sweep(
-    arms: Sequence[Arm], seeds: Sequence[int], params: Params, root: Path, kept: Path, out: Path,
+    arms: Sequence[Arm], seeds: Sequence[int], params: Params, root: Path, kept_in: Path, out: Path,
     read: Read = registered,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Train and test every arm with every seed, as `tuning.trials` does; columns of `out`: `KEY` and `MEASURES`.
+    """Train and test every arm with every seed, as `tuning.trials` does; columns of `out`: `KEY`, `MEASURES`, `FAILED`.
 
-    What `out` holds is not run again: after a change of code remove it. Scores go to the file beside it (.parquet), the
-    settings of an arm where a profile's name would stand.
+    What `out` holds is not run again, unless parameters, images or CLIP have changed since, or its scores are gone;
+    after a change of code remove it. Scores go to the file beside it (.parquet), an arm's settings where a profile's
+    name would stand.
 
     Args:
-        kept: what is prepared, and scores until all are there.
-        read: what an arm's `method` names.
+        kept_in: what is prepared, and scores until all are there.
+        read: what an arm's name stands for.
 
     Raises:
-        UserError: as `prepare`, or a setting that there is not.
+        UserError: as `prepare`; another process is at the same table.
     """
-    folders = {arm.text: prepare(params.replaced(dict(arm.settings), "settings"), root, kept) for arm in arms}
-    hashes = {text: load_prepared(folder, root).info["data_hash"] for text, folder in folders.items()}
-    todo = [
-        dict(zip(KEY, (hashes[arm.text], arm.text, arm.method, seed), strict=True)) for arm in arms for seed in seeds
-    ]
-    own = kept / out.stem
-    yield from trials(_row, todo, (params, root, folders, read, own), params.compute.jobs, out, [*KEY, *MEASURES])
-    _collect(own, out.with_suffix(".parquet"))
+    with alone(out.with_suffix(".lock"), f"the study {out.stem}"):
+        todo, folders = [], {}
+        for arm in arms:
+            reading, own = read(arm.method), params.replaced(dict(arm.settings), "settings")
+            folders[arm.text] = prepare(own, root, kept_in)
+            info = load_prepared(folders[arm.text], root).info
+            content = own.for_method(reading.method).model_dump(
+                mode="json", include={"data", "patches", "model", "train"}
+            )
+            recipe = _digest([content, reading.about, info["data_hash"], info["clip"]])
+            todo += [dict(zip(KEY, (recipe, arm.text, arm.method, seed), strict=True)) for seed in seeds]
+        scored = kept_in / out.stem
+        _keep_current(out, scored, todo)
+        yield from trials(
+            _row, todo, (params, root, folders, read, scored), params.compute.jobs, out, [*KEY, *MEASURES, FAILED]
+        )
+        _collect(out, scored)
 
 
-def _collect(folder: Path, out: Path) -> None:
-    """Put the scores in `folder` into `out`, beside those of other runs that it has."""
-    found = [read_scores(file) for file in sorted(folder.glob("*.parquet"))]
+def _keep_current(out: Path, scored: Path, todo: Sequence[Mapping[str, Any]]) -> None:
+    """Drop from `out` the rows of runs in `todo` that have another recipe now, or whose scores are gone."""
+    if not out.exists():
+        return
+    table, run = read_table(out, str), ["settings", "method", "seed"]
+    wanted = {(str(each["settings"]), each["method"], str(each["seed"])): each["recipe"] for each in todo}
+    known = set()
+    if out.with_suffix(".parquet").exists():
+        runs = read_scores(out.with_suffix(".parquet"))[["profile", "method", "seed"]].drop_duplicates()
+        known = {(profile, method, str(seed)) for profile, method, seed in runs.itertuples(index=False)}
+
+    def stays(row: Mapping[Any, Any]) -> bool:
+        key = (row["settings"], row["method"], row["seed"])
+        file = scored / f"{_digest([row['recipe'], row['settings'], row['method'], int(row['seed'])])}.parquet"
+        has_scores = key in known or file.exists() or pd.notna(row[FAILED])
+        return key not in wanted or (wanted[key] == row["recipe"] and has_scores)
+
+    left = [stays(row) for row in table[[*run, "recipe", FAILED]].to_dict("records")]
+    if not all(left):
+        with replacing_file(out) as draft:
+            table[left].to_csv(draft, index=False)
+
+
+def _collect(out: Path, scored: Path) -> None:
+    """Put the scores of runs in `out` that lie in `scored` into the file beside `out`, in place of older ones."""
+    table, file = read_table(out), out.with_suffix(".parquet")
+    names = [f"{_digest([getattr(row, name) for name in KEY])}.parquet" for row in table[KEY].itertuples()]
+    found = [read_scores(scored / name) for name in names if (scored / name).exists()]
+    before = read_scores(file) if file.exists() else None
     if not found:
         return
-    new = pd.concat(found, ignore_index=True)
-    if out.exists():
-        old, run = read_scores(out), ["profile", "method", "seed"]
-        again = old[run].merge(new[run].drop_duplicates(), how="left", indicator=True)["_merge"] == "both"
-        new = pd.concat([old[~again.to_numpy()], new], ignore_index=True)
-    with replacing_file(out) as draft:
-        write_scores(new.sort_values(["profile", "method", "seed"], kind="stable"), draft)
+    new, run = pd.concat(found, ignore_index=True), ["profile", "method", "seed"]
+    if before is not None:
+        again = before[run].merge(new[run].drop_duplicates(), how="left", indicator=True)["_merge"] == "both"
+        new = pd.concat([before[~again.to_numpy()], new], ignore_index=True)
+    with replacing_file(file) as draft:
+        write_scores(new.sort_values(run, kind="stable"), draft)
 
 
 def command(
-    name: str, arms: Callable[[], Sequence[Arm]], seeds: Sequence[int] | None = None, read: Read = registered
+    name: str,
+    arms: Callable[[], Sequence[Arm]],
+    seeds: Sequence[int] | None = None,
+    read: Read = registered,
+    first: Callable[[Sequence[Arm]], None] = lambda _: None,
 ) -> None:
-    """`python -m studies.<name> [--only ARM] [--seed N]`: runs the arms on fresh images, into results/study/<name>.*.
+    """`python -m studies.<name> [--only ARM] [--seed N]`: runs the arms into results/study/<name>.csv and .parquet.
 
-    `seeds`: the default ones; None: those of params.yaml. `read`: as in `sweep`.
+    `seeds`: the default ones; None: those of params.yaml. `read`: as in `sweep`. `first`: is called with the arms that
+    are chosen, to make their images.
     """
 
     def main(
         only: Annotated[list[str] | None, typer.Option(help="an arm's name; may be repeated; default all")] = None,
         seed: Annotated[list[int] | None, typer.Option(min=0, help="may be repeated")] = None,
     ) -> None:
-        params, root = load_params().replaced(FRESH), find_root()
-        every = arms()
+        params, root, every = load_params(MAIN).replaced(FRESH), find_root(), arms()
         known = list(dict.fromkeys(arm.method for arm in every))
         if unknown := [one for one in only or () if one not in known]:
             raise UserError(f"Unknown arm '{unknown[0]}'.{did_you_mean(unknown[0], known)} Known: {', '.join(known)}.")
         chosen = [arm for arm in every if arm.method in (only or known)]
+        first(chosen)
         where = (params, root, root / KEPT, root / "results/study" / f"{name}.csv")
         for row in sweep(chosen, seed or seeds or params.seeds, *where, read):
-            rates = ", ".join(f"{measure} {row[measure]:.3f}" for measure in DETECTION)
+            rates = row.get(FAILED) or ", ".join(f"{measure} {row[measure] or 0:.3f}" for measure in DETECTION)
             say(f"{row['settings']}, {row['method']}, seed {row['seed']}: {rates}")
 
     with for_users():

@@ -1,7 +1,8 @@
 """Does surgery help once the text head has learned? DGS, its parts and controls, with the release's head and a fitted.
 
 `python -m studies.text_heads` trains all at every strength of the shortcut, tests on fresh images, and writes
-results/study/text_heads.csv. LoRA, which they are compared with, reads no text head.
+results/study/text_heads.csv. What reads no text head, such as LoRA, is trained once and compared with both, by rho and
+seed. Settings are those that were searched with the release's head.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def copy_repository(target: Path, tiny: bool = True, git: bool = True) -> Path:
     listed = subprocess.run(files, cwd=ROOT, check=True, capture_output=True).stdout.decode()
     for name in filter(None, listed.split("\0")):
         source = ROOT / name
-        if source.is_file() and not name.startswith("results/") and name != "dvc.lock":
+        if source.is_file() and not name.startswith("results/") and source.name != "dvc.lock":
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target / name)
     if tiny:

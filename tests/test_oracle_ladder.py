@@ -12,6 +12,8 @@ from copies import ROOT
 from torch import nn
 
 from dgs.data.prepared import load_prepared
+from dgs.model.backbone import Backbone
+from dgs.model.clip import load_clip
 from dgs.model.methods.registry import METHODS
 from dgs.params import Params, load_params
 from minibench.splits import SHORTCUTS
@@ -22,8 +24,8 @@ from studies.oracle_ladder import (
     ShortcutPlane,
     Truth,
     arms,
-    method_of,
     off,
+    read,
     shortcut_plane,
 )
 from studies.sweep import MEASURES, sweep
@@ -88,7 +90,7 @@ def test_every_rung_is_a_method_with_settings_and_they_are_those_asked_for() -> 
 def test_every_rung_is_an_arm_and_both_heads_and_the_plane_train(tiny: Params, tmp_path: Path) -> None:
     chosen = [arm for arm in arms() if arm.method in ("fitted", "mlp_plane_2")]
     assert [arm.method for arm in arms()] == list(RUNGS) and len(chosen) == 2
-    rows = list(sweep(chosen, [0], tiny, ROOT, tmp_path, tmp_path / "ladder.csv", method_of))
+    rows = list(sweep(chosen, [0], tiny, ROOT, tmp_path, tmp_path / "ladder.csv", read))
     assert sorted(row["method"] for row in rows) == ["fitted", "mlp_plane_2"]
     table = pd.DataFrame(rows)[MEASURES]
     assert table.notna().all().all() and table.stack().between(0, 2).all()
@@ -112,11 +114,26 @@ def test_the_plane_follows_the_tower_and_the_head_stays_off_it(
     monkeypatch.setattr(ShortcutPlane, "_estimate", watched)
     params = tiny.replaced({"train.stage2.epochs": 2, "train.stage2.lr": 0.01})
     prepared = load_prepared(tiny_prepared, ROOT)
-    method, params = method_of("plane_2_head", prepared, params, 0)
+    reading = read("plane_2_head")
+    assert reading.build is not None and reading.method == "lora"
+    params = params.for_method(reading.method)
+    method = reading.build(prepared, params, 0)
     train_and_score(method, prepared, params, 0, ROOT, [])
     assert len(planes) == 3, "before the first step, and after each epoch"
     assert not torch.allclose(planes[0], planes[2], atol=1e-3)
     assert (heads[-1] @ planes[-1]).abs().max() < 1e-5 < heads[-1].norm()
+
+
+def test_a_random_plane_is_another_for_each_seed_and_stays_over_epochs(tiny: Params, tiny_prepared: Path) -> None:
+    prepared, params = load_prepared(tiny_prepared, ROOT), tiny.for_method("lora")
+    backbone = Backbone(load_clip(tiny.model, ROOT, tiny.image_size, text=False))
+    planes = [ShortcutPlane(prepared, params, seed, RUNGS["random_plane_2"]) for seed in (0, 1)]
+    for plane in planes:
+        plane.project(backbone)
+    first, other = (plane.basis.clone() for plane in planes)
+    planes[0]._estimate(backbone, 1)
+    assert torch.equal(planes[0].basis, first) and not torch.allclose(first, other)
+    assert torch.allclose(first.T @ first, torch.eye(2), atol=1e-5)
 
 
 def test_an_mlp_head_gives_every_sample_a_direction_of_its_own() -> None:

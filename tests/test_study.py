@@ -14,11 +14,12 @@ import yaml
 from dgs.analysis.differences import COLUMNS
 from dgs.analysis.figures.detection import study_forest
 from dgs.analysis.metrics import detection_table, write_detection
-from dgs.analysis.scores import FILE, write_scores
+from dgs.analysis.scores import FILE, read_scores, write_scores
 from dgs.analysis.study import (
     agreement,
     best_rival,
     comparison_table,
+    differences_of,
     finished_conditions,
     generator_gaps,
     keep_runs,
@@ -203,6 +204,30 @@ class TestScores:
         scores = read_scores_of(tmp_path, "study-90")
         assert scores is not None and set(scores["method"]) == set(FEW)
         assert set(read_tables(tmp_path, "study-90")["detection"]["method"]) == set(FEW)
+
+    def test_of_methods_that_run_again_without_scores_the_old_ones_go(self, tmp_path: Path) -> None:
+        write_results(tmp_path, "study-90", 0.9, scored=True)
+        keep_runs(tmp_path)
+        shutil.rmtree(tmp_path / "results/study-90")
+        write_results(tmp_path, "study-90", 0.9, FEW)
+        scores = read_scores_of(tmp_path, "study-90")
+        assert scores is not None and set(scores["method"]) == set(SHIFT) - set(FEW)
+        assert differences_of(tmp_path, ["study-90"]) == {}, "without scores of lora nothing is compared"
+
+    def test_scores_of_a_run_that_was_broken_off_do_not_count(self, tmp_path: Path) -> None:
+        write_results(tmp_path, "study-90", 0.9, scored=True)
+        (tmp_path / "results/study-90/metrics.json").unlink()
+        assert read_scores_of(tmp_path, "study-90") is None
+
+    def test_p_is_adjusted_for_a_whole_family_or_not_at_all(self, tmp_path: Path) -> None:
+        write_results(tmp_path, "study-90", 0.9, scored=True)
+        (whole,) = differences_of(tmp_path, ["study-90"]).values()
+        keep_runs(tmp_path)
+        kept = tmp_path / "results/study" / FILE
+        write_scores(read_scores(kept).query("method in ['lora', 'dgs_plus']"), kept)
+        shutil.rmtree(tmp_path / "results/study-90")
+        (part,) = differences_of(tmp_path, ["study-90"]).values()
+        assert whole["p_holm"].notna().any() and part["p_holm"].isna().all() and part["p"].notna().any()
 
     def test_conditions_that_have_scores_get_crossed_intervals_and_a_forest_of_them(self, root: Path) -> None:
         folder = root / "results/study"

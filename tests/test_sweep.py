@@ -16,20 +16,20 @@ from copies import ROOT
 
 from dgs.analysis.evaluate import evaluate
 from dgs.analysis.metrics import detection_table, per_seed_values
-from dgs.analysis.scores import read_scores
+from dgs.analysis.scores import read_scores, write_scores
 from dgs.data.prepared import load_prepared
 from dgs.device import choose_device
 from dgs.errors import UserError
 from dgs.model.checkpoint import save_checkpoint
 from dgs.model.clip import load_clip
-from dgs.model.methods.registry import METHODS, get_method
+from dgs.model.methods.registry import get_method
 from dgs.model.train import Trained, train
 from dgs.params import Params, load_params
 from minibench import generators
 from studies import dose_response, regimes, seen_pairs, text_heads
 from studies.figures import regime_map
 from studies.regimes import RHO
-from studies.sweep import KEY, MEASURES, Arm, measured, prepare, sweep
+from studies.sweep import FAILED, FRESH, KEY, MEASURES, Arm, measured, prepare, sweep
 
 
 def test_a_row_is_what_the_pipeline_says_of_the_same_run(tiny: Params, tmp_path: Path) -> None:
@@ -59,8 +59,8 @@ def test_arms_are_run_once_each_and_other_data_are_prepared_once(tiny: Params, t
     ]  # fmt: skip
     assert list(sweep(arms, [0, 1], *where)) == [], "finished rows are not run again"
     table = pd.read_csv(where[-1])
-    assert list(table.columns) == [*KEY, *MEASURES]
-    assert table.groupby("settings")["data_hash"].nunique().eq(1).all() and table["data_hash"].nunique() == 2
+    assert list(table.columns) == [*KEY, *MEASURES, FAILED] and table[FAILED].isna().all()
+    assert table.groupby(["method", "settings"])["recipe"].nunique().eq(1).all() and table["recipe"].nunique() == 2
     assert len(list((tmp_path / "kept").glob("*/training"))) == 2
     kept = table.set_index("method")["zero_shot_kept"]
     scores = read_scores(where[-1].with_suffix(".parquet"))
@@ -71,19 +71,67 @@ def test_arms_are_run_once_each_and_other_data_are_prepared_once(tiny: Params, t
 
 
 def test_images_that_are_not_there_are_named_with_what_makes_them(tiny: Params, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"Expected images at build/nowhere, found none. Make them first: make study."):
+    with pytest.raises(
+        UserError, match=r"Expected images at build/fresh, found none. Make them first: dgs minibench b"
+    ):
+        prepare(tiny.replaced(FRESH), tmp_path, tmp_path)
+    with pytest.raises(UserError, match=r"Expected images at build/nowhere, found none.$"):
         prepare(tiny.replaced({"data.root": "build/nowhere"}), ROOT, tmp_path)
 
 
-def test_scores_of_other_runs_stay_and_those_that_are_run_again_are_replaced(tiny: Params, tmp_path: Path) -> None:
-    where = (tiny, ROOT, tmp_path / "kept", tmp_path / "out.csv")
-    arm, other = Arm("probe"), Arm("probe", {"train.stage1.epochs": 1})
-    list(sweep([arm, other], [0], *where))
-    before = read_scores(tmp_path / "out.parquet")
-    shutil.rmtree(tmp_path / "kept/out")
-    (tmp_path / "out.csv").unlink()
-    list(sweep([other], [0], *where))
-    assert read_scores(tmp_path / "out.parquet").equals(before)
+class TestResumption:
+    @pytest.fixture
+    def where(self, tiny: Params, tmp_path: Path) -> tuple[Params, Path, Path, Path]:
+        """A table with two finished arms."""
+        found = (tiny, ROOT, tmp_path / "kept", tmp_path / "out.csv")
+        list(sweep([Arm("probe"), Arm("probe", {"train.stage1.epochs": 1})], [0], *found))
+        return found
+
+    def test_scores_that_are_run_again_replace_the_old_ones_and_others_stay(
+        self, where: tuple[Params, Path, Path, Path]
+    ) -> None:
+        out = where[-1]
+        before = read_scores(out.with_suffix(".parquet"))
+        spoiled = before.assign(logit=before["logit"] + 1)
+        write_scores(spoiled, out.with_suffix(".parquet"))
+        table = pd.read_csv(out)
+        table[table["settings"] == "{}"].to_csv(out, index=False)
+        shutil.rmtree(out.parent / "kept/out")
+        again = list(sweep([Arm("probe"), Arm("probe", {"train.stage1.epochs": 1})], [0], *where))
+        assert [row["settings"] for row in again] == ['{"train.stage1.epochs": 1}']
+        after = read_scores(out.with_suffix(".parquet")).set_index(["profile", "id"])["logit"]
+        same = before.set_index(["profile", "id"])["logit"].reindex(after.index)
+        ran = after.index.get_level_values("profile") != "{}"
+        assert np.allclose(after[ran], same[ran]) and np.allclose(after[~ran], same[~ran] + 1)
+
+    def test_other_parameters_run_again_in_place_of_the_old_row(self, where: tuple[Params, Path, Path, Path]) -> None:
+        params, *rest = where
+        (row,) = sweep([Arm("probe")], [0], params.replaced({"train.stage1.lr": 0.1}), *rest)
+        table = pd.read_csv(where[-1])
+        assert len(table) == 2 and row["recipe"] in set(table["recipe"])
+        assert list(sweep([Arm("probe")], [0], params.replaced({"train.stage1.lr": 0.1}), *rest)) == []
+
+    def test_a_row_whose_scores_are_gone_is_run_again(self, where: tuple[Params, Path, Path, Path]) -> None:
+        shutil.rmtree(where[2] / "out")
+        where[-1].with_suffix(".parquet").unlink()
+        assert len(list(sweep([Arm("probe")], [0], *where))) == 1
+
+    def test_what_cannot_be_trained_is_a_row_that_says_why_and_the_others_go_on(
+        self, where: tuple[Params, Path, Path, Path]
+    ) -> None:
+        arms = [Arm("pixel_cnn", {"train.stage1.lr": 1e30}), Arm("probe", {"train.stage1.epochs": 3})]
+        rows = {row["method"]: row for row in sweep(arms, [0], *where)}
+        assert "The loss became" in rows["pixel_cnn"][FAILED] and rows["probe"]["ap_unseen"] > 0
+        assert list(sweep(arms, [0], *where)) == []
+
+    def test_other_images_at_the_same_place_are_prepared_anew(self, tiny: Params, tmp_path: Path) -> None:
+        root = tmp_path / "root"
+        shutil.copytree(ROOT / "sample", root / "sample")
+        first = prepare(tiny, root, tmp_path / "kept")
+        assert prepare(tiny, root, tmp_path / "kept") == first
+        meta = root / "sample/minibench.json"
+        meta.write_text(json.dumps({**json.loads(meta.read_text()), "seed": 12345}))
+        assert prepare(tiny, root, tmp_path / "kept") != first
 
 
 def test_arms_are_chosen_by_name_and_a_misspelled_one_is_named() -> None:
@@ -126,25 +174,27 @@ class TestRegimes:
         assert len(figure.axes) == 3 * 2 * 2, "what lies beside the map is no part of it"
         notes = [[text.get_text() for text in ax.texts] for ax in figure.axes]
         assert notes[0] == ["(+0.0)"] * 9 and notes[1] == ["+2.0"] * 9 and notes[-1] == ["−30"] * 9
-        assert "above in 36 of 54 regimes, below in 0" in figure.get_suptitle().replace("\n", " ")
+        assert "all seeds above in 36 of 54 regimes, all below in 0" in figure.get_suptitle().replace("\n", " ")
         with pytest.raises(ValueError, match="expected cells of dgs and lora"):
             regime_map(table[table["method"] == "dgs"].assign(method="dgs"))
 
 
 class TestDoseResponse:
-    def test_what_reads_captions_is_trained_at_every_share_and_nothing_else(self) -> None:
+    def test_what_reads_captions_is_trained_at_every_share_and_the_rest_at_the_first(self) -> None:
         counts = pd.Series([arm.method for arm in dose_response.arms()]).value_counts()
-        assert {name: counts[name] == len(dose_response.SHARES) for name in dose_response.METHODS} == {
-            name: METHODS[name].needs_text for name in dose_response.METHODS
-        }
+        assert counts.to_dict() == {"poe_distillation": 5, "dgs": 5, "content_poe_distillation": 1, "lora": 1}
 
 
 class TestSeenPairs:
-    def test_six_different_pairs_of_the_nine_none_of_them_the_benchmarks(self) -> None:
+    def test_six_different_pairs_none_of_them_the_benchmarks_and_no_generator_thrice(self) -> None:
         assert len(set(seen_pairs.PAIRS)) == 6 and generators.SEEN not in seen_pairs.PAIRS
-        assert all(set(pair) <= set(generators.NAMES) and len(set(pair)) == 2 for pair in seen_pairs.PAIRS)
-        assert len(seen_pairs.ALL) == 35
+        counts = pd.Series([name for pair in seen_pairs.PAIRS for name in pair]).value_counts()
+        assert set(counts.index) <= set(generators.NAMES) and counts.max() <= 2
 
-    def test_they_are_a_draw(self) -> None:
-        order = np.random.default_rng(seen_pairs.SEED).permutation(len(seen_pairs.ALL))[: seen_pairs.COUNT]
-        assert [seen_pairs.ALL[i] for i in sorted(order)] == seen_pairs.PAIRS
+    def test_only_the_images_of_chosen_arms_are_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        made: list[tuple[str, ...]] = []
+        monkeypatch.setattr(seen_pairs, "find_root", lambda: tmp_path)
+        monkeypatch.setattr(seen_pairs, "build", lambda place, *_, seen, **__: made.append((place.name, *seen)))
+        chosen = [arm for arm in seen_pairs.arms() if arm.method == "lora"][:2]
+        seen_pairs.make_images(chosen)
+        assert made == [("-".join(pair), *pair) for pair in seen_pairs.PAIRS[:2]]

@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 from scipy.stats import kendalltau
@@ -24,6 +25,7 @@ from dgs.analysis.scores import FILE, as_scores, read_scores, write_scores
 from dgs.analysis.tuning import RULES, choices
 from dgs.atomic import replacing_file
 from dgs.errors import UserError
+from dgs.model.methods.registry import ENDED
 from dgs.params import load_params
 from dgs.stats import (
     Interval,
@@ -120,13 +122,16 @@ def _replaced(stored: pd.DataFrame, run: pd.DataFrame) -> Callable[[pd.DataFrame
 
 def read_scores_of(root: Path, profile: str) -> pd.DataFrame | None:
     """The scores of a profile, by the rule of `read_tables`; None where no run has any."""
-    file, kept = root / "results" / profile / FILE, root / STORE / FILE
-    run = read_scores(file) if file.exists() else None
-    stored = pd.read_parquet(kept, filters=[("profile", "==", profile)]) if kept.exists() else None
-    if run is None or stored is None or stored.empty:
-        return run if run is not None or stored is None or stored.empty else as_scores(stored)
-    now, before = _run(root, profile)["detection"], _stored(root)["detection"].query("profile == @profile")
-    return pd.concat([as_scores(stored[~_replaced(before, now)(stored)]), run], ignore_index=True)
+    file, kept, run = root / "results" / profile / FILE, root / STORE / FILE, _run(root, profile)
+    parts = []
+    if kept.exists():
+        stored = as_scores(pd.read_parquet(kept, filters=[("profile", "==", profile)]))
+        before = _stored(root)["detection"].query("profile == @profile")
+        parts.append(stored[~_replaced(before, run["detection"])(stored)] if run else stored)
+    if run and file.exists():
+        parts.append(read_scores(file))
+    found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    return None if found.empty else found
 
 
 def _stored(root: Path) -> dict[str, pd.DataFrame]:
@@ -157,15 +162,20 @@ def keep_runs(root: Path) -> None:
 
 
 def differences_of(root: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """`difference_table` of each condition that has scores, of the methods that have them."""
+    """`difference_table` of each condition that has scores of lora, of the methods that have them.
+
+    Where some have none, p is not adjusted: the family that was named beforehand is not whole.
+    """
     found = {}
     for name in names:
-        scores = read_scores_of(root, name)
-        if scores is None:
+        scores, tables = read_scores_of(root, name), read_tables(root, name)
+        if scores is None or BASELINE not in set(scores["method"]):
             continue
-        methods, tables = set(scores["method"]), read_tables(root, name)
+        methods = set(scores["method"])
         own = {kind: table[table["method"].isin(methods)] for kind, table in tables.items()}
-        found[name] = difference_table(per_seed_values(own["detection"], own["forgetting"]), own["detection"], scores)
+        table = difference_table(per_seed_values(own["detection"], own["forgetting"]), own["detection"], scores)
+        whole = set(tables["detection"]["method"]) - set(ENDED) <= methods
+        found[name] = table if whole else table.assign(p_holm=np.nan)
     return found
 
 
