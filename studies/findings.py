@@ -13,17 +13,21 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from dgs.analysis.figures.style import save
+from dgs.analysis.metrics import unique
 from dgs.analysis.study import (
     UNSEEN,
     Condition,
+    crossed_gap,
     finished_conditions,
     keep_runs,
     read_condition,
+    read_scores_of,
+    read_tables,
     write_params,
     write_study,
 )
 from dgs.model.methods.registry import METHODS
-from dgs.stats import paired_difference, seed_interval
+from dgs.stats import Interval, paired_difference, seed_interval
 from dgs.tables import read_table
 from dgs.workspace import find_root
 from studies.content_strength import OUT, SIDES
@@ -107,6 +111,23 @@ def validated(group: str, row: tuple[str, str]) -> str:
         return rank_correlation(tried.groupby("method")[rule].max(), means(study), group)
     part = tried[tried.index.isin(GROUPS[group])]
     return f"{spearmanr(part[rule], part['val_unbiased']).statistic:.2f} (n {len(part)})"
+
+
+_scores = cache(read_scores_of)
+
+
+def drawn_gap(name: str, row: tuple[tuple[str, str], str]) -> str:
+    """A method minus another on unseen generators, points [95 %, seeds, generators and images as random]; "not run".
+
+    `row`: both, and a rate of `crossed.RATES`.
+    """
+    (pair, rate), root = row, find_root()
+    scores = _scores(root, name)
+    if scores is None or not set(pair) <= set(scores["method"]):
+        return "not run"
+    detection = read_tables(root, name)["detection"]
+    interval = crossed_gap(scores, unique(detection.loc[detection["seen"], "generator"]), *pair, rate).interval
+    return told(Interval(*(100 * end for end in interval)))
 
 
 def strength(side: float, rho: float | None = None) -> str:
@@ -260,6 +281,27 @@ TABLES: dict[str, Table] = {
             if study or column != "val_unbiased"
         },
         {group: partial(validated, group) for group in ("all", "without an expert", "with an expert")},
+    ),
+    "content": (
+        "unseen generators, rho",
+        {
+            f"{first} minus {second}, {label}": ((first.strip("`"), second.strip("`")), rate)
+            for label, rate in {"balanced accuracy": "balanced_acc", "AP": "ap"}.items()
+            for first, second in (
+                ("`content_poe_distillation`", "`lora`"),
+                ("`content_poe_distillation`", "`poe_distillation`"),
+                ("`content_probe`", "`poe_probe`"),
+                ("`content_pixel_cnn`", "`pixel_cnn`"),
+                ("`pixel_cnn`", "`lora`"),
+                ("`pixel_cnn`", "`content_poe_distillation`"),
+                ("`late_fusion`", "`content_poe_distillation`"),
+                ("`late_fusion`", "`content_pixel_cnn`"),
+            )
+        },
+        {
+            label: partial(drawn_gap, name)
+            for name, label in {"study-90": "0.9", "study-75": "0.75", "study-50": "0.5"}.items()
+        },
     ),
     "content-strength": (
         "share of the side",

@@ -19,6 +19,7 @@ from dgs.analysis.study import (
     agreement,
     best_rival,
     comparison_table,
+    crossed_gap,
     differences_of,
     finished_conditions,
     generator_gaps,
@@ -228,6 +229,18 @@ class TestScores:
         shutil.rmtree(tmp_path / "results/study-90")
         (part,) = differences_of(tmp_path, ["study-90"]).values()
         assert whole["p_holm"].notna().any() and part["p_holm"].isna().all() and part["p"].notna().any()
+
+    def test_a_crossed_gap_is_that_of_the_table_where_the_other_is_the_baseline(self, tmp_path: Path) -> None:
+        write_results(tmp_path, "study-90", 0.9, scored=True)
+        scores = read_scores_of(tmp_path, "study-90")
+        assert scores is not None
+        for rate in ("balanced_acc", "ap"):
+            found = crossed_gap(scores, ["seen"], "dgs_plus", "lora", rate)
+            (table,) = differences_of(tmp_path, ["study-90"]).values()
+            row = table.query("method == 'dgs_plus' and rate == @rate and pictures == 'unseen'").iloc[0]
+            assert row[["mean", "low", "high"]].tolist() == pytest.approx(list(found.interval), abs=1e-5)
+        back = crossed_gap(scores, ["seen"], "lora", "dgs_plus")
+        assert back.interval.mean == pytest.approx(-crossed_gap(scores, ["seen"], "dgs_plus", "lora").interval.mean)
 
     def test_conditions_that_have_scores_get_crossed_intervals_and_a_forest_of_them(self, root: Path) -> None:
         folder = root / "results/study"

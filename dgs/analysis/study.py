@@ -7,7 +7,7 @@ behind two columns more, profile and data_hash; scores.parquet the scores (`scor
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,12 +18,21 @@ import pandas as pd
 import yaml
 from scipy.stats import kendalltau
 
-from dgs.analysis.differences import difference_table
-from dgs.analysis.metrics import AGAINST_ALIGNED, headline, label_of, per_seed_values, read_detection, unique
+from dgs.analysis.differences import difference_table, rate_cells
+from dgs.analysis.metrics import (
+    AGAINST_ALIGNED,
+    headline,
+    label_of,
+    native_rows,
+    per_seed_values,
+    read_detection,
+    unique,
+)
 from dgs.analysis.report import markdown_table, plus_minus, render
 from dgs.analysis.scores import FILE, as_scores, read_scores, write_scores
 from dgs.analysis.tuning import RULES, choices
 from dgs.atomic import replacing_file
+from dgs.crossed import Crossed, crossed_interval
 from dgs.errors import UserError
 from dgs.model.methods.registry import ENDED
 from dgs.params import load_params
@@ -177,6 +186,21 @@ def differences_of(root: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:
         whole = set(tables["detection"]["method"]) - set(ENDED) <= methods
         found[name] = table if whole else table.assign(p_holm=np.nan)
     return found
+
+
+def crossed_gap(
+    scores: pd.DataFrame, seen: Collection[str], method: str, other: str, rate: str = "balanced_acc"
+) -> Crossed:
+    """`method` minus `other` on unseen generators (a fraction): seeds, generators and test images as random.
+
+    `scores`: of one condition; `rate`: of `crossed.RATES`.
+    """
+    native = native_rows(scores[(scores["split"] == "test") & scores["method"].isin([method, other])])
+    fakes = native.loc[native["label"] == 1, "generator"]
+    cells = rate_cells(native, rate, [name for name in unique(fakes) if name not in seen])
+    seeds = [seed for name, seed in cells if name == method and (other, seed) in cells]
+    gaps = [cells[method, seed] - cells[other, seed] for seed in sorted(seeds)]
+    return crossed_interval(np.moveaxis(np.array(gaps), -1, 0))
 
 
 def read_condition(root: Path, name: str) -> Condition:
