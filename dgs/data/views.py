@@ -126,7 +126,7 @@ class Contents(Inputs):
     """Views whose traces are destroyed: what is shown stays, how it was made goes.
 
     Shrunk to a share `side` of their sides and enlarged again (`dgs.data.perturbations.resize`); or `blurred` as far:
-    by a Gaussian of half the width that a pixel of the shrunk picture has, 1 / (2 side) px. Item i: ((3, S, S) uint8, i).
+    by a Gaussian of half the width that a pixel of the shrunk picture has, 1 / (2 side) px.
     """
 
     def __init__(self, views: Views, side: float, blurred: bool = False) -> None:
