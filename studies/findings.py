@@ -285,7 +285,7 @@ TABLES: dict[str, Table] = {
     "content": (
         "unseen generators, rho",
         {
-            f"{first} minus {second}, {label}": ((first.strip("`"), second.strip("`")), rate)
+            f"{label}: {first} minus {second}": ((first.strip("`"), second.strip("`")), rate)
             for label, rate in {"balanced accuracy": "balanced_acc", "AP": "ap"}.items()
             for first, second in (
                 ("`content_poe_distillation`", "`lora`"),

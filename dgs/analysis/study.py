@@ -307,7 +307,7 @@ def _goals(conditions: Sequence[Condition]) -> str:
         )  # fmt: skip
     header = [
         "condition", "asked", f"minus `{BASELINE}`", f"minus `{PAPERS}`", "reached", "best rival", "minus it",
-        "shown above it", "least kept (%)", f"≥ {100 * KEPT:.0f}",
+        "shown above it, over seeds", "least kept (%)", f"≥ {100 * KEPT:.0f}",
     ]  # fmt: skip
     return markdown_table(header, rows)
 
