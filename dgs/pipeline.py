@@ -107,6 +107,11 @@ class Stage:
 
         show(figure, None if name is None else self.figures / f"{name}.png")
 
+    def show_all(self, figures: Mapping[str, Figure]) -> None:
+        """`show` each under its name."""
+        for name, figure in figures.items():
+            self.show(figure, name)
+
 
 def open_stage(name: str, namespace: Mapping[str, Any]) -> Stage:
     """Parameters, folders and what was prepared; pictures of an earlier run are removed.

@@ -1,4 +1,4 @@
-"""How small pictures have to get for a content expert to read no traces: its accuracy by side, on training images.
+"""How much has to go for a content expert to read no traces: its accuracy by side and way, on training images.
 
 Where content tells nothing of labels (rho 0.5) whatever it reads above 50 % is traces, which it would take from the
 method; where content tells of them (rho 0.9) it should still read content. `train.surgery.content_side` is chosen by
@@ -14,6 +14,7 @@ from typing import Annotated
 
 import numpy as np
 import pandas as pd
+import torch
 import typer
 
 from dgs.atomic import replacing_file
@@ -32,14 +33,15 @@ from dgs.workspace import find_root
 
 OUT = Path("results/study/content_strength.csv")
 RHOS = (0.5, 0.9)
-SIDES = (0.125, 0.1875, 0.25, 0.375, 0.5, 1.0)  # 8 to 64 px of 64
-COLUMNS = ["rho", "side", "images", "accuracy", "low", "high"]
+SIDES = (0.125, 0.1875, 0.25, 0.375, 0.5)  # 8 to 32 px of 64
+WAYS = {"shrunk": (False,), "blurred": (True,), "both": (False, True)}  # of `Contents`; the expert has both
+COLUMNS = ["rho", "way", "side", "images", "accuracy", "low", "high"]
 
 
 def strengths(
     params: Params, root: Path, images: int | None, sides: Sequence[float] = SIDES
-) -> Iterator[tuple[float, float, int, float, float, float]]:
-    """Rows of `COLUMNS`: accuracy out of fold of a content expert at each side, with its 95 % Wilson interval.
+) -> Iterator[tuple[float, str, float, int, float, float, float]]:
+    """Rows of `COLUMNS`: accuracy out of fold of a content expert at each side and way, with its 95 % Wilson interval.
 
     Args:
         params: their data is the embedded benchmark; rho is taken from `RHOS`.
@@ -56,11 +58,16 @@ def strengths(
         rows = whole.with_training_images(images, seed=0).split("train")
         labels = rows["label"].to_numpy(np.int64)
         for side in sides:
-            views = Contents(Views(rows, source, params), side)
+            views = Views(rows, source, params)
             with backbone.frozen():
-                evidence = extract_features(backbone, views, params, f"rho {rho}, side {side}").cpu().numpy()
-            right = (cross_fitted(evidence, labels, seed=0) > 0) == labels
-            yield rho, side, len(rows), *share_interval(int(right.sum()), len(rows))
+                read = [
+                    extract_features(backbone, Contents(views, side, blurred), params, f"rho {rho}, side {side}")
+                    for blurred in (False, True)
+                ]
+            for way, parts in WAYS.items():
+                evidence = torch.cat([read[part] for part in parts], 1).cpu().numpy()
+                right = (cross_fitted(evidence, labels, seed=0) > 0) == labels
+                yield rho, way, side, len(rows), *share_interval(int(right.sum()), len(rows))
 
 
 def main(
@@ -74,7 +81,7 @@ def main(
     found = []
     for row in strengths(params, find_root(), images, side or SIDES):
         found.append(row)
-        typer.echo(", ".join(f"{name} {value:g}" for name, value in zip(COLUMNS, row, strict=True)), err=True)
+        typer.echo(", ".join(f"{name} {value}" for name, value in zip(COLUMNS, row, strict=True)), err=True)
     with replacing_file(out or find_root() / OUT) as draft:
         pd.DataFrame(found, columns=COLUMNS).round(6).to_csv(draft, index=False)
 

@@ -30,7 +30,7 @@ from dgs.model.methods.registry import METHODS
 from dgs.stats import Interval, paired_difference, seed_interval
 from dgs.tables import read_table
 from dgs.workspace import find_root
-from studies.content_strength import OUT, SIDES
+from studies.content_strength import OUT, SIDES, WAYS
 from studies.figures import regime_map
 from studies.tables import Cell, Table, current, number, told
 
@@ -130,11 +130,11 @@ def drawn_gap(name: str, row: tuple[tuple[str, str], str]) -> str:
     return told(Interval(*(100 * end for end in interval)))
 
 
-def strength(side: float, rho: float | None = None) -> str:
-    """Accuracy of a content expert at a strength of the shortcut (per cent), or by how much it is higher at 0.9."""
-    rows = read_table(find_root() / OUT).astype(float)
-    table = rows.set_index(["rho", "side"])["accuracy"]
-    return number(100 * (table[0.9, side] - table[0.5, side] if rho is None else table[rho, side]))
+def strength(row: tuple[str, float], rho: float | None = None) -> str:
+    """Accuracy of a content expert by way, side and strength of the shortcut (per cent); its rise from 0.5 to 0.9."""
+    table = read_table(find_root() / OUT).astype({"rho": float, "side": float})
+    of = table.set_index(["rho", "way", "side"])["accuracy"]
+    return number(100 * (of[0.9, *row] - of[0.5, *row] if rho is None else of[rho, *row]))
 
 
 def labelled(*methods: str) -> dict[str, str]:
@@ -304,8 +304,8 @@ TABLES: dict[str, Table] = {
         },
     ),
     "content-strength": (
-        "share of the side",
-        {f"{side:g}": side for side in SIDES},
+        "pictures, share of the side",
+        {f"{way}, {side:g}": (way, side) for way in WAYS for side in SIDES},
         {
             "rho 0.5: traces": partial(strength, rho=0.5),
             "rho 0.9: traces and content": partial(strength, rho=0.9),

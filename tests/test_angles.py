@@ -186,7 +186,7 @@ class TestTables:
         with pytest.raises(UserError, match=r"Expected samples\.parquet .* train dgs again"):
             analysis.read_logged({"dgs": tmp_path}, [0], "samples")
 
-    def test_the_sample_to_draw_is_the_one_nearest_the_median_of_the_middle_step(self) -> None:
+    def test_the_sample_to_draw_is_the_one_nearest_both_medians_of_the_middle_step(self) -> None:
         vectors = turned_by(60.0)
         vectors = {name: torch.cat([value, value[:1]]) for name, value in vectors.items()}
         vectors["task"][2] = rows([1.0, 1.2])

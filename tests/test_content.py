@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from dgs.analysis.metrics import over_seeds, summary
 from dgs.analysis.report import write_report
 from dgs.data.manifest import ImageSource
+from dgs.data.perturbations import blur
 from dgs.data.prepared import Prepared
 from dgs.data.views import Contents, Inputs, Views
 from dgs.model.classifier import Learner
@@ -71,13 +72,33 @@ def read(side: float, scenes: Prepared) -> tuple[dict[str, float], Tensor]:
     return dict(zip(log.experts["split"], log.experts["accuracy"], strict=True)), terms[0]
 
 
-def test_at_a_quarter_of_the_side_content_stays_and_traces_go(scenes: Prepared) -> None:
+@pytest.mark.parametrize("blurred", [False, True])
+def test_at_a_quarter_of_the_side_content_stays_and_traces_go(scenes: Prepared, blurred: bool) -> None:
     views = Views(scenes.split("train"), scenes.source, settings())
     for index in (0, 1):
-        (view, _), (content, number) = views[index], Contents(views, 0.25)[index]
+        (view, _), (content, number) = views[index], Contents(views, 0.25, blurred)[index]
         assert number == index and content.shape == view.shape and content.dtype == torch.uint8
         assert abs(content.float().mean() - view.float().mean()) < 2
         assert content.float().std() < 5 and (view.float().std() > 15) == bool(index % 2)
+
+
+def test_blur_reaches_as_far_as_half_a_pixel_of_the_shrunk_picture(scenes: Prepared) -> None:
+    views = Views(scenes.split("train"), scenes.source, settings())
+    for side, sigma in ((0.25, 2.0), (0.125, 4.0)):
+        expected = blur(views[0][0].permute(1, 2, 0).numpy(), sigma)
+        assert np.array_equal(Contents(views, side, True)[0][0].permute(1, 2, 0).numpy(), expected)
+
+
+def test_the_expert_reads_both_ways_side_by_side(scenes: Prepared) -> None:
+    """A tower that sees content in blurred pictures alone is enough."""
+    labels, log = torch.tensor(scenes.split("train")["label"].to_numpy(np.float32)), TrainingLog("content_probe", 0)
+
+    def blind_to_shrunk(inputs: Inputs) -> Tensor:
+        assert isinstance(inputs, Contents)
+        return brightness_and_grain(inputs) * inputs.blurred
+
+    ask_expert(get_method("content_probe"), scenes, settings(), labels, 0, log, blind_to_shrunk)
+    assert log.experts["accuracy"].iloc[0] == pytest.approx(0.9, abs=0.03)
 
 
 def test_the_expert_reads_content_where_it_tells_of_labels_and_nothing_where_it_does_not(scenes: Prepared) -> None:
@@ -138,6 +159,8 @@ def test_the_report_says_what_the_expert_reads_and_that_its_strength_is_a_defaul
     text = write_report(tmp_path / "R.md", made, detection, forgetting, of_all).read_text()
     (row,) = [line for line in text.splitlines() if line.startswith("| `content_probe` | content |")]
     assert "87.0 [84.5, 89.5]" in row and ("51.0" in row) == free
-    assert "shrunk to 0.25 of their side" in text and ("fixed default" in text) == (not free)
+    assert "shrunk to 0.25 of their side and enlarged again, and blurred as far" in text and (
+        "fixed default" in text
+    ) == (not free)
     plain = summary(detection, forgetting, "mini", "d")
     assert "What experts read" not in write_report(tmp_path / "P.md", plain, detection, forgetting, of_all).read_text()

@@ -21,13 +21,14 @@ from dgs.analysis.differences import difference_table, is_crossed
 from dgs.analysis.figures import style
 from dgs.analysis.figures.angles import angles_over_training
 from dgs.analysis.figures.detection import (
+    by_suites,
     condition_forest,
     detection_by_generator,
-    detection_figures,
     detection_heatmap,
     difference_forest,
     reliability_diagram,
     robustness_curves,
+    score_histograms,
 )
 from dgs.analysis.figures.forgetting import forgetting_blocks, forgetting_measures, forgetting_plane
 from dgs.analysis.figures.images import contact_sheet, patches_figure, tsne, tsne_panels
@@ -68,7 +69,9 @@ def make_detection(
 def of_suites() -> dict[str, Figure]:
     """Figures of a detection table of the paper's 50 generators."""
     names = tuple(full_name(suite.name, known.column) for suite in SUITES for known in suite.generators)
-    return detection_figures(make_detection(seeds=2, generators=names))
+    table = make_detection(seeds=2, generators=names)
+    drawn = {"detection": detection_by_generator, "heatmap": detection_heatmap}
+    return {key: figure for name, of in drawn.items() for key, figure in by_suites(name, of, table).items()}
 
 
 def make_changed(
@@ -287,6 +290,9 @@ FIGURES: dict[str, tuple[Callable[[], Figure], str]] = {
     "calibration, never sure": (lambda: reliability_diagram(make_scores(sure=0.01), {"a"}), "*dgs is off by*"),
     "calibration, nothing unseen": (lambda: reliability_diagram(make_scores(**ONE), {"a", "b"}), "Seen generators*"),
     "calibration, nine methods": (lambda: reliability_diagram(make_scores(MANY, 1), {"a"}), "*"),
+    "scores": (lambda: score_histograms(make_scores(), {"a"}), "* of unseen fakes called real"),
+    "scores, nothing unseen": (lambda: score_histograms(make_scores(**ONE), {"a", "b"}), "* seen fakes *"),
+    "scores, nine methods": (lambda: score_histograms(make_scores(MANY, 1), {"a"}), "*"),
     "changed images": (lambda: robustness_curves(make_changed()), "*"),
     "changed images, nine methods": (lambda: robustness_curves(make_changed(MANY, 2)), "*"),
     "changed images, three kinds": (lambda: robustness_curves(make_changed(names="jpeg:50 blur:1 noise:4")), "*"),
@@ -565,6 +571,22 @@ class TestReliability:
         errors = [text.get_text() for text in reliability_diagram(make_scores(sure=50.0), {"a"}).legends[0].texts]
         assert [error.split(":")[0] for error in errors] == ["probe", "lora", "dgs"]
         assert all("[" in error for error in errors)
+
+    def test_histograms_of_scores_say_how_many_fakes_lie_below_zero_and_have_a_panel_a_method(self) -> None:
+        scores = make_scores(("lora", "dgs"), 2)
+        reals, fakes = scores[scores["label"] == 0], scores[(scores["generator"] == "b") & (scores["label"] == 1)]
+        scores.loc[reals.index, "logit"] = np.tile([1, -1], len(reals) // 2)
+        scores.loc[fakes.index, "logit"] = np.where(
+            fakes["method"] == "dgs", -1.0, np.tile([1.0, -1.0], len(fakes) // 2)
+        )
+        figure = score_histograms(scores, {"a"})
+        said = [[text.get_text() for text in ax.texts] for ax in figure.axes]
+        assert said == [["50 % missed", "50 % alarms"], ["100 % missed", "50 % alarms"]]
+        assert title(figure).endswith("; 50 % (lora) to 100 % (dgs) of unseen fakes called real")
+        assert [text.get_text() for text in figure.legends[0].texts] == ["real", "fake, generator seen", "fake, unseen"]
+        densities = [patch.get_data() for patch in figure.axes[0].patches]
+        assert len(densities) == 3
+        assert all(sum(of.values * np.diff(of.edges)) == pytest.approx(1) for of in densities)
 
 
 class TestForgetting:

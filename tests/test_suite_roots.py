@@ -16,7 +16,7 @@ from copies import ROOT, copy_repository, run
 from settings import DataParams
 from trees import grow, grow_with_pools, put
 
-from dgs.analysis.figures.detection import detection_figures
+from dgs.analysis.figures.detection import by_suites, detection_by_generator, detection_heatmap
 from dgs.analysis.figures.style import short_names
 from dgs.analysis.metrics import by_suite, detection_table, reliability, summary
 from dgs.analysis.paper import paper_cells, suite_sections
@@ -248,12 +248,14 @@ class TestShown:
     def test_without_suites_there_is_no_section(self, detection: pd.DataFrame) -> None:
         plain = by_suite(detection)["AIGIBench"]
         assert suite_sections(plain, ROOT) == []
-        assert set(detection_figures(plain)) == {"detection", "heatmap"}
+        assert set(by_suites("heatmap", detection_heatmap, plain)) == {"heatmap"}
 
     def test_a_suite_has_figures_of_its_own_and_short_names_elsewhere(self, detection: pd.DataFrame) -> None:
-        drawn = detection_figures(detection.query("method == 'dgs' and seed == 0"))
-        assert set(drawn) == {f"{kind}-{suite}" for kind in ("detection", "heatmap") for suite in by_suite(detection)}
-        labels = [label.get_text() for label in drawn["heatmap-AIGIBench"].axes[0].get_yticklabels()]
+        some = detection.query("method == 'dgs' and seed == 0")
+        for draw in (detection_by_generator, detection_heatmap):
+            assert set(by_suites("drawn", draw, some)) == {f"drawn-{suite}" for suite in by_suite(detection)}
+        drawn = by_suites("heatmap", detection_heatmap, some)["heatmap-AIGIBench"]
+        labels = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
         assert labels[0] == "ProGAN" and len(labels) == 25 and "Midjourney-V6" in labels
         suites = (UNIVERSAL_FAKE_DETECT, AIGC_DETECT_BENCHMARK, AIGI_BENCH)
         names = [full_name(suite.name, generator.column) for suite in suites for generator in suite.generators]

@@ -194,17 +194,19 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def one_sample(samples: pd.DataFrame, method: str, seed: int) -> dict[str, Any]:
-    """The row to draw of a method: of the step in the middle, the sample whose angle to harm is nearest the median.
+    """The row to draw of a method: of the step in the middle, the sample that is nearest both medians of the batch,
+    that of the angle to harm and that of the turn.
 
-    A real sample, neither the best nor the worst of the batch. Raises UserError where the method logged none.
+    A logged sample, neither the best nor the worst of the batch. Raises UserError where the method logged none.
     """
     rows = samples[(samples["method"] == method) & (samples["seed"] == seed)]
     if rows.empty:
         raise UserError(f"Expected logged gradients of {method} with seed {seed}, found none.")
     steps = np.sort(rows["step"].unique())
     batch = rows[rows["step"] == steps[len(steps) // 2]]
-    angle = pd.Series(degrees(batch, "task-harmful"), index=batch.index).dropna()
-    chosen = (angle - angle.median()).abs().idxmin() if len(angle) else batch.index[0]
+    harm, turn = (pd.Series(degrees(batch, pair), index=batch.index) for pair in ("task-harmful", "task-applied"))
+    apart = (harm - harm.median()).abs().dropna() + (turn - turn.median()).abs().fillna(0.0)
+    chosen = apart.idxmin() if apart.notna().any() else batch.index[0]
     return {str(name): value for name, value in batch.loc[chosen].items()}
 
 

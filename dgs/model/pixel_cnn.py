@@ -26,11 +26,13 @@ CHANNELS = (12, 24, 32, 32)
 def planes(images: Tensor) -> Tensor:
     """(B, 3, H, W) uint8 -> (B, 6, H, W): the pixels, and what a 3x3 mean leaves of them.
 
-    On pixels alone such a network stays at chance for its few epochs: content outweighs grain by far.
+    On pixels alone such a network stays at chance for its few epochs: content outweighs grain by far. Memory is laid
+    out channels last: with so few of them, a CPU's convolutions take two thirds to three quarters of the time.
     """
     values = images.float()
     soft = F.avg_pool2d(F.pad(values, (1, 1, 1, 1), mode="reflect"), 3, 1)
-    return torch.cat([(values - 128) / 64, ((values - soft) / 8).clamp(-3, 3)], 1)
+    both = torch.cat([(values - 128) / 64, ((values - soft) / 8).clamp(-3, 3)], 1)
+    return both.contiguous(memory_format=torch.channels_last)
 
 
 class PixelCNN(OwnModel):

@@ -1,8 +1,8 @@
-"""Figures of detection: by generator, as a table of colours, paired with lora, of a study, calibration, robustness."""
+"""Figures of detection: by generator, as a table of colours, paired with lora, of a study, scores, robustness."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from dgs.analysis.metrics import (
     generators_in_order,
     headline,
     label_of,
+    native_rows,
     one_rho,
     reliability,
     unique,
@@ -47,16 +48,12 @@ BESIDE = ("worst_generator_balanced_acc", "zero_shot_kept")  # in a forest plot,
 _LINES = {"both": ("-", "real and fake changed"), "fake": (":", "fake alone changed")}
 
 
-def detection_figures(detection: pd.DataFrame) -> dict[str, Figure]:
-    """The first two figures by file name: {"detection", "heatmap"}, and "...-<suite>" of each suite of the paper.
+def by_suites(name: str, draw: Callable[[pd.DataFrame, str], Figure], detection: pd.DataFrame) -> dict[str, Figure]:
+    """What `draw` makes of the table, {name: figure}, or of each suite of the paper apart, {"<name>-<suite>": figure}.
 
     One figure of all of the paper's suites could not be read: they have 50 generators.
     """
-    drawn = {}
-    for suite, part in by_suite(detection).items():
-        for name, draw in (("detection", detection_by_generator), ("heatmap", detection_heatmap)):
-            drawn[f"{name}-{suite}" if suite else name] = draw(part, suite)
-    return drawn
+    return {f"{name}-{suite}" if suite else name: draw(part, suite) for suite, part in by_suite(detection).items()}
 
 
 @style()
@@ -279,6 +276,60 @@ def reliability_diagram(scores: pd.DataFrame, seen: Collection[str]) -> Figure:
         text = f"where {plain(named)} says {said} % fake, {found} % are"
     note = "calibration error in points, mean [95 % interval] over seeds"
     return look.finish(fig, f"{'Unseen' if unseen else 'Seen'} generators: {text}", note, more=handles, columns=1)
+
+
+@style()
+def score_histograms(scores: pd.DataFrame, seen: Collection[str]) -> Figure:
+    """Densities of logits of real images, of fakes by seen and by unseen generators: a panel a method, zero dashed.
+
+    Seeds pooled, test images as they are; the outermost half per cent on each side is left out. Methods have scales of
+    their own: what counts is how far the kinds lie apart, and what lies on the wrong side of zero.
+    """
+    rows = native_rows(scores[scores["split"] == "test"])
+    fake = rows["label"] == 1
+    kinds = {
+        "real": (~fake, "#000000"),
+        "fake, generator seen": (fake & rows["generator"].isin(seen), "#999999"),
+        "fake, unseen": (fake & ~rows["generator"].isin(seen), "#B2182B"),
+    }
+    drawn = {name: (chosen, hue) for name, (chosen, hue) in kinds.items() if chosen.any()}
+    methods, (last, last_hue) = unique(rows["method"]), list(drawn.values())[-1]
+    fig, axes = look.panels(len(methods), 0.6, 1.7, x="Logit; above 0: called generated", y="Density")
+    missed, alarms = {}, {}
+    for ax, method in zip(axes, methods, strict=True):
+        own = rows["method"] == method
+        low, high = np.percentile(rows.loc[own, "logit"], [0.5, 99.5])
+        bins = np.linspace(low, high, 41) if high > low else np.linspace(low - 0.5, low + 0.5, 41)
+        for chosen, hue in drawn.values():
+            heights, _ = np.histogram(rows.loc[own & chosen, "logit"], bins, density=True)
+            ax.stairs(np.nan_to_num(heights), bins, color=hue, linewidth=1.6)
+        ax.axvline(0.0, **look.LINE)
+        called = rows["logit"] > 0
+        alarms[method], missed[method] = (100.0 * float(of.mean()) for of in (called[own & ~fake], ~called[own & last]))
+        ax.set(title=plain(method), yticks=[], ylim=(0.0, 1.25 * ax.get_ylim()[1]))
+        for x, side, share, what, hue in (
+            (0.01, "left", missed, "missed", last_hue),
+            (0.99, "right", alarms, "alarms", "k"),
+        ):
+            ax.text(
+                x,
+                0.97,
+                f"{rounded_text(share[method], 0)} % {what}",
+                color=hue,
+                ha=side,
+                va="top",
+                transform=ax.transAxes,
+            )
+    handles = [look.handle(name, color=hue) for name, (_, hue) in drawn.items()]
+    what = "unseen" if "fake, unseen" in drawn else "seen"
+    said = [f"{_range(alarms)} of reals called generated", f"{_range(missed)} of {what} fakes called real"]
+    return look.finish(fig, "; ".join(said), more=handles)
+
+
+def _range(shares: Mapping[str, float]) -> str:
+    """The least and the greatest of shares (%) by method: "12 % (dgs plus) to 34 % (lora)"."""
+    least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
+    return " to ".join(f"{rounded_text(shares[one], 0)} % ({plain(one)})" for one in dict.fromkeys((least, most)))
 
 
 @style()

@@ -1,7 +1,7 @@
 """Biased experts: what content alone says about real and fake, to be added to logits, or to weight images by.
 
-The text expert reads captions; the content expert reads frozen CLIP on pictures whose traces are destroyed, and needs
-none. Both are fitted alike.
+The text expert reads captions; the content expert reads frozen CLIP on pictures whose traces are destroyed, in two ways
+side by side (`dgs.data.views.Contents`), and needs none. Both are fitted alike.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def ask_expert(
         if method.expert == "text":
             return prepared.caption_embeddings[rows.index]
         views = Views(rows, prepared.source, params, patches=prepared.patches)
-        return frozen(Contents(views, params.train.surgery.content_side)).cpu().numpy()
+        side = params.train.surgery.content_side
+        return np.concatenate([frozen(Contents(views, side, blurred)).cpu().numpy() for blurred in (False, True)], 1)
 
     truth, known = labels.cpu().numpy().astype(np.int64), evidence("train")
     found = cross_fitted(known, truth, seed)
