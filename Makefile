@@ -25,7 +25,7 @@ endif
 export PATH := $(BIN):$(PATH)
 
 STUDY ?= study-90 study-75 study-50 study-object study-networks study-patches study-90-val study-90-unbiased
-FRESH := 20261127
+FRESH := 20261130
 REAL ?= real real-unmatched real-64 real-128 real-256
 REAL_FROM ?=
 

@@ -41,7 +41,7 @@ from dgs.tables import read_table
 from dgs.workspace import MAIN, Workspace, find_root
 
 FRESH = {"data.root": "build/fresh"}  # test images that no setting was chosen after: `make study` makes them
-TO_MAKE_FRESH = "dgs minibench build --out build/fresh --seed 20261127 --training shipped"
+TO_MAKE_FRESH = "dgs minibench build --out build/fresh --seed 20261130 --training shipped"
 KEPT = "build/sweep"  # what was prepared, and scores until a study's table is complete
 DETECTION = ["balanced_acc_unseen", "ap_unseen", "balanced_acc_seen"]
 MEASURES = [*DETECTION, "zero_shot_kept"]
