@@ -1,6 +1,6 @@
-"""The tables of docs/findings.md and docs/study.md, drawn from the results; `dgs study` renews them.
+"""The tables of docs/findings.md, docs/study.md and docs/tables.md, drawn from the results; `dgs study` renews them.
 
-Differences are paired by seed.
+Differences are paired by seed; those of `drawn_gap` have seeds, generators and images as random.
 """
 
 from __future__ import annotations
@@ -34,11 +34,18 @@ from studies.content_strength import OUT, SIDES, WAYS
 from studies.figures import regime_map
 from studies.tables import Cell, Table, current, number, told
 
-DOCUMENTS = ("docs/findings.md", "docs/study.md")
+DOCUMENTS = ("docs/findings.md", "docs/study.md", "docs/tables.md")
 PRECISION, WORST, SEEN = "ap_unseen", "worst_generator_balanced_acc", "balanced_acc_seen"
 ZERO_SHOT, PROBED = "zero_shot_kept", "linear_probe_kept"
-SETS = {"mini": "`mini`", "second-study": "second study", "study-90": "`study-90`",
-        "study-networks": "`study-networks`", "first-study": "first study"}  # fmt: skip
+SETS = {"mini": "`mini`", "second-study": "second study", "third-90": "`third-90`",
+        "third-networks": "`third-networks`", "first-study": "first study"}  # fmt: skip
+DRAWN = {"mini": "`mini`", "study-90": "0.9", "study-75": "0.75", "study-50": "0.5",
+         "study-object": "0.9, by the object"}  # fmt: skip
+PAIRS = (
+    ("lora", "probe"), ("dgs", "lora"), ("poe_distillation", "lora"), ("content_poe_distillation", "lora"),
+    ("content_poe_distillation", "poe_distillation"), ("pixel_cnn", "lora"), ("pixel_cnn", "content_poe_distillation"),
+    ("late_fusion", "content_poe_distillation"), ("late_fusion", "pixel_cnn"),
+)  # fmt: skip
 PLAIN = {"lora": "LoRA", "dgs": "DGS", "probe": "probe"}  # names of methods in running text
 EXPERT = {name for name, method in METHODS.items() if method.expert}
 SURGERY = {name for name, method in METHODS.items() if method.reference.startswith("Control of dgs")} | {
@@ -191,7 +198,7 @@ TABLES: dict[str, Table] = {
             "`paper_order`: suppress, then align": "paper_order",
             "`per_sample`: without the release's 1/B": "per_sample",
         },
-        against("study-90", "dgs") | {"balanced accuracy, rho 0.75": partial(gap, "study-75", other="dgs")},
+        against("third-90", "dgs") | {"balanced accuracy, rho 0.75": partial(gap, "third-75", other="dgs")},
     ),
     "parts": (
         "",
@@ -205,18 +212,18 @@ TABLES: dict[str, Table] = {
                 "distillation without an expert": ("distillation", "lora"),
             }.items()
         },
-        {"balanced accuracy": partial(gap, "study-90"), "AP": partial(gap, "study-90", metric=PRECISION)},
+        {"balanced accuracy": partial(gap, "third-90"), "AP": partial(gap, "third-90", metric=PRECISION)},
     ),
     "neighbours": (
         "unseen",
         {"`null_space` (frozen tower)": "null_space"}
         | labelled("wise_ft", "pcgrad", "l2_sp", "swad", "effort", "prograd", "lp_ft"),
         {
-            "minus probe": partial(gap, "study-90", other="probe"),
-            "minus LoRA": partial(gap, "study-90", other="lora"),
-            "AP minus LoRA": partial(gap, "study-90", other="lora", metric=PRECISION),
-            "zero-shot kept, minus LoRA": partial(gap, "study-90", other="lora", metric=ZERO_SHOT),
-            "minus LoRA, rho 0.75": partial(gap, "study-75", other="lora"),
+            "minus probe": partial(gap, "third-90", other="probe"),
+            "minus LoRA": partial(gap, "third-90", other="lora"),
+            "AP minus LoRA": partial(gap, "third-90", other="lora", metric=PRECISION),
+            "zero-shot kept, minus LoRA": partial(gap, "third-90", other="lora", metric=ZERO_SHOT),
+            "minus LoRA, rho 0.75": partial(gap, "third-75", other="lora"),
         },
     ),
     "kept-and-detected": (
@@ -224,22 +231,22 @@ TABLES: dict[str, Table] = {
         {group: group for group in GROUPS},
         {
             f"`{name}`, {label}": partial(kept_and_detected, name, metric)
-            for name in ("study-90", "study-75")
+            for name in ("third-90", "third-75")
             for label, metric in (("zero-shot kept", ZERO_SHOT), ("linear probe kept", PROBED))
         },
     ),
     "milder": minus_lora(
-        "study-75",
+        "third-75",
         "levels_poe poe_distillation weighed_lora product_of_experts poe_swad dgs_plus levels_poe_probe poe_probe "
         "weighed_probe paper_order random_direction dgs levels_probe suppression_only probe leace distillation "
         "per_sample",
     ),
     "no-shortcut": minus_lora(
-        "study-50",
+        "third-50",
         "dgs poe_distillation product_of_experts dgs_plus suppression_only leace poe_probe probe distillation",
     ),
     "other-shortcut": minus_lora(
-        "study-object",
+        "third-object",
         "product_of_experts poe_distillation dgs_plus poe_probe dgs suppression_only leace probe distillation",
     ),
     "other-rules": (
@@ -253,26 +260,26 @@ TABLES: dict[str, Table] = {
             "`dgs_plus` minus `poe_distillation`": ("dgs_plus", "poe_distillation"),
         },
         {
-            "weighed validation (`study-90`)": partial(gap, "study-90"),
-            "with the shortcut (`study-90-val`)": partial(gap, "study-90-val"),
-            "without it (`study-90-unbiased`)": partial(gap, "study-90-unbiased"),
+            "weighed validation (`third-90`)": partial(gap, "third-90"),
+            "with the shortcut (`third-90-val`)": partial(gap, "third-90-val"),
+            "without it (`third-90-unbiased`)": partial(gap, "third-90-unbiased"),
         },
     ),
     "patches": (
         "unseen",
         labelled("dgs_plus", "distillation", "lora", "dgs", "probe"),
         {
-            "balanced accuracy": partial(mean, "study-patches", UNSEEN),
-            "against whole images": partial(change, "study-patches", "study-90"),
-            "minus LoRA": partial(gap, "study-patches", other="lora"),
-            "zero-shot kept": partial(mean, "study-patches", ZERO_SHOT, digits=0),
+            "balanced accuracy": partial(mean, "third-patches", UNSEEN),
+            "against whole images": partial(change, "third-patches", "third-90"),
+            "minus LoRA": partial(gap, "third-patches", other="lora"),
+            "zero-shot kept": partial(mean, "third-patches", ZERO_SHOT, digits=0),
         },
     ),
     "validation": (
         "validation images",
         {
             f"{rule}, against {f'`{study}`' if study else 'those without the shortcut'}": (column, study)
-            for study in ("", "study-90", "study-75")
+            for study in ("", "third-90", "third-75")
             for rule, column in {
                 "weighed": "val_balanced",
                 "as they are": "val",
@@ -282,26 +289,14 @@ TABLES: dict[str, Table] = {
         },
         {group: partial(validated, group) for group in ("all", "without an expert", "with an expert")},
     ),
-    "content": (
-        "unseen generators, rho",
+    "differences": (
+        "unseen generators",
         {
-            f"{label}: {first} minus {second}": ((first.strip("`"), second.strip("`")), rate)
+            f"{label}: {' minus '.join(next(iter(labelled(name))) for name in pair)}": (pair, rate)
             for label, rate in {"balanced accuracy": "balanced_acc", "AP": "ap"}.items()
-            for first, second in (
-                ("`content_poe_distillation`", "`lora`"),
-                ("`content_poe_distillation`", "`poe_distillation`"),
-                ("`content_probe`", "`poe_probe`"),
-                ("`content_pixel_cnn`", "`pixel_cnn`"),
-                ("`pixel_cnn`", "`lora`"),
-                ("`pixel_cnn`", "`content_poe_distillation`"),
-                ("`late_fusion`", "`content_poe_distillation`"),
-                ("`late_fusion`", "`content_pixel_cnn`"),
-            )
+            for pair in PAIRS
         },
-        {
-            label: partial(drawn_gap, name)
-            for name, label in {"study-90": "0.9", "study-75": "0.75", "study-50": "0.5"}.items()
-        },
+        {label: partial(drawn_gap, name) for name, label in DRAWN.items()},
     ),
     "content-strength": (
         "pictures, share of the side",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,12 @@ def test_its_members_are_the_methods_themselves_to_the_bit(clip: Clip, prepared:
         assert own and all(torch.equal(both[f"{number}.{key}"], value) for key, value in own.items())
         assert trained.classifier.spreads[number] == spread(alone.logits)  # type: ignore[union-attr]
     assert len(trained.log.losses) == losses and trained.log.losses["step"].is_monotonic_increasing
+
+
+def test_without_validation_images_it_refuses_before_it_trains(clip: Clip, prepared: Prepared) -> None:
+    without = replace(prepared, manifest=prepared.manifest[prepared.manifest["split"] != "val"])
+    with pytest.raises(UserError, match=r"bring the parts of late_fusion to one scale, found none\. Set data\.val_"):
+        train(get_method("late_fusion"), clip, without, settings(), 0, torch.device("cpu"), pytest.fail)
 
 
 def test_settings_are_those_of_its_members() -> None:

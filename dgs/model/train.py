@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dgs.data.prepared import Prepared
 from dgs.data.views import Inputs, Views, batch_order, batches, worth_keeping
 from dgs.device import set_determinism
+from dgs.errors import UserError
 from dgs.model import distributed
 from dgs.model.backbone import Backbone
 from dgs.model.classifier import Classifier, Fit, Fitted, Validate
@@ -333,6 +334,15 @@ def _train_member(
     train(member, clip, prepared, params, seed, device, done, on_step, snapshot.of(member.name))
 
 
+def _require_data(method: Method, prepared: Prepared, params: Params) -> None:
+    require_text([method.name], params.model.text)
+    if method.members and prepared.split("val").empty:
+        raise UserError(
+            f"Expected validation images, which bring the parts of {method.name} to one scale, found none. Set "
+            "data.val_fraction above 0 or add a folder val, or train another method."
+        )
+
+
 def train(
     method: Method,
     clip: Clip | None,
@@ -350,10 +360,13 @@ def train(
 
     Args:
         clip: None for a method that needs none.
+
+    Raises:
+        UserError: the loss is NaN or infinite; captions or validation images that the method needs are missing.
     """
     snapshot = snapshot or Snapshot()
     set_determinism(params.compute.threads)
-    require_text([method.name], params.model.text)
+    _require_data(method, prepared, params)
     params = method.of(params)
     log, rows, val = TrainingLog(method.name, seed), prepared.split("train"), prepared.split("val")
     truth, keep = val["label"].to_numpy(), worth_keeping(len(val), params)
