@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -218,11 +218,38 @@ def _resume(
     return saved["curve"], saved["step"], saved["seconds"]
 
 
-def pretrain(out: Path, recipe: Recipe, scratch: Path, workers: int = 1, progress: bool = True) -> None:
+def _require_reachable(early: Mapping[int, Path], recipe: Recipe, scratch: Path, done: int) -> None:
+    measured = {0, *(recipe.batch * step for step in (recipe.first_steps, recipe.steps))}
+    if unknown := [n for n in early if n not in measured and n % (recipe.batch * recipe.measure_every)]:
+        raise ValueError(f"expected multiples of {recipe.batch * recipe.measure_every} samples, found {unknown}")
+    if passed := [n for n, folder in early.items() if 0 < n <= done * recipe.batch and not folder.exists()]:
+        raise UserError(
+            f"Expected a training that is not yet past {passed[0]} samples, found one at {done * recipe.batch}. Remove "
+            f"{scratch} to start anew."
+        )
+
+
+def pretrain(
+    out: Path | None,
+    recipe: Recipe,
+    scratch: Path,
+    workers: int = 1,
+    progress: bool = True,
+    early: Mapping[int, Path] | None = None,
+) -> None:
     """Train and write `out`: config, folded float16 weights, curve.csv. Resumes from `scratch`.
 
     An interim export is written to `scratch`/interim at every checkpoint.
+
+    Args:
+        out: None: training ends at the last of `early`.
+        early: {samples: folder} of interim exports to keep; 0 is the CLIP before its first step.
+
+    Raises:
+        ValueError: a number of samples at which no checkpoint is written.
+        UserError: `scratch` is of another recipe, or past an early export that is not there.
     """
+    early = early or {}
     scratch.mkdir(parents=True, exist_ok=True)
     found, images = camera.photographs(recipe.seed, "clip", range(recipe.scenes), 0, workers, progress)
     held_found, held = camera.photographs(recipe.seed, "clip-val", range(recipe.held_out), 0, workers, progress)
@@ -231,7 +258,10 @@ def pretrain(out: Path, recipe: Recipe, scratch: Path, workers: int = 1, progres
     model = clip.create(norm=True)
     optimizer = _optimizer(model, recipe)
     checkpoint = scratch / "checkpoint.pt"
+    if 0 in early:
+        clip.export(model.state_dict(), torch.zeros(len(model.token_embedding.weight), dtype=torch.bool), early[0])
     curve, done, spent = _resume(checkpoint, recipe, model, optimizer)
+    _require_reachable(early, recipe, scratch, done)
     began, losses = time.monotonic() - spent, []
     bar = tqdm(
         range(done, recipe.steps), initial=done, total=recipe.steps, desc="CLIP pre-training", disable=not progress
@@ -263,4 +293,10 @@ def pretrain(out: Path, recipe: Recipe, scratch: Path, workers: int = 1, progres
         state |= {"step": step + 1, "seconds": time.monotonic() - began, "recipe": str(recipe)}
         torch.save(state, checkpoint.with_suffix(".new"))
         checkpoint.with_suffix(".new").replace(checkpoint)
-    shutil.copytree(scratch / "interim", out)
+        samples = (step + 1) * recipe.batch
+        if samples in early:
+            shutil.copytree(scratch / "interim", early[samples], dirs_exist_ok=True)
+        if out is None and samples >= max(early):
+            return
+    if out is not None:
+        shutil.copytree(scratch / "interim", out)

@@ -318,11 +318,11 @@ TABLES: dict[str, Table] = {
             "DGS minus probe": ("dgs", "probe"),
         },
         {
-            "rho 0.9": partial(gap, "study-90"),
-            "generators retrained": partial(gap, "study-networks"),
-            "shortcut by the object": partial(gap, "study-object"),
-            "rho 0.75": partial(gap, "study-75"),
-            "rho 0.5 (no shortcut)": partial(gap, "study-50"),
+            "rho 0.9": partial(gap, "third-90"),
+            "generators retrained": partial(gap, "third-networks"),
+            "shortcut by the object": partial(gap, "third-object"),
+            "rho 0.75": partial(gap, "third-75"),
+            "rho 0.5 (no shortcut)": partial(gap, "third-50"),
         },
     ),
 }

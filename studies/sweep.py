@@ -14,6 +14,7 @@ import torch
 import typer
 from numpy.typing import NDArray
 
+from dgs.analysis.angles import STEP, degrees, energy_along_harm, has_harm
 from dgs.analysis.evaluate import image_features
 from dgs.analysis.forgetting import MEASURES as FORGETTING
 from dgs.analysis.forgetting import Tower
@@ -36,6 +37,7 @@ from dgs.model.methods.base import Method
 from dgs.model.methods.registry import get_method
 from dgs.model.text import open_text_side
 from dgs.model.train import Trained, train
+from dgs.model.training_log import TrainingLog
 from dgs.params import Params, load_params
 from dgs.tables import read_table
 from dgs.workspace import MAIN, Workspace, find_root
@@ -44,7 +46,8 @@ FRESH = {"data.root": "build/fresh"}  # test images that no setting was chosen a
 TO_MAKE_FRESH = "dgs minibench build --out build/fresh --seed 20261130 --training shipped"
 KEPT = "build/sweep"  # what was prepared, and scores until a study's table is complete
 DETECTION = ["balanced_acc_unseen", "ap_unseen", "balanced_acc_seen"]
-MEASURES = [*DETECTION, "zero_shot_kept"]
+SURGERY = ["angle_task_harmful", "along_harm", "text_acc", "loss_text"]  # what the text side gave: `surgery_facts`
+MEASURES = [*DETECTION, "zero_shot_kept", *SURGERY]
 KEY = ["recipe", "settings", "method", "seed"]  # recipe: digest of all parameters, the images and the CLIP
 FAILED = "failed"  # why there are no measures, as when training diverges
 
@@ -113,12 +116,28 @@ def prepare(params: Params, root: Path, kept_in: Path) -> Path:
     return folder
 
 
+def surgery_facts(log: TrainingLog) -> dict[str, float]:
+    """What the text side gave in a run, means over the recorded steps; empty where there was none.
+
+    angle_task_harmful: degrees at the features. along_harm: `energy_along_harm`, a fraction. text_acc and loss_text:
+    accuracy and BCE of the text head, over the second half of the steps.
+    """
+    samples, losses = log.samples, log.losses.dropna(subset=["loss_text"])
+    if samples.empty or not has_harm(samples):
+        return {}
+    late = losses[losses["step"] >= losses["step"].max() / 2]
+    angle = samples[STEP].assign(angle=degrees(samples, "task-harmful")).groupby(STEP)["angle"].mean().mean()
+    (along,) = energy_along_harm(samples).values()
+    values = (angle, along.mean, late["text_acc"].mean(), late["loss_text"].mean())
+    return dict(zip(SURGERY, map(float, values), strict=True))
+
+
 def measured(
     method: Method, prepared: Prepared, params: Params, seed: int, root: Path
 ) -> tuple[dict[str, float | None], pd.DataFrame]:
-    """Train once, test once: `MEASURES`, fractions, and the test images with their logits.
+    """Train once, test once: `MEASURES`, fractions but for `SURGERY`, and the test images with their logits.
 
-    Without zero_shot_kept where no CLIP is a part of the detector.
+    Without zero_shot_kept where no CLIP is a part of the detector, without `SURGERY` where there is no text head.
     """
     device = choose_device(params.compute.device)
     clip = load_clip(params.model, root, params.image_size, text=False) if method.needs_clip else None
@@ -140,7 +159,7 @@ def measured(
             logits = classifier.decide(torch.from_numpy(features).to(device)).cpu().numpy()
         scores = rows.assign(logit=logits, condition=NATIVE, applied_to="both", method=method.name, seed=seed)
         run = headline(detection_table(scores, prepared.info["seen"]))
-        row = {name: metrics_of("run")[name].function(run) for name in DETECTION}
+        row = {name: metrics_of("run")[name].function(run) for name in DETECTION} | surgery_facts(trained.log)
         first = classifier.parts[0]
         if isinstance(first, ClipClassifier):
             few = Views(rows[real], prepared.source, params, patches=prepared.patches)

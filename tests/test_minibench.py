@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dgs.data.images import decode
 from dgs.data.manifest import MINIBENCH_SPLITS, PROMPTS, content_hash, training_set
@@ -350,6 +351,26 @@ def whole_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with clip.one_thread():
         pretrain.pretrain(folder / "out", TINY_CLIP, folder / "scratch", progress=False)
     return folder / "out"
+
+
+def test_early_exports_are_what_training_passed_through_and_it_ends_at_the_last(
+    whole_clip: Path, tmp_path: Path
+) -> None:
+    early = {n: tmp_path / str(n) for n in (0, 16, 40)}
+    with clip.one_thread():
+        pretrain.pretrain(None, TINY_CLIP, tmp_path / "scratch", progress=False, early={16: early[16]})
+        steps = torch.load(tmp_path / "scratch/checkpoint.pt", weights_only=True)["step"]
+        pretrain.pretrain(None, TINY_CLIP, tmp_path / "scratch", progress=False, early=early)
+    assert steps == 2 and not (tmp_path / "out").exists()
+    weights = {n: load_file(folder / clip.WEIGHTS)["visual.proj"] for n, folder in early.items()}
+    whole = load_file(whole_clip / clip.WEIGHTS)["visual.proj"]
+    assert torch.equal(weights[40], whole) and not torch.equal(weights[16], whole)
+    torch.manual_seed(TINY_CLIP.seed)
+    assert torch.equal(weights[0], clip.create(norm=True).visual.proj.half()), "untouched"
+    with pytest.raises(ValueError, match=r"multiples of 16 samples, found \[17\]"):
+        pretrain.pretrain(None, TINY_CLIP, tmp_path / "scratch", progress=False, early={24: tmp_path, 17: tmp_path})
+    with pytest.raises(UserError, match=r"not yet past 32 samples, found one at 40\. Remove .*scratch to start anew"):
+        pretrain.pretrain(None, TINY_CLIP, tmp_path / "scratch", progress=False, early={32: tmp_path / "32"})
 
 
 @pytest.fixture

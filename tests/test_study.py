@@ -303,9 +303,17 @@ def test_parameters_are_kept_beside_the_report(tmp_path: Path) -> None:
 def test_missing_results_and_methods_are_one_sentence(root: Path) -> None:
     with pytest.raises(UserError, match=r"results of the profile absent, found none. Run make repro PROFILE=absent"):
         read_condition(root, "absent")
-    write_results(root, "few", 0.9, {"lora": 1.0, "dgs": 1.0})
-    with pytest.raises(UserError, match="Expected dgs_plus among the methods of few"):
+    write_results(root, "few", 0.9, {"lora": 1.0, "distillation": 1.0})
+    with pytest.raises(UserError, match="Expected dgs among the methods of few"):
         study_report([read_condition(root, "few")])
+
+
+def test_a_report_without_dgs_plus_says_nothing_of_what_was_asked_of_it(root: Path) -> None:
+    write_results(root, "few", 0.9, {"lora": 1.0, "dgs": 1.0})
+    write_results(root, "whole", 0.9, FEW)
+    assert "What was asked" not in study_report([read_condition(root, "few")])
+    both = study_report([read_condition(root, name) for name in ("few", "whole")]).split("## ")[1]
+    assert both.startswith("What was asked of `dgs_plus`") and "| `whole` |" in both and "| `few` |" not in both
 
 
 @pytest.mark.parametrize("name", ["study-90", "study-75"])

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from copies import ROOT
 
+from dgs.analysis.angles import angle_table, summary
 from dgs.analysis.evaluate import evaluate
 from dgs.analysis.metrics import detection_table, per_seed_values
 from dgs.analysis.scores import read_scores, write_scores
@@ -24,12 +25,13 @@ from dgs.model.checkpoint import save_checkpoint
 from dgs.model.clip import load_clip
 from dgs.model.methods.registry import get_method
 from dgs.model.train import Trained, train
+from dgs.model.training_log import TrainingLog
 from dgs.params import Params, load_params
 from minibench import generators
-from studies import dose_response, regimes, seen_pairs, text_heads
+from studies import dose_response, priors, regimes, seen_pairs, text_heads
 from studies.figures import regime_map
 from studies.regimes import RHO
-from studies.sweep import FAILED, FRESH, KEY, MEASURES, Arm, measured, prepare, sweep
+from studies.sweep import FAILED, FRESH, KEY, MEASURES, SURGERY, Arm, measured, prepare, surgery_facts, sweep
 
 
 def test_a_row_is_what_the_pipeline_says_of_the_same_run(tiny: Params, tmp_path: Path) -> None:
@@ -45,9 +47,26 @@ def test_a_row_is_what_the_pipeline_says_of_the_same_run(tiny: Params, tmp_path:
     train(get_method("lora"), clip, prepared, params, 0, device, save)
     scores, forgetting, _ = evaluate({("lora", 0): where}, clip, prepared, params, device)
     said = per_seed_values(detection_table(scores, prepared.info["seen"]), forgetting).set_index("metric")["value"]
-    assert {name: row[name] for name in MEASURES} == pytest.approx(said[MEASURES].to_dict(), abs=1e-6)
+    scored = [name for name in MEASURES if name not in SURGERY]
+    assert {name: row[name] for name in scored} == pytest.approx(said[scored].to_dict(), abs=1e-6)
     both = scores.query("split == 'test'").merge(logits, on="id")
     assert len(both) == len(logits) and np.allclose(both["logit_x"], both["logit_y"], atol=1e-5)
+
+
+@pytest.mark.parametrize("head", text_heads.HEADS)
+def test_what_the_text_side_gave_is_what_the_angles_stage_says(head: str, tiny: Params, tmp_path: Path) -> None:
+    params = tiny.replaced({"train.surgery.text_head": head}).for_method("dgs")
+    prepared = load_prepared(prepare(params, ROOT, tmp_path), ROOT)
+    logs: list[TrainingLog] = []
+    clip = load_clip(tiny.model, ROOT, tiny.image_size)
+    train(get_method("dgs"), clip, prepared, params, 0, choose_device("cpu"), lambda run: logs.append(run.log))
+    found = surgery_facts(logs[0])
+    table = angle_table(logs[0].samples, logs[0].layers, ["task-harmful"], None)
+    assert found["angle_task_harmful"] == pytest.approx(summary(table)["degrees"].item(), abs=1e-3)
+    assert 0 < found["along_harm"] < 1 and found["loss_text"] > 0 and 0 < found["text_acc"] <= 1
+    row, _ = measured(get_method("dgs"), prepared, params, 0, ROOT)
+    assert {name: row[name] for name in SURGERY} == found
+    assert surgery_facts(TrainingLog("probe", 0)) == {}
 
 
 def test_arms_are_run_once_each_and_other_data_are_prepared_once(tiny: Params, tmp_path: Path) -> None:
@@ -198,3 +217,19 @@ class TestSeenPairs:
         chosen = [arm for arm in seen_pairs.arms() if arm.method == "lora"][:2]
         seen_pairs.make_images(chosen)
         assert made == [("-".join(pair), *pair) for pair in seen_pairs.PAIRS[:2]]
+
+
+class TestPriors:
+    def test_every_method_is_on_every_tower_and_the_network_without_one_is_trained_once(self) -> None:
+        counts = pd.Series([arm.method for arm in priors.arms()]).value_counts()
+        assert counts.to_dict() == {**dict.fromkeys(priors.METHODS, len(priors.EARLY) + 1), priors.WITHOUT: 1}
+        assert not any(get_method(name).needs_text for name in counts.index)
+
+    def test_only_the_towers_of_chosen_arms_are_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        made: list[dict[int, Path]] = []
+        monkeypatch.setattr(priors, "find_root", lambda: tmp_path)
+        monkeypatch.setattr(priors, "pretrain", lambda *_, early: made.append(early))
+        chosen = [arm for arm in priors.arms() if arm.settings.get(priors.CLIP) in {priors.folder(0), "data/clip"}]
+        priors.make_towers(chosen)
+        priors.make_towers([Arm(priors.WITHOUT)])
+        assert made == [{0: tmp_path / priors.folder(0)}]

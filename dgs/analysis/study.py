@@ -321,16 +321,17 @@ def study_report(conditions: Sequence[Condition], tuning: pd.DataFrame | None = 
     """The study's REPORT.md; `tuning`: the table of `dgs tune` that the settings were chosen from.
 
     Raises:
-        UserError: a condition without lora, dgs or dgs_plus.
+        UserError: a condition without lora or dgs.
     """
     for condition in conditions:
-        if missing := {SUBJECT, BASELINE, PAPERS} - set(condition.methods):
+        if missing := {BASELINE, PAPERS} - set(condition.methods):
             raise UserError(f"Expected {', '.join(sorted(missing))} among the methods of {condition.name}. Train them.")
     chosen = {} if tuning is None else choices(tuning)
+    asked = [condition for condition in conditions if SUBJECT in condition.methods]
     return render(
         "study.md.j2",
         subject=SUBJECT,
-        goals=_goals(conditions),
+        goals=asked and _goals(asked),
         orders=_orders(conditions),
         rankings=[(condition, _ranking(condition)) for condition in conditions],
         rules=RULES,
