@@ -32,6 +32,7 @@ from dgs.tables import read_table
 from dgs.workspace import find_root
 from studies.content_strength import OUT, SIDES, WAYS
 from studies.figures import regime_map
+from studies.sweep_tables import sweep_tables
 from studies.tables import Cell, Table, current, number, told
 
 DOCUMENTS = ("docs/findings.md", "docs/study.md", "docs/tables.md")
@@ -328,10 +329,15 @@ TABLES: dict[str, Table] = {
 }
 
 
+def tables(root: Path) -> dict[str, Table]:
+    """All tables of the documents, those of `sweep_tables` among them; `root`: the repository's."""
+    return TABLES | sweep_tables(root)
+
+
 def refresh(root: Path) -> None:
     """Brings the tables of those `DOCUMENTS` that are there up to date; `root`: the repository's."""
     for path in [root / name for name in DOCUMENTS if (root / name).exists()]:
-        path.write_text(current(path.read_text(encoding="utf-8"), TABLES), encoding="utf-8", newline="\n")
+        path.write_text(current(path.read_text(encoding="utf-8"), tables(root)), encoding="utf-8", newline="\n")
 
 
 def write_study_and_findings(root: Path, profiles: Sequence[str]) -> Path:

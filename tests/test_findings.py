@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dgs.stats import Interval
-from studies.findings import DOCUMENTS, TABLES
+from studies.findings import DOCUMENTS, tables
 from studies.tables import BLOCK, Table, current, told
 
 ROOT = Path(__file__).parent.parent
@@ -17,21 +17,21 @@ ROOT = Path(__file__).parent.parent
 def test_the_tables_are_current(document: str) -> None:
     """After results changed: dgs study."""
     text = (ROOT / document).read_text(encoding="utf-8")
-    assert current(text, TABLES) == text
+    assert current(text, tables(ROOT)) == text
 
 
 def test_every_table_stands_in_a_document_once() -> None:
     texts = [(ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS]
-    assert sorted(found[1] for text in texts for found in BLOCK.finditer(text)) == sorted(TABLES)
+    assert sorted(found[1] for text in texts for found in BLOCK.finditer(text)) == sorted(tables(ROOT))
 
 
 def test_a_table_is_made_anew_as_deep_as_its_mark() -> None:
-    tables: dict[str, Table] = {"one": ("a", {"2": ""}, {})}
+    made_of: dict[str, Table] = {"one": ("a", {"2": ""}, {})}
     text = "- of one:\n\n  <!-- table: one -->\n  | a |\n  | 1 |\n\n  <!-- end -->\n\nEnd.\n"
     made = "- of one:\n\n  <!-- table: one -->\n\n  | a |\n  | --- |\n  | 2 |\n\n  <!-- end -->\n\nEnd.\n"
-    assert current(text, tables) == made == current(made, tables)
+    assert current(text, made_of) == made == current(made, made_of)
     with pytest.raises(KeyError, match="two"):
-        current(text.replace("one -->", "two -->"), tables)
+        current(text.replace("one -->", "two -->"), made_of)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,162 @@
+"""Tables of what runs beside the pipeline (`studies.sweep`): those whose results are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dgs.analysis.scores import read_scores
+from dgs.analysis.study import crossed_gap
+from dgs.stats import Interval, seed_interval
+from dgs.tables import read_table
+from minibench import generators
+from studies import dose_response, oracle_ladder, priors, text_heads
+from studies.sweep import Arm
+from studies.tables import Table, told
+
+STORE = "results/study"
+NOT_RUN = "not run"
+RATES = {"balanced accuracy": "balanced_acc", "AP": "ap"}
+
+
+@cache
+def _results(root: Path, study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of a study, of several recipes of a run the last; and its scores."""
+    table = read_table(root / STORE / f"{study}.csv").drop_duplicates(["settings", "method", "seed"], keep="last")
+    return table, read_scores(root / STORE / f"{study}.parquet")
+
+
+def _per_cent(interval: Interval) -> Interval:
+    return Interval(*(100 * end for end in interval))
+
+
+def values(root: Path, study: str, arm: Arm, measure: str) -> pd.Series:
+    """An arm's measure by seed."""
+    table, _ = _results(root, study)
+    own = table[(table["method"] == arm.method) & (table["settings"] == arm.text)]
+    return own.set_index("seed")[measure].astype(float).dropna()
+
+
+def mean(root: Path, study: str, measure: str, arm: Arm, scale: float = 100.0, digits: int = 1) -> str:
+    """An arm's measure with its interval over seeds, in per cent unless `scale` says otherwise."""
+    found = values(root, study, arm, measure)
+    return told(seed_interval(scale * found.to_numpy()), digits, sign=False) if len(found) else NOT_RUN
+
+
+def gap(root: Path, study: str, rate: str, pair: tuple[Arm, Arm]) -> str:
+    """An arm minus another on unseen generators: points, with seeds, generators and images as random."""
+    if pair[0] == pair[1]:
+        return ""
+    _, scores = _results(root, study)
+    parts = [
+        scores[(scores["method"] == arm.method) & (scores["profile"] == arm.text)].assign(method=name)
+        for name, arm in zip(("first", "second"), pair, strict=True)
+    ]
+    if any(part.empty for part in parts):
+        return NOT_RUN
+    both = pd.concat(parts, ignore_index=True)
+    return told(_per_cent(crossed_gap(both, generators.SEEN, "first", "second", rate).interval))
+
+
+def over_pairs(root: Path, measure: str, methods: tuple[str, str]) -> str:
+    """One method minus another over random seen pairs: each pair is one value, the mean of its seeds."""
+    table, _ = _results(root, "seen_pairs")
+    means = table.groupby(["settings", "method"])[measure].mean().unstack()
+    gaps = 100 * (means[methods[0]] - means[methods[1]]).dropna() if set(methods) <= set(means) else pd.Series()
+    return told(seed_interval(gaps.to_numpy(dtype=np.float64))) if len(gaps) else NOT_RUN
+
+
+def _ladder(root: Path) -> dict[str, Table]:
+    rungs = {arm.method: arm for arm in oracle_ladder.arms()}
+    pairs = {f"`{name}`": (arm, rungs["lora"]) for name, arm in rungs.items() if name != "lora"}
+    columns = {f"{label} minus LoRA": partial(gap, root, "oracle_ladder", rate) for label, rate in RATES.items()}
+    kept = {"zero-shot kept": lambda pair: mean(root, "oracle_ladder", "zero_shot_kept", pair[0], digits=0)}
+    return {"oracle-ladder": ("rung", pairs, {**columns, **kept})}
+
+
+def _heads(root: Path) -> dict[str, Table]:
+    study, arms = "text_heads", text_heads.arms()
+    of = {(arm.method, arm.settings["data.rho"], arm.settings[text_heads.HEAD]): arm for arm in arms}
+    rhos, kinds = text_heads.RHOS[::-1], text_heads.HEADS
+    readers = list(dict.fromkeys(name for name, _, head in of if head == "fitted"))
+    rows = {f"`{name}`, rho {rho:g}": (name, rho) for rho in rhos for name in readers}
+
+    def against_lora(rate: str, head: str, row: tuple[str, float]) -> str:
+        return gap(root, study, rate, (of[(*row, head)], of["lora", row[1], "release"]))
+
+    gaps = {f"{label}, {head}": partial(against_lora, rate, head) for label, rate in RATES.items() for head in kinds}
+    heads = {f"{head}, rho {rho:g}": of["dgs", rho, head] for rho in rhos for head in kinds}
+    facts = {
+        "text head's accuracy": partial(mean, root, study, "text_acc"),
+        "its loss": partial(mean, root, study, "loss_text", scale=1.0, digits=2),
+        "degrees between task and harm": partial(mean, root, study, "angle_task_harmful", scale=1.0),
+        "energy along harm": partial(mean, root, study, "along_harm"),
+        "zero-shot kept": partial(mean, root, study, "zero_shot_kept", digits=0),
+    }
+    return {"text-heads": ("minus LoRA, unseen", rows, gaps), "text-head-facts": ("DGS, text head", heads, facts)}
+
+
+def _dose(root: Path) -> dict[str, Table]:
+    study, dropped = "dose_response", dose_response.DROPPED
+    lora = Arm("lora", {dropped: 0.0})
+    shares: Mapping[str, Any] = {f"{100 * share:.0f} %": share for share in dose_response.SHARES}
+
+    def column(name: str, rate: str, share: float) -> str:
+        return gap(root, study, rate, (Arm(name, {dropped: share}), lora))
+
+    readers = {arm.method for arm in dose_response.arms() if arm.settings[dropped] > 0}
+    columns = {
+        f"{label}: `{name}` minus LoRA": partial(column, name, rate)
+        for label, rate in RATES.items()
+        for name in dose_response.METHODS
+        if name in readers
+    }
+    return {"dose-response": ("captions without the word", shares, columns)}
+
+
+def _pairs(root: Path) -> dict[str, Table]:
+    pairs = {
+        f"`{first}` minus `{second}`": (first, second)
+        for first, second in (
+            ("lora", "probe"), ("dgs", "lora"), ("poe_distillation", "lora"), ("content_poe_distillation", "lora"),
+            ("content_poe_distillation", "poe_distillation"), ("pixel_cnn", "lora"),
+        )
+    }  # fmt: skip
+    columns = {"balanced accuracy": "balanced_acc_unseen", "AP": "ap_unseen"}
+    return {
+        "seen-pairs": (
+            "unseen generators", pairs, {label: partial(over_pairs, root, name) for label, name in columns.items()}
+        )
+    }  # fmt: skip
+
+
+def _priors(root: Path) -> dict[str, Table]:
+    arms, without = priors.arms(), Arm(priors.WITHOUT)
+    towers = list(dict.fromkeys(arm.settings[priors.CLIP] for arm in arms if priors.CLIP in arm.settings))
+    names = {tower: f"{int(Path(tower).name):,} samples" if Path(tower).name.isdigit() else "whole" for tower in towers}
+
+    def against_pixels(method: str, rate: str, tower: str) -> str:
+        return gap(root, "priors", rate, (Arm(method, {priors.CLIP: tower}), without))
+
+    columns = {
+        f"{label}: `{method}` minus `{priors.WITHOUT}`": partial(against_pixels, method, rate)
+        for label, rate in RATES.items()
+        for method in priors.METHODS
+    }
+    return {"priors": ("CLIP pre-trained on", {label: tower for tower, label in names.items()}, columns)}
+
+
+MADE = {
+    "oracle_ladder": _ladder, "text_heads": _heads, "dose_response": _dose, "seen_pairs": _pairs, "priors": _priors
+}  # fmt: skip
+
+
+def sweep_tables(root: Path) -> dict[str, Table]:
+    """The tables of every study that has results."""
+    found = [make(root) for study, make in MADE.items() if (root / STORE / f"{study}.csv").exists()]
+    return {name: table for tables in found for name, table in tables.items()}
