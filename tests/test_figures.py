@@ -383,6 +383,18 @@ def in_colour(ax: Axes, method: str) -> list[mpl.lines.Line2D]:
     return [line for line in ax.lines if line.get_color() == style.colour(method) and len(np.asarray(line.get_xdata()))]
 
 
+def test_by_generator_the_title_goes_by_crossed_intervals_where_there_are_some() -> None:
+    table = make_detection(("probe", "lora", "dgs"), noise=1e-4)
+    row = {"other": "lora", "rate": "balanced_acc", "pictures": "unseen", "mean": 0.05, "low": -0.02, "high": 0.12,
+           "low_seeds": 0.04, "high_seeds": 0.06}  # fmt: skip
+    rows = [{**row, "method": "probe"}, {**row, "method": "dgs", "low": 0.01}]
+    figure = detection_by_generator(table, differences=pd.DataFrame(rows))
+    assert figure.get_suptitle() == "Unseen generators: 1 of 2 shown above lora, 0 below"
+    without = pd.DataFrame(rows).assign(low=np.nan, high=np.nan)
+    assert "points" in detection_by_generator(table, differences=without).get_suptitle()
+    assert "points" in detection_by_generator(table, "GenImage", differences=pd.DataFrame(rows)).get_suptitle()
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_headline_follows_the_data_text_is_legible_and_methods_look_alike_everywhere(name: str) -> None:
     draw, claim = FIGURES[name]

@@ -48,20 +48,23 @@ BESIDE = ("worst_generator_balanced_acc", "zero_shot_kept")  # in a forest plot,
 _LINES = {"both": ("-", "real and fake changed"), "fake": (":", "fake alone changed")}
 
 
-def by_suites(name: str, draw: Callable[[pd.DataFrame, str], Figure], detection: pd.DataFrame) -> dict[str, Figure]:
+def by_suites(name: str, draw: Callable[..., Figure], detection: pd.DataFrame, **told: Any) -> dict[str, Figure]:
     """What `draw` makes of the table, {name: figure}, or of each suite of the paper apart, {"<name>-<suite>": figure}.
 
-    One figure of all of the paper's suites could not be read: they have 50 generators.
+    One figure of all of the paper's suites could not be read: they have 50 generators. `draw` is given the rows, the
+    suite's name and `told`.
     """
-    return {f"{name}-{suite}" if suite else name: draw(part, suite) for suite, part in by_suite(detection).items()}
+    suites = by_suite(detection).items()
+    return {f"{name}-{suite}" if suite else name: draw(part, suite, **told) for suite, part in suites}
 
 
 @style()
-def detection_by_generator(detection: pd.DataFrame, suite: str = "") -> Figure:
+def detection_by_generator(detection: pd.DataFrame, suite: str = "", differences: pd.DataFrame | None = None) -> Figure:
     """Balanced accuracy (%) of each method on each generator, seen and unseen apart, from the `headline` rows.
 
     Dots are means over seeds with 95 % intervals, cut at 0 and 100 %; faint ones are single seeds. `suite`: named in
-    the title where the rows are one's. Raises UserError as `headline` does.
+    the title where the rows are one's. `differences`: as `differences.difference_table` gives them; the title goes by
+    their crossed intervals, by those over seeds without. Raises UserError as `headline` does.
     """
     rows = headline(detection)
     short = short_names(rows["generator"].unique())
@@ -78,8 +81,18 @@ def detection_by_generator(detection: pd.DataFrame, suite: str = "") -> Figure:
         ax.axvline(CHANCE, **look.LINE)
     where, part = list(groups.items())[-1]
     what = f"{suite}: {where.split()[0].lower()} generators" if suite else f"{where.split()[0]} generators"
-    values = part.groupby(["method", "seed"], sort=False)["value"].mean()
-    return look.finish(fig, takeaway(what, values), look.SEEDS, methods)
+    found = [] if differences is None or suite else list(intervals(differences[differences["rate"] == "balanced_acc"]))
+    own = [(row, gap) for row, gap, *_ in found if gap.known and row.pictures == where.split()[0].lower()]
+    if own:
+        claim = f"{what}: {_counted([gap for _, gap in own], plain(own[0][0].other))}"
+    else:
+        claim = takeaway(what, part.groupby(["method", "seed"], sort=False)["value"].mean())
+    return look.finish(fig, claim, look.SEEDS, methods)
+
+
+def _counted(gaps: Sequence[Interval], baseline: str) -> str:
+    above, below = (sum(gap.mean * sign > 0 and not gap.spans_zero for gap in gaps) for sign in (1, -1))
+    return f"{above} of {len(gaps)} shown above {baseline}, {below} below"
 
 
 @style(axes__grid=False)
@@ -194,10 +207,8 @@ def forest(gaps: Sequence[tuple[str, Any, Interval, Interval, Interval]]) -> Fig
     )
     fig.supxlabel(f"Points above {baseline}; {bars}; hollow: no difference shown", fontsize=11)
     first = [decisive for panel, *_, decisive in gaps if panel == panels[0]]
-    above, below = (sum(gap.mean * sign > 0 and not gap.spans_zero for gap in first) for sign in (1, -1))
-    found = f"{above} of {len(first)} shown above {baseline}, {below} below"
     known = "" if any(gap.known for gap in first) else " (no interval)"
-    return look.finish(fig, f"{panels[0]}: {found}{known}")
+    return look.finish(fig, f"{panels[0]}: {_counted(first, baseline)}{known}")
 
 
 @style()
