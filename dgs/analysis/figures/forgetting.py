@@ -108,7 +108,9 @@ def forgetting_plane(detection: pd.DataFrame, forgetting: pd.DataFrame) -> Figur
     ax.set_xlim(max(low, -3.0), min(high, max(103.0, table["kept"].max() + 3.0)))
     ax.set_xlabel(axis + (f"\nnot measured: {', '.join(absent)}" if absent else ""))
     ax.set_ylabel(f"Balanced accuracy,\n{where} generators (%)")
-    sentences = (takeaway(kept_name, table["kept"], False), takeaway(where, table["found"], False))
+    several = table.groupby("method").size().max() > 1  # else nothing is said of seeds
+    whose = f"{where}, over seeds" if several else where  # over generators too: the figure of differences
+    sentences = (takeaway(kept_name, table["kept"], False), takeaway(whose, table["found"], False))
     return look.finish(fig, "; ".join(sentences), look.SEEDS, measured)
 
 
