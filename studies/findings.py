@@ -27,9 +27,10 @@ from dgs.analysis.study import (
     write_study,
 )
 from dgs.model.methods.registry import METHODS
+from dgs.params import load_params
 from dgs.stats import Interval, paired_difference, seed_interval
 from dgs.tables import read_table
-from dgs.workspace import find_root
+from dgs.workspace import MAIN, find_root
 from studies.content_strength import OUT, SIDES, WAYS
 from studies.figures import regime_map
 from studies.sweep_tables import sweep_tables
@@ -82,8 +83,9 @@ def gap(name: str, methods: str | tuple[str, str], other: str = "", metric: str 
 
 
 def mean(name: str, metric: str, method: str, digits: int = 1) -> str:
-    """Per cent."""
-    return told(seed_interval(100 * condition(name).of(method, metric).to_numpy()), digits, sign=False)
+    """Per cent; a dash where a method has no such measure."""
+    values = condition(name).of(method, metric).to_numpy()
+    return told(seed_interval(100 * values), digits, sign=False) if len(values) else "–"
 
 
 def change(name: str, other: str, method: str) -> str:
@@ -169,7 +171,7 @@ def minus_lora(name: str, methods: str) -> Table:
 TABLES: dict[str, Table] = {
     "headline": (
         "method",
-        {name: name for name in ("probe", "lora", "dgs", "distillation", "dgs_plus")},
+        {f"`{name}`": name for name in load_params(MAIN).methods},
         {
             "balanced acc., seen": partial(mean, "mini", SEEN),
             "balanced acc., unseen": partial(mean, "mini", UNSEEN),

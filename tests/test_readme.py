@@ -11,7 +11,7 @@ from pathlib import Path
 from dgs.stats import percent_text
 
 ROOT = Path(__file__).parent.parent
-MEASURES = ("balanced_acc_unseen", "zero_shot_kept")
+MEASURES, ENDS = ("balanced_acc_unseen", "zero_shot_kept"), ("mean", "low", "high")
 
 
 def test_the_headline_table_is_that_of_the_committed_metrics() -> None:
@@ -19,8 +19,9 @@ def test_the_headline_table_is_that_of_the_committed_metrics() -> None:
     rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
     for name, values in metrics.items():
         (row,) = [row for row in rows if row.startswith(f"| `{name}`:")]
-        cells = [[percent_text(values[measure][end]) for end in ("mean", "low", "high")] for measure in MEASURES]
-        assert row.endswith("| " + " | ".join(f"{mean} [{low}, {high}]" for mean, low, high in cells) + " |")
+        found = [values[measure] and [percent_text(values[measure][end]) for end in ENDS] for measure in MEASURES]
+        cells = [f"{each[0]} [{each[1]}, {each[2]}]" if each else "–" for each in found]  # pixel_cnn keeps no CLIP
+        assert row.endswith(f"| {' | '.join(cells)} |")
 
 
 def test_the_table_of_faults_is_the_one_that_is_tried() -> None:
