@@ -41,12 +41,11 @@ PRECISION, WORST, SEEN = "ap_unseen", "worst_generator_balanced_acc", "balanced_
 ZERO_SHOT, PROBED = "zero_shot_kept", "linear_probe_kept"
 SETS = {"mini": "`mini`", "second-study": "second study", "third-90": "`third-90`",
         "third-networks": "`third-networks`", "first-study": "first study"}  # fmt: skip
-DRAWN = {"mini": "`mini`", "study-90": "rho 0.9", "study-75": "rho 0.75", "study-50": "rho 0.5",
-         "study-object": "rho 0.9, by the object"}  # fmt: skip
+DRAWN = {"mini": "`mini`", "study-90": "rho 0.9", "study-50": "rho 0.5", "study-object": "rho 0.9, by the object"}
 PAIRS = (
     ("lora", "probe"), ("dgs", "lora"), ("poe_distillation", "lora"), ("content_poe_distillation", "lora"),
     ("content_poe_distillation", "poe_distillation"), ("pixel_cnn", "lora"), ("pixel_cnn", "content_poe_distillation"),
-    ("late_fusion", "content_poe_distillation"), ("late_fusion", "pixel_cnn"),
+    ("late_fusion", "lora"), ("late_fusion", "content_poe_distillation"), ("late_fusion", "pixel_cnn"),
 )  # fmt: skip
 PLAIN = {"lora": "LoRA", "dgs": "DGS", "probe": "probe"}  # names of methods in running text
 EXPERT = {name for name, method in METHODS.items() if method.expert}

@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from dgs.analysis.differences import COLUMNS
-from dgs.analysis.figures.detection import study_forest
 from dgs.analysis.metrics import detection_table, write_detection
 from dgs.analysis.scores import FILE, read_scores, write_scores
 from dgs.analysis.study import (
@@ -22,7 +21,6 @@ from dgs.analysis.study import (
     crossed_gap,
     differences_of,
     finished_conditions,
-    generator_gaps,
     keep_runs,
     read_condition,
     read_scores_of,
@@ -253,27 +251,7 @@ class TestScores:
         shown = table.query("method == 'dgs_plus' and rate == 'balanced_acc' and pictures == 'unseen'").iloc[0]
         assert 0 < shown["low"] < shown["mean"] < shown["high"]
         assert (folder / "differences.png").stat().st_size > 0
-
-
-def test_gaps_by_generator_have_the_mean_of_gaps_by_seed(root: Path) -> None:
-    condition = read_condition(root, "strong")
-    gaps = generator_gaps([condition])
-    own = gaps[gaps["method"] == "dgs_plus"]
-    assert sorted(own["generator"]) == ["new", "other"], "unseen ones alone"
-    assert own["gap"].mean() == pytest.approx(condition.gap("dgs_plus", "lora").mean)
-    assert "lora" not in set(gaps["method"]) and set(gaps["condition"]) == {"strong"}
-
-
-def test_the_forest_draws_what_each_condition_ran(root: Path) -> None:
-    write_results(root, "few", 0.5, FEW)
-    figure = study_forest(generator_gaps([read_condition(root, name) for name in ("strong", "few")]))
-    strong, short = figure.axes
-    assert (strong.get_title(loc="left") or strong.get_title(), len(strong.get_yticklabels())) == ("strong", 4)
-    drawn = [[line for line in ax.lines if line.get_marker() not in ("None", None, "")] for ax in (strong, short)]
-    means = [sorted(x for line in lines for x in line.get_xdata() if np.isfinite(x)) for lines in drawn]
-    assert [len(each) for each in means] == [4, 2]
-    gaps = generator_gaps([read_condition(root, "strong")]).groupby("method")["gap"].mean()
-    assert means[0] == pytest.approx(sorted(gaps))
+        assert "](differences.png)" in (folder / "REPORT.md").read_text()
 
 
 def test_folders_of_images_have_no_shortcut_and_no_abilities_to_keep(tmp_path: Path) -> None:

@@ -108,7 +108,9 @@ def read_tables(root: Path, profile: str) -> dict[str, pd.DataFrame]:
     if not run or not stored:
         return run or stored
     again = _replaced(stored["detection"], run["detection"])
-    return {name: pd.concat([table[~again(table)], run[name]], ignore_index=True) for name, table in stored.items()}
+    both = {name: [table[~again(table)], run[name]] for name, table in stored.items()}
+    full = {name: [part for part in parts if len(part)] or parts[:1] for name, parts in both.items()}
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in full.items()}
 
 
 def _run(root: Path, profile: str) -> dict[str, pd.DataFrame]:
@@ -248,21 +250,6 @@ def comparison_table(conditions: Sequence[Condition]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def generator_gaps(conditions: Sequence[Condition], baseline: str = BASELINE) -> pd.DataFrame:
-    """Each method minus `baseline` on each unseen generator: columns condition, method, generator, gap.
-
-    gap: balanced accuracy, points, mean over seeds. Its spread over generators is what another generator would show,
-    which no interval over seeds covers.
-    """
-    gaps = {
-        (condition.name, method): condition.cell_gaps(method, baseline).mean()
-        for condition in conditions
-        for method in condition.methods
-        if method != baseline
-    }
-    return pd.concat(gaps, names=["condition", "method", "generator"]).rename("gap").reset_index()
-
-
 def best_rival(condition: Condition) -> str:
     """The best method on unseen generators that is neither the subject nor a part of it."""
     rivals = [name for name in condition.methods if name not in (SUBJECT, *PARTS)]
@@ -317,8 +304,12 @@ def _orders(conditions: Sequence[Condition]) -> str:
     return markdown_table(["", *(f"`{condition.name}`" for condition in conditions)], rows)
 
 
-def study_report(conditions: Sequence[Condition], tuning: pd.DataFrame | None = None) -> str:
-    """The study's REPORT.md; `tuning`: the table of `dgs tune` that the settings were chosen from.
+def study_report(conditions: Sequence[Condition], tuning: pd.DataFrame | None = None, drawn: bool = False) -> str:
+    """The study's REPORT.md.
+
+    Args:
+        tuning: the table of `dgs tune` that the settings were chosen from.
+        drawn: whether differences.png lies beside it.
 
     Raises:
         UserError: a condition without lora or dgs.
@@ -331,6 +322,7 @@ def study_report(conditions: Sequence[Condition], tuning: pd.DataFrame | None = 
     return render(
         "study.md.j2",
         subject=SUBJECT,
+        drawn=drawn,
         goals=asked and _goals(asked),
         orders=_orders(conditions),
         rankings=[(condition, _ranking(condition)) for condition in conditions],
@@ -357,21 +349,21 @@ def finished_conditions(root: Path) -> list[str]:
 
 
 def write_study(root: Path, names: Sequence[str], folder: Path) -> Path:
-    """`folder` with what the results of the profiles `names` say: table.csv, forest.png, REPORT.md; returns the last.
+    """`folder` with what the results of the profiles `names` say: table.csv and REPORT.md; returns the last.
 
-    Also differences.csv (`differences.COLUMNS` behind the condition) and its picture, of those that have scores.
+    Also differences.csv (`differences.COLUMNS` behind the condition) and differences.png, of those that have scores.
     Settings are read from results/mini/tuning.csv, where there is one.
     """
-    from dgs.analysis.figures.detection import condition_forest, study_forest  # drawing libraries take seconds to load
+    from dgs.analysis.figures.detection import condition_forest  # drawing libraries take seconds to load
     from dgs.analysis.figures.style import save
 
     conditions = [read_condition(root, name) for name in names]
     search = root / "results" / MAIN / "tuning.csv"
-    report = study_report(conditions, read_table(search) if search.exists() else None)
+    compared = differences_of(root, names)
+    report = study_report(conditions, read_table(search) if search.exists() else None, bool(compared))
     folder.mkdir(parents=True, exist_ok=True)
     comparison_table(conditions).round(6).to_csv(folder / "table.csv", index=False)
-    save(study_forest(generator_gaps(conditions)), folder / "forest.png")
-    if compared := differences_of(root, names):
+    if compared:
         whole = pd.concat(compared, names=["condition", None]).reset_index("condition")
         whole.to_csv(folder / "differences.csv", index=False)
         save(condition_forest(compared), folder / "differences.png")

@@ -103,7 +103,7 @@ def study(
     profiles: Annotated[list[str] | None, typer.Argument(help="to compare; default: every study-* there is")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare methods over several profiles: REPORT.md, forest.png, table.csv and params.yaml in results/study/.
+    """Compare methods over several profiles: REPORT.md, table.csv, differences.csv and .png in results/study/.
 
     What results/study-*/ hold goes into results/study/*.parquet first, and the tables of docs/findings.md are brought
     up to date. Of profiles that are named, in results/<the first of them>/study/, and no more than that.

@@ -14,10 +14,8 @@ from matplotlib.ticker import MaxNLocator
 from dgs.analysis.differences import intervals, is_crossed, key_of
 from dgs.analysis.figures import style as look
 from dgs.analysis.figures.style import (
-    BASELINE,
     CHANCE,
     colour,
-    ends,
     marker,
     plain,
     short_names,
@@ -43,7 +41,6 @@ from dgs.stats import BINS, Interval, interval_text, rounded_text, seed_interval
 WIDE = 9  # generators beside each other in a heat map; more are drawn below each other
 FEWEST = 50  # images of a bin, over all seeds, that make a point of a reliability diagram
 NARROWEST = 2.0  # points that a panel of a forest plot spans at least
-ROW, PANEL = 0.21, 1.75  # inches of a row and of a panel of the study's forest
 BESIDE = ("worst_generator_balanced_acc", "zero_shot_kept")  # in a forest plot, beside what has crossed intervals
 _LINES = {"both": ("-", "real and fake changed"), "fake": (":", "fake alone changed")}
 
@@ -209,41 +206,6 @@ def forest(gaps: Sequence[tuple[str, Any, Interval, Interval, Interval]]) -> Fig
     first = [decisive for panel, *_, decisive in gaps if panel == panels[0]]
     known = "" if any(gap.known for gap in first) else " (no interval)"
     return look.finish(fig, f"{panels[0]}: {_counted(first, baseline)}{known}")
-
-
-@style()
-def study_forest(gaps: pd.DataFrame) -> Figure:
-    """Each method minus lora on unseen generators: a row a method, a panel a condition, zero as a line.
-
-    Markers are means over generators, bars 95 % Student t intervals over them: what other generators would show, where
-    reports have intervals over seeds. The order of rows is that of all gaps' means. A method that a condition did not
-    run leaves its row empty.
-
-    Args:
-        gaps: columns condition, method, generator, gap (points), as `study.generator_gaps` gives them.
-    """
-    order = list(gaps.groupby("method")["gap"].mean().sort_values(ascending=False).index)
-    height = 1.2 + ROW * len(order)
-    grid = sns.catplot(
-        gaps, kind="point", x="gap", y="method", col="condition", order=order, **look.by_method(order),
-        errorbar=ends(), linestyle="none", height=height, aspect=PANEL / height, markersize=5,
-        markers=[marker(method) for method in order], err_kws={"linewidth": 1.3},
-    )  # fmt: skip
-    grid.refline(x=0.0, color="#333333", linestyle="-", linewidth=1.0)
-    grid.set_titles("{col_name}", size=9)
-    grid.figure.subplots_adjust(top=1 - 0.75 / height)
-    grid.set_axis_labels("", "")
-    for ax in grid.axes.flat:
-        ax.set_yticks(range(len(order)), [plain(method) for method in order])
-        ax.tick_params(labelsize=8)
-        ax.grid(axis="y", visible=False)
-    fig: Figure = grid.figure
-    fig.supxlabel(f"Balanced accuracy on unseen generators minus {BASELINE}, points", fontsize=10)
-    above = gaps.groupby(["condition", "method"], sort=False)["gap"].agg(lambda gap: seed_interval([*gap]).low > 0)
-    counts = above.groupby("condition", sort=False).agg(["sum", "size"]).nlargest(2, "size")  # with most methods
-    found = [f"{row['sum']} of {row['size']} in {name}" for name, row in counts.iterrows()]
-    fig.suptitle(f"Methods shown above {BASELINE} over generators: {', '.join(found)}")
-    return fig
 
 
 @style()
