@@ -45,14 +45,14 @@ BESIDE = ("worst_generator_balanced_acc", "zero_shot_kept")  # in a forest plot,
 _LINES = {"both": ("-", "real and fake changed"), "fake": (":", "fake alone changed")}
 
 
-def by_suites(name: str, draw: Callable[..., Figure], detection: pd.DataFrame, **told: Any) -> dict[str, Figure]:
+def by_suites(name: str, draw: Callable[..., Figure], detection: pd.DataFrame, *told: Any) -> dict[str, Figure]:
     """What `draw` makes of the table, {name: figure}, or of each suite of the paper apart, {"<name>-<suite>": figure}.
 
     One figure of all of the paper's suites could not be read: they have 50 generators. `draw` is given the rows, the
     suite's name and `told`.
     """
     suites = by_suite(detection).items()
-    return {f"{name}-{suite}" if suite else name: draw(part, suite, **told) for suite, part in suites}
+    return {f"{name}-{suite}" if suite else name: draw(part, suite, *told) for suite, part in suites}
 
 
 @style()
