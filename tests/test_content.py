@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from copies import ROOT
 from PIL import Image
 from settings import validate
 from test_figures import make_detection, make_forgetting
@@ -23,9 +24,11 @@ from dgs.data.prepared import Prepared
 from dgs.data.views import Contents, Inputs, Views
 from dgs.model.classifier import Learner
 from dgs.model.clip import Clip
+from dgs.model.features import content_features
 from dgs.model.methods.experts import ask_expert
 from dgs.model.methods.registry import METHODS, get_method, require_text
 from dgs.model.pixel_cnn import PixelCNN
+from dgs.model.runs import train_seed
 from dgs.model.train import Trained, train
 from dgs.model.training_log import TrainingLog
 from dgs.params import Params
@@ -164,3 +167,44 @@ def test_the_report_says_what_the_expert_reads_and_that_its_strength_is_a_defaul
     ) == (not free)
     plain = summary(detection, forgetting, "mini", "d")
     assert "What experts read" not in write_report(tmp_path / "P.md", plain, detection, forgetting, of_all).read_text()
+
+
+@pytest.mark.slow
+def test_seeds_share_what_the_content_expert_reads_and_learn_the_same(
+    tiny: Params, tiny_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def counted(clip: Clip | None, params: Params, device: torch.device, contents: Contents) -> Tensor:
+        asked.append(contents.identity)
+        return content_features(clip, params, device, contents)
+
+    monkeypatch.setattr("dgs.model.train.content_features", counted)
+
+    def weights(seed: int, unfinished: str) -> bytes:
+        folder = tmp_path / f"{unfinished}-out"
+        train_seed("content_probe", seed, tiny, ROOT, tiny_prepared, folder, tmp_path / unfinished)
+        return (folder / f"seed-{seed}" / "heads.safetensors").read_bytes()
+
+    alone = [weights(0, "first"), weights(1, "second")]
+    sets = len(asked) // 2
+    assert len(set(asked)) == sets > 1 and asked[:sets] == asked[sets:]
+    asked.clear()
+    assert [weights(0, "both"), weights(1, "both")] == alone
+    assert len(asked) == sets
+
+
+def test_other_images_views_or_ways_have_another_identity(scenes: Prepared) -> None:
+    def views(split: str, seed: int = 0, epoch: int = 0) -> Views:
+        return Views(scenes.split(split), scenes.source, settings(), seed, epoch)
+
+    kinds = [
+        Contents(views("train"), 0.25),
+        Contents(views("val"), 0.25),
+        Contents(views("train", seed=1), 0.25),
+        Contents(views("train", epoch=1), 0.25),
+        Contents(views("train"), 0.5),
+        Contents(views("train"), 0.25, blurred=True),
+    ]
+    assert len({kind.identity for kind in kinds}) == len(kinds)
+    assert Contents(views("train"), 0.25).identity == kinds[0].identity

@@ -10,7 +10,7 @@ import pytest
 from test_figures import make_changed, make_detection, title
 from test_report import report
 
-from dgs.analysis.figures.detection import robustness_curves
+from dgs.analysis.figures.detection import robustness, robustness_curves
 from dgs.analysis.metrics import detection_table
 from dgs.analysis.robustness import change, changes, conditions_of, format_conditions, means_over_generators, readings
 from dgs.conditions import parse_condition
@@ -164,6 +164,10 @@ class TestFigure:
         assert title(robustness_curves(made)) == (
             "Blur of 4 px costs lora 12.0 points; blur of 4 px makes images look fake to lora"
         )
+
+    def test_the_notebook_shows_curves_where_images_were_changed(self) -> None:
+        assert list(robustness(make_changed(names="resize:0.5 jpeg:30"))) == ["robustness"]
+        assert robustness(make_detection()) == {}
 
     def test_without_strengths_there_is_nothing_to_draw(self) -> None:
         with pytest.raises(UserError, match=r"set evaluate\.robustness\.conditions"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -131,6 +133,12 @@ class Contents(Inputs):
 
     def __init__(self, views: Views, side: float, blurred: bool = False) -> None:
         self.views, self.side, self.blurred, self.empty = views, side, blurred, views.empty
+
+    @property
+    def identity(self) -> str:
+        """A hash of which images are in it, in which views, and of what is done to them."""
+        told = [self.views.hashes, self.views.seed, self.views.epoch, self.side, self.blurred]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:20]
 
     def __len__(self) -> int:
         return len(self.views)

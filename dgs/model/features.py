@@ -18,6 +18,14 @@ from dgs.model.classifier import Classifier
 from dgs.model.clip import Clip
 from dgs.params import Params
 
+ON_CPU = 32  # images at a time through a model on the CPU: what more leave between layers does not fit into caches
+
+
+def in_parts(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """`function` of (B, ...) images row by row, (B, D); on the CPU `ON_CPU` of them at a time."""
+    size = ON_CPU if images.device.type == "cpu" else max(1, len(images))
+    return torch.cat([function(part) for part in images.split(size)])
+
 
 @torch.no_grad()
 def over_views(
@@ -26,7 +34,7 @@ def over_views(
     """`function` of batches of views, (B, ...) to (B, width), put together: (N, width); processes share the work."""
     shard = distributed.shard(range(len(views)))
     mine = batches(views, params.compute.batch_size, params.compute.workers, shard)
-    parts = [function(images.to(device)) for images, _ in tqdm(mine, desc=label, unit="batch", leave=False)]
+    parts = [in_parts(function, images.to(device)) for images, _ in tqdm(mine, desc=label, unit="batch", leave=False)]
     return distributed.all_gather_rows(torch.cat(parts) if parts else torch.zeros(0, width, device=device))
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dgs.data.views import Inputs, Views, batches
 from dgs.model import distributed
 from dgs.model.backbone import Backbone
+from dgs.model.features import in_parts
 from dgs.params import Params
 
 
@@ -71,7 +72,7 @@ def _kept(backbone: Backbone, views: Views, params: Params, file: Path) -> Token
     with draft.open("r+b") as opened, backbone.frozen():
         opened.seek(4 * kept.shape.numel() * (rows[0] if rows else 0))
         for images, _ in tqdm(loader, desc="tokens below the adapters", unit="batch", leave=False):
-            opened.write(backbone.lower(images.to(backbone.mean.device)).cpu().numpy().tobytes())
+            opened.write(in_parts(backbone.lower, images.to(backbone.mean.device)).cpu().numpy().tobytes())
     distributed.wait_for_all()
     if first:
         draft.rename(file)

@@ -83,8 +83,9 @@ def train_seed(
                 f"Expected the CLIP that captions were embedded by, with {what} {said[:12]}, found {params.model.clip} "
                 f"with {found[:12]}. Run prepare again."
             )
-    key = run_key(method, seed, params, prepared_folder / TRAINING, " ".join(identity.values()), device)
-    snapshot = Snapshot(unfinished / key, params.compute.snapshot_seconds)
+    of_run = (params, prepared_folder / TRAINING, " ".join(identity.values()), device)
+    own_folder, common = (unfinished / run_key(method, number, *of_run) for number in (seed, None))
+    snapshot = Snapshot(own_folder, params.compute.snapshot_seconds, common)
 
     def done(trained: Trained) -> None:
         if distributed.rank() == 0:

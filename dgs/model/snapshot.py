@@ -30,9 +30,12 @@ FREE = {"jobs", "workers", "keep_mb", "snapshot_seconds"}  # of `compute`: no re
 VERSIONS = ("torch", "open_clip_torch", "timm", "peft", "numpy")
 
 
-def run_key(method: str, seed: int, params: Params, prepared_folder: Path, clip: str, device: torch.device) -> str:
+def run_key(
+    method: str, seed: int | None, params: Params, prepared_folder: Path, clip: str, device: torch.device
+) -> str:
     """A hash of everything that a trained seed depends on: parameters, code, data, weights, libraries, kind of device.
 
+    Without a seed: of what all seeds share.
     The whole package counts as code: a snapshot of other code is never resumed.
     """
     digest = hashlib.sha256()
@@ -102,10 +105,11 @@ class Snapshot:
     Args:
         folder: its own, named by `run_key`; None: nothing is kept.
         seconds: between two snapshots; None: none are made.
+        common: a folder of all seeds, for what none of them changes; None: each makes that itself.
     """
 
-    def __init__(self, folder: Path | None = None, seconds: float | None = None) -> None:
-        self._folder, self.seconds = folder, seconds
+    def __init__(self, folder: Path | None = None, seconds: float | None = None, common: Path | None = None) -> None:
+        self._folder, self.seconds, self._common = folder, seconds, common
         self._saved = time.monotonic()
 
     @property
@@ -121,7 +125,7 @@ class Snapshot:
 
     def of(self, member: str) -> Snapshot:
         """That of a part of this training, in a folder below."""
-        return Snapshot(None if self._folder is None else self._folder / member, self.seconds)
+        return Snapshot(None if self._folder is None else self._folder / member, self.seconds, self._common)
 
     @property
     def checkpoint(self) -> Path:
@@ -186,14 +190,22 @@ class Snapshot:
         """What `make` gives, kept from run to run if making it takes longer than a snapshot's interval."""
         if self._folder is None or self.seconds is None:
             return make()
-        file = self.folder / "features.safetensors"
-        if file.exists():
-            return load_file(file)["features"]
-        start = time.monotonic()
-        made = make()
-        if distributed.broadcast(time.monotonic() - start >= self.seconds):
-            if distributed.rank() == 0:
-                with replacing_file(file) as draft:
-                    save_file({"features": made.cpu().contiguous()}, draft)
-            distributed.wait_for_all()
-        return made
+        return _kept(self.folder / "features.safetensors", make, self.seconds)
+
+    def common(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, kept for the other seeds under a name that tells what it is of."""
+        return make() if self._common is None else _kept(self._common / f"{name}.safetensors", make)
+
+
+def _kept(file: Path, make: Callable[[], Tensor], seconds: float = 0.0) -> Tensor:
+    """The features in `file`; where it is missing those that `make` gives, which are saved if that takes `seconds`."""
+    if distributed.broadcast(file.exists()):
+        return load_file(file)["features"]
+    start = time.monotonic()
+    made = make()
+    if distributed.broadcast(time.monotonic() - start >= seconds):
+        if distributed.rank() == 0:
+            with replacing_file(file) as draft:
+                save_file({"features": made.cpu().contiguous()}, draft)
+        distributed.wait_for_all()
+    return made

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dgs.data.prepared import Prepared
-from dgs.data.views import Inputs, Views, batch_order, batches, worth_keeping
+from dgs.data.views import Contents, Inputs, Views, batch_order, batches, worth_keeping
 from dgs.device import set_determinism
 from dgs.errors import UserError
 from dgs.model import distributed
@@ -334,6 +334,13 @@ def _train_member(
     train(member, clip, prepared, params, seed, device, done, on_step, snapshot.of(member.name))
 
 
+def _content_features(
+    clip: Clip | None, params: Params, device: torch.device, snapshot: Snapshot, contents: Contents
+) -> Tensor:
+    """Features of contents, which no seed changes."""
+    return snapshot.common(contents.identity, partial(content_features, clip, params, device, contents))
+
+
 def _require_data(method: Method, prepared: Prepared, params: Params) -> None:
     require_text([method.name], params.model.text)
     if method.members and prepared.split("val").empty:
@@ -380,7 +387,9 @@ def train(
     def finished(classifier: Classifier, logits: NDArray[np.float32]) -> None:
         done(Trained(classifier, log, logits, *calibrate(truth, logits)))
 
-    terms = ask_expert(method, prepared, params, labels, seed, log, partial(content_features, clip, params, device))
+    terms = ask_expert(
+        method, prepared, params, labels, seed, log, partial(_content_features, clip, params, device, snapshot)
+    )
     if method.model is not None:
         whole = (clip, prepared, params, seed, device, log, on_step, snapshot)
         given = Fit(

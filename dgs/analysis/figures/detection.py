@@ -305,6 +305,12 @@ def _range(shares: Mapping[str, float]) -> str:
     return " to ".join(f"{rounded_text(shares[one], 0)} % ({plain(one)})" for one in dict.fromkeys((least, most)))
 
 
+def robustness(detection: pd.DataFrame) -> dict[str, Figure]:
+    """{"robustness": `robustness_curves`}, or nothing where no images were changed."""
+    changed = any(condition.kind in KINDS for condition in conditions_of(detection))
+    return {"robustness": robustness_curves(detection)} if changed else {}
+
+
 @style()
 def robustness_curves(detection: pd.DataFrame) -> Figure:
     """Balanced accuracy (%, threshold 0.5) of each method against the strength of a change, a panel a kind.

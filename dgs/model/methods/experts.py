@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgs.data.prepared import Prepared
-from dgs.data.views import Contents, Inputs, Views
+from dgs.data.views import Contents, Views
 from dgs.errors import UserError
 from dgs.model.methods.base import Method
 from dgs.model.training_log import TrainingLog
@@ -118,7 +118,7 @@ def ask_expert(
     labels: Tensor,
     seed: int,
     log: TrainingLog,
-    frozen: Callable[[Inputs], Tensor],
+    frozen: Callable[[Contents], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """`expert_terms` of the method's expert; how well it reads labels is logged.
 
