@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,7 @@ from dgs.conditions import NATIVE
 from dgs.data import manifest as manifests
 from dgs.data.prepared import PREPARED_WITH, Prepared, compute_patches, load_prepared, save_prepared
 from dgs.data.tree import MINIBENCH
-from dgs.data.views import Views
+from dgs.data.views import Views, identity_of
 from dgs.device import choose_device
 from dgs.errors import UserError, did_you_mean
 from dgs.model.clip import load_clip
@@ -35,6 +36,7 @@ from dgs.model.clip_classifier import ClipClassifier
 from dgs.model.features import extract_features
 from dgs.model.methods.base import Method
 from dgs.model.methods.registry import get_method
+from dgs.model.snapshot import FREE, Snapshot
 from dgs.model.text import open_text_side
 from dgs.model.train import Trained, train
 from dgs.model.training_log import TrainingLog
@@ -133,9 +135,11 @@ def surgery_facts(log: TrainingLog) -> dict[str, float]:
 
 
 def measured(
-    method: Method, prepared: Prepared, params: Params, seed: int, root: Path
+    method: Method, prepared: Prepared, params: Params, seed: int, root: Path, frozen: Path
 ) -> tuple[dict[str, float | None], pd.DataFrame]:
     """Train once, test once: `MEASURES`, fractions but for `SURGERY`, and the test images with their logits.
+
+    What the frozen tower makes of images is kept in the folder `frozen`, for other methods and seeds.
 
     Without zero_shot_kept where no CLIP is a part of the detector, without `SURGERY` where there is no text head.
     """
@@ -144,6 +148,7 @@ def measured(
     rows = prepared.split("test")
     real, width = (rows["label"] == 0).to_numpy(), prepared.caption_embeddings.shape[1]
     found: list[tuple[dict[str, float | None], pd.DataFrame]] = []
+    snapshot = Snapshot(common=frozen)
 
     def zero_shot(features: NDArray[Any]) -> dict[str, float]:
         own = rows[real], prepared.caption_embeddings[rows.index[real]], prepared.prompts, 0, features[:, :width]
@@ -164,13 +169,20 @@ def measured(
         if isinstance(first, ClipClassifier):
             few = Views(rows[real], prepared.source, params, patches=prepared.patches)
             with first.backbone.frozen():
-                before = zero_shot(extract_features(first.backbone, few, params, "frozen").cpu().numpy())
+                make = partial(extract_features, first.backbone, few, params, "frozen")
+                before = zero_shot(snapshot.common(identity_of([few], first.backbone.levels), make).cpu().numpy())
             both = pd.DataFrame({"before": before, "after": zero_shot(features[real])})
             row["zero_shot_kept"] = kept("")(both.rename_axis("measure").reset_index())
         found.append((row, scores.assign(rho=prepared.info["rho"])))
 
-    train(method, clip, prepared, params, seed, device, done)
+    train(method, clip, prepared, params, seed, device, done, snapshot=snapshot)
     return found[0]
+
+
+def _frozen_folder(prepared: Path, params: Params) -> Path:
+    """Beside what was prepared, for features of this tower as it computes; the files' names say of which images."""
+    tower = {**params.model.model_dump(exclude={"lora", "levels"}), **params.compute.model_dump(exclude=FREE)}
+    return prepared.with_name(f"{prepared.name}-{_digest(tower)}")
 
 
 def registered(name: str) -> Reading:
@@ -187,7 +199,7 @@ def _row(
     try:
         prepared = prepared.with_training_images(own.train.images, seed)
         method = reading.build(prepared, own, seed) if reading.build else get_method(reading.method)
-        row, scores = measured(method, prepared, own, seed, root)
+        row, scores = measured(method, prepared, own, seed, root, _frozen_folder(folders[settings], own))
     except UserError as error:  # as of a rate that diverges: the others go on
         return {FAILED: str(error)}
     scored.mkdir(parents=True, exist_ok=True)

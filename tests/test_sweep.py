@@ -37,7 +37,7 @@ from studies.sweep import FAILED, FRESH, KEY, MEASURES, SURGERY, Arm, measured, 
 def test_a_row_is_what_the_pipeline_says_of_the_same_run(tiny: Params, tmp_path: Path) -> None:
     params = tiny.for_method("lora")
     prepared = load_prepared(prepare(tiny, ROOT, tmp_path), ROOT)
-    row, logits = measured(get_method("lora"), prepared, params, 0, ROOT)
+    row, logits = measured(get_method("lora"), prepared, params, 0, ROOT, tmp_path)
     clip, device = load_clip(tiny.model, ROOT, tiny.image_size), choose_device("cpu")
     where = tmp_path / "seed-0"
 
@@ -64,9 +64,21 @@ def test_what_the_text_side_gave_is_what_the_angles_stage_says(head: str, tiny: 
     table = angle_table(logs[0].samples, logs[0].layers, ["task-harmful"], None)
     assert found["angle_task_harmful"] == pytest.approx(summary(table)["degrees"].item(), abs=1e-3)
     assert 0 < found["along_harm"] < 1 and found["loss_text"] > 0 and 0 < found["text_acc"] <= 1
-    row, _ = measured(get_method("dgs"), prepared, params, 0, ROOT)
+    row, _ = measured(get_method("dgs"), prepared, params, 0, ROOT, tmp_path)
     assert {name: row[name] for name in SURGERY} == found
     assert surgery_facts(TrainingLog("probe", 0)) == {}
+
+
+def test_what_the_frozen_tower_makes_of_images_is_kept_and_changes_nothing(tiny: Params, tmp_path: Path) -> None:
+    prepared, rows = load_prepared(prepare(tiny, ROOT, tmp_path), ROOT), []
+    runs = [("probe", 0, "a"), ("levels_probe", 0, "a"), ("probe", 1, "a"), ("content_probe", 0, "a")]
+    for name, seed, folder in [*runs, *((name, seed, f"b{index}") for index, (name, seed, _) in enumerate(runs))]:
+        method = get_method(name)
+        row, scores = measured(method, prepared, tiny.for_method(name), seed, ROOT, tmp_path / folder)
+        rows.append((row, scores["logit"].tolist()))
+    assert rows[:4] == rows[4:], "as if each had made them itself"
+    shared, own = (sum(1 for _ in tmp_path.glob(f"{pattern}/*")) for pattern in ("a", "b*"))
+    assert shared < own
 
 
 def test_arms_are_run_once_each_and_other_data_are_prepared_once(tiny: Params, tmp_path: Path) -> None:

@@ -62,6 +62,10 @@ def make_view(
     return view
 
 
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
+
+
 class Inputs(Dataset[tuple[Tensor, int]]):
     """What a tower takes: a set of numbered items, item i is (what stands for image i, i)."""
 
@@ -96,6 +100,11 @@ class Views(Inputs):
         self.condition = condition
         self.empty = torch.empty(0, 3, params.image_size, params.image_size, dtype=torch.uint8)
         self._kept: dict[int, Tensor] | None = {} if keep else None
+
+    @property
+    def identity(self) -> str:
+        """A hash of which images are in it, in which views; parameters are not in it."""
+        return _digest([self.hashes, self.seed, self.epoch, self.condition and self.condition.name])
 
     def __len__(self) -> int:
         return len(self.files)
@@ -136,9 +145,8 @@ class Contents(Inputs):
 
     @property
     def identity(self) -> str:
-        """A hash of which images are in it, in which views, and of what is done to them."""
-        told = [self.views.hashes, self.views.seed, self.views.epoch, self.side, self.blurred]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:20]
+        """A hash of the views' own and of how traces are destroyed."""
+        return _digest([self.views.identity, self.side, self.blurred])
 
     def __len__(self) -> int:
         return len(self.views)
@@ -148,6 +156,11 @@ class Contents(Inputs):
         image = view.permute(1, 2, 0).numpy()
         content = blur(image, 0.5 / self.side) if self.blurred else resize(image, self.side)
         return torch.from_numpy(np.ascontiguousarray(content)).permute(2, 0, 1), index
+
+
+def identity_of(sets: Sequence[Views], levels: Sequence[int]) -> str:
+    """A hash of several sets of views and of the levels that a tower tells of."""
+    return _digest([[views.identity for views in sets], list(levels)])
 
 
 def worth_keeping(images: int, params: Params) -> bool:

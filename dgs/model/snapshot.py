@@ -105,7 +105,7 @@ class Snapshot:
     Args:
         folder: its own, named by `run_key`; None: nothing is kept.
         seconds: between two snapshots; None: none are made.
-        common: a folder of all seeds, for what none of them changes; None: each makes that itself.
+        common: a folder of all seeds, for features that none of them changes; None: each makes those itself.
     """
 
     def __init__(self, folder: Path | None = None, seconds: float | None = None, common: Path | None = None) -> None:
@@ -186,14 +186,19 @@ class Snapshot:
             torch.cuda.set_rng_state(mask)
         state.restore(content)
 
-    def features(self, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives, kept from run to run if making it takes longer than a snapshot's interval."""
-        if self._folder is None or self.seconds is None:
+    def features(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, kept from run to run if making it takes longer than a snapshot's interval.
+
+        Without an own folder: `common`.
+        """
+        if self._folder is None:
+            return self.common(name, make)
+        if self.seconds is None:
             return make()
         return _kept(self.folder / "features.safetensors", make, self.seconds)
 
     def common(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives, kept for the other seeds under a name that tells what it is of."""
+        """What `make` gives, kept for other seeds under a name that tells what it is of."""
         return make() if self._common is None else _kept(self._common / f"{name}.safetensors", make)
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dgs.data.prepared import Prepared
-from dgs.data.views import Contents, Inputs, Views, batch_order, batches, worth_keeping
+from dgs.data.views import Contents, Inputs, Views, batch_order, batches, identity_of, worth_keeping
 from dgs.device import set_determinism
 from dgs.errors import UserError
 from dgs.model import distributed
@@ -420,7 +420,9 @@ def train(
         backbone.eval()
         sets = [*training_views(prepared, params, seed), validation_views]
         *views, validation = keep_tokens(backbone, sets, params, snapshot.folder if snapshot.is_kept else None)
-        frozen = snapshot.features(lambda: frozen_features(backbone, views, params)).to(device)
+        frozen = snapshot.features(
+            identity_of(sets[:-1], levels), partial(frozen_features, backbone, views, params)
+        ).to(device)
         require_finite(frozen, names)
         captions = torch.tensor(method_captions(method, prepared, seed, backbone.widths[0]), device=device)
         fit = method.feature_map
