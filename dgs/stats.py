@@ -249,20 +249,23 @@ def caught_at(images: Scored, false_alarms: float) -> float:
     return float(caught[alarms <= false_alarms].max())
 
 
-def probability_bins(images: Scored) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """sigmoid(logit) and its bin, 0 to 14: (N,) each."""
-    probability = expit(images.logits)
-    return probability, np.minimum((probability * BINS).astype(np.int64), BINS - 1)
+def probability_bins(probability: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The bin of each of (N,) probabilities, 0 to 14."""
+    return np.minimum((probability * BINS).astype(np.int64), BINS - 1)
+
+
+def expected_calibration_error(truth: NDArray[np.int64], probability: NDArray[np.float64]) -> float:
+    """|mean probability - share of fakes| over 15 equal bins of probability, weighted by their images; both (N,).
+
+    Naeini et al. (2015), in its binary form.
+    """
+    gap = np.bincount(probability_bins(probability), weights=probability - truth, minlength=BINS)
+    return float(np.abs(gap).sum() / truth.size)
 
 
 def calibration_error(images: Scored) -> float:
-    """|mean probability - share of fakes| over 15 equal bins of sigmoid(logit), weighted by their images.
-
-    The expected calibration error of Naeini et al. (2015), in its binary form.
-    """
-    probability, of_bin = probability_bins(images)
-    gap = np.bincount(of_bin, weights=probability - images.truth, minlength=BINS)
-    return float(np.abs(gap).sum() / images.truth.size)
+    """`expected_calibration_error` of sigmoid(logit)."""
+    return expected_calibration_error(images.truth, expit(images.logits))
 
 
 def best_threshold(labels: np.ndarray, logits: np.ndarray) -> float:

@@ -82,7 +82,7 @@ def _ladder(root: Path) -> dict[str, Table]:
 def _heads(root: Path) -> dict[str, Table]:
     study, arms = "text_heads", text_heads.arms()
     of = {(arm.method, arm.settings["data.rho"], arm.settings[text_heads.HEAD]): arm for arm in arms}
-    rhos, kinds = text_heads.RHOS[::-1], text_heads.HEADS
+    rhos, kinds = text_heads.RHOS, text_heads.HEADS
     readers = list(dict.fromkeys(name for name, _, head in of if head == "fitted"))
     rows = {f"`{name}`, rho {rho:g}": (name, rho) for rho in rhos for name in readers}
 

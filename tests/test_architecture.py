@@ -12,7 +12,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (  # from the ground up; a room stands for all modules in it
     ("dgs.errors",),
-    ("dgs.workspace", "dgs.stats", "dgs.crossed", "dgs.atomic", "dgs.device", "dgs.conditions", "dgs.tables"),
+    (
+        "dgs.workspace",
+        "dgs.stats",
+        "dgs.calibration",
+        "dgs.crossed",
+        "dgs.atomic",
+        "dgs.device",
+        "dgs.conditions",
+        "dgs.tables",
+    ),
     ("dgs.params",),
     ("dgs.data",),
     ("dgs.model",),
@@ -24,7 +33,7 @@ LAYERS = (  # from the ground up; a room stands for all modules in it
 TOOLS = LAYERS[-1]  # use the package; commands alone call them, where one needs them
 CALLER = "dgs.commands.research"
 LINES = 450  # of a file, at most
-FILES = 107  # of dgs/, at most: an issue that adds one says so
+FILES = 109  # of dgs/, at most: an issue that adds one says so
 
 
 def files(*folders: str) -> list[Path]:

@@ -18,6 +18,7 @@ from dgs.analysis.angles import angle_table, summary
 from dgs.analysis.evaluate import evaluate
 from dgs.analysis.metrics import detection_table, per_seed_values
 from dgs.analysis.scores import read_scores, write_scores
+from dgs.analysis.tuning import candidates
 from dgs.data.prepared import load_prepared
 from dgs.device import choose_device
 from dgs.errors import UserError
@@ -27,8 +28,9 @@ from dgs.model.methods.registry import get_method
 from dgs.model.train import Trained, train
 from dgs.model.training_log import TrainingLog
 from dgs.params import Params, load_params
+from dgs.tables import read_table
 from minibench import generators
-from studies import dose_response, priors, regimes, seen_pairs, text_heads
+from studies import dose_response, fitted_settings, priors, regimes, seen_pairs, text_heads
 from studies.figures import regime_map
 from studies.regimes import RHO
 from studies.sweep import FAILED, FRESH, KEY, MEASURES, SURGERY, Arm, measured, prepare, surgery_facts, sweep
@@ -177,6 +179,24 @@ class TestTextHeads:
         counts = pd.Series([arm.method for arm in text_heads.arms()]).value_counts() // len(text_heads.RHOS)
         assert counts["lora"] == counts["alignment_only"] == 1
         assert {"dgs", "suppression_only", "signed", "shuffled_captions"} <= set(counts.index[counts == 2])
+
+    def test_a_fitted_head_has_settings_that_were_searched_with_it(self) -> None:
+        found = read_table(ROOT / fitted_settings.OUT)
+        assert set(found["method"]) == set(fitted_settings.METHODS) and set(found["seed"]) == {fitted_settings.SEED}
+        for name in fitted_settings.METHODS:
+            best = found[found["method"] == name].set_index("candidate")[fitted_settings.RULE].idxmax()
+            assert len(found[found["method"] == name]) == len(candidates(get_method(name)))
+            for arm in text_heads.arms():
+                if arm.settings[fitted_settings.HEAD] == "fitted" and arm.method == name:
+                    assert json.loads(best).items() <= arm.settings.items()
+                if arm.settings[fitted_settings.HEAD] == "release":
+                    assert len(arm.settings) == 2, "those in params.yaml"
+        signed = next(arm for arm in text_heads.arms() if arm.method == "signed" and len(arm.settings) > 2)
+        assert fitted_settings.settings(ROOT)["dgs"].items() <= signed.settings.items(), "a control has what dgs has"
+
+    def test_without_a_search_one_is_asked_for(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"python -m studies\.fitted_settings"):
+            fitted_settings.settings(tmp_path)
 
 
 class TestRegimes:

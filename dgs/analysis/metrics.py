@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
 from dgs import stats
 from dgs.conditions import NATIVE
@@ -210,8 +211,10 @@ def reliability(scores: pd.DataFrame, seen: Collection[str]) -> pd.DataFrame:
         found = dict(_generators(run, f"{method}, seed {seed}"))
         pooled = [images for name, images in found.items() if not unseen or name in unseen]
         images = Scored(*(np.concatenate([getattr(part, side) for part in pooled]) for side in ("truth", "logits")))
-        probability, of_bin = stats.probability_bins(images)
-        table = pd.DataFrame({"bin": of_bin, "probability": probability, "fake": images.truth})
+        probability = expit(images.logits)
+        table = pd.DataFrame(
+            {"bin": stats.probability_bins(probability), "probability": probability, "fake": images.truth}
+        )
         bins = table.groupby("bin").agg(n=("fake", "size"), probability=("probability", "mean"), fake=("fake", "mean"))
         parts.append(pd.concat({(method, seed): bins}, names=["method", "seed"]))
     return pd.concat(parts).reset_index()

@@ -47,6 +47,28 @@ def score(
 
 
 @app.command()
+def selfcheck(
+    checkpoint: Annotated[Path | None, typer.Option(help="checkpoint folder; default: the pipeline's newest")] = None,
+    engine: Annotated[Literal["torch", "onnx"], typer.Option(help="onnx: of a file that dgs export made")] = "torch",
+    as_json: Json = False,
+) -> None:
+    """Score ten stored pictures and compare with the logits that the checkpoint keeps. Exit 1: they differ."""
+    from dgs.model.detector import Detector, newest_checkpoint
+    from dgs.model.selfcheck import TOLERANCE, compare
+    from dgs.workspace import find_root
+
+    folder = checkpoint or newest_checkpoint(find_root())
+    rows = compare(Detector.load(folder, engine=engine))
+    for row in rows:
+        numbers = f"{row['stored']:.4f}\t{row['here']:.4f}\t{row['difference']:+.4f}"
+        show(as_json, row, f"{row['picture']}\t{numbers}\t{'same' if row['same'] else 'differs'}")
+    same = sum(row["same"] for row in rows)
+    say(f"{folder}: {same} of {len(rows)} logits are within {TOLERANCE} of those in training.")
+    if same < len(rows):
+        raise typer.Exit(1)
+
+
+@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder")],
     out: Annotated[Path, typer.Option(help="file *.onnx to make")],

@@ -15,10 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from dgs.atomic import replacing
+from dgs.calibration import CalibrationMap, fit_map
 from dgs.errors import UserError
 from dgs.model.checkpoint_files import CARD, INFO, SUMS, damaged, file_hash, read_object, read_sums, reading, seal
 from dgs.model.classifier import Classifier
@@ -35,7 +38,7 @@ from dgs.model.release import (
     write_clip,
 )
 from dgs.params import Params
-from dgs.stats import percent_text
+from dgs.stats import Scored, percent_text
 
 FORMAT, SEALED_IN_INFO = 3, 2  # the second: dgs.json has the hashes of the other files, and its own
 RECORDED = ("torch", "open_clip_torch", "peft")
@@ -62,6 +65,9 @@ class _Record(_Strict):
     params: dict[str, Any]
     thresholds: dict[str, FiniteFloat]
     calibration: dict[str, dict[Literal["false_alarm", "caught"], dict[str, FiniteFloat]]] = {}
+    calibration_map: CalibrationMap | None = None
+    validation_logits: dict[Literal["real", "fake"], list[FiniteFloat]] = {}
+    selfcheck: dict[str, FiniteFloat] = {}
     preprocessing: dict[str, Any] = {}
     files: dict[str, str]  # sha256 by path in the folder
 
@@ -84,6 +90,8 @@ def save_checkpoint(
     data_hash: str,
     calibration: dict[str, Any] | None = None,
     carried: Path | None = None,
+    validation: Scored | None = None,
+    selfcheck: dict[str, float] | None = None,
 ) -> None:
     """Write a checkpoint folder, whole or not at all.
 
@@ -92,6 +100,8 @@ def save_checkpoint(
         thresholds: by rule, on the logit: {"0.5": 0.0, "val": ...}.
         calibration: how each rule did on validation images, as `dgs.stats.calibrate` says it.
         carried: the folder of the CLIP, if it is to be moved into the checkpoint; params.model.clip then says "clip".
+        validation: the validation images' labels and logits, which are kept with the map that is fitted to them.
+        selfcheck: what is to be compared elsewhere (`dgs.model.selfcheck`).
     """
     seen = {"image_size": params.image_size, "patches": params.patches.model_dump(), "fit": params.data.fit}
     info = {
@@ -103,6 +113,8 @@ def save_checkpoint(
         "preprocessing": seen,
         "thresholds": thresholds,
         "calibration": calibration or {},
+        **({} if validation is None else _validated(validation)),
+        "selfcheck": selfcheck or {},
         "data_hash": data_hash,
         "params": params.model_dump(),
         "versions": {name: version(name) for name in RECORDED},
@@ -124,6 +136,18 @@ def save_checkpoint(
         (draft / CARD).write_text(card(info, stem=_has_stem(clip)), encoding="utf-8")
         (draft / INFO).write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
         seal(draft)
+
+
+def _validated(images: Scored) -> dict[str, Any]:
+    def kept(logits: NDArray[np.float64]) -> list[float]:
+        """Sorted; float32, as the shortest decimals that are read back as the same number."""
+        return [float(str(logit)) for logit in np.sort(logits).astype(np.float32)]
+
+    fitted = fit_map(images)
+    return {
+        "calibration_map": None if fitted is None else fitted.model_dump(exclude_defaults=True),
+        "validation_logits": {"real": kept(images.reals), "fake": kept(images.fakes)},
+    }
 
 
 def deciding_rule(info: dict[str, Any], folder: Path) -> tuple[str, float]:

@@ -27,7 +27,10 @@ EXACT = (
 )
 LEAST = 0.9  # verdicts of an 8-bit file that must equal the checkpoint's
 IMAGES = 500  # of validation, at most, that a file is compared on
-RECORDED = ("kind", "method", "seed", "clip", "levels", "preprocessing", "thresholds", "calibration", "data_hash")
+RECORDED = (
+    "kind", "method", "seed", "clip", "levels", "preprocessing", "thresholds", "calibration", "calibration_map",
+    "validation_logits", "selfcheck", "data_hash",
+)  # fmt: skip
 BATCH = 16
 
 

@@ -18,6 +18,7 @@ from dgs.model import distributed
 from dgs.model.methods.registry import get_method, require_text
 from dgs.model.training_log import TrainingLog
 from dgs.params import Params
+from dgs.stats import Scored
 
 if TYPE_CHECKING:
     from dgs.model.train import Trained
@@ -64,7 +65,9 @@ def train_seed(
     from dgs.device import choose_device
     from dgs.model.checkpoint import save_checkpoint
     from dgs.model.clip import load_clip
+    from dgs.model.detector import Detector, TorchTower
     from dgs.model.gemm import resolve
+    from dgs.model.selfcheck import logits_of_pictures
     from dgs.model.snapshot import Snapshot, run_key
     from dgs.model.train import train
 
@@ -91,7 +94,11 @@ def train_seed(
         if distributed.rank() == 0:
             snapshot.save_log(trained.log)
             decisions = (trained.thresholds, prepared.info["training_hash"], trained.calibration)
-            save_checkpoint(snapshot.checkpoint, trained.classifier, own, method, seed, *decisions)
+            kept: dict[str, Any] = {
+                "validation": Scored.of(trained.truth, trained.logits),
+                "selfcheck": logits_of_pictures(Detector(TorchTower(trained.classifier), own, {})),
+            }
+            save_checkpoint(snapshot.checkpoint, trained.classifier, own, method, seed, *decisions, **kept)
 
     if not snapshot.is_done:
         train(chosen, clip, prepared, params, seed, device, done, _count, snapshot)

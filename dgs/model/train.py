@@ -56,7 +56,8 @@ class Trained:
 
     classifier: Classifier
     log: TrainingLog
-    logits: NDArray[np.float32]  # (N,), of the validation images
+    truth: NDArray[np.int64]  # (N,), labels of the validation images
+    logits: NDArray[np.float32]  # (N,), of the same
     thresholds: dict[str, float]  # on the logit, by rule
     calibration: dict[str, Any]  # by rule: how each did on validation images
 
@@ -385,7 +386,7 @@ def train(
         return logits
 
     def finished(classifier: Classifier, logits: NDArray[np.float32]) -> None:
-        done(Trained(classifier, log, logits, *calibrate(truth, logits)))
+        done(Trained(classifier, log, truth, logits, *calibrate(truth, logits)))
 
     terms = ask_expert(
         method, prepared, params, labels, seed, log, partial(_content_features, clip, params, device, snapshot)
