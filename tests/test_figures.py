@@ -27,6 +27,7 @@ from dgs.analysis.figures.detection import (
     detection_heatmap,
     difference_forest,
     reliability_diagram,
+    risk_coverage,
     robustness_curves,
     score_histograms,
 )
@@ -152,6 +153,11 @@ def make_scores(methods: tuple[str, ...] = METHODS, seeds: int = 3, sure: float 
                 part = pd.DataFrame({"generator": name, "label": label, "logit": logit})
                 parts.append(part.assign(method=method, seed=seed))
     return pd.concat(parts, ignore_index=True).assign(split="test", condition="native", applied_to="both", rho=0.9)
+
+
+def with_validation(scores: pd.DataFrame) -> pd.DataFrame:
+    """With the seen generator's images once more, as the validation images."""
+    return pd.concat([scores, scores[scores["generator"] == "a"].assign(split="val")], ignore_index=True)
 
 
 def make_angles(methods: tuple[str, ...] = ("lora", "dgs"), seeds: int = 5, pairs: int = 3) -> pd.DataFrame:
@@ -290,6 +296,12 @@ FIGURES: dict[str, tuple[Callable[[], Figure], str]] = {
     "calibration, never sure": (lambda: reliability_diagram(make_scores(sure=0.01), {"a"}), "*dgs is off by*"),
     "calibration, nothing unseen": (lambda: reliability_diagram(make_scores(**ONE), {"a", "b"}), "Seen generators*"),
     "calibration, nine methods": (lambda: reliability_diagram(make_scores(MANY, 1), {"a"}), "*"),
+    "errors among the surest": (lambda: risk_coverage(make_scores().pipe(with_validation), {"a"}),
+        "Unseen generators: dgs is wrong on * % of its surer half, * % of all"),
+    "errors among the surest, nothing unseen": (
+        lambda: risk_coverage(make_scores().pipe(with_validation), {"a", "b"}), "Seen generators*"),
+    "errors among the surest, nine methods": (
+        lambda: risk_coverage(make_scores(MANY, 1).pipe(with_validation), {"a"}), "*"),
     "scores": (lambda: score_histograms(make_scores(), {"a"}), "* of unseen fakes called real"),
     "scores, nothing unseen": (lambda: score_histograms(make_scores(**ONE), {"a", "b"}), "* seen fakes *"),
     "scores, nine methods": (lambda: score_histograms(make_scores(MANY, 1), {"a"}), "*"),

@@ -91,7 +91,7 @@ def test_a_run_makes_every_result(repo: Path) -> None:
     for name in ("prepare", "train-probe", "train-lora", "train-dgs", "evaluate", "gradient_angles"):
         notebook = nbformat.read(results / "notebooks" / f"{name}.ipynb", as_version=4)
         assert any(cell.get("outputs") for cell in notebook.cells)
-    shown = "detection heatmap forgetting plane tsne training differences calibration blocks"
+    shown = "detection heatmap forgetting plane tsne training differences calibration risk_coverage blocks"
     for name in shown.split():
         assert (results / "figures" / "evaluate" / f"{name}.png").stat().st_size > 5_000
 

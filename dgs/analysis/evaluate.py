@@ -29,6 +29,8 @@ from dgs.analysis.metrics import (
 )
 from dgs.analysis.scores import FILE, as_scores, write_scores
 from dgs.analysis.tuning import weighted_balanced_accuracy
+from dgs.analysis.verdicts import FILE as VERDICTS
+from dgs.analysis.verdicts import verdict_table
 from dgs.atomic import replacing
 from dgs.conditions import NATIVE, parse_condition
 from dgs.data.prepared import OWN_TEXT, Prepared, load_prepared
@@ -366,6 +368,7 @@ class Tables(NamedTuple):
     differences: pd.DataFrame
     forgetting: pd.DataFrame
     training: pd.DataFrame
+    verdicts: pd.DataFrame
     summary: dict[str, Any]
 
 
@@ -390,6 +393,8 @@ def write_tables(
     differences.to_csv(results / "differences.csv", index=False)
     forgetting.round(6).to_csv(results / "forgetting.csv", index=False)
     training.round(6).to_csv(results / "training.csv", index=False)
+    verdicts = verdict_table(scores, set(info["seen"]))
+    verdicts.round(6).to_csv(results / VERDICTS, index=False)
     said = summary(detection, forgetting, params.profile, info["data_hash"])
     experts = read_experts(_method_folders(found, params).values())
     for (method, reads, split), rows in experts.groupby(["method", "reads", "split"], sort=False):
@@ -398,7 +403,7 @@ def write_tables(
     if cautions := prepared.cautions:
         said["cautions"] = cautions
     (results / "metrics.json").write_text(json.dumps(said, indent=1) + "\n")
-    return Tables(detection, differences, forgetting, training, said)
+    return Tables(detection, differences, forgetting, training, verdicts, said)
 
 
 def final_validation(scores: pd.DataFrame, prepared: Prepared) -> pd.DataFrame:

@@ -22,6 +22,8 @@ from dgs.analysis.metrics import (
 from dgs.analysis.paper import suite_sections
 from dgs.analysis.report import write_report
 from dgs.analysis.scores import FILE, read_scores
+from dgs.analysis.verdicts import FILE as VERDICTS
+from dgs.analysis.verdicts import verdict_table
 from dgs.errors import UserError
 from dgs.tables import read_table
 from dgs.workspace import MAIN
@@ -33,11 +35,11 @@ OTHERS = (EXPERTS, "Forgetting", "Figures", "How to read this", "What was run")
 
 
 def renew(root: Path, profile: str) -> list[Path]:
-    """Write detection.csv, differences.csv, metrics.json and REPORT.md of results/<profile> anew; returns their paths.
+    """Write what results/<profile> says of detection anew; returns the paths.
 
-    From scores.parquet: every number of detection. From the files themselves: which generators were seen, the data's
-    hash, what was forgotten, and the report's sections `OTHERS` and its top. Files that say what the scores say keep
-    their bytes.
+    These are detection.csv, differences.csv, verdicts.csv, metrics.json and REPORT.md. From scores.parquet: every
+    number of detection. From the files themselves: which generators were seen, the data's hash, what was forgotten, and
+    the report's sections `OTHERS` and its top. Files that say what the scores say keep their bytes.
 
     Raises:
         UserError: a file is missing, or the scores are no table of scores.
@@ -59,9 +61,11 @@ def renew(root: Path, profile: str) -> list[Path]:
         draft = Path(name)
         write_detection(detection, draft / "detection.csv")
         differences.to_csv(draft / "differences.csv", index=False)
+        verdicts = verdict_table(scores, unique(before.loc[before["seen"], "generator"]))
+        verdicts.round(6).to_csv(draft / VERDICTS, index=False)
         (draft / "metrics.json").write_text(json.dumps(said, indent=1) + "\n")
         report = write_report(
-            draft / "REPORT.md", said, detection, forgetting, {}, suites=suites, differences=differences
+            draft / "REPORT.md", said, detection, forgetting, {}, (), suites, "", differences, verdicts
         )
         old, new = (folder.joinpath("REPORT.md").read_text(encoding="utf-8") for folder in (results, draft))
         report.write_text(_spliced(old, new), encoding="utf-8", newline="\n")

@@ -71,6 +71,7 @@ def write_report(
     suites: Sequence[str] = (),
     text: str = "",
     differences: pd.DataFrame | None = None,
+    verdicts: pd.DataFrame | None = None,
 ) -> Path:
     """Writes REPORT.md; the same input gives the same bytes. Returns the path, whose parent folders are made.
 
@@ -78,9 +79,9 @@ def write_report(
     method -> the settings its checkpoints were trained with, nested or flat, in method order: one that methods share is
     printed once, and a line at the top warns of others; `figures`: image paths relative to the report's folder;
     `suites`: sections on the paper's suites (`paper.suite_sections`); `text`: a sentence on what embedded captions, if
-    that was not CLIP's own text tower; `differences`: as `differences.difference_table` gives them; None: a report
-    without them. Raises UserError as `metrics.headline` does, ValueError for an absolute figure path and for settings
-    that are not one mapping a method.
+    that was not CLIP's own text tower; `differences`, `verdicts`: as `differences.difference_table` and
+    `verdicts.verdict_table` give them; None: a report without them. Raises UserError as `metrics.headline` does,
+    ValueError for an absolute figure path and for settings that are not one mapping a method.
     """
     for figure in figures:
         if PurePath(figure).is_absolute() or os.fspath(figure).startswith("/"):
@@ -110,6 +111,7 @@ def write_report(
         free=any(key.endswith(f"{OF_EXPERT}val_unbiased") for numbers in methods.values() for key in numbers),
         oracle=(detection["threshold_rule"].astype(str) == ORACLE).any(),
         operating_points=_operating_points(detection),
+        verdicts={} if verdicts is None or verdicts.empty else _verdicts(verdicts),
         suites="\n\n".join(suites),
         equal=equal,
         by_generator=[
@@ -271,6 +273,29 @@ def _operating_points(detection: pd.DataFrame) -> str:
         if rule in by_rule:
             found[name] = cells(by_rule[rule].groupby(RUN)[rate].mean(), methods)
     return markdown_table(found, zip(*found.values(), strict=True))
+
+
+def _verdicts(table: pd.DataFrame) -> dict[str, Any]:
+    """Means over seen and over unseen generators, and the calibration error of each before and after the map."""
+    methods, columns = unique(table["method"]), ["aurc", "false_alarm", "miss", "unsure_real", "unsure_fake"]
+    names = ["AURC", "real called generated", "generated called real", "real unsure", "generated unsure"]
+    lines = []
+    for method in methods:
+        for seen, word in ((True, "seen"), (False, "unseen")):
+            own = table[(table["method"] == method) & (table["seen"] == seen)]
+            if not own.empty:
+                of_seeds = own.groupby("seed")[["ece_before", "ece_after", *columns]].mean()
+                error, *rest = (plus_minus(of_seeds[name]) for name in of_seeds)
+                lines.append([f"`{method}`", word, error, *rest])
+    generators = []
+    for name in generators_in_order(table):
+        own = table[table["generator"] == name].groupby("method", sort=False)[["ece_before", "ece_after"]].mean()
+        pairs = {str(method): " → ".join(map(percent_text, pair)) for method, *pair in own.itertuples()}
+        known = "seen" if table.loc[table["generator"] == name, "seen"].any() else "unseen"
+        generators.append([name, known, *(pairs.get(method, "–") for method in methods)])
+    head = ["method", "generators", "calibration error", "after the map", *names]
+    by_method = ["generator", "in training", *(f"`{method}`" for method in methods)]
+    return {"means": markdown_table(head, lines), "generators": markdown_table(by_method, generators)}
 
 
 def _by_generator(rows: pd.DataFrame, rate: str) -> str:

@@ -23,15 +23,24 @@ def score(
     explain: Annotated[Path | None, typer.Option(help="new folder for what the model saw of each image")] = None,
     processes: Annotated[int, typer.Option(min=1, help="that share the files, each on its own GPU or cores")] = 1,
     as_csv: Annotated[bool, typer.Option("--csv", help="data as CSV, with a line of names first")] = False,
+    max_false_alarm: Annotated[
+        float | None, typer.Option(help="promise: at most this share of real images called generated; default 0.05")
+    ] = None,
+    max_miss: Annotated[
+        float | None, typer.Option(help="promise: at most this share of generated images called real; default 0.05")
+    ] = None,
+    two_way: Annotated[bool, typer.Option("--two-way", help="no verdict is 'unsure', and nothing is promised")] = False,
     as_json: Json = False,
 ) -> None:
     """Score images: path, probability that it is generated, verdict. Exit 1 if some could not be read."""
+    from dgs.model.judge import Promise
     from dgs.model.scoring import score_files
 
     if as_csv and as_json:
         raise UserError("Expected --csv or --json, found both. Leave one of them out.")
-    failed, table = 0, csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
-    rows = score_files(paths, checkpoint, say, explain=explain, processes=processes, engine=engine)
+    failed, table = 0, csv.DictWriter(sys.stdout, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    promise = Promise(max_false_alarm, max_miss, two_way)
+    rows = score_files(paths, checkpoint, say, explain=explain, processes=processes, engine=engine, promise=promise)
     for number, row in enumerate(rows):
         failed += "error" in row
         if as_csv:

@@ -29,14 +29,14 @@ from dgs.data.images import files_under
 from dgs.device import choose_device
 from dgs.errors import UserError
 from dgs.model import distributed
-from dgs.model.checkpoint import deciding_rule
-from dgs.model.detector import AHEAD, BATCH, Detector, Engine, View, newest_checkpoint, probability, read_about
+from dgs.model.detector import AHEAD, BATCH, Detector, Engine, View, newest_checkpoint, read_about
 from dgs.model.distributed import Member
+from dgs.model.judge import Judge, Promise, judge
 from dgs.model.onnx_engine import caution
-from dgs.stats import percent_text
 from dgs.workspace import find_root
 
 INDEX = "views.jsonl"
+PROMISE = Promise()
 # Batches that a process has at a time: those it decodes ahead, the one its tower works on, and one on the way.
 AT_A_TIME = AHEAD + 2
 # What workers do, and what to do if one dies.
@@ -63,6 +63,7 @@ def score_files(
     explain: Path | None = None,
     processes: int = 1,
     engine: Engine = "torch",
+    promise: Promise = PROMISE,
 ) -> Iterator[Row]:
     """Every file under `paths`, scored or refused; a few batches of views are in memory at a time.
 
@@ -75,35 +76,36 @@ def score_files(
             several, each takes a GPU of its own while there are enough, and its share of the cores. Where torchrun
             started this process, its processes share the files instead, on all machines; the first one yields.
 
+        promise: what is asked of verdicts.
+
     Yields:
-        {"path", "probability", "verdict"} ("generated" or "real", at the threshold chosen on validation images), or
-        {"path", "error"}.
+        {"path", "probability", "verdict"} and what else the checkpoint tells (`Judge.told`), or {"path", "error"}.
 
     Raises:
         UserError: none of the paths exists, nothing to score in them, no checkpoint or a damaged one, `explain` in
-            one of the paths or not to be written to; one of several processes died.
+            one of the paths or not to be written to; a promise that cannot be kept; one of several processes died.
     """
     files = _files(list(paths), explain)
     folder = checkpoint or newest_checkpoint(find_root())
     info = read_about(folder, engine)
-    rule, threshold = deciding_rule(info, folder)
+    reader = judge(info, folder, promise)
     with ExitStack() as stack:
         stack.enter_context(distributed.torchrun("score"))
         if distributed.in_group():
             device = str(distributed.own_device(choose_device("auto"))) if engine == "torch" else "cpu"
-            batches = _in_group(Detector.load(folder, device=device, engine=engine), threshold, files, batch_size)
+            batches = _in_group(Detector.load(folder, device=device, engine=engine), reader, files, batch_size)
             warn, explain = (warn, explain) if distributed.rank() == 0 else (lambda _: None, None)
         elif processes == 1:
-            batches = score_batches(Detector.load(folder, engine=engine), threshold, files, batch_size)
+            batches = score_batches(Detector.load(folder, engine=engine), reader, files, batch_size)
         else:
-            settings = (processes, folder, engine, threshold, batch_size, explain is not None)
+            settings = (processes, folder, engine, reader, batch_size, explain is not None)
             workers = stack.enter_context(distributed.started(processes, _work, *settings))
             for worker in workers:
                 worker.recv(*TOGETHER)  # that it is ready
             batches = _shared(workers, files, batch_size)
         if explain is not None:
             _make_empty(explain)
-        warn(f"checkpoint {folder}: {what_a_verdict_is(info, rule, threshold)}.")
+        warn(f"checkpoint {folder}: {reader.note}.")
         if remark := caution(info):
             warn(f"warning: {remark}.")
         if info["params"].get("data", {}).get("layout") == "minibench":
@@ -120,20 +122,17 @@ def score_files(
 
 
 def score_batches(
-    detector: Detector, threshold: float, files: Iterable[Path], size: int, threads: int | None = None
+    detector: Detector, reader: Judge, files: Iterable[Path], size: int, threads: int | None = None
 ) -> Iterator[list[ScoredFile]]:
-    """Every file, scored or refused, as `Detector.batches`; a logit above `threshold` is "generated"."""
+    """Every file, scored or refused, as `Detector.batches`."""
     for batch, logits in detector.batches(files, size, threads):
-        exact = logits.astype(np.float64)
-        scores = iter(zip(exact > threshold, probability(exact), strict=True))
+        exact = iter(logits.astype(np.float64).tolist())
         scored = []
         for path, view in batch:
             if isinstance(view, UserError):
                 scored.append(ScoredFile({"path": str(path), "error": str(view)}, None))
                 continue
-            generated, p = next(scores)
-            verdict = "generated" if generated else "real"
-            scored.append(ScoredFile({"path": str(path), "probability": float(p), "verdict": verdict}, view))
+            scored.append(ScoredFile({"path": str(path), **reader.told(next(exact))}, view))
         yield scored
 
 
@@ -163,25 +162,6 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def what_a_verdict_is(info: dict[str, Any], rule: str, threshold: float) -> str:
-    """One sentence for people: what is called generated, and how often that was wrong on validation images."""
-    above = f"'generated' above a probability of {float(probability(np.array(threshold))):.3f}"
-    measured = info.get("calibration", {}).get(rule)
-    if measured is None:
-        return f"{above}, not calibrated on any images: how often that is a false alarm is not known"
-    alarm, caught = measured["false_alarm"], measured["caught"]
-    there = (
-        "the best threshold on its validation images, where"
-        if rule == "val"
-        else ("not calibrated on any images; on its validation images")
-    )
-    return (
-        f"{above}, {there} it raised a false alarm on {percent_text(alarm['rate'])} % "
-        f"[{percent_text(alarm['low'])}, {percent_text(alarm['high'])}] of {alarm['of']} real images and caught "
-        f"{percent_text(caught['rate'])} % of {caught['of']} generated ones; expect worse on images of other sources"
-    )
-
-
 @contextmanager
 def _writing_to(folder: Path) -> Iterator[None]:
     try:
@@ -206,11 +186,11 @@ def _explain(folder: Path, name: str, row: Row, view: View) -> None:
             index.write(json.dumps({"view": name, **row}) + "\n")
 
 
-def _in_group(detector: Detector, threshold: float, files: Iterator[Path], size: int) -> Iterator[list[ScoredFile]]:
+def _in_group(detector: Detector, reader: Judge, files: Iterator[Path], size: int) -> Iterator[list[ScoredFile]]:
     """The batches of `score_batches`, each by the next of torchrun's processes; the first process gets all of them."""
     batches = enumerate(iter(lambda: list(islice(files, size)), []))
     own = (batch for number, batch in batches if number % distributed.count() == distributed.rank())
-    scored = score_batches(detector, threshold, chain.from_iterable(own), size)
+    scored = score_batches(detector, reader, chain.from_iterable(own), size)
     while any(done := distributed.all_gather(next(scored, None))):
         if distributed.rank() == 0:
             yield from filter(None, done)
@@ -243,7 +223,7 @@ def _work(
     count: int,
     folder: Path,
     engine: Engine,
-    threshold: float,
+    reader: Judge,
     size: int,
     with_views: bool,
     line: Connection,
@@ -253,7 +233,7 @@ def _work(
     detector = Detector.load(folder, device=own_device(number) if engine == "torch" else "cpu", engine=engine)
     line.send((True, None))
     threads = max(1, (os.cpu_count() or 1) // count)
-    for batch in score_batches(detector, threshold, _received(line), size, threads):
+    for batch in score_batches(detector, reader, _received(line), size, threads):
         line.send((True, batch if with_views else [ScoredFile(row, None) for row, _ in batch]))
 
 

@@ -34,6 +34,7 @@ from dgs.analysis.metrics import (
     unique,
 )
 from dgs.analysis.robustness import MATERIAL, changes, conditions_of, means_over_generators
+from dgs.analysis.verdicts import risk_by_coverage, verdict_table
 from dgs.conditions import KINDS, NATIVE, parse_condition
 from dgs.errors import UserError
 from dgs.stats import BINS, Interval, interval_text, rounded_text, seed_interval
@@ -249,6 +250,52 @@ def reliability_diagram(scores: pd.DataFrame, seen: Collection[str]) -> Figure:
         text = f"where {plain(named)} says {said} % fake, {found} % are"
     note = "calibration error in points, mean [95 % interval] over seeds"
     return look.finish(fig, f"{'Unseen' if unseen else 'Seen'} generators: {text}", note, more=handles, columns=1)
+
+
+@style()
+def risk_coverage(scores: pd.DataFrame, seen: Collection[str]) -> Figure:
+    """Wrong decisions (%) among the surest images against the share (%) of images that are decided, a line a method.
+
+    From `verdicts.risk_by_coverage`: unseen generators (else the seen ones), the threshold chosen on validation images;
+    means over seeds and generators. A detector that knows when it is unsure falls to the left; a flat line is as wrong
+    where it is sure. The legend has the mean of the curve (AURC) over seeds [95 % interval].
+
+    Raises:
+        UserError: no run has enough validation images.
+    """
+    table = risk_by_coverage(scores, seen)
+    if table.empty:
+        raise UserError("Expected validation images of both labels among the scores, found too few.")
+    table = table[table["seen"] == table["seen"].all()]
+    verdicts = verdict_table(scores, seen)
+    areas = 100 * verdicts[verdicts["seen"] == verdicts["seen"].all()].groupby(["method", "seed"])["aurc"].mean()
+    methods = list(table["method"].unique())
+    curves = 100.0 * table.groupby(["method", "coverage"], sort=False)["risk"].mean()
+    fig, (ax,) = look.panels(1, 1.2, 3.0)
+    handles = []
+    for method in methods:
+        its = look.method_look(method)
+        own = curves[method]
+        ax.plot(100.0 * own.index.to_numpy(), own, linewidth=2.0, markersize=4, zorder=3, **its)
+        area = interval_text(seed_interval(areas[method].to_numpy()), sign=False)
+        handles.append(look.handle(f"{plain(method)}: {area}", **its))
+    ax.set(xlabel="Images decided, the surest first (%)", ylabel="Wrong among them (%)", xlim=(0, 102))
+    ax.set_ylim(bottom=0)
+    named = subject_of(methods)
+    half, whole = (rounded_text(float(curves[named][at])) for at in (0.5, 1.0))
+    text = f"{plain(named)} is wrong on {half} % of its surer half, {whole} % of all"
+    where = "Seen" if table["seen"].all() else "Unseen"
+    return look.finish(
+        fig, f"{where} generators: {text}", "AURC, per cent, mean [95 % interval]", more=handles, columns=1
+    )
+
+
+def probabilities(scores: pd.DataFrame, seen: Collection[str]) -> dict[str, Figure]:
+    """`reliability_diagram` as "calibration", and `risk_coverage` where validation images allow it."""
+    found = {"calibration": reliability_diagram(scores, seen)}
+    if not verdict_table(scores, seen).empty:
+        found["risk_coverage"] = risk_coverage(scores, seen)
+    return found
 
 
 @style()
