@@ -36,12 +36,13 @@ KINDS = {
     "noise": Kind(
         "a standard deviation in 8-bit levels", "noise:4", 0, 255, "Noise, σ (8-bit levels)", "noise of {:g} levels"
     ),
+    "crop": Kind("a share of the sides", "crop:0.9", 1, 1, "Crop, share of the sides", "cropping to {:g} of the sides"),
 }
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One change: its kind ("jpeg", "blur", "resize", "noise", "png") and strength (NaN-free; 0 for png)."""
+    """One change: its kind ("jpeg", "blur", "resize", "noise", "crop", "png") and strength (NaN-free; 0 for png)."""
 
     kind: str
     strength: float = 0.0
@@ -86,6 +87,6 @@ def parse_condition(text: str) -> Condition:
         strength = -1.0
     if not 0 < strength <= known.most or strength == known.unchanged or (known.whole and strength != round(strength)):
         span = f"a whole number from 1 to {known.most:g}" if known.whole else f"above 0, at most {known.most:g}"
-        other = f" and not {known.unchanged:g}" if known.unchanged < known.most and known.unchanged else ""
+        other = f" and not {known.unchanged:g}" if known.unchanged <= known.most and known.unchanged else ""
         raise ValueError(f"expected {known.strength} after '{kind}:', {span}{other}, such as {known.example}")
     return Condition(kind, strength)

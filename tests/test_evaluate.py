@@ -257,7 +257,7 @@ class TestFromScores:
             patch.setattr("dgs.analysis.evaluate.read_experts", lambda folders: experts)
             made = write_tables(workspace, found, scores, forgetting, run.prepared, run.params)
         told = (made.summary, made.detection, made.forgetting, settings(found, run.params), ["figures/x.png"])
-        write_report(workspace.results / "REPORT.md", *told, differences=made.differences)
+        write_report(workspace.results / "REPORT.md", *told, differences=made.differences, verdicts=made.verdicts)
         return folder
 
     def test_they_are_equal_to_what_evaluate_wrote_and_come_back_from_damage(self, root: Path) -> None:
@@ -271,6 +271,7 @@ class TestFromScores:
             "detection.csv",
             "differences.csv",
             "metrics.json",
+            "verdicts.csv",
         ]
         assert {path.name: path.read_bytes() for path in results.iterdir()} == before
         said = json.loads(before["metrics.json"])

@@ -20,7 +20,8 @@ from dgs.data.perturbations import blur, noise, perturb, resize, scale
 from dgs.data.views import EVALUATION, Views, make_view
 
 ALL = (
-    "jpeg:95 jpeg:90 jpeg:75 jpeg:50 jpeg:30 blur:1 blur:2 blur:4 resize:0.5 resize:0.75 resize:1.5 noise:2 noise:8 png"
+    "jpeg:95 jpeg:90 jpeg:75 jpeg:50 jpeg:30 blur:1 blur:2 blur:4 resize:0.5 resize:0.75 resize:1.5 noise:2 noise:8 "
+    "crop:0.9 crop:0.5 png"
 )
 EVERY = pytest.mark.parametrize("name", ALL.split())
 PICTURE = np.asarray(structured_image(1, 48, 40))
@@ -50,6 +51,7 @@ class TestNames:
             ("noise:nan", "expected a standard deviation in 8-bit levels after 'noise:'"),
             ("resize:1", "and not 1, such as resize:0.5"),
             ("resize:-2", "expected a factor after 'resize:'"),
+            ("crop:1", "expected a share of the sides after 'crop:', above 0, at most 1 and not 1, such as crop:0.9"),
             ("png:9", "'png' has no strength"),
         ],
     )
@@ -104,6 +106,12 @@ class TestEach:
         at = np.arange(65) - 32
         assert (profile * at).sum() == pytest.approx(0.0, abs=1e-9)
         assert (profile * at**2).sum() / profile.sum() == pytest.approx(sigma**2, rel=0.05)
+
+    def test_a_crop_shows_the_middle_at_the_whole_size(self) -> None:
+        framed = np.full((100, 60, 3), 9, np.uint8)
+        framed[10:90, 6:54] = 200
+        assert (perturb(framed, Condition("crop", 0.8), SHA) == 200).all()
+        assert (perturb(framed, Condition("crop", 0.9), SHA)[0] != 200).all()
 
     def test_blur_leaves_a_plain_image_plain(self) -> None:
         assert np.array_equal(blur(GREY, 4.0), GREY)

@@ -11,8 +11,17 @@ from test_figures import make_changed, make_detection, title
 from test_report import report
 
 from dgs.analysis.figures.detection import robustness, robustness_curves
-from dgs.analysis.metrics import detection_table
-from dgs.analysis.robustness import change, changes, conditions_of, format_conditions, means_over_generators, readings
+from dgs.analysis.metrics import detection_table, summary
+from dgs.analysis.report import write_report
+from dgs.analysis.robustness import (
+    change,
+    changes,
+    conditions_of,
+    format_conditions,
+    means_over_generators,
+    readings,
+    tier,
+)
 from dgs.conditions import parse_condition
 from dgs.errors import UserError
 
@@ -52,6 +61,18 @@ def test_bias_and_fragility_are_told_apart(
     assert found == {
         name: ["jpeg:75"] * (name in shown) for name in ("fragile", "looks real", "looks fake", "none shown")
     }
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("native png", "clean"),
+        ("jpeg:75 jpeg:90 jpeg:95 resize:0.5 resize:0.75 resize:1.5", "web"),
+        ("jpeg:74 jpeg:30 resize:0.49 blur:1 noise:2 crop:0.9", "hard"),
+    ],
+)
+def test_each_condition_is_in_one_tier(names: str, expected: str) -> None:
+    assert {tier(name) for name in names.split()} == {expected}
 
 
 class TestComposition:
@@ -174,3 +195,15 @@ class TestFigure:
             robustness_curves(make_detection())
         with pytest.raises(UserError, match="mixes rho"):
             robustness_curves(pd.concat([make_changed(rho=0.5), make_changed(rho=0.9)]))
+
+
+def test_the_report_has_a_mean_for_each_tier(tmp_path: Path) -> None:
+    made = make_changed(("dgs",), names="jpeg:75 jpeg:90 blur:2", fragile=0.05)
+    text = write_report(tmp_path / "R.md", summary(made, None, "p", "x"), made, None, {"dgs": {}}).read_text()
+    section = text.split("### Balanced accuracy by tier")[1].split("###")[0]
+    rows = {line.split("**")[1]: line.split(" | ")[1] for line in section.splitlines() if line.startswith("| **")}
+    assert list(rows) == ["clean", "web", "hard"]
+    means, _ = means_over_generators(made)
+    whole = means[means["applied_to"] == "both"].groupby("condition")["balanced_acc"].mean()
+    assert rows["web"].startswith(f"{100 * whole[['jpeg:75', 'jpeg:90']].mean():.1f}")
+    assert rows["hard"].startswith(f"{100 * whole['blur:2']:.1f}")

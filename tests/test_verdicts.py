@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 
@@ -16,10 +17,14 @@ from typer.testing import CliRunner
 
 from dgs.calibration import CalibrationMap
 from dgs.cli import app
+from dgs.data.perturbations import perturb
+from dgs.data.views import EVALUATION, make_view
 from dgs.errors import UserError
 from dgs.model.checkpoint import read_info, save_checkpoint
+from dgs.model.detector import Detector
 from dgs.model.judge import Promise, judge
 from dgs.model.pixel_cnn import PixelCNN
+from dgs.model.scoring import CHANGES
 from dgs.stats import Scored
 from dgs.verdicts import CONFIDENCE, Band, band, smallest_promise, threshold_for, wrong_allowed
 
@@ -185,6 +190,48 @@ class TestCommand:
         rows = [json.loads(line) for line in self.run(pictures, whole, "--json", "--two-way")]
         assert all((row["verdict"] == "generated") == (logit(row["probability"]) > 0.1) for row in rows)
         assert all("band" not in row for row in rows)
+
+    def test_a_verdict_that_a_change_turns_is_unsure(self, pictures: Path, whole: Path, tmp_path: Path) -> None:
+        logits = logit(Detector.load(whole).score(sorted(pictures.iterdir())))
+        around = np.median(logits) + logits.std() / 100 * np.array([[-3, -2, -1]] * 200 + [[1, 2, 3]] * 200).ravel()
+        narrow = checkpoint(tmp_path / "narrow", Scored.of(np.repeat([0, 1], 600), around))
+        plain, stable = (
+            [json.loads(line) for line in self.run(pictures, narrow, "--json", *more)]
+            for more in ((), ("--stability",))
+        )
+        assert [row["probability"] for row in plain] == [row["probability"] for row in stable]
+        detector = Detector.load(narrow)
+        reader = judge(detector.info, narrow, Promise())
+        held = []
+        for before, row in zip(plain, stable, strict=True):
+            with Image.open(row["path"]) as opened:
+                pixels = np.array(opened.convert("RGB"))
+            sha = hashlib.sha256(Path(row["path"]).read_bytes()).hexdigest()
+            views = [make_view(perturb(pixels, change, sha), sha, detector.params, 0, EVALUATION) for change in CHANGES]
+            same = sum(
+                reader.verdict(logit) == before["verdict"] for logit in detector.logits(np.stack(views)).tolist()
+            )
+            assert row["stable"] == f"{same}/4"
+            assert row["verdict"] == (before["verdict"] if same == 4 else "unsure")
+            held.append(same)
+        assert 0 < held.count(4) < len(held), "some hold and some do not"
+
+    def test_stability_is_a_column_and_what_cannot_be_read_is_still_said(self, pictures: Path, whole: Path) -> None:
+        (pictures / "05.png").write_bytes(b"no picture")
+        result = CliRunner().invoke(app, ["score", str(pictures), "--checkpoint", str(whole), "--csv", "--stability"])
+        rows = list(csv.DictReader(result.stdout.splitlines()))
+        assert result.exit_code == 1 and list(rows[0]) == ["path", "probability", "verdict", "error", "stable"]
+        assert [bool(row["error"]) for row in rows] == [index == 5 for index in range(12)]
+        assert all(row["stable"].endswith("/4") for row in rows if not row["error"])
+
+    def test_processes_share_changed_copies_too(self, pictures: Path, whole: Path) -> None:
+        one, two = (self.run(pictures, whole, "--json", "--stability", "--processes", count) for count in ("1", "2"))
+        assert one == two
+
+    def test_two_way_and_stability_contradict_each_other(self, pictures: Path, whole: Path) -> None:
+        call = ["score", str(pictures), "--checkpoint", str(whole), "--two-way", "--stability"]
+        result = CliRunner().invoke(app, call)
+        assert result.exit_code == 2 and "--stability or --two-way, found both" in result.output
 
     def test_a_promise_that_cannot_be_kept_is_one_sentence(self, pictures: Path, whole: Path) -> None:
         call = ["score", str(pictures), "--checkpoint", str(whole), "--max-miss", "0.001"]

@@ -28,7 +28,15 @@ from dgs.analysis.metrics import (
     native_rows,
     unique,
 )
-from dgs.analysis.robustness import changes, conditions_of, format_conditions, means_over_generators, readings
+from dgs.analysis.robustness import (
+    TIERS,
+    changes,
+    conditions_of,
+    format_conditions,
+    means_over_generators,
+    readings,
+    tier,
+)
 from dgs.conditions import NATIVE
 from dgs.errors import printable
 from dgs.params import dotted
@@ -332,12 +340,20 @@ def _robustness(detection: pd.DataFrame) -> dict[str, Any]:
         return markdown_table(["condition", *names], [*first, *rows] if len(own) else ())
 
     native = means[means["condition"] == NATIVE].set_index(RUN)["balanced_acc"]
+    changed = means[(means["applied_to"] == "both") & means["method"].isin(methods)]
+    by_tier = changed.assign(tier=changed["condition"].map(tier)).groupby([*RUN, "tier"])["balanced_acc"].mean()
+    tiers = [
+        [f"**{name}**: {words}", *cells(by_tier.xs(name, level="tier"), methods)]
+        for name, words in TIERS.items()
+        if name in by_tier.index.get_level_values("tier")
+    ]
     formats = []
     for name, (condition, applied_to) in format_conditions(conditions).items():
         part = means[(means["condition"] == condition) & (means["applied_to"] == applied_to)]
         rates = [part.loc[part["method"] == method, ["r_acc", "f_acc"]] for method in methods]
         formats.append([name, *(" / ".join(map(percent_text, own.mean())) if len(own) else "–" for own in rates)])
     return {
+        "tiers": markdown_table(["tier", *names], tiers),
         "accuracy": of("accuracy", ["native", *cells(native, methods)]),
         "ranking": of("ranking"),
         "shift": of("shift"),

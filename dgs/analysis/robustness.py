@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from dgs.analysis.metrics import unique
-from dgs.conditions import NATIVE, Condition, parse_condition
+from dgs.conditions import NATIVE, PNG, Condition, parse_condition
 from dgs.stats import Interval, seed_interval
 
 MATERIAL = 0.01  # smaller changes are no reading, however sure
@@ -95,6 +95,22 @@ def readings(table: pd.DataFrame, method: str, conditions: Sequence[Condition]) 
         if lost >= 0 and not shift:
             found["none shown"].append(condition.name)
     return found
+
+
+TIERS = {
+    "clean": "as it is, or stored without loss",
+    "web": "JPEG of quality 75 and above, scaled to no less than half its size and back",
+    "hard": "stronger than web; blur, noise, crops",
+}
+HARSHEST_OF_WEB = {"jpeg": 75.0, "resize": 0.5}
+
+
+def tier(condition: str) -> str:
+    """Of `TIERS`, that of a condition by its name."""
+    if condition in (NATIVE, PNG):
+        return "clean"
+    parsed = parse_condition(condition)
+    return "web" if parsed.strength >= HARSHEST_OF_WEB.get(parsed.kind, float("inf")) else "hard"
 
 
 def format_conditions(conditions: Sequence[Condition]) -> dict[str, tuple[str, str]]:

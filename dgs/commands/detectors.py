@@ -30,6 +30,9 @@ def score(
         float | None, typer.Option(help="promise: at most this share of generated images called real; default 0.05")
     ] = None,
     two_way: Annotated[bool, typer.Option("--two-way", help="no verdict is 'unsure', and nothing is promised")] = False,
+    stability: Annotated[
+        bool, typer.Option("--stability", help="score changed copies too; a verdict that does not hold is 'unsure'")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Score images: path, probability that it is generated, verdict. Exit 1 if some could not be read."""
@@ -38,9 +41,18 @@ def score(
 
     if as_csv and as_json:
         raise UserError("Expected --csv or --json, found both. Leave one of them out.")
-    failed, table = 0, csv.DictWriter(sys.stdout, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    promise = Promise(max_false_alarm, max_miss, two_way)
-    rows = score_files(paths, checkpoint, say, explain=explain, processes=processes, engine=engine, promise=promise)
+    names = [*COLUMNS, "stable"] if stability else [*COLUMNS]
+    failed, table = 0, csv.DictWriter(sys.stdout, names, extrasaction="ignore", lineterminator="\n")
+    rows = score_files(
+        paths,
+        checkpoint,
+        say,
+        explain=explain,
+        processes=processes,
+        engine=engine,
+        promise=Promise(max_false_alarm, max_miss, two_way),
+        stability=stability,
+    )
     for number, row in enumerate(rows):
         failed += "error" in row
         if as_csv:
@@ -50,6 +62,7 @@ def score(
             sys.stdout.flush()
             continue
         columns = ["-", row["error"]] if "error" in row else [f"{row['probability']:.4f}", row["verdict"]]
+        columns += [row["stable"]] if "stable" in row else []
         show(as_json, row, "\t".join([printable(row["path"]), *columns]))
     if failed:
         raise typer.Exit(1)

@@ -101,8 +101,8 @@ def report(
 ) -> None:
     """Write a profile's executed notebooks and report as web pages that load nothing from outside; print the index.
 
-    With --from-scores nothing is trained or evaluated: detection.csv, differences.csv, metrics.json and REPORT.md in
-    results/<profile>/ are made anew from its scores.parquet, and their paths printed.
+    With --from-scores nothing is trained or evaluated: detection.csv, differences.csv, verdicts.csv, metrics.json and
+    REPORT.md in results/<profile>/ are made anew from its scores.parquet, and their paths printed.
     """
     from dgs.params import load_params
     from dgs.workspace import find_root

@@ -1,4 +1,4 @@
-"""Changes to a decoded image that tests of robustness make: JPEG, blur, resize, noise, PNG.
+"""Changes to a decoded image that tests of robustness make: JPEG, blur, resize, noise, crop, PNG.
 
 Each is a pure function of (H, W, 3) uint8 RGB to the same shape and type. They act on the whole decoded image, before
 a view is made of it: cropping, patch selection and normalisation see the changed image alone.
@@ -60,6 +60,15 @@ def noise(image: Bytes, sigma: float, rng: np.random.Generator) -> Bytes:
     return _rounded(image.astype(np.float32) + np.float32(sigma) * grain)
 
 
+def crop(image: Bytes, share: float) -> Bytes:
+    """The middle `share` of both sides, in whole px, at least 1; then at the image's own size again, bicubic."""
+    height, width = image.shape[:2]
+    rows, columns = (max(1, round(side * share)) for side in (height, width))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    middle = Image.fromarray(np.ascontiguousarray(image[top : top + rows, left : left + columns]))
+    return np.array(middle.resize((width, height), Image.Resampling.BICUBIC))
+
+
 # By kind of condition: of an image, the strength, and random numbers of its own. A JPEG is a baseline file, 4:2:0, with
 # libjpeg's tables for a quality of 1 to 100.
 PERTURBATIONS: dict[str, Callable[[Bytes, float, np.random.Generator], Bytes]] = {
@@ -67,6 +76,7 @@ PERTURBATIONS: dict[str, Callable[[Bytes, float, np.random.Generator], Bytes]] =
     "blur": lambda image, sigma, _: blur(image, sigma),
     "resize": lambda image, factor, _: resize(image, factor),
     "noise": noise,
+    "crop": lambda image, share, _: crop(image, share),
     PNG: lambda image, strength, _: _stored(image, "PNG", compress_level=1),
 }
 

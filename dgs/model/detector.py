@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.special import expit
 
+from dgs.conditions import Condition
 from dgs.data.images import MAX_BYTES, MAX_PIXELS, decode, read, size_of, to_rgb
 from dgs.data.patches import patch_indices
+from dgs.data.perturbations import perturb
 from dgs.data.views import EVALUATION, make_view
 from dgs.device import choose_device
 from dgs.errors import UserError
@@ -48,7 +50,7 @@ Engine = Literal["torch", "onnx"]
 View = NDArray[np.uint8]  # (S, S, 3): what the model sees of an image
 T = TypeVar("T")
 R = TypeVar("R")
-AnImage = TypeVar("AnImage", bound=str | Path | Image.Image)
+AnImage = TypeVar("AnImage")
 
 
 def _image_params(info: dict[str, Any]) -> ImageParams:
@@ -208,8 +210,8 @@ class Detector:
             raise damaged_export(file, str(error).rstrip(".")) from None
         return cls(open_tower(model, info, params.image_size, file), params, info)
 
-    def view(self, image: str | Path | Image.Image) -> View:
-        """What the model sees of one image: (S, S, 3) uint8.
+    def view(self, image: str | Path | Image.Image, condition: Condition | None = None) -> View:
+        """What the model sees of one image, or of a changed one (`dgs.data.perturbations`): (S, S, 3) uint8.
 
         A file is identified by its bytes, a PIL image by its pixels; patch order follows from that.
 
@@ -227,6 +229,8 @@ class Detector:
                     sha = hashlib.sha256(content[0]).hexdigest()
                     # Handed over: its metadata, which may be most of it, is gone before memory for pixels is taken.
                     pixels = decode(content.pop(), str(image), lambda n: held.enter_context(self._pixels.take(n)))
+            if condition is not None:
+                pixels = perturb(pixels, condition, sha)
             patches = None
             if self.params.patches.enabled:
                 patches = patch_indices(pixels, self.params.patches.size, self.params.patches.count)
@@ -237,7 +241,11 @@ class Detector:
         return self.tower.logits(views)
 
     def batches(
-        self, images: Iterable[AnImage], size: int, threads: int | None = None
+        self,
+        images: Iterable[AnImage],
+        size: int,
+        threads: int | None = None,
+        view: Callable[[AnImage], View] | None = None,
     ) -> Iterator[tuple[list[tuple[AnImage, View | UserError]], NDArray[np.float32]]]:
         """Images in order, `size` at a time (the last batch may be shorter): their views and logits.
 
@@ -246,14 +254,17 @@ class Detector:
         Args:
             images: paths or PIL images, taken one by one, at most `AHEAD` batches and one image early.
             threads: that make views; None: one a core.
+            view: makes one of an image; None: `Detector.view`, of paths and PIL images.
 
         Yields:
             (image, its view or why it has none) of each in the batch; (V,) float32 logits of those with a view.
         """
 
+        make = view or cast(Callable[[AnImage], View], self.view)
+
         def try_view(image: AnImage) -> tuple[AnImage, View | UserError]:
             try:
-                return image, self.view(image)
+                return image, make(image)
             except UserError as error:
                 error.__traceback__ = error.__context__ = None  # which keep the image in memory
                 return image, error

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from dgs.conditions import parse_condition
 from dgs.data.images import files_under
 from dgs.device import choose_device
 from dgs.errors import UserError
@@ -37,6 +38,8 @@ from dgs.workspace import find_root
 
 INDEX = "views.jsonl"
 PROMISE = Promise()
+# Changes that a picture meets on its way through the web: under each of them a stable verdict stays what it is.
+CHANGES = tuple(map(parse_condition, ("jpeg:90", "jpeg:75", "resize:0.5", "crop:0.9")))
 # Batches that a process has at a time: those it decodes ahead, the one its tower works on, and one on the way.
 AT_A_TIME = AHEAD + 2
 # What workers do, and what to do if one dies.
@@ -64,6 +67,7 @@ def score_files(
     processes: int = 1,
     engine: Engine = "torch",
     promise: Promise = PROMISE,
+    stability: bool = False,
 ) -> Iterator[Row]:
     """Every file under `paths`, scored or refused; a few batches of views are in memory at a time.
 
@@ -77,6 +81,8 @@ def score_files(
             started this process, its processes share the files instead, on all machines; the first one yields.
 
         promise: what is asked of verdicts.
+        stability: every file is scored under `CHANGES` too; a row has "stable", such as "3/4", the number of these
+            under which its verdict is the same, and its verdict is "unsure" unless all are.
 
     Yields:
         {"path", "probability", "verdict"} and what else the checkpoint tells (`Judge.told`), or {"path", "error"}.
@@ -85,6 +91,8 @@ def score_files(
         UserError: none of the paths exists, nothing to score in them, no checkpoint or a damaged one, `explain` in
             one of the paths or not to be written to; a promise that cannot be kept; one of several processes died.
     """
+    if stability and promise.two_way:
+        raise UserError("Expected --stability or --two-way, found both: what is not stable is unsure. Leave one out.")
     files = _files(list(paths), explain)
     folder = checkpoint or newest_checkpoint(find_root())
     info = read_about(folder, engine)
@@ -93,12 +101,14 @@ def score_files(
         stack.enter_context(distributed.torchrun("score"))
         if distributed.in_group():
             device = str(distributed.own_device(choose_device("auto"))) if engine == "torch" else "cpu"
-            batches = _in_group(Detector.load(folder, device=device, engine=engine), reader, files, batch_size)
+            batches = _in_group(
+                Detector.load(folder, device=device, engine=engine), reader, files, batch_size, stability
+            )
             warn, explain = (warn, explain) if distributed.rank() == 0 else (lambda _: None, None)
         elif processes == 1:
-            batches = score_batches(Detector.load(folder, engine=engine), reader, files, batch_size)
+            batches = score_batches(Detector.load(folder, engine=engine), reader, files, batch_size, None, stability)
         else:
-            settings = (processes, folder, engine, reader, batch_size, explain is not None)
+            settings = (processes, folder, engine, reader, batch_size, explain is not None, stability)
             workers = stack.enter_context(distributed.started(processes, _work, *settings))
             for worker in workers:
                 worker.recv(*TOGETHER)  # that it is ready
@@ -122,18 +132,36 @@ def score_files(
 
 
 def score_batches(
-    detector: Detector, reader: Judge, files: Iterable[Path], size: int, threads: int | None = None
+    detector: Detector,
+    reader: Judge,
+    files: Iterable[Path],
+    size: int,
+    threads: int | None = None,
+    stability: bool = False,
 ) -> Iterator[list[ScoredFile]]:
     """Every file, scored or refused, as `Detector.batches`."""
-    for batch, logits in detector.batches(files, size, threads):
+    changes = (None, *CHANGES) if stability else (None,)
+    items = ((path, change) for path in files for change in changes)
+    for batch, logits in detector.batches(items, size * len(changes), threads, lambda item: detector.view(*item)):
         exact = iter(logits.astype(np.float64).tolist())
         scored = []
-        for path, view in batch:
-            if isinstance(view, UserError):
-                scored.append(ScoredFile({"path": str(path), "error": str(view)}, None))
+        for start in range(0, len(batch), len(changes)):
+            (path, _), view = batch[start][0], batch[start][1]
+            views = [view for _, view in batch[start : start + len(changes)]]
+            own = [next(exact) for each in views if not isinstance(each, UserError)]
+            if refused := [each for each in views if isinstance(each, UserError)]:
+                scored.append(ScoredFile({"path": str(path), "error": str(refused[0])}, None))
                 continue
-            scored.append(ScoredFile({"path": str(path), **reader.told(next(exact))}, view))
+            assert not isinstance(view, UserError)
+            row = {"path": str(path), **reader.told(own[0])}
+            scored.append(ScoredFile({**row, **_stable(reader, row["verdict"], own[1:])} if stability else row, view))
         yield scored
+
+
+def _stable(reader: Judge, verdict: str, changed: Sequence[float]) -> Row:
+    """What the logits of changed images say of a verdict."""
+    same = sum(reader.verdict(logit) == verdict for logit in changed)
+    return {"verdict": verdict if same == len(changed) else "unsure", "stable": f"{same}/{len(changed)}"}
 
 
 def _files(paths: list[Path], explain: Path | None) -> Iterator[Path]:
@@ -186,11 +214,13 @@ def _explain(folder: Path, name: str, row: Row, view: View) -> None:
             index.write(json.dumps({"view": name, **row}) + "\n")
 
 
-def _in_group(detector: Detector, reader: Judge, files: Iterator[Path], size: int) -> Iterator[list[ScoredFile]]:
+def _in_group(
+    detector: Detector, reader: Judge, files: Iterator[Path], size: int, stability: bool
+) -> Iterator[list[ScoredFile]]:
     """The batches of `score_batches`, each by the next of torchrun's processes; the first process gets all of them."""
     batches = enumerate(iter(lambda: list(islice(files, size)), []))
     own = (batch for number, batch in batches if number % distributed.count() == distributed.rank())
-    scored = score_batches(detector, reader, chain.from_iterable(own), size)
+    scored = score_batches(detector, reader, chain.from_iterable(own), size, None, stability)
     while any(done := distributed.all_gather(next(scored, None))):
         if distributed.rank() == 0:
             yield from filter(None, done)
@@ -226,6 +256,7 @@ def _work(
     reader: Judge,
     size: int,
     with_views: bool,
+    stability: bool,
     line: Connection,
 ) -> None:
     """What each worker does: open the checkpoint, say so, then answer batches of files with batches of rows."""
@@ -233,7 +264,7 @@ def _work(
     detector = Detector.load(folder, device=own_device(number) if engine == "torch" else "cpu", engine=engine)
     line.send((True, None))
     threads = max(1, (os.cpu_count() or 1) // count)
-    for batch in score_batches(detector, reader, _received(line), size, threads):
+    for batch in score_batches(detector, reader, _received(line), size, threads, stability):
         line.send((True, batch if with_views else [ScoredFile(row, None) for row, _ in batch]))
 
 
