@@ -34,14 +34,14 @@ def _inputs(params: Params, root: Path) -> dict[str, list[str]]:
     ]
     given = params.data.captions
     captions = [given] if given and not (root / given).is_relative_to(root / params.data.root) else []
-    checkpoints = list(params.evaluate.checkpoints.values())
-    return {"prepare": clip + captions, "evaluate": clip + checkpoints}  # training: by the hash that prepare notes
+    further = [*params.evaluate.checkpoints.values(), *params.evaluate.detectors.values()]
+    return {"prepare": clip + captions, "evaluate": clip + further}  # training: by the hash that prepare notes
 
 
 def _check_robustness(params: Params) -> None:
     asked = params.evaluate.robustness
     tested: list[tuple[str, Sequence[Any] | None, Sequence[Any]]] = [
-        ("methods", asked.methods, [*params.methods, *params.evaluate.checkpoints]),
+        ("methods", asked.methods, [*params.methods, *params.evaluate.checkpoints, *params.evaluate.detectors]),
         ("seeds", asked.seeds, params.seeds),
     ]
     for name, chosen, known in tested:
@@ -54,10 +54,22 @@ def _check_robustness(params: Params) -> None:
                 )
 
 
+def _check_detectors(params: Params, root: Path) -> None:
+    for name, file in params.evaluate.detectors.items():
+        if name in METHODS or name == "frozen" or name in params.evaluate.checkpoints:
+            raise UserError(
+                f"Expected names in evaluate.detectors that no method or checkpoint has, found {name}. Call it "
+                f"otherwise, for example my-{name}."
+            )
+        if not (root / file).is_file() or not file.endswith(".py"):
+            raise UserError(f"Expected a Python file at evaluate.detectors.{name} = {file}, found none. Mend the path.")
+
+
 def _check_places(params: Params, root: Path) -> None:
     own, made = f"build/{params.profile}", (root / "build" / params.profile).resolve()
     checkpoints = {f"evaluate.checkpoints.{name}": path for name, path in params.evaluate.checkpoints.items()}
-    inputs = {"data.root": params.data.root, "model.clip": params.model.clip, **checkpoints}
+    detectors = {f"evaluate.detectors.{name}": path for name, path in params.evaluate.detectors.items()}
+    inputs = {"data.root": params.data.root, "model.clip": params.model.clip, **checkpoints, **detectors}
     for name, path in inputs.items():
         place = (root / path).resolve()
         if place == made or (place.is_relative_to(made) and place.relative_to(made).parts[0] not in INPUTS):
@@ -106,6 +118,7 @@ def check_params(params: Params, root: Path) -> tuple[str, ...]:
     _check_robustness(params)
     _check_places(params, root)
     external_checkpoints(params.evaluate.checkpoints, METHODS, root)
+    _check_detectors(params, root)
 
     def made_here(path: str) -> bool:  # by the pipeline itself, from data.dvc
         return (root / path).resolve().is_relative_to(root.resolve() / "data")

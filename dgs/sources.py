@@ -81,7 +81,7 @@ def closure(sources: Iterable[str], root: Path, left_out: str | None = None) -> 
 
 
 def stage_files(stage: str, root: Path) -> list[str]:
-    """Every file that a stage's notebook runs, as `closure` gives them.
+    """Every file of the repository that a stage's notebook runs, as `closure` gives them.
 
     Raises:
         UserError: a cell of the notebook is not Python.
@@ -115,7 +115,7 @@ def write_sources(params_file: Path | None, warn: Callable[[str], None]) -> Path
     folder = root / "build" / params.profile / SOURCES
     with replacing(folder) as draft:
         for stage in STAGES:
-            files = stage_files(stage, root)
+            files = [*stage_files(stage, root), *(params.evaluate.detectors.values() if stage == "evaluate" else ())]
             (draft / stage).mkdir()
             hashes = {path: hashlib.sha256((root / path).read_bytes()).hexdigest() for path in files}
             code = "".join(f"{digest} {path}\n" for path, digest in hashes.items())

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from dgs.analysis import own_detectors
 from dgs.analysis.differences import difference_table
 from dgs.analysis.forgetting import Tower, measure_all, spread_out
 from dgs.analysis.metrics import (
@@ -93,6 +94,7 @@ def described(found: Runs, workspace: Workspace, params: Params) -> str:
     lines = [f"{name}: seeds {params.seeds} of {workspace.shown(folder)}" for name, folder in folders.items()]
     if absent := [name for name in params.methods if name not in folders]:
         lines.append(f"not trained, left out: {', '.join(absent)}")
+    lines += [f"{name}: predict of {file}" for name, file in params.evaluate.detectors.items()]
     if conditions := params.evaluate.robustness.conditions:
         lines.append(f"test images also under {', '.join(conditions)}")
     return "\n".join(lines)
@@ -107,10 +109,11 @@ def settings(found: Runs, params: Params) -> dict[str, dict[str, Any]]:
     """What each method was really run with: {method: parameters}.
 
     Those of training come from the checkpoint (a method may have been trained by hand, with others), those of
-    evaluation from `params`, with what "auto" stands for on this machine.
+    evaluation from `params`, with what "auto" stands for on this machine and the hashes of detectors' files.
     """
     auto = {"device": choose_device(params.compute.device).type, "gemm": resolve(params.compute.gemm)}
-    asked = {**params.model_dump(), "compute": {**params.compute.model_dump(), **auto}}
+    evaluation = {**params.evaluate.model_dump(), "detectors": own_detectors.told(params)}
+    asked = {**params.model_dump(), "compute": {**params.compute.model_dump(), **auto}, "evaluate": evaluation}
     chosen: dict[str, dict[str, Any]] = {}
     for (method, _), folder in found.items():
         trained = read_info(folder)["params"]
@@ -346,10 +349,14 @@ def evaluate_from_disk(
 ) -> tuple[pd.DataFrame, pd.DataFrame, Panels]:
     """`evaluate`, in `train.processes` processes with a share of the images each; the rows are the same, in order.
 
-    The checkpoints of evaluate.checkpoints are added to `found`. `root`: of relative paths in `params`.
+    The checkpoints of evaluate.checkpoints are added to `found`, the rows of evaluate.detectors to the scores. `root`:
+    of relative paths in `params`.
     """
     found |= external_checkpoints(params.evaluate.checkpoints, METHODS, root)
-    return processes.run(params.train.processes, _evaluate_share, found, root, prepared_folder, params)
+    own = list(own_detectors.scores(load_prepared(prepared_folder, root), params, root))
+    share = (_evaluate_share, found, root, prepared_folder, params)
+    scores, forgetting, panels = processes.run(params.train.processes, *share)
+    return pd.concat([scores, *own], ignore_index=True), forgetting, panels
 
 
 def _evaluate_share(
