@@ -234,7 +234,7 @@ class EvaluateParams(_Group):
     tsne_images: Count  # images a generator and label in the t-SNE figure
     robustness: RobustnessParams
     checkpoints: dict[Name, PathName]  # more of them, by the name that tables give them; trained elsewhere
-    detectors: dict[Name, PathName] = {}  # Python files with predict(paths), by the same; code that is run
+    detectors: dict[Name, PathName]  # Python files with predict(paths), by the same; code that is run
 
 
 Pair = Literal[

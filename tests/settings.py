@@ -35,7 +35,7 @@ tuned: {}
 compute: {device: auto, gemm: torch, jobs: 2, threads: 1, workers: 0, batch_size: 256, keep_mb: 512, prefix_mb: 0,
           snapshot_seconds: 60.0}
 evaluate: {retrieval_pool: 200, tsne_images: 100, robustness: {conditions: [], methods: null, seeds: null},
-           checkpoints: {}}
+           checkpoints: {}, detectors: {}}
 gradient_angles: {pairs: [task-harmful, task-beneficial, task-applied]}
 """
 )

@@ -64,7 +64,7 @@ class TestFiles:
     def test_params_yaml_names_every_parameter_and_nothing_else_has_numbers(self) -> None:
         content = merged_params(root=ROOT)
         named = set(dotted({name: group for name, group in content.items() if name != "tuned"}))
-        assert named | {"tuned", "evaluate.checkpoints"} == set(leaves(Params))
+        assert named | {"tuned", "evaluate.checkpoints", "evaluate.detectors"} == set(leaves(Params))
         content["train"].pop("batch_size")
         with pytest.raises(UserError, match=r"Expected the parameter 'train\.batch_size' in params\.yaml, found none"):
             real_validate(content)
@@ -398,7 +398,7 @@ class TestValidation:
         name = "evaluate.robustness.conditions"
         assert refused(name, ["jpeg:75", "blurr:1"]) == (
             f"Parameter '{name}.1' in some.yaml: value error, unknown condition. Did you mean 'blur'? Expected such as "
-            "jpeg:75, blur:1, resize:0.5, noise:4, png; found 'blurr:1'."
+            "jpeg:75, blur:1, resize:0.5, noise:4, crop:0.9, png; found 'blurr:1'."
         )
         assert "list blur:1 once only" in refused(name, ["blur:1", "blur:1.0"])
 
