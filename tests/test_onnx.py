@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -349,3 +352,11 @@ def test_scores_have_the_same_bits_each_time(exported: dict[str, Path]) -> None:
     for file in exported.values():
         one, two = (Detector.load(file, engine="onnx").logits(VIEWS) for _ in range(2))
         assert one.tobytes() == two.tobytes()
+
+
+def test_the_example_of_serving_runs_without_dgs(exported: dict[str, Path], tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs/scoring.md").read_text()
+    (code,) = re.findall(r"### Serving one.*?```python\n(.*?)```", text, re.S)
+    shutil.copyfile(exported["float32"], tmp_path / "dgs.onnx")
+    end = "\nimport sys\nassert 0 < probability < 1 and 'dgs' not in {name.partition('.')[0] for name in sys.modules}"
+    subprocess.run([sys.executable, "-c", code + end], cwd=tmp_path, check=True)

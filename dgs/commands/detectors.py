@@ -18,7 +18,9 @@ COLUMNS = ("path", "probability", "verdict", "error")  # of dgs score --csv
 @app.command()
 def score(
     paths: Annotated[list[Path], typer.Argument(help="image files, or folders: every file in them is tried")],
-    checkpoint: Annotated[Path | None, typer.Option(help="checkpoint folder; default: the pipeline's newest")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="checkpoint folder, or hf://OWNER/NAME; default: the newest")
+    ] = None,
     engine: Annotated[Literal["torch", "onnx"], typer.Option(help="onnx: of a file that dgs export made")] = "torch",
     explain: Annotated[Path | None, typer.Option(help="new folder for what the model saw of each image")] = None,
     processes: Annotated[int, typer.Option(min=1, help="that share the files, each on its own GPU or cores")] = 1,
@@ -70,7 +72,9 @@ def score(
 
 @app.command()
 def selfcheck(
-    checkpoint: Annotated[Path | None, typer.Option(help="checkpoint folder; default: the pipeline's newest")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="checkpoint folder, or hf://OWNER/NAME; default: the newest")
+    ] = None,
     engine: Annotated[Literal["torch", "onnx"], typer.Option(help="onnx: of a file that dgs export made")] = "torch",
     as_json: Json = False,
 ) -> None:
@@ -88,6 +92,20 @@ def selfcheck(
     say(f"{folder}: {same} of {len(rows)} logits are within {TOLERANCE} of those in training.")
     if same < len(rows):
         raise typer.Exit(1)
+
+
+@app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder")],
+    name: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub; made if it is not there")],
+    private: Annotated[bool, typer.Option("--private", help="where it is made: for its owner alone")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a checkpoint on the Hugging Face hub; print its address, which --checkpoint takes."""
+    from dgs.model import hub
+
+    address = hub.push(checkpoint, name, private)
+    show(as_json, {"address": address}, address)
 
 
 @app.command()

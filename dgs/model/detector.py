@@ -26,6 +26,7 @@ from dgs.data.perturbations import perturb
 from dgs.data.views import EVALUATION, make_view
 from dgs.device import choose_device
 from dgs.errors import UserError
+from dgs.model import hub
 from dgs.model.checkpoint import load_checkpoint, read_info, require_unchanged
 from dgs.model.checkpoint_files import INFO, damaged
 from dgs.model.classifier import Classifier
@@ -140,8 +141,8 @@ def read_about(path: Path, engine: Engine = "torch") -> dict[str, Any]:
 class Detector:
     """Scores images with a trained checkpoint; the same views as the evaluate stage, so the same numbers."""
 
-    def __init__(self, tower: Tower, params: ImageParams, info: dict[str, Any]) -> None:
-        self.tower, self.params, self.info = tower, params, info
+    def __init__(self, tower: Tower, params: ImageParams, info: dict[str, Any], folder: Path | None = None) -> None:
+        self.tower, self.params, self.info, self.folder = tower, params, info, folder
         self._bytes, self._pixels = MemoryBudget(MAX_BYTES), MemoryBudget(MAX_PIXELS)  # of all views being made
 
     @classmethod
@@ -151,6 +152,7 @@ class Detector:
         """Open a checkpoint folder, or an exported file.
 
         Args:
+            path: of it; or a folder on the Hugging Face hub, hf://OWNER/NAME (`dgs.model.hub`).
             root: where a relative CLIP folder is looked up (default: the repository).
             device: of torch; ONNX Runtime computes on the CPU alone.
             engine: "torch" for a folder, "onnx" for a file of `dgs export`.
@@ -160,7 +162,7 @@ class Detector:
         """
         if engine == "onnx":
             return cls._load_export(Path(path), device)
-        folder = Path(path)
+        folder = hub.located(path)
         info = read_info(folder)
         try:
             params = _image_params(info)
@@ -176,7 +178,13 @@ class Detector:
                     f"{params.model.clip} has {value} now. Restore preprocess_cfg in its open_clip_config.json, or "
                     f"train again."
                 )
-        return cls(TorchTower(classifier.to(choose_device(device))), params, info)
+        return cls(TorchTower(classifier.to(choose_device(device))), params, info, folder)
+
+    def push(self, name: str, private: bool = False) -> str:
+        """Put the checkpoint on the Hugging Face hub as the model OWNER/NAME; its address. Raises as `hub.push`."""
+        if self.folder is None:
+            raise UserError("Expected a detector of a checkpoint folder to push, found another. Load the folder.")
+        return hub.push(self.folder, name, private)
 
     @staticmethod
     def _load_clip(folder: Path, info: dict[str, Any], params: ImageParams, root: Path | None) -> Clip | None:

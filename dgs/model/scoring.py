@@ -32,6 +32,7 @@ from dgs.errors import UserError
 from dgs.model import distributed
 from dgs.model.detector import AHEAD, BATCH, Detector, Engine, View, newest_checkpoint, read_about
 from dgs.model.distributed import Member
+from dgs.model.hub import located
 from dgs.model.judge import Judge, Promise, judge
 from dgs.model.onnx_engine import caution
 from dgs.workspace import find_root
@@ -94,7 +95,7 @@ def score_files(
     if stability and promise.two_way:
         raise UserError("Expected --stability or --two-way, found both: what is not stable is unsure. Leave one out.")
     files = _files(list(paths), explain)
-    folder = checkpoint or newest_checkpoint(find_root())
+    folder = newest_checkpoint(find_root()) if checkpoint is None else located(checkpoint)
     info = read_about(folder, engine)
     reader = judge(info, folder, promise)
     with ExitStack() as stack:
