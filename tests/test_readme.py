@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 from dgs.stats import percent_text
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +30,12 @@ def test_the_table_of_faults_is_the_one_that_is_tried() -> None:
     command = [sys.executable, "tests/mutants.py", "--list"]
     table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert table.strip() in (ROOT / "docs/running.md").read_text()
+
+
+def test_every_fault_is_of_a_line_that_is_there() -> None:
+    faults = yaml.safe_load((ROOT / "tests/mutants.yaml").read_text(encoding="utf-8"))
+    counts = {each["id"]: (ROOT / each["file"]).read_text(encoding="utf-8").count(each["old"]) for each in faults}
+    assert {name for name, count in counts.items() if count != 1} == set()
 
 
 def test_every_file_the_documents_point_to_is_there() -> None:
