@@ -15,6 +15,7 @@ from clips import settings, write_checkpoint, write_random_clip
 from conftest import structured_image
 from test_checkpoint import assert_helpful, edit_json
 
+from dgs.conditions import parse_condition
 from dgs.data.images import UnreadableImage
 from dgs.errors import UserError
 from dgs.model.detector import Detector, probability
@@ -265,3 +266,11 @@ def test_batches_give_the_scores_of_single_images(whole: Path) -> None:
     alone = list(itertools.chain.from_iterable(detector.score([picture]) for picture in pictures))
     assert detector.score(pictures, batch_size=2) == pytest.approx(alone, abs=1e-6)
     assert detector.score([]).shape == (0,)
+
+
+def test_the_content_of_a_file_is_seen_as_the_file(whole: Path, folder: Path) -> None:
+    detector, file = Detector.load(whole), image(folder / "a.png", 3)
+    for change in (None, parse_condition("noise:8"), parse_condition("jpeg:75")):
+        assert np.array_equal(detector.view(file, change), detector.view(file.read_bytes(), change))
+    with pytest.raises(UnreadableImage, match="Cannot decode the picture: "):
+        detector.view(b"no image")

@@ -218,10 +218,10 @@ class Detector:
             raise damaged_export(file, str(error).rstrip(".")) from None
         return cls(open_tower(model, info, params.image_size, file), params, info)
 
-    def view(self, image: str | Path | Image.Image, condition: Condition | None = None) -> View:
+    def view(self, image: str | Path | bytes | Image.Image, condition: Condition | None = None) -> View:
         """What the model sees of one image, or of a changed one (`dgs.data.perturbations`): (S, S, 3) uint8.
 
-        A file is identified by its bytes, a PIL image by its pixels; patch order follows from that.
+        A file, or its content, is identified by its bytes, a PIL image by its pixels; patch order follows from that.
 
         Raises:
             UnreadableImage: a file that cannot be decoded whole; the message names it.
@@ -231,6 +231,9 @@ class Detector:
             if isinstance(image, Image.Image):
                 pixels = to_rgb(image)
                 sha = hashlib.sha256(pixels.tobytes()).hexdigest()
+            elif isinstance(image, bytes):
+                sha = hashlib.sha256(image).hexdigest()
+                pixels = decode(image, "the picture", lambda n: held.enter_context(self._pixels.take(n)))
             else:
                 with self._bytes.take(size_of(Path(image))):
                     content = [read(Path(image))]
