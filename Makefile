@@ -29,11 +29,11 @@ FRESH := 20261130
 REAL ?= real real-unmatched real-64 real-128 real-256
 REAL_FROM ?=
 
-NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gradient_angles explore))
+NOTEBOOKS := $(addprefix notebooks/,$(addsuffix .ipynb,prepare train evaluate gradient_angles explore score))
 PARALLEL := -n logical --dist loadfile  # not by groups: pytest-xdist 3.8 loses them under pytest 9.2 without a word
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120
 
-.PHONY: history environment repro test test-slow verify study real real-pictures real-captions bench lint report lab lock
+.PHONY: history environment repro test test-slow verify study real real-pictures real-captions bench lint report lab page lock
 environment: $(READY)
 
 # DVC asks for a git repository, and refuses a copy without one (a ZIP) when everything is installed: made here, first.
@@ -114,6 +114,11 @@ report: $(READY)
 
 lab: $(READY)
 	$(if $(PROFILE),DGS_PROFILE=$(PROFILE)) jupyter lab notebooks
+
+# For this machine alone. A message may be as large as all the pictures that the page takes at once.
+page: $(READY)
+	$(if $(PROFILE),DGS_PROFILE=$(PROFILE)) voila notebooks/score.ipynb --Voila.ip=127.0.0.1 --no-browser \
+	  --Voila.tornado_settings="{'websocket_max_message_size': 200000000}"
 
 lock:
 	uv pip compile -q --universal --python-version 3.11 --extra dev --extra captions --annotation-style line --no-header \

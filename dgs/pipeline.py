@@ -79,6 +79,7 @@ NOTEBOOK_PARAMETERS: dict[str, dict[str, str]] = {
     },
     "gradient_angles": {"methods": "methods", "seeds": "seeds", "pairs": "gradient_angles.pairs"},
     "explore": {"method": "", "seed": "", "image": "", "label": "", "caption": ""},
+    "score": {"folder": "", "checkpoint": "", "max_false_alarm": "", "max_miss": ""},
 }
 
 

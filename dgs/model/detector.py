@@ -296,13 +296,13 @@ class Detector:
         return probability(np.concatenate(parts))
 
 
-def newest_checkpoint(root: Path) -> Path:
-    """The checkpoint trained last under build/.
+def newest_checkpoint(*roots: Path) -> Path:
+    """The checkpoint trained last under build/ of these folders.
 
     Raises:
         UserError: none was trained yet.
     """
-    found = sorted(root.glob("build/*/train/*/seed-*/dgs.json"), key=lambda path: path.stat().st_mtime)
+    found = [path for root in roots for path in root.glob("build/*/train/*/seed-*/dgs.json")]
     if not found:
         raise UserError("Expected a checkpoint under build/, found none. Run make repro, or give --checkpoint DIR.")
-    return found[-1].parent
+    return max(sorted(found), key=lambda path: path.stat().st_mtime).parent

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from dgs.conditions import parse_condition
+from dgs.conditions import Condition, parse_condition
 from dgs.data.images import files_under
 from dgs.device import choose_device
 from dgs.errors import UserError
@@ -50,6 +50,13 @@ TOGETHER = (
 )
 
 Row = dict[str, Any]
+
+
+class Upload(NamedTuple):
+    """A file that is in memory alone."""
+
+    name: str
+    content: bytes
 
 
 class ScoredFile(NamedTuple):
@@ -135,19 +142,25 @@ def score_files(
 def score_batches(
     detector: Detector,
     reader: Judge,
-    files: Iterable[Path],
+    files: Iterable[Path | Upload],
     size: int,
     threads: int | None = None,
     stability: bool = False,
 ) -> Iterator[list[ScoredFile]]:
     """Every file, scored or refused, as `Detector.batches`."""
     changes = (None, *CHANGES) if stability else (None,)
-    items = ((path, change) for path in files for change in changes)
-    for batch, logits in detector.batches(items, size * len(changes), threads, lambda item: detector.view(*item)):
+    items = ((file, change) for file in files for change in changes)
+
+    def view_of(item: tuple[Path | Upload, Condition | None]) -> View:
+        file, change = item
+        return detector.view(file.content if isinstance(file, Upload) else file, change)
+
+    for batch, logits in detector.batches(items, size * len(changes), threads, view_of):
         exact = iter(logits.astype(np.float64).tolist())
         scored = []
         for start in range(0, len(batch), len(changes)):
-            (path, _), view = batch[start][0], batch[start][1]
+            (file, _), view = batch[start]
+            path = file.name if isinstance(file, Upload) else file
             views = [view for _, view in batch[start : start + len(changes)]]
             own = [next(exact) for each in views if not isinstance(each, UserError)]
             if refused := [each for each in views if isinstance(each, UserError)]:
