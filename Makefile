@@ -115,10 +115,9 @@ report: $(READY)
 lab: $(READY)
 	$(if $(PROFILE),DGS_PROFILE=$(PROFILE)) jupyter lab notebooks
 
-# For this machine alone. A message may be as large as all the pictures that the page takes at once.
+# For this machine alone; notebooks/voila.json sets how large pictures may be, and keeps the browser from other places.
 page: $(READY)
-	$(if $(PROFILE),DGS_PROFILE=$(PROFILE)) voila notebooks/score.ipynb --Voila.ip=127.0.0.1 --no-browser \
-	  --Voila.tornado_settings="{'websocket_max_message_size': 200000000}"
+	cd notebooks && $(if $(PROFILE),DGS_PROFILE=$(PROFILE)) voila score.ipynb
 
 lock:
 	uv pip compile -q --universal --python-version 3.11 --extra dev --extra captions --annotation-style line --no-header \

@@ -153,7 +153,7 @@ class TestNearest:
         view = views[5][0].permute(1, 2, 0).numpy()
         (first, kind), *others = scorer.nearest(view)
         assert np.array_equal(first, view) and len(others) == score_page.NEAREST - 1
-        assert kind.endswith(str(rows["generator"].iloc[5]))
+        assert kind == (f"generated, {rows['generator'].iloc[5]}" if rows["label"].iloc[5] else "real")
 
     def test_the_newest_checkpoint_is_taken_where_none_is_named(
         self, trained: Path, monkeypatch: pytest.MonkeyPatch

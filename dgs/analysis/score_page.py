@@ -104,7 +104,7 @@ class Scorer:
             self._features = self._features_of([views[index][0] for index in range(len(views))])
         own = self._features_of([torch.from_numpy(view).permute(2, 0, 1)])
         chosen = (self._features @ own[0]).topk(min(NEAREST, len(rows))).indices.tolist()
-        kinds = [f"{'generated' if rows['label'].iloc[i] else 'real'}, {rows['generator'].iloc[i]}" for i in chosen]
+        kinds = [f"generated, {rows['generator'].iloc[i]}" if rows["label"].iloc[i] else "real" for i in chosen]
         return [(views[i][0].permute(1, 2, 0).numpy(), kind) for i, kind in zip(chosen, kinds, strict=True)]
 
     def alike(self, score: float) -> tuple[float, float, float, int] | None:
@@ -164,7 +164,8 @@ class ScorePage:
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
-        self.upload = widgets.FileUpload(accept="image/*", multiple=True, description="Choose pictures")
+        own = {"description": "Choose pictures", "layout": widgets.Layout(width="auto")}
+        self.upload = widgets.FileUpload(accept="image/*", multiple=True, **own)
         self.progress = widgets.IntProgress(value=0, min=0, max=1, layout=widgets.Layout(visibility="hidden"))
         self.said = widgets.HTML()
         self.cards = widgets.VBox([])
