@@ -16,6 +16,7 @@ from test_pixel_cnn import random_network
 
 from dgs.analysis import score_page
 from dgs.analysis.score_page import Card, ScorePage, Scorer, told, uploads_of
+from dgs.errors import UserError
 from dgs.model.checkpoint import save_checkpoint
 from dgs.model.judge import Promise
 from dgs.model.runs import train_seed
@@ -109,6 +110,13 @@ def test_a_folder_is_scored_without_its_place_being_told(page: ScorePage, tmp_pa
     text = page.show(uploads_of(tmp_path))
     assert sorted(row["path"] for row in page.rows) == ["b.png", "gone.png", "in/a.png"]
     assert str(tmp_path) not in text and sum("error" in row for row in page.rows) == 2
+
+
+def test_paths_are_also_looked_for_in_the_repository(monkeypatch: pytest.MonkeyPatch, page: ScorePage) -> None:
+    monkeypatch.chdir(ROOT / "notebooks")
+    assert next(iter(uploads_of("dgs/data/selfcheck"))).name.endswith(".png")  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="Expected a folder of pictures at no/such, found none"):
+        list(uploads_of("no/such"))
 
 
 def test_nothing_is_written(page: ScorePage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ class Scorer:
 
     def __init__(self, checkpoint: str | Path | None, promise: Promise) -> None:
         made_by_hand = Workspace.of(MAIN).out
-        folder = newest_checkpoint(find_root(), made_by_hand) if checkpoint is None else located(checkpoint)
+        folder = newest_checkpoint(find_root(), made_by_hand) if checkpoint is None else located(_found(checkpoint))
         self.detector = Detector.load(folder)
         self.reader: Judge = judge(read_info(folder), folder, promise)
         kept = self.detector.info.get("validation_logits") or {}
@@ -79,9 +79,8 @@ class Scorer:
             prepared: Prepared = load_training(workspace.find("prepare", made_by="prepare"), workspace.root)
         except (UserError, OSError):
             return None
-        if prepared.info["training_hash"] != self.detector.info["data_hash"] or not said["data"].get(
-            "show_images", True
-        ):
+        hidden = not said.get("data", {}).get("show_images", True)
+        if hidden or prepared.info["training_hash"] != self.detector.info["data_hash"]:
             return None
         rows = prepared.split("train")
         rows = rows.iloc[np.linspace(0, len(rows) - 1, min(LOOKED_AT, len(rows))).astype(int)]
@@ -125,10 +124,23 @@ class Scorer:
                 yield Card(row, view, self.alike(score), self.nearest(view))
 
 
+def _found(path: str | Path) -> str | Path:
+    """A path as it is, or, where nothing is there, relative to the repository: a notebook's own folder is another."""
+    beside = find_root() / path
+    return beside if not Path(path).exists() and beside.exists() else path
+
+
 def uploads_of(folder: str | Path) -> Iterator[Upload | Card]:
-    """The files of a folder as if they had been dropped into the page, or why one cannot be."""
-    for file in files_under([Path(folder)]):
-        name = file.relative_to(folder).as_posix()
+    """The files of a folder as if they had been dropped into the page, or why one cannot be.
+
+    Raises:
+        UserError: no such folder.
+    """
+    top = Path(_found(folder))
+    if not top.is_dir():
+        raise UserError(f"Expected a folder of pictures at {folder}, found none. Mend the path.")
+    for file in files_under([top]):
+        name = file.relative_to(top).as_posix()
         try:
             yield Upload(name, read(file, MOST_BYTES))
         except UserError as error:
