@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import write_images
+from copies import ROOT
 from PIL import Image
 from settings import validate
 from trees import prepare, train_into
@@ -23,7 +25,7 @@ from dgs.analysis.figures.detection import robustness_curves
 from dgs.analysis.from_scores import renew
 from dgs.analysis.metrics import RATES, detection_table, summary
 from dgs.analysis.report import write_report
-from dgs.analysis.scores import SCORES
+from dgs.analysis.scores import FILE, SCORES
 from dgs.conditions import parse_condition
 from dgs.data.manifest import open_image
 from dgs.data.perturbations import perturb
@@ -35,6 +37,7 @@ from dgs.model.clip import Clip, load_clip
 from dgs.model.clip_classifier import ClipClassifier
 from dgs.model.detector import Detector
 from dgs.params import Params
+from dgs.tables import read_table
 from dgs.workspace import Workspace
 
 CPU = torch.device("cpu")
@@ -338,3 +341,26 @@ def test_tsne_shows_two_seen_and_two_unseen_generators_and_as_many_reals() -> No
     chosen = tsne_rows(rows, 5)
     assert chosen.loc[chosen["label"] == 1, "generator"].value_counts().to_dict() == dict.fromkeys("abcd", 5)
     assert (chosen["label"] == 0).sum() == 20
+
+
+@pytest.mark.slow
+def test_the_committed_tables_of_mini_are_what_its_scores_say(tmp_path: Path) -> None:
+    """Within rounding: another processor may add up in another order."""
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "docs/paper", tmp_path / "docs/paper")
+    committed = ROOT / "results/mini"
+    (tmp_path / "results/mini").mkdir(parents=True)
+    for name in (FILE, "metrics.json", "detection.csv", "differences.csv", "forgetting.csv", "REPORT.md"):
+        shutil.copyfile(committed / name, tmp_path / "results/mini" / name)
+    made = renew(tmp_path, "mini")
+    assert {path.name for path in made} == {
+        "REPORT.md", "detection.csv", "differences.csv", "metrics.json", "verdicts.csv"
+    }  # fmt: skip
+    for name in ("detection.csv", "differences.csv", "verdicts.csv"):
+        pd.testing.assert_frame_equal(
+            read_table(tmp_path / "results/mini" / name), read_table(committed / name), rtol=1e-6, atol=2e-6
+        )
+    numbers = [re.findall(r"\d+\.\d+", (folder / "REPORT.md").read_text()) for folder in (committed, made[0].parent)]
+    assert len(numbers[0]) == len(numbers[1]) > 1000
+    assert np.allclose(*(np.array(found, float) for found in numbers), atol=0.11)
