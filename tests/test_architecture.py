@@ -34,7 +34,7 @@ LAYERS = (  # from the ground up; a room stands for all modules in it
 TOOLS = LAYERS[-1]  # use the package; commands alone call them, where one needs them
 CALLER = "dgs.commands.research"
 LINES = 450  # of a file, at most
-FILES = 114  # of dgs/, at most: an issue that adds one says so
+FILES = 115  # of dgs/, at most: an issue that adds one says so
 
 
 def files(*folders: str) -> list[Path]:

@@ -25,6 +25,7 @@ from dgs.cli import app
 from dgs.model.checkpoint import save_checkpoint
 from dgs.model.hub import FILES, is_address
 
+pytestmark = pytest.mark.slow  # each loads or pushes in a process of its own
 NAME = "someone/a-detector"
 
 

@@ -424,10 +424,13 @@ def parameter_cell(notebook: str) -> dict[str, str]:
     return {ast.unparse(node.targets[0]): ast.unparse(node.value) for node in body if isinstance(node, ast.Assign)}
 
 
+NO_STAGES = {"explore", "score"}
+
+
 class TestNotebooks:
     def test_each_stage_notebook_has_its_names_and_no_other_does(self) -> None:
         stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-        assert set(NOTEBOOK_PARAMETERS) == set(stages) - {"sources"} | {"explore"}, "explore is no stage"
+        assert set(NOTEBOOK_PARAMETERS) == set(stages) - {"sources"} | NO_STAGES
 
     @pytest.mark.parametrize("notebook", NOTEBOOKS)
     def test_its_parameters_cell_starts_from_the_file_and_every_name_stands_for_a_parameter(
@@ -435,7 +438,7 @@ class TestNotebooks:
     ) -> None:
         expected = {name: f"params.{path}" for name, path in NOTEBOOK_PARAMETERS[notebook].items() if path}
         assert {path.removeprefix("params.") for path in expected.values()} <= set(leaves(Params))
-        assert expected or notebook == "explore", "what to look at is no parameter of a run"
+        assert expected or notebook in NO_STAGES, "what to look at is no parameter of a run"
         cell = parameter_cell(notebook)
         assert set(cell) == set(NOTEBOOK_PARAMETERS[notebook])
         assert {name: cell[name] for name in expected} == expected

@@ -109,8 +109,10 @@ class TestStages:
         assert set(stages()) == {"sources", *STAGES}
 
     def test_nothing_is_imported_by_a_computed_name(self) -> None:
-        """Or the lists above would not be whole."""
+        """Or the lists above would not be whole. One module, in a process of its own, runs files that users name."""
         for path in [*(ROOT / "dgs").rglob("*.py"), *(ROOT / "minibench").rglob("*.py")]:
+            if path.name == "detector_process.py":
+                continue
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Import):
                     assert not {alias.name for alias in node.names} & {"importlib", "runpy", "pkgutil"}, path
