@@ -209,6 +209,6 @@ def test_the_card_is_one_of_the_hubs(checkpoint: Path) -> None:
     assert card.text.startswith("# pixel_cnn, seed 0") or "# pixel_cnn, seed 0" in card.text
 
 
-def test_a_detector_without_a_folder_cannot_be_pushed(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_checkpoint_is_not_pushed(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["push", str(tmp_path), NAME])
     assert result.exit_code == 2 and "Expected a checkpoint folder" in result.output
