@@ -274,3 +274,11 @@ def test_the_content_of_a_file_is_seen_as_the_file(whole: Path, folder: Path) ->
         assert np.array_equal(detector.view(file, change), detector.view(file.read_bytes(), change))
     with pytest.raises(UnreadableImage, match="Cannot decode the picture: "):
         detector.view(b"no image")
+
+
+def test_an_unreadable_file_takes_no_other_files_score(folder: Path, score: Callable[..., Rows]) -> None:
+    (folder / "b.png").write_bytes(b"no image")
+    files = [image(folder / "a.png", 0), folder / "b.png", image(folder / "c.png", 5), image(folder / "d.png", 9)]
+    alone = {str(file): score(file)[0].get("probability") for file in files}
+    together = {row["path"]: row.get("probability") for row in score(folder, batch_size=4)}
+    assert together == pytest.approx(alone, abs=1e-6) and len(set(alone.values())) == 4
