@@ -18,7 +18,7 @@ from dgs.analysis.verify import ASIDE, TABLES, compare_results, rounding_notes
 from dgs.errors import UserError
 
 METHODS = ("probe", "dgs")
-NAMES = ("detection.csv", "forgetting.csv", "gradient_angles.csv", "training.csv")
+NAMES = ("detection.csv", "forgetting.csv", "gradient_angles.csv", "training.csv", "verdicts.csv")
 OTHERS = ("REPORT.md", "figures/evaluate/detection.png", "notebooks/evaluate.ipynb", "notes/my own.txt")
 Pair = tuple[Path, Path]
 SIDES = ("committed", "reproduced")
@@ -58,6 +58,9 @@ def tables(rho: float | None) -> dict[str, pd.DataFrame]:
         "training.csv": steps.assign(
             epoch=0, loss=0.69, loss_task=0.6, val_balanced_acc=[0.75 if step else None for step in steps["step"]]
         ),
+        "verdicts.csv": runs.merge(generators, how="cross")
+        .drop(columns="number")
+        .assign(n_real=100, n_fake=120, ece_after=0.05, aurc=0.2, miss=0.1),
     }
 
 
@@ -226,6 +229,7 @@ class TestTables:
             ("forgetting.csv", "before", 0.02),
             ("forgetting.csv", "after", -0.02),
             ("gradient_angles.csv", "mean", 3.6),
+            *(("verdicts.csv", column, 0.02) for column in ("ece_after", "aurc", "miss")),
             *(("training.csv", column, 0.02) for column in ("loss", "loss_task", "val_balanced_acc")),
         ],
     )
@@ -236,10 +240,11 @@ class TestTables:
         named = [row[key] for key in TABLES[name] if key in row and key != "seen"]
         assert all(value in line for value in named), line
 
+    @pytest.mark.parametrize("name", ["detection.csv", "verdicts.csv"])
     @pytest.mark.parametrize("column", ["n_real", "n_fake"])
     @pytest.mark.parametrize("step", [1, -1])
-    def test_a_count_off_by_one(self, pair: Pair, column: str, step: int) -> None:
-        edit(pair[1], "detection.csv", 3, column, step)
+    def test_a_count_off_by_one(self, pair: Pair, name: str, column: str, step: int) -> None:
+        edit(pair[1], name, 3, column, step)
         assert f" {column}:" in only(compare_results(*pair, tolerance=1.0))
 
     @pytest.mark.parametrize(
@@ -249,6 +254,7 @@ class TestTables:
             ("forgetting.csv", "after"),
             ("gradient_angles.csv", "mean"),
             ("training.csv", "loss"),
+            ("verdicts.csv", "aurc"),
         ],
     )
     @either_side
@@ -323,7 +329,7 @@ class TestFiles:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_text(str(folder))
         assert compare_results(*pair) == []
-        for name in (*OTHERS, "training.csv"):
+        for name in (*OTHERS, "training.csv", "verdicts.csv"):
             for folder, other in (pair, pair[::-1]):
                 content = (folder / name).read_bytes()
                 (folder / name).unlink()
@@ -394,7 +400,10 @@ class TestSeeds:
     @pytest.mark.parametrize("name", NAMES)
     def test_what_that_seed_made_otherwise_is_reported_and_what_others_made_is_not(self, pair: Pair, name: str) -> None:
         seeds = read_text(pair[1] / name)["seed"]
-        column = {"detection.csv": "auroc", "forgetting.csv": "after", "training.csv": "loss"}.get(name, "mean")
+        columns = {
+            "detection.csv": "auroc", "forgetting.csv": "after", "training.csv": "loss", "verdicts.csv": "aurc"
+        }  # fmt: skip
+        column = columns.get(name, "mean")
         edit(pair[1], name, int((seeds == "1").to_numpy().nonzero()[0][0]), column, 8)
         assert compare_results(*pair, seeds=[0]) == []
         assert column in only(compare_results(*pair, seeds=[1]))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from dgs.analysis.verdicts import FILE as VERDICTS
 from dgs.errors import UserError
 from dgs.tables import NAMES, read_table
 
@@ -21,8 +22,9 @@ TABLES = {
     "forgetting.csv": ["rho", "method", "seed", "measure"],
     "gradient_angles.csv": ["rho", "method", "seed", "step", "layer", "pair"],
     "training.csv": ["rho", "method", "seed", "epoch", "step"],
+    VERDICTS: ["rho", "method", "seed", "generator", "seen"],
 }
-LOGS = ("training.csv",)  # compared where both have it; without the other tables there is nothing to compare
+OPTIONAL = ("training.csv", VERDICTS)  # compared where both have it; without the others there is nothing to compare
 ASIDE = {  # what other commands keep beside the pipeline's results
     "tuning.csv": "dgs tune",
     "left_out.csv": "dgs left-out",
@@ -186,10 +188,10 @@ def compare_results(
 ) -> list[str]:
     """What differs between two results folders, one line each; empty where they agree.
 
-    metrics.json and the tables (detection, forgetting, gradient_angles, training) are compared number by number:
-    missing values are equal to each other alone, and a row that a table has twice is reported and left out. Of all
-    other files (report, figures, notebooks) only the names are compared, since their bytes hold times and fonts;
-    hidden files and folders are passed over, and so are tables that commands of their own make (`ASIDE`).
+    metrics.json and the tables (`TABLES`) are compared number by number: missing values are equal to each other alone,
+    and a row that a table has twice is reported and left out. Of all other files (report, figures, notebooks) only the
+    names are compared, since their bytes hold times and fonts; hidden files and folders are passed over, and so are
+    tables that commands of their own make (`ASIDE`).
 
     Args:
         committed, reproduced: results folders.
@@ -207,7 +209,7 @@ def compare_results(
     old, new = _files(committed), _files(reproduced)
     for folder, mine, other in ((committed, old, new), (reproduced, new, old)):
         for name in (METRICS, *TABLES):
-            if name not in mine and (name == METRICS or (name in other and name not in LOGS)):
+            if name not in mine and (name == METRICS or (name in other and name not in OPTIONAL)):
                 raise UserError(f"Expected {name} in {folder}, found none. Run make repro first.")
     lines = [f"{name}: only in the {SIDES[name in new]} folder" for name in sorted(old ^ new)]
     lines += _metrics((committed, reproduced), tolerance, seeds)

@@ -286,7 +286,7 @@ def risk_coverage(scores: pd.DataFrame, seen: Collection[str]) -> Figure:
     text = f"{plain(named)} is wrong on {half} % of its surer half, {whole} % of all"
     where = "Seen" if table["seen"].all() else "Unseen"
     return look.finish(
-        fig, f"{where} generators: {text}", "AURC, per cent, mean [95 % interval]", more=handles, columns=1
+        fig, f"{where} generators: {text}", "AURC, per cent, mean [95 % interval] over seeds", more=handles, columns=1
     )
 
 
