@@ -1,5 +1,5 @@
 """What the study on real pictures says beyond each profile's report, in one table: by training pictures, by copy, with
-and without the test pictures whose prompt was trained on, method against method, and with three kinds of interval."""
+and without the test pictures whose prompt was trained on, method against method, and with four kinds of interval."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import pandas as pd
 import typer
 from numpy.typing import NDArray
 
-from dgs.analysis.metrics import detection_table, headline
+from dgs.analysis.differences import rate_cells
+from dgs.analysis.metrics import detection_table, headline, native_rows, unique
 from dgs.analysis.scores import FILE, read_scores
 from dgs.commands import for_users
+from dgs.crossed import RATES as CROSSED
+from dgs.crossed import crossed_interval
 from dgs.errors import UserError
 from dgs.params import load_params
 from dgs.stats import DRAWS, Interval, seed_interval
@@ -112,6 +115,29 @@ def over_pictures(scores: pd.DataFrame, seen: set[str], manifest: pd.DataFrame) 
                 yield {"method": method, "rate": "balanced_acc", "over": "pictures", "pictures": pictures, **found}
 
 
+def shown(scores: pd.DataFrame, seen: set[str], manifest: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Differences on the unseen generators with a 95 % interval that has seeds, generators and groups as random.
+
+    The definition of "shown": `dgs.crossed`. `n`: seeds times generators.
+    """
+    test = native_rows(scores[scores["split"] == "test"])
+    test = test.assign(group=of_manifest(test["id"], manifest, "group"))
+    generators = [name for name in unique(test.loc[test["label"] == 1, "generator"]) if name not in seen]
+    methods, seeds = unique(test["method"]), sorted(test["seed"].unique())
+    for rate in CROSSED:
+        cells = rate_cells(test, rate, generators)
+        for method, other in [(method, other) for other in AGAINST for method in methods if method != other]:
+            gaps = [
+                cells[method, seed] - cells[other, seed]
+                for seed in seeds
+                if {(method, seed), (other, seed)} <= set(cells)
+            ]
+            if gaps:
+                found = crossed_interval(np.moveaxis(np.array(gaps), -1, 0)).interval
+                what = {"method": f"{method} minus {other}", "rate": rate, "over": "crossed", "pictures": "unseen"}
+                yield {**what, "n": len(gaps) * len(generators), **found._asdict()}
+
+
 def group_draws(groups: NDArray[Any]) -> NDArray[np.float64]:
     """How often each picture counts, (1 + DRAWS, pictures): once, then in draws of as many groups with replacement."""
     distinct, numbers = np.unique(groups, return_inverse=True)
@@ -141,7 +167,7 @@ def study(root: Path, profiles: tuple[str, ...] = PROFILES) -> pd.DataFrame:
             generators = read_table(folder / "detection.csv").groupby("generator")["seen"].first()
             scores, seen = read_scores(folder / FILE), set(generators[generators].index)
             runs[name] = by_generator(scores, seen, manifest)
-            rows = [*intervals(runs[name]), *over_pictures(scores, seen, manifest)]
+            rows = [*intervals(runs[name]), *over_pictures(scores, seen, manifest), *shown(scores, seen, manifest)]
             tables.append(pd.DataFrame(rows).assign(profile=name, training_images=images))
     if not tables:
         raise UserError(f"Expected scores of {', '.join(profiles)} below results/, found none. Run make real.")

@@ -38,6 +38,7 @@ PAIRS = {
     "`dgs_plus` minus LoRA": "dgs_plus minus lora",
     "`dgs_plus` minus probe": "dgs_plus minus probe",
     "`pixel_cnn` minus probe": "pixel_cnn minus probe",
+    "`pixel_cnn` minus LoRA": "pixel_cnn minus lora",
 }
 KEPT = {  # forgetting.csv's measure: column
     "cka_to_frozen": "CKA with the frozen features", "knn_overlap": "neighbours kept",
@@ -163,9 +164,9 @@ def tables() -> dict[str, Table]:
             "unseen",
             PAIRS,
             {
-                "balanced acc. [seeds]": rate,
-                "[generators]": partial(interval_alone, over="generators"),
-                "[pictures]": partial(interval_alone, over="pictures"),
+                "balanced acc. [crossed]": partial(rate, over="crossed"),
+                "[seeds]": interval_alone,
+                "AP [crossed]": partial(rate, name="ap", over="crossed"),
                 "AUROC [seeds]": partial(rate, name="auroc"),
             },
         ),

@@ -72,6 +72,22 @@ def test_the_crossed_interval_is_of_the_scores_whatever_their_order(table: pd.Da
     assert tuple(row[["mean", "low", "high", "p"]]) == pytest.approx((*found.interval, found.p), abs=1e-6)
 
 
+@pytest.mark.parametrize("rate", ["balanced_acc", "ap"])
+def test_images_that_share_a_group_are_one_fact(rate: str) -> None:
+    """Six copies of each image leave a jackknife's variance as it was; taken for images of their own they shrink it."""
+    scores = make_scores({"lora": 0.0}, seeds=1)
+    copies = pd.concat([scores.assign(id=scores["id"] + f"/{copy}") for copy in range(6)])
+    grouped = copies.assign(group=copies["id"].str.rsplit("/", n=1).str[0])
+
+    def variances(table: pd.DataFrame) -> np.ndarray:
+        left_out = rate_cells(table, rate, ["a", "b", "c"])["lora", 0][:, 1:]
+        return ((left_out - left_out.mean(1, keepdims=True)) ** 2).sum(1) * (1 - 1 / left_out.shape[1])
+
+    each = variances(scores.assign(group=scores["id"]))
+    assert variances(grouped) == pytest.approx(each)
+    assert (variances(copies) < each / 2).all()
+
+
 def test_the_family_is_every_method_in_one_rate_on_unseen_generators(table: pd.DataFrame) -> None:
     for rate in ("balanced_acc", "ap"):
         family = table.xs((rate, "unseen"), level=("rate", "pictures"))

@@ -9,13 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dgs.analysis.differences import rate_cells
 from dgs.analysis.metrics import detection_table
 from dgs.analysis.scores import write_scores
+from dgs.crossed import crossed_interval
 from dgs.errors import UserError
 from dgs.params import dotted, load_params
 from dgs.stats import paired_difference, seed_interval
 from real.manifest import read_manifest
-from real.study import LEFT_OUT, PROFILES, by_generator, intervals, over_pictures, study
+from real.study import LEFT_OUT, PROFILES, by_generator, intervals, over_pictures, shown, study
 
 OTHERS = ("b", "c", "d")
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,6 +119,21 @@ class TestOverPictures:
             (found,) = [row for row in over_pictures(table, set(), known) if row["pictures"] == "g"]
             half = 1.96 * np.sqrt(0.25 / (100 / size)) / 2  # of a mean of two sides, of which one is certain
             assert found["mean"] == 0.75 and (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.15)
+
+
+@pytest.mark.parametrize("rate", ["balanced_acc", "ap"])
+def test_what_is_shown_has_seeds_unseen_generators_and_groups_as_random(
+    scores: pd.DataFrame, rows: pd.DataFrame, manifest: pd.DataFrame, rate: str
+) -> None:
+    found = pd.DataFrame(shown(scores, {"known"}, manifest)).set_index(["method", "rate"]).loc["lora minus probe", rate]
+    groups = scores["id"].str.replace(r"glid3_xl/1/(\d+).jpg", lambda at: f"prompt {int(at[1]) // 2}", regex=True)
+    cells = rate_cells(scores.assign(group=groups), rate, ["glid3_xl", *OTHERS])
+    gaps = np.array([cells["lora", seed] - cells["probe", seed] for seed in range(3)])
+    expected = crossed_interval(np.moveaxis(gaps, -1, 0)).interval
+    # which group is in which block goes by its name
+    assert tuple(found[["mean", "low", "high"]]) == pytest.approx(tuple(expected), abs=0.01) and found["n"] == 12
+    means = rows[rows["generator"].isin(["glid3_xl", *OTHERS])].groupby("method")[rate].mean()
+    assert found["mean"] == pytest.approx(means["lora"] - means["probe"])
 
 
 def test_profiles_differ_in_pictures_alone_and_fewer_get_as_many_steps() -> None:

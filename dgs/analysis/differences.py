@@ -37,19 +37,21 @@ def rate_cells(scores: pd.DataFrame, rate: str, generators: Sequence[str]) -> di
 
     `scores`: native test rows. A jackknife block is every so-manieth image of each generator and label, by id: a
     photograph is in one block for all generators that share it, and so are fakes of one place in their generators'
-    lists, which in the embedded benchmark show the same things. Without blocks where a generator has one image of a
-    label: left out, it would leave none.
+    lists, which in the embedded benchmark show the same things. With a column "group" it is every so-manieth group:
+    images that share a group, as a prompt, are no two facts. Without blocks where a generator has one image (or group)
+    of a label: left out, it would leave none.
     """
     cells: dict[tuple[str, int], np.ndarray] = {}
-    blocks = BLOCKS
-    for _, run in scores.sort_values("id", kind="stable").groupby(["method", "seed"], sort=False):
+    blocks, grouped = BLOCKS, "group" in scores.columns
+    place = scores["group"].rank(method="dense").astype(int) if grouped else None
+    for _, run in scores.assign(place=place).sort_values("id", kind="stable").groupby(["method", "seed"], sort=False):
         parts = dict(rows_by_generator(run))
-        sides = [
-            [own.loc[own["label"] == label, "logit"].to_numpy(np.float64) for label in (0, 1)]
-            for own in (parts[name] for name in generators)
-        ]
-        blocks = min([blocks, *(len(side) for pair in sides for side in pair)])  # the same for all runs: same images
-        of = [[np.arange(len(side)) % blocks for side in pair] for pair in sides]
+        rows = [[own[own["label"] == label] for label in (0, 1)] for own in (parts[name] for name in generators)]
+        sides = [[side["logit"].to_numpy(np.float64) for side in pair] for pair in rows]
+        places = [[side["place"].to_numpy() if grouped else np.arange(len(side)) for side in pair] for pair in rows]
+        # the same for all runs: same images
+        blocks = min([blocks, *(len(np.unique(side)) for pair in places for side in pair)])
+        of = [[side % blocks for side in pair] for pair in places]
         with np.errstate(invalid="ignore"):  # of no images
             rates = [RATES[rate](pair[0], pair[1], own[0], own[1], blocks) for pair, own in zip(sides, of, strict=True)]
         every = np.array(rates)
