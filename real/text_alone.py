@@ -62,18 +62,24 @@ def rates(rows: pd.DataFrame, seed: int = SEED) -> dict[str, float]:
         rows: columns label, logit and group.
     """
     labels, logits = rows["label"].to_numpy(), rows["logit"].to_numpy()
-    members = list(rows.reset_index(drop=True).groupby("group").indices.values())
-    drawn: list[list[float]] = []
-    rng = np.random.default_rng(seed)
-    while len(drawn) < DRAWS:
-        chosen = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-        if 0 < labels[chosen].sum() < len(chosen):
-            images = Scored.of(labels[chosen], logits[chosen])
-            drawn.append([rate(images) for rate in RATES.values()])
-    low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
+    group = rows.groupby("group").ngroup().to_numpy()
+    rng, count = np.random.default_rng(seed), int(group.max()) + 1
+    draws: list[NDArray[np.int64]] = []
+    while len(draws) < DRAWS:
+        counts = np.bincount(rng.integers(count, size=count), minlength=count)[group]
+        if counts[labels == 0].any() and counts[labels == 1].any():
+            draws.append(counts)
+    of_real, of_fake = (np.array(draws)[:, labels == label].astype(float) for label in (0, 1))
+    (real, fake), (reals, fakes) = (logits[labels == 0], logits[labels == 1]), (of_real.sum(1), of_fake.sum(1))
+    above = (fake[:, None] > real) + 0.5 * (fake[:, None] == real)
+    drawn = {
+        "balanced_acc": (of_real @ (real <= 0) / reals + of_fake @ (fake > 0) / fakes) / 2,
+        "auroc": ((of_fake @ above) * of_real).sum(1) / (reals * fakes),
+    }
     found: dict[str, float] = {}
-    for number, (name, rate) in enumerate(RATES.items()):
-        found |= {name: rate(Scored.of(labels, logits)), f"{name}_low": low[number], f"{name}_high": high[number]}
+    for name, rate in RATES.items():
+        low, high = np.quantile(drawn[name], (0.025, 0.975))
+        found |= {name: rate(Scored.of(labels, logits)), f"{name}_low": low, f"{name}_high": high}
     return found
 
 
