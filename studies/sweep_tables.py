@@ -73,10 +73,16 @@ def over_pairs(root: Path, measure: str, methods: tuple[str, str]) -> str:
 
 def _ladder(root: Path) -> dict[str, Table]:
     rungs = {arm.method: arm for arm in oracle_ladder.arms()}
-    pairs = {f"`{name}`": (arm, rungs["lora"]) for name, arm in rungs.items() if name != "lora"}
-    columns = {f"{label} minus LoRA": partial(gap, root, "oracle_ladder", rate) for label, rate in RATES.items()}
-    kept = {"zero-shot kept": lambda pair: mean(root, "oracle_ladder", "zero_shot_kept", pair[0], digits=0)}
-    return {"oracle-ladder": ("rung", pairs, {**columns, **kept})}
+
+    def against(other: str, names: list[str]) -> Table:
+        pairs = {f"`{name}`": (rungs[name], rungs[other]) for name in names if name != other}
+        shown = {"lora": "LoRA"}.get(other, f"`{other}`")
+        gaps = {f"{label} minus {shown}": partial(gap, root, "oracle_ladder", rate) for label, rate in RATES.items()}
+        kept = {"zero-shot kept": lambda pair: mean(root, "oracle_ladder", "zero_shot_kept", pair[0], digits=0)}
+        return "rung", pairs, {**gaps, **kept}
+
+    with_mlp = [name for name, rung in oracle_ladder.RUNGS.items() if rung.mlp]
+    return {"oracle-ladder": against("lora", list(rungs)), "ladder-mlp": against("mlp", with_mlp)}
 
 
 def _heads(root: Path) -> dict[str, Table]:

@@ -92,7 +92,7 @@ def test_a_pair_of_generators_is_one_value(tmp_path: Path) -> None:
     [
         ("text_heads", text_heads.arms(), {"text-heads": 8 * 3, "text-head-facts": 2 * 3}),
         ("priors", priors.arms(), {"priors": 5}),
-        ("oracle_ladder", oracle_ladder.arms(), {"oracle-ladder": len(oracle_ladder.RUNGS) - 1}),
+        ("oracle_ladder", oracle_ladder.arms(), {"oracle-ladder": len(oracle_ladder.RUNGS) - 1, "ladder-mlp": 3}),
     ],
 )
 def test_a_whole_study_leaves_no_cell_open(tmp_path: Path, study: str, arms: list[Arm], rows: dict[str, int]) -> None:
