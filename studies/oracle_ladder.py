@@ -3,7 +3,7 @@
 `python -m studies.oracle_ladder` trains, and tests on fresh images. A linear head has g_i = r_i w, and no projection
 off directions of a class changes r_i (docs/findings.md): if that is why surgery does not help, then no rung of
 directions does, however true they are, and those that change r_i do. Each rung has its method's tuned rate
-(`Rung.method`), so that rungs of different methods differ in it too.
+(`Rung.method`); LoRA is trained with those of the rungs that change r_i as well (`RATE_OF`), to tell rate from rung.
 """
 
 from __future__ import annotations
@@ -60,13 +60,17 @@ RUNGS: dict[str, Rung] = {
     **{f"plane_{rank}": Rung("lora", rank=rank) for rank in RANKS},
     **{f"random_plane_{rank}": Rung("lora", rank=rank, random=True) for rank in (2, 16)},
     **{f"plane_{rank}_head": Rung("lora", rank=rank, head_too=True) for rank in (2, 16)},
+    **{f"random_plane_{rank}_head": Rung("lora", rank=rank, head_too=True, random=True) for rank in (2, 16)},
     "weights": Rung("weighed_lora"),
     "expert": Rung("product_of_experts"),
+    "lora_at_rate_of_weights": Rung("lora"),
+    "lora_at_rate_of_expert": Rung("lora"),
     "mlp": Rung("lora", mlp=True),
     "mlp_release": Rung("dgs", mlp=True),
     "mlp_fitted": Rung("dgs", text_head="fitted", mlp=True),
     "mlp_plane_2": Rung("lora", rank=2, mlp=True),
 }
+RATE_OF = {f"lora_at_rate_of_{rung}": RUNGS[rung].method for rung in ("weights", "expert")}  # whose settings
 
 
 class MLPHead(nn.Linear):
@@ -148,11 +152,12 @@ class ShortcutPlane:
     def project(self, backbone: nn.Module) -> Callable[[], None]:
         """Estimates the plane; returns what is to be called after every step."""
         an_epoch, steps = -(-len(self.views[0]) // self.params.train.batch_size), 0
+        last = an_epoch * self.params.train.stage2.epochs  # after it nothing is trained beside another plane
 
         def after_step() -> None:
             nonlocal steps
             steps += 1
-            if steps % an_epoch == 0:
+            if steps % an_epoch == 0 and steps < last:
                 self._estimate(cast(Backbone, backbone), steps // an_epoch)
             if self.rung.head_too:
                 weight = cast(nn.Linear, self.head).weight.data
@@ -192,7 +197,7 @@ def build(rung: Rung, prepared: Prepared, params: Params, seed: int) -> Method:
 def read(name: str) -> Reading:
     """What an arm's name stands for: a rung."""
     rung = RUNGS[name]
-    return Reading(rung.method, partial(build, rung), str(rung))
+    return Reading(RATE_OF.get(name, rung.method), partial(build, rung), str(rung))
 
 
 def arms() -> list[Arm]:

@@ -88,6 +88,15 @@ def test_images_that_share_a_group_are_one_fact(rate: str) -> None:
     assert (variances(copies) < each / 2).all()
 
 
+def test_a_side_that_is_one_group_has_no_blocks() -> None:
+    """Left out, it would leave no image of that label."""
+    scores = make_scores({"lora": 0.0}, seeds=1)
+    for groups, blocks in ((1, 0), (2, 182)):
+        group = scores["id"].where(scores["generator"] != "a", "g" + (scores["number"] % groups).astype(str))
+        (cells,) = rate_cells(scores.assign(group=group), "ap", ["a", "b", "c"]).values()
+        assert cells.shape == (3, 1 + blocks) and np.isfinite(cells).all()
+
+
 def test_the_family_is_every_method_in_one_rate_on_unseen_generators(table: pd.DataFrame) -> None:
     for rate in ("balanced_acc", "ap"):
         family = table.xs((rate, "unseen"), level=("rate", "pictures"))

@@ -85,6 +85,8 @@ def test_every_rung_is_a_method_with_settings_and_they_are_those_asked_for() -> 
     assert {rung.method for name, rung in RUNGS.items() if name in ("weights", "expert")} == {
         "weighed_lora", "product_of_experts"
     }  # fmt: skip
+    for name, rung in (("lora_at_rate_of_weights", "weights"), ("lora_at_rate_of_expert", "expert")):
+        assert RUNGS[name] == RUNGS["lora"] and read(name).method == RUNGS[rung].method != "lora"
 
 
 def test_every_rung_is_an_arm_and_both_heads_and_the_plane_train(tiny: Params, tmp_path: Path) -> None:
@@ -113,14 +115,14 @@ def test_the_plane_follows_the_tower_and_the_head_stays_off_it(
             heads.append(self.head.weight.detach())  # type: ignore[arg-type]
 
     monkeypatch.setattr(ShortcutPlane, "_estimate", watched)
-    params = tiny.replaced({"train.stage2.epochs": 2, "train.stage2.lr": 0.01})
+    params = tiny.replaced({"train.stage2.epochs": 3, "train.stage2.lr": 0.01})
     prepared = load_prepared(tiny_prepared, ROOT)
     reading = read("plane_2_head")
     assert reading.build is not None and reading.method == "lora"
     params = params.for_method(reading.method)
     method = reading.build(prepared, params, 0)
     train_and_score(method, prepared, params, 0, ROOT, [])
-    assert len(planes) == 3, "before the first step, and after each epoch"
+    assert len(planes) == 3, "before the first step, and after each epoch but the last"
     assert not torch.allclose(planes[0], planes[2], atol=1e-3)
     assert (heads[-1] @ planes[-1]).abs().max() < 1e-5 < heads[-1].norm()
 

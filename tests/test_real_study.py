@@ -130,8 +130,7 @@ def test_what_is_shown_has_seeds_unseen_generators_and_groups_as_random(
     cells = rate_cells(scores.assign(group=groups), rate, ["glid3_xl", *OTHERS])
     gaps = np.array([cells["lora", seed] - cells["probe", seed] for seed in range(3)])
     expected = crossed_interval(np.moveaxis(gaps, -1, 0)).interval
-    # which group is in which block goes by its name
-    assert tuple(found[["mean", "low", "high"]]) == pytest.approx(tuple(expected), abs=0.01) and found["n"] == 12
+    assert tuple(found[["mean", "low", "high"]]) == pytest.approx(tuple(expected)) and found["n"] == 12
     means = rows[rows["generator"].isin(["glid3_xl", *OTHERS])].groupby("method")[rate].mean()
     assert found["mean"] == pytest.approx(means["lora"] - means["probe"])
 

@@ -37,26 +37,33 @@ def rate_cells(scores: pd.DataFrame, rate: str, generators: Sequence[str]) -> di
 
     `scores`: native test rows. A jackknife block is every so-manieth image of each generator and label, by id: a
     photograph is in one block for all generators that share it, and so are fakes of one place in their generators'
-    lists, which in the embedded benchmark show the same things. With a column "group" it is every so-manieth group:
-    images that share a group, as a prompt, are no two facts. Without blocks where a generator has one image (or group)
-    of a label: left out, it would leave none.
+    lists, which in the embedded benchmark show the same things. With a column "group" each group is a block: images
+    that share one, as a prompt, are no two facts. Without blocks where a generator has one image (or group) of a label:
+    left out, it would leave none.
     """
     cells: dict[tuple[str, int], np.ndarray] = {}
-    blocks, grouped = BLOCKS, "group" in scores.columns
-    place = scores["group"].rank(method="dense").astype(int) if grouped else None
-    for _, run in scores.assign(place=place).sort_values("id", kind="stable").groupby(["method", "seed"], sort=False):
+    for _, run in scores.sort_values("id", kind="stable").groupby(["method", "seed"], sort=False):
         parts = dict(rows_by_generator(run))
         rows = [[own[own["label"] == label] for label in (0, 1)] for own in (parts[name] for name in generators)]
         sides = [[side["logit"].to_numpy(np.float64) for side in pair] for pair in rows]
-        places = [[side["place"].to_numpy() if grouped else np.arange(len(side)) for side in pair] for pair in rows]
-        # the same for all runs: same images
-        blocks = min([blocks, *(len(np.unique(side)) for pair in places for side in pair)])
-        of = [[side % blocks for side in pair] for pair in places]
+        blocks, of = _blocks(rows)
         with np.errstate(invalid="ignore"):  # of no images
             rates = [RATES[rate](pair[0], pair[1], own[0], own[1], blocks) for pair, own in zip(sides, of, strict=True)]
         every = np.array(rates)
         cells[str(run["method"].iloc[0]), int(run["seed"].iloc[0])] = every if blocks > 1 else every[:, :1]
     return cells
+
+
+def _blocks(rows: list[list[pd.DataFrame]]) -> tuple[int, list[list[np.ndarray]]]:
+    """How many jackknife blocks there are, and the number of each image's; `rows`: by generator and label."""
+    every = [side for pair in rows for side in pair]
+    if "group" in every[0].columns:
+        numbers = {name: number for number, name in enumerate(sorted(set(pd.concat(every)["group"])))}
+        of = [[side["group"].map(numbers).to_numpy(np.int64) for side in pair] for pair in rows]
+        alone = any(side["group"].nunique() < 2 for side in every)
+        return (1, [[0 * side for side in pair] for pair in of]) if alone else (len(numbers), of)
+    count = min([BLOCKS, *map(len, every)])
+    return count, [[np.arange(len(side)) % count for side in pair] for pair in rows]
 
 
 def difference_table(values: pd.DataFrame, detection: pd.DataFrame, scores: pd.DataFrame | None = None) -> pd.DataFrame:
