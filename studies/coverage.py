@@ -22,6 +22,7 @@ from dgs.workspace import find_root
 
 SIZES = ((5, 7), (3, 4))  # seeds and generators
 IMAGES = 200  # fakes of each generator, and photographs that all share
+GROUPS = np.repeat(np.arange(IMAGES), 1 + np.arange(IMAGES) % 11)[:IMAGES]  # 1 to 11 images, where images have groups
 DRAWS = 500  # of every case
 
 
@@ -43,14 +44,16 @@ class Effects:
     both: float
     own: float
     new: float
+    grouped: bool = False  # images of one of `GROUPS` are alike but for `new`
 
 
 # Their parts of the variance are about those of `mini`: dgs minus lora (alike), dgs_plus minus lora (apart). In the
-# third case generators differ by chance alone.
+# third case generators differ by chance alone, and the fourth has groups, as the real pictures.
 CASES = {
     "alike": Effects((0.48, 0.53), 0.02, 0.10, 0.05, 0.05, 0.15, 0.10),
     "apart": Effects((0.75, 0.53), 0.02, 0.10, 0.20, 0.08, 0.45, 0.15),
     "no generator effect": Effects((0.53, 0.53), 0.02, 0.10, 0.0, 0.0, 0.25, 0.10),
+    "groups": Effects((0.75, 0.53), 0.02, 0.10, 0.20, 0.08, 0.45, 0.15, grouped=True),
 }
 
 
@@ -67,9 +70,9 @@ def logits(effects: Effects, seeds: int, generators: int, rng: np.random.Generat
     shape = (2, seeds, 1 + generators, IMAGES)
     margin = np.array(effects.means)[:, None, None, None] + effects.seed * rng.normal(size=(2, seeds, 1, 1))
     rest = np.sqrt(1 - effects.own - effects.new)
-    margin = (
-        margin + rest * rng.normal(size=(1, 1, *shape[2:])) + np.sqrt(effects.own) * rng.normal(size=(2, 1, *shape[2:]))
-    )
+    one_of_each = np.searchsorted(GROUPS, GROUPS) if effects.grouped else np.arange(IMAGES)
+    for spread, methods in ((rest, 1), (np.sqrt(effects.own), 2)):
+        margin = margin + spread * rng.normal(size=(methods, 1, *shape[2:]))[..., one_of_each]
     margin = margin + np.sqrt(effects.new) * rng.normal(size=shape)
     margin[:, :, 1:] += effects.generator * rng.normal(size=(2, 1, generators, 1))
     margin[:, :, 1:] += effects.both * rng.normal(size=(2, seeds, generators, 1))
@@ -79,14 +82,15 @@ def logits(effects: Effects, seeds: int, generators: int, rng: np.random.Generat
     return found
 
 
-def cells(scores: NDArray[np.float64], rate: str) -> NDArray[np.float64]:
+def cells(scores: NDArray[np.float64], rate: str, grouped: bool = False) -> NDArray[np.float64]:
     """`crossed_interval`'s table of the first method minus the second."""
-    of = np.arange(IMAGES) % BLOCKS
+    of = GROUPS if grouped else np.arange(IMAGES) % BLOCKS
+    blocks = int(of.max()) + 1
     _, seeds, makers, _ = scores.shape
-    table = np.empty((2, seeds, makers - 1, 1 + BLOCKS))
+    table = np.empty((2, seeds, makers - 1, 1 + blocks))
     for method, seed, maker in np.ndindex(table.shape[:3]):
         reals, fakes = scores[method, seed, 0], scores[method, seed, 1 + maker]
-        table[method, seed, maker] = RATES[rate](reals, fakes, of, of, BLOCKS)
+        table[method, seed, maker] = RATES[rate](reals, fakes, of, of, blocks)
     return np.moveaxis(table[0] - table[1], -1, 0)
 
 
@@ -97,7 +101,7 @@ def coverage(draws: int = DRAWS) -> Iterator[dict[str, Any]]:
     """
     for (number, (case, effects)), (seeds, generators), rate in product(enumerate(CASES.items()), SIZES, RATES):
         rng = np.random.default_rng([number, seeds, generators])
-        tables = [cells(logits(effects, seeds, generators, rng), rate) for _ in range(draws)]
+        tables = [cells(logits(effects, seeds, generators, rng), rate, effects.grouped) for _ in range(draws)]
         crossed = np.array([crossed_interval(table).interval for table in tables])
         plain = np.array([seed_interval(table[0].mean(1)) for table in tables])
         known = truth(effects) if rate == "balanced_acc" else float(crossed[:, 0].mean())
