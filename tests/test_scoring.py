@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,12 +65,15 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 def scoring(folder: Path, whole: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
     """`dgs score --processes 2` in a session of its own, rows going to the file `out`; has printed some already."""
     told = command(folder, "--checkpoint", whole, "--json", "--processes", 2)
+    # A shell starts what runs in its background deaf to Ctrl-C, and so would be what these tests start there.
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with (
         out.open("w") as stdout,
         subprocess.Popen(
-            told, stdout=stdout, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+            told, stdout=stdout, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True,
+            preexec_fn=hears,  # noqa: PLW1509 (no thread is started before it)
         ) as process,
-    ):
+    ):  # fmt: skip
         try:
             until(lambda: out.stat().st_size > 0)
             yield process
