@@ -23,9 +23,10 @@ from dgs.data.images import decode
 from dgs.data.matching import match
 from dgs.data.tree import scan_tree
 from dgs.errors import UserError
+from dgs.stats import Scored, area_under_roc, balanced_accuracy
 from real import captions
 from real.manifest import read_manifest
-from real.text_alone import parts, rates, text_alone
+from real.text_alone import SEED, parts, rates, text_alone
 
 CAPTIONS = ROOT / "real/captions.jsonl"
 CLASSES = ResNet50_Weights.DEFAULT.meta["categories"]
@@ -155,6 +156,20 @@ def test_text_alone_finds_what_captions_tell_and_nothing_else(tells: bool) -> No
 
 def test_without_a_text_side_words_alone_are_read() -> None:
     assert set(text_alone(table(True).assign(embedding=[np.zeros(0)] * 180))["reader"]) == {"words"}
+
+
+def test_rates_are_the_packages_and_their_ends_those_of_pictures_drawn_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    rows = pd.DataFrame({"label": [0, 1] * 30, "logit": rng.normal(size=60).round(1), "group": rng.integers(0, 25, 60)})
+    labels, logits, found = rows["label"].to_numpy(), rows["logit"].to_numpy(), rates(rows)
+    members, draws = list(rows.groupby("group").indices.values()), np.random.default_rng(SEED)
+    for name, rate in (("balanced_acc", balanced_accuracy), ("auroc", area_under_roc)):
+        assert found[name] == pytest.approx(rate(Scored.of(labels, logits)))
+    drawn = []
+    for _ in range(200):  # as `few_draws` asks
+        at = np.concatenate([members[i] for i in draws.integers(len(members), size=len(members))])
+        drawn.append(area_under_roc(Scored.of(labels[at], logits[at])))
+    assert (found["auroc_low"], found["auroc_high"]) == pytest.approx(tuple(np.quantile(drawn, (0.025, 0.975))))
 
 
 def test_pictures_of_one_group_count_as_one_fact() -> None:
