@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from dgs.analysis.figures import style as look
 from dgs.stats import rounded_text
-from studies.regimes import DROPOUT, EPOCHS, LR, MAP, METHODS, RHO
+from studies.regimes import DROPOUT, LR, MAP, METHODS, RHO
+from studies.sweep import EPOCHS
 
 WHAT = {"balanced_acc_unseen": "Bal. acc., unseen", "zero_shot_kept": "Zero-shot kept"}
 

@@ -36,17 +36,19 @@ from dgs.model.clip_classifier import ClipClassifier
 from dgs.model.features import extract_features
 from dgs.model.methods.base import Method
 from dgs.model.methods.registry import get_method
-from dgs.model.snapshot import FREE, Snapshot
+from dgs.model.snapshot import FREE, Snapshot, run_key
 from dgs.model.text import open_text_side
 from dgs.model.train import Trained, train
 from dgs.model.training_log import TrainingLog
 from dgs.params import Params, load_params
 from dgs.tables import read_table
 from dgs.workspace import MAIN, Workspace, find_root
+from studies.going_on import GoingOn
 
 FRESH = {"data.root": "build/fresh"}  # test images that no setting was chosen after: `make study` makes them
 TO_MAKE_FRESH = "dgs minibench build --out build/fresh --seed 20261130 --training shipped"
 KEPT = "build/sweep"  # what was prepared, and scores until a study's table is complete
+EPOCHS = "train.stage2.epochs"
 DETECTION = ["balanced_acc_unseen", "ap_unseen", "balanced_acc_seen"]
 SURGERY = ["angle_task_harmful", "along_harm", "text_acc", "loss_text"]  # what the text side gave: `surgery_facts`
 MEASURES = [*DETECTION, "zero_shot_kept", *SURGERY]
@@ -135,11 +137,11 @@ def surgery_facts(log: TrainingLog) -> dict[str, float]:
 
 
 def measured(
-    method: Method, prepared: Prepared, params: Params, seed: int, root: Path, frozen: Path
+    method: Method, prepared: Prepared, params: Params, seed: int, root: Path, snapshot: Snapshot
 ) -> tuple[dict[str, float | None], pd.DataFrame]:
     """Train once, test once: `MEASURES`, fractions but for `SURGERY`, and the test images with their logits.
 
-    What the frozen tower makes of images is kept in the folder `frozen`, for other methods and seeds.
+    `snapshot`: its `common` folder keeps what the frozen tower makes of images, for other methods and seeds.
 
     Without zero_shot_kept where no CLIP is a part of the detector, without `SURGERY` where there is no text head.
     """
@@ -148,7 +150,6 @@ def measured(
     rows = prepared.split("test")
     real, width = (rows["label"] == 0).to_numpy(), prepared.caption_embeddings.shape[1]
     found: list[tuple[dict[str, float | None], pd.DataFrame]] = []
-    snapshot = Snapshot(common=frozen)
 
     def zero_shot(features: NDArray[Any]) -> dict[str, float]:
         own = rows[real], prepared.caption_embeddings[rows.index[real]], prepared.prompts, 0, features[:, :width]
@@ -185,6 +186,18 @@ def _frozen_folder(prepared: Path, params: Params) -> Path:
     return prepared.with_name(f"{prepared.name}-{_digest(tower)}")
 
 
+def _snapshot(
+    arm: str, settings: str, method: Method, prepared: Prepared, folder: Path, params: Params, seed: int
+) -> Snapshot:
+    """Of one run; where the settings have epochs, it goes on from the same arm with fewer."""
+    frozen = _frozen_folder(folder, params)
+    if not method.adapters or EPOCHS not in json.loads(settings):
+        return Snapshot(common=frozen)
+    device, steps = choose_device(params.compute.device), method.steps(len(prepared.split("train")), params)
+    same = run_key(arm, seed, params.replaced({EPOCHS: 1}, "epochs"), folder, prepared.info["clip"], device)
+    return GoingOn(folder.with_name(f"{folder.name}-{same}"), steps, frozen)
+
+
 def registered(name: str) -> Reading:
     """A method of the registry; how an arm's name is read where a study says nothing else."""
     return Reading(name)
@@ -199,7 +212,8 @@ def _row(
     try:
         prepared = prepared.with_training_images(own.train.images, seed)
         method = reading.build(prepared, own, seed) if reading.build else get_method(reading.method)
-        row, scores = measured(method, prepared, own, seed, root, _frozen_folder(folders[settings], own))
+        of = _snapshot(name + reading.about, settings, method, prepared, folders[settings], own, seed)
+        row, scores = measured(method, prepared, own, seed, root, of)
     except UserError as error:  # as of a rate that diverges: the others go on
         return {FAILED: str(error)}
     scored.mkdir(parents=True, exist_ok=True)

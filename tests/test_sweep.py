@@ -25,6 +25,7 @@ from dgs.errors import UserError
 from dgs.model.checkpoint import save_checkpoint
 from dgs.model.clip import load_clip
 from dgs.model.methods.registry import get_method
+from dgs.model.snapshot import Snapshot, State
 from dgs.model.train import Trained, train
 from dgs.model.training_log import TrainingLog
 from dgs.params import Params, load_params
@@ -32,14 +33,15 @@ from dgs.tables import read_table
 from minibench import generators
 from studies import dose_response, fitted_settings, priors, regimes, seen_pairs, text_heads
 from studies.figures import regime_map
+from studies.going_on import BEFORE_THE_END, GoingOn
 from studies.regimes import RHO
-from studies.sweep import FAILED, FRESH, KEY, MEASURES, SURGERY, Arm, measured, prepare, surgery_facts, sweep
+from studies.sweep import EPOCHS, FAILED, FRESH, KEY, MEASURES, SURGERY, Arm, measured, prepare, surgery_facts, sweep
 
 
 def test_a_row_is_what_the_pipeline_says_of_the_same_run(tiny: Params, tmp_path: Path) -> None:
     params = tiny.for_method("lora")
     prepared = load_prepared(prepare(tiny, ROOT, tmp_path), ROOT)
-    row, logits = measured(get_method("lora"), prepared, params, 0, ROOT, tmp_path)
+    row, logits = measured(get_method("lora"), prepared, params, 0, ROOT, Snapshot(common=tmp_path))
     clip, device = load_clip(tiny.model, ROOT, tiny.image_size), choose_device("cpu")
     where = tmp_path / "seed-0"
 
@@ -66,7 +68,7 @@ def test_what_the_text_side_gave_is_what_the_angles_stage_says(head: str, tiny: 
     table = angle_table(logs[0].samples, logs[0].layers, ["task-harmful"], None)
     assert found["angle_task_harmful"] == pytest.approx(summary(table)["degrees"].item(), abs=1e-3)
     assert 0 < found["along_harm"] < 1 and found["loss_text"] > 0 and 0 < found["text_acc"] <= 1
-    row, _ = measured(get_method("dgs"), prepared, params, 0, ROOT, tmp_path)
+    row, _ = measured(get_method("dgs"), prepared, params, 0, ROOT, Snapshot(common=tmp_path))
     assert {name: row[name] for name in SURGERY} == found
     assert surgery_facts(TrainingLog("probe", 0)) == {}
 
@@ -76,11 +78,42 @@ def test_what_the_frozen_tower_makes_of_images_is_kept_and_changes_nothing(tiny:
     runs = [("probe", 0, "a"), ("levels_probe", 0, "a"), ("probe", 1, "a"), ("content_probe", 0, "a")]
     for name, seed, folder in [*runs, *((name, seed, f"b{index}") for index, (name, seed, _) in enumerate(runs))]:
         method = get_method(name)
-        row, scores = measured(method, prepared, tiny.for_method(name), seed, ROOT, tmp_path / folder)
+        kept = Snapshot(common=tmp_path / folder)
+        row, scores = measured(method, prepared, tiny.for_method(name), seed, ROOT, kept)
         rows.append((row, scores["logit"].tolist()))
     assert rows[:4] == rows[4:], "as if each had made them itself"
     shared, own = (sum(1 for _ in tmp_path.glob(f"{pattern}/*")) for pattern in ("a", "b*"))
     assert shared < own
+
+
+def test_a_training_of_more_epochs_goes_on_from_the_same_one_of_fewer_to_the_bit(
+    tiny: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[int, int]] = []
+    resume = GoingOn.resume
+
+    def noted(snapshot: GoingOn, state: State) -> None:
+        resume(snapshot, state)
+        begun.append((state.step, snapshot.steps))
+
+    monkeypatch.setattr(GoingOn, "resume", noted)
+    params = tiny.replaced({"compute.jobs": 1, "train.batch_size": 5, "train.log_every": 3, "model.lora.dropout": 0.5})
+    an_epoch = -(-len(load_prepared(prepare(params, ROOT, tmp_path), ROOT).split("train")) // 5)
+    left = an_epoch - BEFORE_THE_END
+    assert left > 0 and left % 3, "a shorter run records its last whole batch, which a longer one does not"
+    arms = [Arm("dgs", {EPOCHS: epochs}) for epochs in (1, 3, 2)]
+    list(sweep(arms, [0], params, ROOT, tmp_path / "kept", tmp_path / "out.csv"))
+    for arm in arms[1:]:
+        list(sweep([arm], [0], params, ROOT, tmp_path / "alone" / arm.text, tmp_path / "alone.csv"))
+    assert begun == [(0, an_epoch), (left, 3 * an_epoch), (left, 2 * an_epoch), (0, 3 * an_epoch), (0, 2 * an_epoch)]
+
+    rows, alone = (read_table(tmp_path / name).set_index(KEY) for name in ("out.csv", "alone.csv"))
+    assert len(alone) == 2 and alone[SURGERY].notna().to_numpy().all()
+    pd.testing.assert_frame_equal(rows.loc[alone.index], alone)
+    logits, single = (
+        read_scores(tmp_path / name).set_index(["profile", "id"])["logit"] for name in ("out.parquet", "alone.parquet")
+    )
+    assert (logits[single.index] == single).all()
 
 
 def test_arms_are_run_once_each_and_other_data_are_prepared_once(tiny: Params, tmp_path: Path) -> None:
