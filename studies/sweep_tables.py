@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -108,19 +107,25 @@ def _heads(root: Path) -> dict[str, Table]:
 
 
 def _dose(root: Path) -> dict[str, Table]:
-    study, dropped = "dose_response", dose_response.DROPPED
-    lora = Arm("lora", {dropped: 0.0})
-    shares: Mapping[str, Any] = {f"{100 * share:.0f} %": share for share in dose_response.SHARES}
+    dropped, shares = dose_response.DROPPED, {f"{100 * share:.0f} %": share for share in dose_response.SHARES}
 
-    def column(name: str, rate: str, share: float) -> str:
-        return gap(root, study, rate, (Arm(name, {dropped: share}), lora))
+    def at(name: str, share: float = 0.0) -> Arm:
+        return Arm(name, {dropped: share})
 
-    readers = {arm.method for arm in dose_response.arms() if arm.settings[dropped] > 0}
+    pairs: dict[str, Callable[[float], tuple[Arm, Arm]]] = {
+        "`poe_distillation` minus LoRA": lambda share: (at("poe_distillation", share), at("lora")),
+        "`content_poe_distillation` minus `poe_distillation`": lambda share: (
+            at("content_poe_distillation"),
+            at("poe_distillation", share),
+        ),
+        "DGS minus itself at 0 %": lambda share: (at("dgs", share), at("dgs")),
+    }
+
+    def column(rate: str, pair: Callable[[float], tuple[Arm, Arm]], share: float) -> str:
+        return gap(root, "dose_response", rate, pair(share))
+
     columns = {
-        f"{label}: `{name}` minus LoRA": partial(column, name, rate)
-        for label, rate in RATES.items()
-        for name in dose_response.METHODS
-        if name in readers
+        f"{label}: {what}": partial(column, rate, pair) for label, rate in RATES.items() for what, pair in pairs.items()
     }
     return {"dose-response": ("captions without the word", shares, columns)}
 

@@ -62,14 +62,18 @@ def test_only_studies_with_results_have_tables(tmp_path: Path) -> None:
 
 
 def test_a_difference_is_the_crossed_one_and_what_lacks_is_said(tmp_path: Path) -> None:
-    lora, half = (Arm(name, {dose_response.DROPPED: share}) for name, share in (("lora", 0.0), ("dgs", 0.5)))
+    lora, half = (
+        Arm(name, {dose_response.DROPPED: share}) for name, share in (("lora", 0.0), ("poe_distillation", 0.5))
+    )
     scores = write(tmp_path, "dose_response", [(lora, 0.5), (half, 1.5)])
     found = cells(tmp_path, "dose-response")
     assert list(found) == ["0 %", "25 %", "50 %", "75 %", "100 %"]
-    expected = crossed_gap(scores, generators.SEEN, "dgs", "lora", "ap").interval
+    expected = crossed_gap(scores, generators.SEEN, "poe_distillation", "lora", "ap").interval
     columns = list(sweep_tables(tmp_path)["dose-response"][2])
-    assert found["50 %"][columns.index("AP: `dgs` minus LoRA")] == told(type(expected)(*(100 * e for e in expected)))
-    assert set(found["0 %"]) == {NOT_RUN} and found["50 %"].count(NOT_RUN) == len(columns) - 2
+    assert found["50 %"][columns.index("AP: `poe_distillation` minus LoRA")] == told(
+        type(expected)(*(100 * e for e in expected))
+    )
+    assert set(found["0 %"]) == {NOT_RUN, ""} and found["50 %"].count(NOT_RUN) == len(columns) - 2
 
 
 def test_of_several_recipes_the_last_counts(tmp_path: Path) -> None:
@@ -91,6 +95,7 @@ def test_a_pair_of_generators_is_one_value(tmp_path: Path) -> None:
     ("study", "arms", "rows"),
     [
         ("text_heads", text_heads.arms(), {"text-heads": 8 * 3, "text-head-facts": 2 * 3}),
+        ("dose_response", dose_response.arms(), {"dose-response": 5}),
         ("priors", priors.arms(), {"priors": 5}),
         ("oracle_ladder", oracle_ladder.arms(), {"oracle-ladder": len(oracle_ladder.RUNGS) - 1, "ladder-mlp": 3}),
     ],
