@@ -16,7 +16,7 @@ from dgs.tables import read_table
 from minibench import generators
 from studies import dose_response, oracle_ladder, priors, text_heads
 from studies.sweep import Arm
-from studies.tables import Table, told
+from studies.tables import Cell, Table, told
 
 STORE = "results/study"
 NOT_RUN = "not run"
@@ -89,12 +89,19 @@ def _heads(root: Path) -> dict[str, Table]:
     of = {(arm.method, arm.settings["data.rho"], arm.settings[text_heads.HEAD]): arm for arm in arms}
     rhos, kinds = text_heads.RHOS, text_heads.HEADS
     readers = list(dict.fromkeys(name for name, _, head in of if head == "fitted"))
-    rows = {f"`{name}`, rho {rho:g}": (name, rho) for rho in rhos for name in readers}
 
-    def against_lora(rate: str, head: str, row: tuple[str, float]) -> str:
-        return gap(root, study, rate, (of[(*row, head)], of["lora", row[1], "release"]))
+    def rows(names: list[str]) -> dict[str, tuple[str, float]]:
+        return {f"`{name}`, rho {rho:g}": (name, rho) for rho in rhos for name in names}
 
-    gaps = {f"{label}, {head}": partial(against_lora, rate, head) for label, rate in RATES.items() for head in kinds}
+    def against(other: str, rate: str, head: str, row: tuple[str, float]) -> str:
+        same = head if (other, row[1], head) in of else "release"
+        return gap(root, study, rate, (of[(*row, head)], of[other, row[1], same]))
+
+    def gaps(other: str) -> dict[str, Cell]:
+        return {
+            f"{label}, {head}": partial(against, other, rate, head) for label, rate in RATES.items() for head in kinds
+        }
+
     heads = {f"{head}, rho {rho:g}": of["dgs", rho, head] for rho in rhos for head in kinds}
     facts = {
         "text head's accuracy": partial(mean, root, study, "text_acc"),
@@ -103,7 +110,11 @@ def _heads(root: Path) -> dict[str, Table]:
         "energy along harm": partial(mean, root, study, "along_harm"),
         "zero-shot kept": partial(mean, root, study, "zero_shot_kept", digits=0),
     }
-    return {"text-heads": ("minus LoRA, unseen", rows, gaps), "text-head-facts": ("DGS, text head", heads, facts)}
+    return {
+        "text-heads": ("minus LoRA, unseen", rows(readers), gaps("lora")),
+        "text-head-controls": ("minus DGS, unseen", rows([name for name in readers if name != "dgs"]), gaps("dgs")),
+        "text-head-facts": ("DGS, text head", heads, facts),
+    }
 
 
 def _dose(root: Path) -> dict[str, Table]:

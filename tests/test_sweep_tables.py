@@ -94,7 +94,7 @@ def test_a_pair_of_generators_is_one_value(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("study", "arms", "rows"),
     [
-        ("text_heads", text_heads.arms(), {"text-heads": 8 * 3, "text-head-facts": 2 * 3}),
+        ("text_heads", text_heads.arms(), {"text-heads": 8 * 3, "text-head-controls": 7 * 3, "text-head-facts": 6}),
         ("dose_response", dose_response.arms(), {"dose-response": 5}),
         ("priors", priors.arms(), {"priors": 5}),
         ("oracle_ladder", oracle_ladder.arms(), {"oracle-ladder": len(oracle_ladder.RUNGS) - 1, "ladder-mlp": 3}),
