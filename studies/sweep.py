@@ -189,9 +189,12 @@ def _frozen_folder(prepared: Path, params: Params) -> Path:
 def _snapshot(
     arm: str, settings: str, method: Method, prepared: Prepared, folder: Path, params: Params, seed: int
 ) -> Snapshot:
-    """Of one run; where the settings have epochs, it goes on from the same arm with fewer."""
+    """Of one run; where the settings have epochs, it goes on from the same arm with fewer.
+
+    Not where the method counts its steps from the end, or keeps what no snapshot has.
+    """
     frozen = _frozen_folder(folder, params)
-    if not method.adapters or EPOCHS not in json.loads(settings):
+    if not method.adapters or method.average or method.project or EPOCHS not in json.loads(settings):
         return Snapshot(common=frozen)
     device, steps = choose_device(params.compute.device), method.steps(len(prepared.split("train")), params)
     same = run_key(arm, seed, params.replaced({EPOCHS: 1}, "epochs"), folder, prepared.info["clip"], device)

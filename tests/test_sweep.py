@@ -101,6 +101,9 @@ def test_a_training_of_more_epochs_goes_on_from_the_same_one_of_fewer_to_the_bit
     an_epoch = -(-len(load_prepared(prepare(params, ROOT, tmp_path), ROOT).split("train")) // 5)
     left = an_epoch - BEFORE_THE_END
     assert left > 0 and left % 3, "a shorter run records its last whole batch, which a longer one does not"
+    swad = [Arm("swad", {EPOCHS: epochs}) for epochs in (1, 2)]
+    list(sweep(swad, [0], params, ROOT, tmp_path / "kept", tmp_path / "swad.csv"))
+    assert not begun, "what is averaged over the last steps begins elsewhere in a longer training"
     arms = [Arm("dgs", {EPOCHS: epochs}) for epochs in (1, 3, 2)]
     list(sweep(arms, [0], params, ROOT, tmp_path / "kept", tmp_path / "out.csv"))
     for arm in arms[1:]:
