@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from dgs.analysis.figures.style import save
@@ -23,6 +25,7 @@ from dgs.analysis.study import (
     read_condition,
     read_scores_of,
     read_tables,
+    unseen_cells,
     write_params,
     write_study,
 )
@@ -122,20 +125,28 @@ def validated(group: str, row: tuple[str, str]) -> str:
     return f"{spearmanr(part[rule], part['val_unbiased']).statistic:.2f} (n {len(part)})"
 
 
-_scores = cache(read_scores_of)
+@cache
+def _cells(name: str, rate: str) -> dict[str, dict[int, NDArray[np.float64]]]:
+    """`unseen_cells` of a profile; none where it has no scores."""
+    root = find_root()
+    scores = read_scores_of(root, name)
+    if scores is None:
+        return {}
+    detection = read_tables(root, name)["detection"]
+    needed = scores[scores["method"].isin({method for pair in PAIRS for method in pair})]
+    return unseen_cells(needed, unique(detection.loc[detection["seen"], "generator"]), rate)
 
 
 def drawn_gap(name: str, row: tuple[tuple[str, str], str]) -> str:
     """A method minus another on unseen generators, points [95 %, seeds, generators and images as random]; "not run".
 
-    `row`: both, and a rate of `crossed.RATES`.
+    `row`: a pair of `PAIRS`, and a rate of `crossed.RATES`.
     """
-    (pair, rate), root = row, find_root()
-    scores = _scores(root, name)
-    if scores is None or not set(pair) <= set(scores["method"]):
+    pair, rate = row
+    cells = _cells(name, rate)
+    if not set(pair) <= set(cells):
         return "not run"
-    detection = read_tables(root, name)["detection"]
-    interval = crossed_gap(scores, unique(detection.loc[detection["seen"], "generator"]), *pair, rate).interval
+    interval = crossed_gap(*(cells[method] for method in pair)).interval
     return told(Interval(*(100 * end for end in interval)))
 
 

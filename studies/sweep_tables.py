@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from dgs.analysis.scores import read_scores
-from dgs.analysis.study import crossed_gap
+from dgs.analysis.study import crossed_gap, unseen_cells
 from dgs.stats import Interval, seed_interval
 from dgs.tables import read_table
 from minibench import generators
@@ -24,10 +25,13 @@ RATES = {"balanced accuracy": "balanced_acc", "AP": "ap"}
 
 
 @cache
-def _results(root: Path, study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows of a study, of several recipes of a run the last; and its scores."""
+def _results(root: Path, study: str) -> tuple[pd.DataFrame, dict[tuple[str, str], pd.DataFrame]]:
+    """Rows of a study, of several recipes of a run the last; and its scores by settings and method."""
     table = read_table(root / STORE / f"{study}.csv").drop_duplicates(["settings", "method", "seed"], keep="last")
-    return table, read_scores(root / STORE / f"{study}.parquet")
+    scores = read_scores(root / STORE / f"{study}.parquet")
+    return table, {
+        (str(settings), str(method)): own for (settings, method), own in scores.groupby(["profile", "method"])
+    }
 
 
 def _per_cent(interval: Interval) -> Interval:
@@ -47,19 +51,21 @@ def mean(root: Path, study: str, measure: str, arm: Arm, scale: float = 100.0, d
     return told(seed_interval(scale * found.to_numpy()), digits, sign=False) if len(found) else NOT_RUN
 
 
+@cache
+def _cells(root: Path, study: str, method: str, settings: str, rate: str) -> dict[int, NDArray[np.float64]]:
+    """`unseen_cells` of an arm, by seed; none where it was not run."""
+    of_arms = _results(root, study)[1]
+    return (
+        unseen_cells(of_arms[settings, method], generators.SEEN, rate)[method] if (settings, method) in of_arms else {}
+    )
+
+
 def gap(root: Path, study: str, rate: str, pair: tuple[Arm, Arm]) -> str:
     """An arm minus another on unseen generators: points, with seeds, generators and images as random."""
     if pair[0] == pair[1]:
         return ""
-    _, scores = _results(root, study)
-    parts = [
-        scores[(scores["method"] == arm.method) & (scores["profile"] == arm.text)].assign(method=name)
-        for name, arm in zip(("first", "second"), pair, strict=True)
-    ]
-    if any(part.empty for part in parts):
-        return NOT_RUN
-    both = pd.concat(parts, ignore_index=True)
-    return told(_per_cent(crossed_gap(both, generators.SEEN, "first", "second", rate).interval))
+    first, second = (_cells(root, study, arm.method, arm.text, rate) for arm in pair)
+    return told(_per_cent(crossed_gap(first, second).interval)) if first and second else NOT_RUN
 
 
 def over_pairs(root: Path, measure: str, methods: tuple[str, str]) -> str:

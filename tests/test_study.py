@@ -26,6 +26,7 @@ from dgs.analysis.study import (
     read_scores_of,
     read_tables,
     study_report,
+    unseen_cells,
     write_params,
     write_study,
 )
@@ -233,12 +234,12 @@ class TestScores:
         scores = read_scores_of(tmp_path, "study-90")
         assert scores is not None
         for rate in ("balanced_acc", "ap"):
-            found = crossed_gap(scores, ["seen"], "dgs_plus", "lora", rate)
+            cells = unseen_cells(scores, ["seen"], rate)
+            found = crossed_gap(cells["dgs_plus"], cells["lora"])
             (table,) = differences_of(tmp_path, ["study-90"]).values()
             row = table.query("method == 'dgs_plus' and rate == @rate and pictures == 'unseen'").iloc[0]
             assert row[["mean", "low", "high"]].tolist() == pytest.approx(list(found.interval), abs=1e-5)
-        back = crossed_gap(scores, ["seen"], "lora", "dgs_plus")
-        assert back.interval.mean == pytest.approx(-crossed_gap(scores, ["seen"], "dgs_plus", "lora").interval.mean)
+            assert crossed_gap(cells["lora"], cells["dgs_plus"]).interval.mean == pytest.approx(-found.interval.mean)
 
     def test_conditions_that_have_scores_get_crossed_intervals_and_a_forest_of_them(self, root: Path) -> None:
         folder = root / "results/study"

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from dgs.analysis.scores import write_scores
-from dgs.analysis.study import crossed_gap
+from dgs.analysis.study import crossed_gap, unseen_cells
 from minibench import generators
 from studies import dose_response, oracle_ladder, priors, seen_pairs, text_heads
 from studies.sweep import FAILED, KEY, MEASURES, Arm
@@ -68,7 +68,8 @@ def test_a_difference_is_the_crossed_one_and_what_lacks_is_said(tmp_path: Path) 
     scores = write(tmp_path, "dose_response", [(lora, 0.5), (half, 1.5)])
     found = cells(tmp_path, "dose-response")
     assert list(found) == ["0 %", "25 %", "50 %", "75 %", "100 %"]
-    expected = crossed_gap(scores, generators.SEEN, "poe_distillation", "lora", "ap").interval
+    of = unseen_cells(scores, generators.SEEN, "ap")
+    expected = crossed_gap(of["poe_distillation"], of["lora"]).interval
     columns = list(sweep_tables(tmp_path)["dose-response"][2])
     assert found["50 %"][columns.index("AP: `poe_distillation` minus LoRA")] == told(
         type(expected)(*(100 * e for e in expected))

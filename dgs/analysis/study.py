@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
 from dgs.analysis.differences import difference_table, rate_cells
@@ -190,18 +191,24 @@ def differences_of(root: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:
     return found
 
 
-def crossed_gap(
-    scores: pd.DataFrame, seen: Collection[str], method: str, other: str, rate: str = "balanced_acc"
-) -> Crossed:
-    """`method` minus `other` on unseen generators (a fraction): seeds, generators and test images as random.
+def unseen_cells(
+    scores: pd.DataFrame, seen: Collection[str], rate: str = "balanced_acc"
+) -> dict[str, dict[int, NDArray[np.float64]]]:
+    """{method: {seed: `rate_cells` on the unseen generators}}.
 
     `scores`: of one condition; `rate`: of `crossed.RATES`.
     """
-    native = native_rows(scores[(scores["split"] == "test") & scores["method"].isin([method, other])])
+    native = native_rows(scores[scores["split"] == "test"])
     fakes = native.loc[native["label"] == 1, "generator"]
-    cells = rate_cells(native, rate, [name for name in unique(fakes) if name not in seen])
-    seeds = [seed for name, seed in cells if name == method and (other, seed) in cells]
-    gaps = [cells[method, seed] - cells[other, seed] for seed in sorted(seeds)]
+    cells: dict[str, dict[int, NDArray[np.float64]]] = {}
+    for (method, seed), own in rate_cells(native, rate, [name for name in unique(fakes) if name not in seen]).items():
+        cells.setdefault(method, {})[seed] = own
+    return cells
+
+
+def crossed_gap(first: Mapping[int, NDArray[np.float64]], second: Mapping[int, NDArray[np.float64]]) -> Crossed:
+    """A method minus another, both of `unseen_cells`, as a fraction: seeds, generators and test images as random."""
+    gaps = [first[seed] - second[seed] for seed in sorted(set(first) & set(second))]
     return crossed_interval(np.moveaxis(np.array(gaps), -1, 0))
 
 
