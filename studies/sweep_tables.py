@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -11,13 +12,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dgs.analysis.scores import read_scores
-from dgs.analysis.study import crossed_gap, unseen_cells
+from dgs.analysis.study import UNSEEN, crossed_gap, unseen_cells
 from dgs.stats import Interval, seed_interval
 from dgs.tables import read_table
 from minibench import generators
-from studies import dose_response, oracle_ladder, priors, text_heads
+from studies import dose_response, oracle_ladder, priors, seen_pairs, text_heads
 from studies.sweep import Arm
-from studies.tables import Cell, Table, told
+from studies.tables import Cell, Table, number, told
 
 STORE = "results/study"
 NOT_RUN = "not run"
@@ -68,12 +69,26 @@ def gap(root: Path, study: str, rate: str, pair: tuple[Arm, Arm]) -> str:
     return told(_per_cent(crossed_gap(first, second).interval)) if first and second else NOT_RUN
 
 
-def over_pairs(root: Path, measure: str, methods: tuple[str, str]) -> str:
-    """One method minus another over random seen pairs: each pair is one value, the mean of its seeds."""
+def _by_pair(root: Path, measure: str, methods: tuple[str, str]) -> pd.Series | None:
+    """One method minus another, points, by the images' folder: means of seeds; None where one was not run."""
     table, _ = _results(root, "seen_pairs")
-    means = table.groupby(["settings", "method"])[measure].mean().unstack()
-    gaps = 100 * (means[methods[0]] - means[methods[1]]).dropna() if set(methods) <= set(means) else pd.Series()
-    return told(seed_interval(gaps.to_numpy(dtype=np.float64))) if len(gaps) else NOT_RUN
+    means = table.assign(folder=[json.loads(text)["data.root"] for text in table["settings"]])
+    means = means.groupby(["folder", "method"])[measure].mean().unstack()
+    return (100 * (means[methods[0]] - means[methods[1]])).dropna() if set(methods) <= set(means) else None
+
+
+def over_pairs(root: Path, measure: str, methods: tuple[str, str]) -> str:
+    """One method minus another over random seen pairs: each pair is one value; a dash where neither has the measure."""
+    gaps = _by_pair(root, measure, methods)
+    if gaps is None:
+        return NOT_RUN
+    return told(seed_interval(gaps.to_numpy(dtype=np.float64))) if len(gaps) else "–"
+
+
+def on_pair(root: Path, measure: str, methods: tuple[str, str], folder: str) -> str:
+    """One method minus another where the generators of `folder` are seen."""
+    gaps = _by_pair(root, measure, methods)
+    return NOT_RUN if gaps is None or folder not in gaps else number(gaps[folder], sign=True)
 
 
 def _ladder(root: Path) -> dict[str, Table]:
@@ -147,20 +162,26 @@ def _dose(root: Path) -> dict[str, Table]:
     return {"dose-response": ("captions without the word", shares, columns)}
 
 
+ON_EACH = [("lora", "probe"), ("dgs", "lora"), ("content_poe_distillation", "lora"), ("pixel_cnn", "lora")]
+
+
 def _pairs(root: Path) -> dict[str, Table]:
-    pairs = {
+    contrasts = {
         f"`{first}` minus `{second}`": (first, second)
         for first, second in (
             ("lora", "probe"), ("dgs", "lora"), ("poe_distillation", "lora"), ("content_poe_distillation", "lora"),
             ("content_poe_distillation", "poe_distillation"), ("pixel_cnn", "lora"),
+            ("pixel_cnn", "content_poe_distillation"),
         )
     }  # fmt: skip
-    columns = {"balanced accuracy": "balanced_acc_unseen", "AP": "ap_unseen"}
+    measures = {"balanced accuracy": UNSEEN, "AP": "ap_unseen", "zero-shot kept": "zero_shot_kept"}
+    columns = {label: partial(over_pairs, root, measure) for label, measure in measures.items()}
+    folders = {" and ".join(f"`{name}`" for name in pair): seen_pairs.folder(pair) for pair in seen_pairs.PAIRS}
+    each = {label: partial(on_pair, root, UNSEEN, methods) for label, methods in contrasts.items() if methods in ON_EACH}
     return {
-        "seen-pairs": (
-            "unseen generators", pairs, {label: partial(over_pairs, root, name) for label, name in columns.items()}
-        )
-    }  # fmt: skip
+        "seen-pairs": ("unseen generators", contrasts, columns),
+        "each-seen-pair": ("seen, balanced accuracy on the others", folders, each),
+    }
 
 
 def _priors(root: Path) -> dict[str, Table]:

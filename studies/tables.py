@@ -21,7 +21,12 @@ def number(amount: float, digits: int = 1, sign: bool = False) -> str:
 
 
 def told(interval: Interval, digits: int = 1, sign: bool = True) -> str:
-    """ "+0.8 [0.3, 1.2]"; an end has as many digits as tell it from zero, and so has a mean between two that are."""
+    """ "+0.8 [0.3, 1.2]"; an end has as many digits as tell it from zero, and so has a mean between two that are.
+
+    The mean alone where no interval is known, as of one seed.
+    """
+    if not interval.known:
+        return number(interval.mean, digits, sign)
 
     def shown(value: float, sign: bool) -> str:
         needed = digits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_a_table_is_made_anew_as_deep_as_its_mark() -> None:
         (Interval(-1.16, -2.28, -0.03), 1, "-1.2 [-2.3, -0.03]"),
         (Interval(0.04, -0.7, 0.0004), 1, "0.0 [-0.7, +0.0004]"),
         (Interval(4.6, -0.049, 8.4), 0, "+5 [-0.05, +8]"),
+        (Interval(4.6, math.nan, math.nan), 1, "+4.6"),
     ],
 )
 def test_an_end_next_to_zero_says_on_which_side_it_is(interval: Interval, digits: int, text: str) -> None:

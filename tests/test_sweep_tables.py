@@ -58,7 +58,7 @@ def cells(root: Path, name: str) -> dict[str, list[str]]:
 def test_only_studies_with_results_have_tables(tmp_path: Path) -> None:
     assert sweep_tables(tmp_path) == {}
     write(tmp_path, "seen_pairs", [(arm, 1.0) for arm in seen_pairs.arms()])
-    assert set(sweep_tables(tmp_path)) == {"seen-pairs"}
+    assert set(sweep_tables(tmp_path)) == {"seen-pairs", "each-seen-pair"}
 
 
 def test_a_difference_is_the_crossed_one_and_what_lacks_is_said(tmp_path: Path) -> None:
@@ -89,7 +89,25 @@ def test_of_several_recipes_the_last_counts(tmp_path: Path) -> None:
 
 def test_a_pair_of_generators_is_one_value(tmp_path: Path) -> None:
     write(tmp_path, "seen_pairs", [(arm, {"lora": 1.0}.get(arm.method, 0.5)) for arm in seen_pairs.arms()])
-    assert cells(tmp_path, "seen-pairs")["`lora` minus `probe`"] == ["+5.0 [5.0, 5.0]"] * 2
+    assert cells(tmp_path, "seen-pairs")["`lora` minus `probe`"] == ["+5.0 [5.0, 5.0]"] * 3
+    each = cells(tmp_path, "each-seen-pair")
+    assert len(each) == seen_pairs.COUNT and all(row[:2] == ["+5.0", "-5.0"] for row in each.values())
+
+
+def test_a_pair_that_was_not_run_says_so(tmp_path: Path) -> None:
+    first, *others = map(seen_pairs.folder, seen_pairs.PAIRS)
+    write(tmp_path, "seen_pairs", [(arm, 1.0) for arm in seen_pairs.arms() if arm.settings["data.root"] == first])
+    rows = list(cells(tmp_path, "each-seen-pair").values())
+    assert [set(row) for row in rows] == [{"0.0"}, *[{NOT_RUN}] * len(others)]
+
+
+def test_a_measure_that_a_method_lacks_is_a_dash(tmp_path: Path) -> None:
+    write(tmp_path, "seen_pairs", [(arm, 1.0) for arm in seen_pairs.arms()])
+    file = tmp_path / STORE / "seen_pairs.csv"
+    table = pd.read_csv(file)
+    table["zero_shot_kept"] = table["zero_shot_kept"].mask(table["method"] == "pixel_cnn")
+    table.to_csv(file, index=False)
+    assert cells(tmp_path, "seen-pairs")["`pixel_cnn` minus `lora`"] == ["0.0 [0.0, 0.0]", "0.0 [0.0, 0.0]", "–"]
 
 
 @pytest.mark.parametrize(
