@@ -177,7 +177,7 @@ def _pairs(root: Path) -> dict[str, Table]:
     measures = {"balanced accuracy": UNSEEN, "AP": "ap_unseen", "zero-shot kept": "zero_shot_kept"}
     columns = {label: partial(over_pairs, root, measure) for label, measure in measures.items()}
     folders = {" and ".join(f"`{name}`" for name in pair): seen_pairs.folder(pair) for pair in seen_pairs.PAIRS}
-    each = {label: partial(on_pair, root, UNSEEN, methods) for label, methods in contrasts.items() if methods in ON_EACH}
+    each = {f"`{first}` minus `{second}`": partial(on_pair, root, UNSEEN, (first, second)) for first, second in ON_EACH}
     return {
         "seen-pairs": ("unseen generators", contrasts, columns),
         "each-seen-pair": ("seen, balanced accuracy on the others", folders, each),
