@@ -1,8 +1,9 @@
 """Do orders of methods hold for other generators in training? Six random pairs of the nine, each seen in its turn.
 
 `python -m studies.seen_pairs` makes training and test images of each pair (build/pairs/), trains, tests, and writes
-results/study/seen_pairs.csv. The pair is the unit: its methods share images, and pairs share neither scenes nor noise;
-but the generators' networks and CLIP are the same, and settings are those that were searched on the benchmark's pair.
+results/study/seen_pairs.csv. The pair is the unit: its methods share images, and pairs share neither scenes nor noise,
+with each other or with the fresh images; but the generators' networks and CLIP are the same, and settings are those
+that were searched on the benchmark's pair.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def make_images(chosen: Sequence[Arm]) -> None:
         if folder(pair) in wanted:
             with alone(place.with_suffix(".lock"), f"making {folder(pair)}"):
                 if not place.exists():
-                    build(place, SEED + number, RHO, seen=pair, workers=os.cpu_count() or 1)
+                    # SEED itself made the fresh images, with which no pair is to share any
+                    build(place, SEED + (number or COUNT), RHO, seen=pair, workers=os.cpu_count() or 1)
 
 
 def arms() -> list[Arm]:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,7 +36,20 @@ from studies import dose_response, fitted_settings, priors, regimes, seen_pairs,
 from studies.figures import regime_map
 from studies.going_on import BEFORE_THE_END, GoingOn
 from studies.regimes import RHO
-from studies.sweep import EPOCHS, FAILED, FRESH, KEY, MEASURES, SURGERY, Arm, measured, prepare, surgery_facts, sweep
+from studies.sweep import (
+    EPOCHS,
+    FAILED,
+    FRESH,
+    KEY,
+    MEASURES,
+    SURGERY,
+    TO_MAKE_FRESH,
+    Arm,
+    measured,
+    prepare,
+    surgery_facts,
+    sweep,
+)
 
 
 def test_a_row_is_what_the_pipeline_says_of_the_same_run(tiny: Params, tmp_path: Path) -> None:
@@ -279,12 +293,15 @@ class TestSeenPairs:
         assert set(counts.index) <= set(generators.NAMES) and counts.max() <= 2
 
     def test_only_the_images_of_chosen_arms_are_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        made: list[tuple[str, ...]] = []
+        made: list[tuple[Any, ...]] = []
         monkeypatch.setattr(seen_pairs, "find_root", lambda: tmp_path)
-        monkeypatch.setattr(seen_pairs, "build", lambda place, *_, seen, **__: made.append((place.name, *seen)))
-        chosen = [arm for arm in seen_pairs.arms() if arm.method == "lora"][:2]
-        seen_pairs.make_images(chosen)
-        assert made == [("-".join(pair), *pair) for pair in seen_pairs.PAIRS[:2]]
+        monkeypatch.setattr(seen_pairs, "build", lambda *to, seen, **_: made.append((to[0].name, *seen, to[1])))
+        chosen = [arm for arm in seen_pairs.arms() if arm.method == "lora"]
+        seen_pairs.make_images(chosen[:2])
+        assert [own[:3] for own in made] == [("-".join(pair), *pair) for pair in seen_pairs.PAIRS[:2]]
+        seen_pairs.make_images(chosen[2:])
+        seeds = {seed for *_, seed in made}
+        assert len(seeds) == 6 and not any(str(seed) in TO_MAKE_FRESH for seed in seeds)
 
 
 class TestPriors:
