@@ -166,12 +166,13 @@ def test_where_entropies_are_far_apart_none_is_open() -> None:
 def test_an_entropy_does_not_depend_on_the_patches_beside_it(size: int) -> None:
     rng = np.random.default_rng(size)
     patch, length = rng.integers(0, 256, (size, size, 3), dtype=np.uint8), 70
-    alone = patch_entropy(patch, size)
-    assert np.array_equal(patch_entropy(np.tile(patch, (1, length, 1)), size), alone.repeat(length))
+    # A transform of one patch may take another way than one of many: on an AMD EPYC (Zen 4) their last bits differ.
+    alone, together = patch_entropy(patch, size), patch_entropy(np.tile(patch, (1, length, 1)), size)
+    assert (together == together[0]).all() and together[0] == pytest.approx(alone[0], rel=1e-15)
     row = rng.integers(0, 256, (size, length * size, 3), dtype=np.uint8)
     for place in (0, 1, 30, 69):
         row[:, place * size : (place + 1) * size] = patch
-        assert patch_entropy(row, size)[place] == alone[0]
+        assert patch_entropy(row, size)[place] == together[0]
 
 
 def test_the_logarithm_is_as_exact_as_the_bound_supposes() -> None:

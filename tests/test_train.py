@@ -557,7 +557,7 @@ def test_a_checkpoint_scores_as_the_run_that_made_it(
     assert ({"adapter_model.safetensors", "adapter_config.json"} <= names) == METHODS[method].tunes_clip
     detector = Detector.load(tmp_path / "checkpoint", root=tmp_path)
     scores = detector.score(files)
-    assert np.array_equal(scores, expected[0])
+    assert np.allclose(scores, expected[0], rtol=0, atol=1e-6)  # on an AMD EPYC (Zen 4) their last bits differ
     assert ((scores >= 0) & (scores <= 1)).all()
     as_images = detector.score([Image.open(path) for path in files])
     assert np.allclose(as_images, scores, rtol=0, atol=1e-6)
