@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pandas as pd
 
 from dgs.analysis.verdicts import FILE as VERDICTS
 from dgs.errors import UserError
+from dgs.model.methods.registry import METHODS
 from dgs.tables import NAMES, read_table
 
 SIDES = ("committed", "reproduced")
@@ -38,6 +40,12 @@ DETECTORS = "train/"  # real/README.md: trained detectors beside the results tha
 COUNTS = ("n_real", "n_fake")
 DEGREES = 180.0  # angles are compared as fractions of a half turn
 KEEP_BITS = "Of compute.*, jobs, workers, keep_mb and snapshot_seconds change no bit of a trained checkpoint."
+AT_0_5 = "0.5"  # the one threshold rule that chooses nothing
+UNDECIDED = ("ece_before", "brier_before")  # of verdicts.csv: by no map and no threshold
+NOT_COMPARED = (
+    "Not compared, since last bits decide it: what follows from thresholds and calibration maps that validation images "
+    "choose, and tables of networks trained from scratch; their averages in metrics.json are."
+)
 SHOWN = 20  # differences listed for one table
 
 
@@ -59,6 +67,27 @@ def _kept(path: str, seeds: Collection[int] | None) -> bool:
     if seeds is None or parts[0] != "methods":
         return True
     return "per_seed" in parts and parts[-1] in map(str, seeds)
+
+
+def _from_scratch(method: object) -> bool:
+    """Whether training starts from random weights: it multiplies rounding as it does another seed."""
+    known = METHODS.get(str(method))
+    return known is not None and known.model is not None
+
+
+def _steady(name: str, table: pd.DataFrame) -> pd.DataFrame:
+    """`table` with NaN in place of the numbers that last bits decide (`NOT_COMPARED`)."""
+    values = [column for column in table.columns if column not in (*TABLES[name], *COUNTS)]
+    decided = pd.Series(False, table.index)
+    if "method" in table:
+        decided |= table["method"].map(_from_scratch)
+    if "threshold_rule" in table:
+        decided |= table["threshold_rule"] != AT_0_5
+    chosen = [column for column in values if name == VERDICTS and column not in UNDECIDED]
+    steady = table.copy()
+    steady[values] = steady[values].mask(decided)
+    steady[chosen] = math.nan
+    return steady
 
 
 def _read(name: str, kind: str, folders: Sequence[Path], read: Callable[[Path], Any]) -> tuple[list[Any], list[str]]:
@@ -98,11 +127,17 @@ def _row(key: object) -> str:
 
 
 def _table(
-    name: str, wanted: list[str], folders: Sequence[Path], tolerance: float, seeds: Collection[int] | None
+    name: str,
+    wanted: list[str],
+    folders: Sequence[Path],
+    tolerance: float,
+    seeds: Collection[int] | None,
+    rounded_alike: bool,
 ) -> Iterator[str]:
     def read(path: Path) -> pd.DataFrame:
         table = read_table(path, {**NAMES, "seen": str})
-        return table if seeds is None or "seed" not in table else table[table["seed"].isin(seeds)]
+        table = table if seeds is None or "seed" not in table else table[table["seed"].isin(seeds)]
+        return table if rounded_alike else _steady(name, table)
 
     tables, wrong = _read(name, "table", folders, read)
     if wrong:
@@ -180,7 +215,7 @@ def rounding_notes(committed: Path, reproduced: Path) -> list[str]:
         for name in sorted(old.keys() & new.keys())
         if old[name] != new[name]
     ]
-    return [*differ, KEEP_BITS] if differ else []
+    return [*differ, KEEP_BITS, NOT_COMPARED] if differ else []
 
 
 def compare_results(
@@ -191,7 +226,8 @@ def compare_results(
     metrics.json and the tables (`TABLES`) are compared number by number: missing values are equal to each other alone,
     and a row that a table has twice is reported and left out. Of all other files (report, figures, notebooks) only the
     names are compared, since their bytes hold times and fonts; hidden files and folders are passed over, and so are
-    tables that commands of their own make (`ASIDE`).
+    tables that commands of their own make (`ASIDE`). Where the reports say that the two were rounded differently
+    (`rounding_notes`), numbers that last bits decide are not compared (`NOT_COMPARED`).
 
     Args:
         committed, reproduced: results folders.
@@ -212,8 +248,9 @@ def compare_results(
             if name not in mine and (name == METRICS or (name in other and name not in OPTIONAL)):
                 raise UserError(f"Expected {name} in {folder}, found none. Run make repro first.")
     lines = [f"{name}: only in the {SIDES[name in new]} folder" for name in sorted(old ^ new)]
+    rounded_alike = not rounding_notes(committed, reproduced)
     lines += _metrics((committed, reproduced), tolerance, seeds)
     for name, keys in TABLES.items():
         if name in old & new:
-            lines += _table(name, keys, (committed, reproduced), tolerance, seeds)
+            lines += _table(name, keys, (committed, reproduced), tolerance, seeds, rounded_alike)
     return lines
