@@ -187,17 +187,33 @@ def _pairs(root: Path) -> dict[str, Table]:
 def _priors(root: Path) -> dict[str, Table]:
     arms, without = priors.arms(), Arm(priors.WITHOUT)
     towers = list(dict.fromkeys(arm.settings[priors.CLIP] for arm in arms if priors.CLIP in arm.settings))
-    names = {tower: f"{int(Path(tower).name):,} samples" if Path(tower).name.isdigit() else "whole" for tower in towers}
+    names = {f"{int(Path(tower).name):,} samples" if Path(tower).name.isdigit() else "whole": tower for tower in towers}
 
-    def against_pixels(method: str, rate: str, tower: str) -> str:
-        return gap(root, "priors", rate, (Arm(method, {priors.CLIP: tower}), without))
+    def level(method: str, measure: str, tower: str) -> str:
+        return mean(root, "priors", measure, Arm(method, {priors.CLIP: tower}))
 
-    columns = {
-        f"{label}: `{method}` minus `{priors.WITHOUT}`": partial(against_pixels, method, rate)
+    def minus(method: str, other: str, rate: str, tower: str) -> str:
+        second = without if other == priors.WITHOUT else Arm(other, {priors.CLIP: tower})
+        return gap(root, "priors", rate, (Arm(method, {priors.CLIP: tower}), second))
+
+    def gaps(*pairs: tuple[str, str]) -> dict[str, Cell]:
+        return {
+            f"{label}: `{method}` minus `{other}`": partial(minus, method, other, rate)
+            for label, rate in RATES.items()
+            for method, other in pairs
+        }
+
+    levels = {
+        f"{label}: `{method}`": partial(level, method, f"{rate}_unseen")
         for label, rate in RATES.items()
         for method in priors.METHODS
     }
-    return {"priors": ("CLIP pre-trained on", {label: tower for tower, label in names.items()}, columns)}
+    on_each = zip(priors.METHODS[1:], priors.METHODS[:-1], strict=True)
+    return {
+        "priors": ("CLIP pre-trained on", names, gaps(*((method, priors.WITHOUT) for method in priors.METHODS))),
+        "priors-levels": ("CLIP pre-trained on", names, levels),
+        "priors-steps": ("CLIP pre-trained on", names, gaps(*on_each)),
+    }
 
 
 MADE = {

@@ -115,7 +115,7 @@ def test_a_measure_that_a_method_lacks_is_a_dash(tmp_path: Path) -> None:
     [
         ("text_heads", text_heads.arms(), {"text-heads": 8 * 3, "text-head-controls": 7 * 3, "text-head-facts": 6}),
         ("dose_response", dose_response.arms(), {"dose-response": 5}),
-        ("priors", priors.arms(), {"priors": 5}),
+        ("priors", priors.arms(), {"priors": 5, "priors-levels": 5, "priors-steps": 5}),
         ("oracle_ladder", oracle_ladder.arms(), {"oracle-ladder": len(oracle_ladder.RUNGS) - 1, "ladder-mlp": 3}),
     ],
 )
